@@ -1,0 +1,915 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nameserver of the posttroll system: it learns where publishers are, and tells subscribers.
+
+Publishers announce themselves every few seconds, by UDP multicast or (with ``--no-multicast``) by request.  What they
+announce is kept in an address book until it has not been repeated for ten minutes.  Subscribers ask for the addresses
+of a service, and can listen to a port on which new and lost publishers are published::
+
+    python posttroll_ns.py --no-multicast
+
+ 1. the address book          ``AddressBook``
+ 2. receiving announcements   ``AddressReceiver``
+ 3. answering lookups         ``NameServer``
+ 4. running as a daemon
+ 5. command line              ``main``
+
+It needs ``posttroll.py`` beside it; copy both into any package.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import errno
+import logging
+import os
+import sys
+import threading
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence, cast
+
+import zmq
+
+if __package__:
+    from . import posttroll
+else:
+    import posttroll
+
+if TYPE_CHECKING:
+    import argparse
+
+_POLLIN = int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
+_UTC = dt.timezone.utc
+
+
+# ======================================================================================================================
+# 1. The address book
+#
+# Publishers by address and by service, oldest announcement first; no sockets, no threads.
+# ======================================================================================================================
+
+
+class AnnouncementError(ValueError):
+    """An announcement that cannot be used."""
+
+
+class _Entry:
+    """A publisher: what it announced, and when."""
+
+    __slots__ = ("address", "name", "services", "extras", "heard", "received")
+
+    def __init__(self, address: str, name: str, services: tuple[str, ...], extras: dict[str, str]) -> None:
+        self.address = address
+        self.name = name
+        self.services = services
+        self.extras = extras
+        self.heard = 0.0
+        self.received = 0.0
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entry as it goes into an answer."""
+        return {
+            "URI": self.address,
+            "service": list(self.services),
+            **self.extras,
+            "status": True,
+            "name": self.name,
+            "receive_time": dt.datetime.fromtimestamp(self.received, _UTC),
+        }
+
+
+class AddressBook:
+    """The publishers that are known.
+
+    Args:
+        max_age: Seconds after which a publisher that is not announced any more is forgotten.
+        limit: How many publishers are kept; by default the configured `max_services`.
+    """
+
+    MAX_SERVICES = 1000  # of one publisher
+    MAX_TEXT = 512  # characters of a name or an address
+    GRACE = 10.0  # seconds without announcement after which a publisher may have to make room for a new one
+
+    def __init__(self, max_age: float, limit: int | None = None) -> None:
+        self.max_age = max_age
+        self.limit = posttroll.config.get("max_services") if limit is None else limit
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._by_service: dict[str, dict[str, _Entry]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def parse(self, message: posttroll.Message) -> _Entry:
+        """Return what a message announces.
+
+        Raises:
+            AnnouncementError: Something in it could not be used; the error says what.
+        """
+        _, address_word, name, *rest = [*message.subject.split("/"), "", ""]
+        if address_word != "address" or not name or any(rest[:-2]):
+            raise AnnouncementError(f"its subject {message.subject[:80]!r} is not '/address/NAME'")
+        data = message.data
+        if not isinstance(data, dict):
+            raise AnnouncementError("its data are no object")
+        address = data.get("URI")
+        if not posttroll._is_connectable(address) or len(cast(str, address)) > self.MAX_TEXT:
+            raise AnnouncementError(f"its URI {str(address)[:80]!r} is no address to connect to")
+        services = data.get("service", [name])
+        if not isinstance(services, list) or not all(self._is_text(service) for service in services) or not services:
+            raise AnnouncementError("its service is no list of names")
+        if len(services) > self.MAX_SERVICES:
+            raise AnnouncementError(f"it has more than {self.MAX_SERVICES} services")
+        if not self._is_text(name):
+            raise AnnouncementError("its name is too long")
+        extras = {}
+        version = data.get("supported_message_version")
+        if version is not None:
+            if not self._is_text(version) or not version.startswith("v"):
+                raise AnnouncementError("its supported_message_version is no version")
+            extras["supported_message_version"] = version
+        backend = data.get("backend")
+        if backend is not None:
+            if backend not in ("unsecure_zmq", "secure_zmq"):
+                raise AnnouncementError(f"its backend {str(backend)[:80]!r} is not known")
+            extras["backend"] = backend
+        interned = tuple(sys.intern(service) for service in services)
+        return _Entry(cast(str, address), name, interned, {key: sys.intern(value) for key, value in extras.items()})
+
+    def _is_text(self, value: Any) -> bool:
+        return isinstance(value, str) and 0 < len(value) <= self.MAX_TEXT
+
+    def add(self, entry: _Entry) -> bool:
+        """Add a publisher, or take note that it is still there.
+
+        Returns:
+            Whether it is new, or has changed.
+
+        Raises:
+            AnnouncementError: There are too many publishers.
+        """
+        entry.heard, entry.received = time.monotonic(), time.time()
+        known = self._entries.get(entry.address)
+        if known is None and len(self._entries) >= self.limit:
+            self._make_room()
+        if known is not None and (known.services, known.extras, known.name) == (
+            entry.services,
+            entry.extras,
+            entry.name,
+        ):
+            known.heard, known.received = entry.heard, entry.received
+            self._entries.move_to_end(entry.address)
+            return False
+        if known is not None:
+            self.remove(known.address)
+        self._entries[entry.address] = entry
+        for service in entry.services:
+            self._by_service.setdefault(service, {})[entry.address] = entry
+        return True
+
+    def _make_room(self) -> None:
+        """Forget the publisher that has been silent for the longest time, if it was long."""
+        oldest = next(iter(self._entries.values()), None)
+        if oldest is None or time.monotonic() - oldest.heard < self.GRACE:
+            raise AnnouncementError(f"there are {self.limit} publishers already (see max_services)")
+        self.remove(oldest.address)
+
+    def remove(self, address: str) -> _Entry | None:
+        """Forget the publisher at *address*."""
+        entry = self._entries.pop(address, None)
+        for service in entry.services if entry is not None else ():
+            addresses = self._by_service.get(service, {})
+            addresses.pop(address, None)
+            if not addresses:
+                self._by_service.pop(service, None)
+        return entry
+
+    def find(self, service: str = "") -> list[_Entry]:
+        """Return the publishers of *service*, all with ``""``."""
+        if not service:
+            return list(self._entries.values())
+        return list(self._by_service.get(service, {}).values())
+
+    def expire(self) -> list[_Entry]:
+        """Forget the publishers that are too old, and return them."""
+        oldest_allowed = time.monotonic() - self.max_age
+        expired = []
+        while self._entries:
+            address, entry = next(iter(self._entries.items()))
+            if entry.heard >= oldest_allowed:
+                break
+            self.remove(address)
+            expired.append(entry)
+        return expired
+
+    def next_expiry(self) -> float | None:
+        """Return the (monotonic) time at which the next publisher is too old, None if there is none."""
+        oldest = next(iter(self._entries.values()), None)
+        return None if oldest is None else oldest.heard + self.max_age
+
+
+# ======================================================================================================================
+# 2. Receiving announcements
+# ======================================================================================================================
+
+
+class _MulticastSource:
+    """Announcements by UDP.  As long as the network cannot be used, it is tried again."""
+
+    RETRY = 2.0
+
+    def __init__(self, port: int, rules: posttroll._AccessRules, log: posttroll._LimitedLogger) -> None:
+        self._port = port
+        self._rules = rules
+        self._log = log
+        self._receiver: posttroll.MulticastReceiver | None = None
+        posttroll._multicast_group(None)  # a wrong group is an error now, a missing network is not
+        self._try_to_open()
+
+    def _try_to_open(self) -> None:
+        try:
+            self._receiver = posttroll.MulticastReceiver(self._port)
+            self._receiver.socket.setblocking(False)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            self._log.warning("multicast", "Cannot receive multicast (trying again): %s", error)
+
+    def pollable(self) -> Any:
+        """Return what to poll for announcements, None if there is nothing yet."""
+        if self._receiver is None:
+            self._try_to_open()
+        return None if self._receiver is None else self._receiver.fileno()
+
+    @property
+    def retry(self) -> float | None:
+        """Seconds until `pollable` is to be asked again, None if it need not."""
+        return self.RETRY if self._receiver is None else None
+
+    def receive(self, handle: Callable[[bytes], None]) -> None:
+        """Have *handle* called with the announcements that have come."""
+        assert self._receiver is not None
+        for _ in range(100):
+            try:
+                data, sender = self._receiver.socket.recvfrom(posttroll._DATAGRAM_SIZE)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._log.warning("multicast", "Cannot receive multicast (trying again): %s", error)
+                self.close()
+                return
+            if self._rules.refuses_address(sender[0]):
+                self._log.warning("refused", "Refused an announcement from %s: not authorized", sender[0])
+                continue
+            try:
+                handle(data)
+            except AnnouncementError as error:
+                self._log.warning("announcement", "Refused an announcement from %s: %s", sender[0], error)
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+
+class _RequestSource:
+    """Announcements by request, each of which is answered: ``ok``, or why it was refused."""
+
+    retry = None
+
+    def __init__(self, port: int, local_only: bool, log: posttroll._LimitedLogger) -> None:
+        self._log = log
+        self._server = _Server(f"tcp://*:{port}", local_only)
+
+    def pollable(self) -> Any:
+        """Return what to poll for announcements."""
+        return self._server.socket
+
+    def receive(self, handle: Callable[[bytes], None]) -> None:
+        """Have *handle* called with the announcements that have come."""
+
+        def answer(request: bytes) -> bytes:
+            try:
+                handle(request)
+            except AnnouncementError as error:
+                self._log.warning("announcement", "Refused a registration: %s", error)
+                return f"refused: {error}".encode("utf-8", "replace")
+            return b"ok"
+
+        self._server.answer_all(answer)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._server.close()
+
+
+class _Server:
+    """A socket that answers requests; no request, however broken, stops it or stays without an answer."""
+
+    MAX_REQUEST = 16 * 1024 * 1024  # bytes; whoever sends more is disconnected
+
+    def __init__(self, address: str, local_only: bool = False, backend: str | None = None) -> None:
+        options = {zmq.MAXMSGSIZE: self.MAX_REQUEST, zmq.RCVHWM: 1000, zmq.SNDHWM: 1000}
+        self.socket, self.port, self._authenticator = posttroll.set_up_server_socket(
+            zmq.REP, address, options, backend=backend, local_only=local_only
+        )
+
+    def answer_all(self, answer: Callable[[bytes], bytes]) -> None:
+        """Answer the requests that have come, but not so many that others have to wait."""
+        for _ in range(100):
+            try:
+                frames = self.socket.recv_multipart(_NOBLOCK)
+            except zmq.Again:
+                return
+            self.socket.send(answer(frames[0] if len(frames) == 1 else b""))
+
+    def close(self) -> None:
+        """Close the socket."""
+        posttroll._close_flushed(self.socket, 0.1)  # the last answers should still arrive
+        if self._authenticator is not None:
+            self._authenticator.stop()
+
+
+class AddressReceiver:
+    """Receives announcements in a thread, keeps the addresses, and publishes which are new and which are lost.
+
+    Args:
+        max_age: After this time without announcement, a publisher is lost; ten minutes by default.
+        port: Where announcements come in, by default the configured `broadcast_port`.
+        do_heartbeat: Whether to publish heartbeats.
+        multicast_enabled: Receive by UDP multicast; else by request on the TCP port.
+        restrict_to_localhost: Take announcements, and readers, from this host only.
+    """
+
+    HEARTBEAT = 30.0  # seconds between two
+
+    def __init__(
+        self,
+        max_age: dt.timedelta | float | None = dt.timedelta(seconds=600),
+        port: int | None = None,
+        do_heartbeat: bool = True,
+        multicast_enabled: bool = True,
+        restrict_to_localhost: bool = False,
+    ) -> None:
+        age = dt.timedelta(seconds=600) if max_age is None else max_age
+        self._max_age = age.total_seconds() if isinstance(age, dt.timedelta) else float(age)
+        self._port = port or posttroll.config.get("broadcast_port")
+        self._do_heartbeat = do_heartbeat
+        self._multicast_enabled = multicast_enabled
+        self._local_only = restrict_to_localhost
+        self._book = AddressBook(self._max_age)
+        self._lock = threading.RLock()
+        self._log = posttroll._LimitedLogger("address_receiver")
+        self._thread: threading.Thread | None = None
+        self._waker: posttroll._Waker | None = None
+        self._is_stopping = False
+        self.failure: BaseException | None = None
+
+    def start(self) -> AddressReceiver:
+        """Start the receiver.
+
+        Raises:
+            zmq.ZMQError: A port is in use.
+            OSError: The multicast group is not valid.
+            posttroll.ConfigurationError: The secure backend is not set up.
+        """
+        if self.is_running():
+            return self
+        self._is_stopping = False
+        self.failure = None
+        source = self.set_up_address_receiver(self._port)
+        publisher = None
+        try:
+            publisher = self._set_up_publisher()
+            publisher.start()
+        except BaseException:
+            source.close()
+            if publisher is not None:
+                publisher.stop()
+            raise
+        self._waker = posttroll._Waker()
+        arguments = (source, publisher, self._waker)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="posttroll addresses", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop the receiver, and wait until it has ended."""
+        self._is_stopping = True
+        if self._waker is not None:
+            self._waker.wake()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5)
+
+    def is_running(self) -> bool:
+        """Whether the receiver runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def get(self, name: str = "") -> list[dict[str, Any]]:
+        """Return the addresses of the publishers of the service *name*, of all with ``""``."""
+        with self._lock:
+            return [entry.describe() for entry in self._book.find(name)]
+
+    def set_up_address_receiver(self, port: int) -> Any:
+        """Return the source of announcements: UDP multicast, or requests on the TCP *port*."""
+        if self._multicast_enabled:
+            return _MulticastSource(port, posttroll._AccessRules(self._local_only), self._log)
+        return _RequestSource(port, self._local_only, self._log)
+
+    def _set_up_publisher(self) -> Any:
+        """Return the publisher of new and lost addresses."""
+        port = posttroll.config.get("address_publish_port")
+        publisher = posttroll.Publish("address_receiver", port, ["addresses"], nameservers=False).publisher
+        if isinstance(publisher, posttroll.Publisher):
+            publisher._local_only = self._local_only
+        return publisher
+
+    def process_address_message(self, data: str | bytes, pub: Any) -> None:
+        """Take an announcement, and publish it with *pub* if it is new.
+
+        Args:
+            data: The announcement, an encoded message.
+            pub: The publisher, anything with the method ``send``.
+
+        Raises:
+            AnnouncementError: The announcement cannot be used.
+        """
+        try:
+            message = posttroll.Message.decode(data)
+        except posttroll.MessageError as error:
+            raise AnnouncementError(str(error)) from None
+        entry = self._book.parse(message)
+        with self._lock:
+            is_new = self._book.add(entry)
+        if is_new:
+            posttroll._log("address_receiver").info("New publisher %s at %s", entry.name, entry.address)
+            pub.send(self._news(entry, True))
+
+    @staticmethod
+    def _news(entry: _Entry, status: bool) -> str:
+        """Return the message that tells that *entry* is new (True) or lost, for readers of any age."""
+        data = {"URI": entry.address, "service": list(entry.services), **entry.extras, "status": status}
+        return posttroll.Message(f"/address/{entry.name}", "info", data, version="v1.01").encode()
+
+    def _run(self, source: Any, publisher: Any, waker: posttroll._Waker) -> None:
+        try:
+            next_beat = time.monotonic()
+            while not self._is_stopping:
+                if self._do_heartbeat and time.monotonic() >= next_beat:
+                    publisher.heartbeat(self.HEARTBEAT - 1)
+                    next_beat = time.monotonic() + self.HEARTBEAT
+                self._expire(publisher)
+                if self._wait(source, waker, next_beat if self._do_heartbeat else None):
+                    source.receive(lambda data: self.process_address_message(data, publisher))
+        except zmq.ContextTerminated:
+            posttroll._log("address_receiver").debug("The context was terminated")
+        except Exception as error:
+            self.failure = error
+            posttroll._log("address_receiver").exception("The receiver of addresses has failed")
+            raise
+        finally:
+            publisher.stop()
+            source.close()
+            waker.close()
+
+    def _expire(self, publisher: Any) -> None:
+        with self._lock:
+            expired = self._book.expire()
+        for entry in expired:
+            posttroll._log("address_receiver").info("Lost publisher %s at %s", entry.name, entry.address)
+            publisher.send(self._news(entry, False))
+
+    def _wait(self, source: Any, waker: posttroll._Waker, next_beat: float | None) -> bool:
+        """Wait for announcements, or until there is something else to do; return whether there are some."""
+        poller = zmq.Poller()
+        poller.register(waker, _POLLIN)
+        pollable = source.pollable()
+        if pollable is not None:
+            poller.register(pollable, _POLLIN)
+        now = time.monotonic()
+        with self._lock:
+            dues = [next_beat, self._book.next_expiry()]
+        dues.append(now + source.retry if source.retry is not None else None)
+        waits = [due - now for due in dues if due is not None]
+        ready = dict(poller.poll(max(int(min(waits) * 1000) + 1, 0) if waits else None))
+        waker.clear()
+        return pollable in ready
+
+
+getaddress = AddressReceiver
+
+
+# ======================================================================================================================
+# 3. Answering lookups
+# ======================================================================================================================
+
+
+def get_active_address(name: str, arec: Any, message_version: str = "v1.2") -> posttroll.Message:
+    """Get the addresses of the active publishers of a service.
+
+    Args:
+        name: The name of the service, ``""`` for all.
+        arec: The `AddressReceiver` that knows them, anything with the method ``get``.
+        message_version: The version of the answer.
+
+    Returns:
+        The answer to a lookup, a message with the list of addresses.
+    """
+    return posttroll.Message("/oper/ns", "info", arec.get(name) or "", version=message_version)
+
+
+class NameServer:
+    """The nameserver.
+
+    Args:
+        max_age: After this time without announcement, a publisher is lost; ten minutes by default.
+        multicast_enabled: Receive announcements by UDP multicast; else by request.
+        restrict_to_localhost: Serve this host only.
+    """
+
+    SECURE_PORT = 5558
+
+    def __init__(
+        self,
+        max_age: dt.timedelta | float | None = None,
+        multicast_enabled: bool = True,
+        restrict_to_localhost: bool = False,
+    ) -> None:
+        self._max_age = dt.timedelta(minutes=10) if max_age is None else max_age
+        self._multicast_enabled = multicast_enabled
+        self._local_only = restrict_to_localhost
+        self._waker: posttroll._Waker | None = None
+        self._is_stopping = False
+        self._log = posttroll._LimitedLogger("ns")
+
+    def run(
+        self,
+        address_receiver: Any = None,
+        nameserver_address: str | None = None,
+        when_ready: Callable[[], None] | None = None,
+    ) -> None:
+        """Answer lookups until `stop` is called.
+
+        Args:
+            address_receiver: What knows the addresses, anything with the method ``get``; by default an
+                `AddressReceiver` is started, and stopped at the end.
+            nameserver_address: The address to answer on, by default ``tcp://*:PORT`` with the configured port.
+            when_ready: Called when all ports are open.
+
+        Raises:
+            zmq.ZMQError: A port is in use.
+            OSError: The multicast group is not valid.
+            posttroll.ConfigurationError: The secure backend is not set up.
+        """
+        self._waker = waker = posttroll._Waker()
+        servers: list[_Server] = []
+        receiver = None
+        try:
+            for address, backend in self._addresses(nameserver_address):
+                servers.append(_Server(address, self._local_only, backend))
+            if address_receiver is None:
+                address_receiver = receiver = AddressReceiver(
+                    max_age=self._max_age,
+                    multicast_enabled=self._multicast_enabled,
+                    restrict_to_localhost=self._local_only,
+                )
+                receiver.start()
+            if when_ready is not None:
+                when_ready()
+            self._serve(servers, address_receiver, receiver, waker)
+        finally:
+            if receiver is not None:
+                receiver.stop()
+            for server in servers:
+                server.close()
+            self._is_stopping = False
+            self._waker = None
+            waker.close()
+
+    def _addresses(self, nameserver_address: str | None) -> Iterator[tuple[str, str]]:
+        """Yield the addresses to answer on, each with its backend."""
+        own = posttroll._backend()
+        port = posttroll.get_configured_nameserver_port()
+        yield nameserver_address or f"tcp://*:{port}", own
+        if nameserver_address is None:
+            settings = ("server_secret_key_file", "clients_public_keys_directory")
+            has_keys = all(posttroll.config.get(setting) for setting in settings)
+            secure_port = posttroll.config.get("secure_zmq_nameserver_port") or self.SECURE_PORT
+            if has_keys and secure_port != port:
+                yield f"tcp://*:{secure_port}", "secure_zmq"
+
+    def _serve(
+        self, servers: Sequence[_Server], address_receiver: Any, own_receiver: Any, waker: posttroll._Waker
+    ) -> None:
+        poller = zmq.Poller()
+        poller.register(waker, _POLLIN)
+        for server in servers:
+            poller.register(server.socket, _POLLIN)
+        while not self._is_stopping:
+            ready = dict(poller.poll())
+            waker.clear()
+            for server in servers:
+                if server.socket in ready:
+                    server.answer_all(lambda request: self._answer(request, address_receiver))
+            if own_receiver is not None and own_receiver.failure is not None:
+                raise own_receiver.failure
+
+    def _answer(self, request: bytes, address_receiver: Any) -> bytes:
+        """Return the answer to a lookup: of its version, and empty if it is broken."""
+        version = "v1.01"
+        try:
+            message = posttroll.Message.decode(request)
+            if message.version in posttroll._TIMEZONE_OF_VERSION:
+                version = message.version
+            service = message.data.get("service") if isinstance(message.data, dict) else None
+            if not isinstance(service, str):
+                raise posttroll.MessageError("It does not say which service it asks for.")
+            return get_active_address(service, address_receiver, version).encode().encode()
+        except (posttroll.MessageError, UnicodeEncodeError) as error:
+            self._log.warning("request", "Broken request: %s", str(error)[:300])
+            return posttroll.Message("/oper/ns", "info", "", version=version).encode().encode()
+
+    def stop(self) -> None:
+        """Stop the nameserver; may be called from other threads and from signal handlers."""
+        self._is_stopping = True
+        waker = self._waker
+        if waker is not None:
+            waker.wake()
+
+
+# ======================================================================================================================
+# 4. Running as a daemon
+#
+# The running daemon holds a lock on its pid file, so a file left behind by a crash is never taken for a daemon.
+# ======================================================================================================================
+
+
+def setup_logging(opts: Any) -> logging.Logger:
+    """Set up logging.
+
+    Args:
+        opts: The options of the command line: `log` (a file, rotated at midnight, 7 kept; None for stdout) and
+            `verbose` (debug messages too).
+
+    Returns:
+        The logger of the nameserver.
+    """
+    if opts.log:
+        from logging.handlers import TimedRotatingFileHandler
+
+        handler: logging.Handler = TimedRotatingFileHandler(opts.log, when="midnight", backupCount=7)
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+    text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
+    handler.setFormatter(logging.Formatter(text, "%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG if opts.verbose else logging.INFO)
+    return logging.getLogger("nameserver")
+
+
+def run(ns: NameServer, logger: logging.Logger) -> int:
+    """Run a nameserver process, until SIGINT or SIGTERM.
+
+    Args:
+        ns: The nameserver.
+        logger: Where to log its start, end and failure.
+
+    Returns:
+        The exit status: 0 after a clean end, 1 after a failure, which is told in a line on stderr.
+    """
+    return _run(ns, logger, _tell_systemd_ready)
+
+
+def _run(ns: NameServer, logger: logging.Logger, when_ready: Callable[[], None]) -> int:
+    def tell_ready() -> None:
+        logger.info("The nameserver answers on port %d", posttroll.get_configured_nameserver_port())
+        when_ready()
+
+    try:
+        with posttroll._signals_call(ns.stop):
+            ns.run(when_ready=tell_ready)
+    except (OSError, zmq.ZMQError, posttroll.ConfigurationError, NotImplementedError) as error:
+        logger.error("The nameserver has failed: %s", error)
+        print(f"nameserver: {error}", file=sys.stderr)
+        return 1
+    logger.info("The nameserver has ended")
+    return 0
+
+
+def _tell_systemd_ready() -> None:
+    """Tell systemd, if it asks for it, that the nameserver is ready (see sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
+            notification.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many open files, that is clients, as the system lets this process have."""
+    if os.name == "posix":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError) as error:  # macOS says "unlimited" and means something else
+            logging.getLogger("nameserver").debug("The limit on open files stays: %s", error)
+
+
+class _Daemon:
+    """The nameserver in the background, found again by its pid file."""
+
+    STOP_SECONDS = 10
+
+    def __init__(self, pid_file: str | None) -> None:
+        self.path = os.path.abspath(pid_file) if pid_file else self._default_path()
+
+    @staticmethod
+    def _default_path() -> str:
+        """Return a path of its own for each user and port."""
+        import tempfile
+
+        directory = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+        port = posttroll.get_configured_nameserver_port()
+        return os.path.join(directory, f"posttroll-nameserver-{os.getuid()}-{port}.pid")
+
+    def _lock(self) -> int | None:
+        """Return the descriptor of the locked pid file, None if a daemon holds the lock."""
+        import fcntl
+
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def pid(self) -> int | None:
+        """Return the process id of the running daemon, None if none runs."""
+        if not os.path.exists(self.path):
+            return None
+        descriptor = self._lock()
+        if descriptor is not None:
+            os.close(descriptor)
+            return None
+        with open(self.path) as stream:
+            text = stream.read().strip()
+        return int(text) if text.isdigit() else None
+
+    def start(self, serve: Callable[[Callable[[], None]], int]) -> int:
+        """Run *serve* in the background; return 0 when it is ready, 1 if it failed to start.
+
+        Args:
+            serve: Called in the daemon, with the function to call when it is ready; returns the exit status.
+        """
+        pid = self.pid()
+        if pid is not None:
+            print(f"nameserver: already running (process {pid})", file=sys.stderr)
+            return 1
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child:
+            os.close(write_end)
+            with os.fdopen(read_end, "rb") as stream:
+                report = stream.read().decode()
+            os.waitpid(child, 0)
+            if report == "ready":
+                return 0
+            print(report.strip() or "nameserver: the daemon has not started", file=sys.stderr)
+            return 1
+        status = 1
+        try:
+            os.close(read_end)
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            status = self._run_in_background(serve, write_end)
+        finally:
+            os._exit(status)
+
+    def _run_in_background(self, serve: Callable[[Callable[[], None]], int], write_end: int) -> int:
+        """Be the daemon: write the pid file, let go of the terminal, serve."""
+        descriptor = self._lock()
+        if descriptor is None:
+            os.write(write_end, b"nameserver: already running")
+            return 1
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, b"%d\n" % os.getpid())
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.dup2(write_end, 2)  # until it is ready, what it has to say goes to whoever started it
+
+        def when_ready() -> None:
+            os.write(write_end, b"ready")
+            os.close(write_end)
+            os.dup2(null, 2)
+
+        try:
+            os.chdir("/")
+            return serve(when_ready)
+        finally:
+            os.ftruncate(descriptor, 0)
+            os.unlink(self.path)
+
+    def stop(self) -> int:
+        """Stop the daemon, and wait until it has ended; return the exit status."""
+        import signal
+
+        pid = self.pid()
+        if pid is None:
+            print("nameserver: not running", file=sys.stderr)
+            return 0
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + self.STOP_SECONDS
+        while self.pid() == pid:
+            if time.monotonic() > deadline:
+                print(f"nameserver: process {pid} has not ended in {self.STOP_SECONDS} seconds", file=sys.stderr)
+                return 1
+            time.sleep(0.02)
+        return 0
+
+    def status(self) -> int:
+        """Print whether the daemon runs; return 0 if it does, else 3 (as LSB scripts do)."""
+        pid = self.pid()
+        print("nameserver: not running" if pid is None else f"nameserver: running (process {pid})")
+        return 3 if pid is None else 0
+
+
+# ======================================================================================================================
+# 5. Command line
+# ======================================================================================================================
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="nameserver", description="Tell subscribers where publishers are.", allow_abbrev=False
+    )
+    parser.add_argument("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")
+    parser.add_argument("-l", "--log", help="File to log to (defaults to stdout)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
+    parser.add_argument(
+        "--no-multicast", action="store_true", help="disable address broadcasting via multicasting"
+    )
+    parser.add_argument("-L", "--local-only", action="store_true", help="accept connections only from localhost")
+    parser.add_argument("--pid-file", help="file with the process id of the daemon (one for each user and port)")
+    parser.add_argument("--version", action="version", version=f"nameserver of posttroll {posttroll.__version__}")
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the nameserver script.
+
+    Args:
+        args: The command-line arguments; by default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    options = _parser().parse_args(args)
+    if options.log:
+        options.log = os.path.abspath(options.log)
+
+    def serve(when_ready: Callable[[], None]) -> int:
+        try:
+            logger = setup_logging(options)
+        except OSError as error:
+            print(f"nameserver: cannot write the log: {error}", file=sys.stderr)
+            return 1
+        _raise_descriptor_limit()
+        ns = NameServer(multicast_enabled=not options.no_multicast, restrict_to_localhost=options.local_only)
+        return _run(ns, logger, when_ready)
+
+    try:
+        if options.daemon is None:
+            return serve(_tell_systemd_ready)
+        return _control_daemon(options, serve)
+    except (OSError, posttroll.ConfigurationError) as error:
+        print(f"nameserver: {error}", file=sys.stderr)
+        return 1
+
+
+def _control_daemon(options: Any, serve: Callable[[Callable[[], None]], int]) -> int:
+    """Start, stop or restart the daemon, or tell its status."""
+    if not hasattr(os, "fork"):
+        print("nameserver: this system has no daemons; run it as a service without -d", file=sys.stderr)
+        return 1
+    daemon = _Daemon(options.pid_file)
+    if options.daemon == "status":
+        return daemon.status()
+    if options.daemon in ("stop", "restart"):
+        status = daemon.stop()
+        if options.daemon == "stop" or status:
+            return status
+    return daemon.start(serve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
