@@ -52,19 +52,16 @@ import types
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import partial
 from itertools import chain
 from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
     NamedTuple,
-    Sequence,
     Union,
     cast,
 )
@@ -73,7 +70,7 @@ import zmq
 
 if TYPE_CHECKING:
     import argparse
-    from typing import AsyncIterator
+    from collections.abc import AsyncIterator
 
 __version__ = "2.0.0"
 
@@ -148,7 +145,7 @@ def _merged(base: Any, top: Any) -> Any:
     """Merge two values of a configuration: mappings key by key, of anything else *top* wins."""
     if not isinstance(base, Mapping) or not isinstance(top, Mapping):
         return _normalised(top)
-    merged = {key: value for key, value in base.items()}
+    merged = dict(base)
     for key, value in _normalised(top).items():
         merged[key] = _merged(merged[key], value) if key in merged else value
     return merged
@@ -276,7 +273,11 @@ class Config:
                 return _literal(old_text), f"${option.old_name}"
         found: Any = _UNSET
         source = "default"
-        for origin, layer in [("default", self._defaults), *self._files(), ("environment", self._environment(variable))]:
+        for origin, layer in [
+            ("default", self._defaults),
+            *self._files(),
+            ("environment", self._environment(variable)),
+        ]:
             candidate = _nested_get(layer, parts)
             if candidate is not _UNSET:
                 found, source = (_merged(found, candidate) if found is not _UNSET else candidate), origin
@@ -339,9 +340,10 @@ class Config:
             after = before
             for key, value in changes.items():
                 parts = key.replace("-", "_").split(".")
-                for part in reversed(parts[1:]):
-                    value = {part: value}
-                after = _merged(after, {parts[0]: value})
+                tree = value
+                for part in reversed(parts):
+                    tree = {part: tree}
+                after = _merged(after, tree)
             self._change(after)
         return _Assignment(self, before)
 
@@ -427,7 +429,7 @@ def _environment_value(name: str) -> str | None:
         found = environment._data.get(environment.encodekey(name))
         return None if found is None else environment.decodevalue(found)
     except (AttributeError, TypeError):  # something else was put in place of os.environ
-        return environment.get(name)
+        return cast("str | None", environment.get(name))
 
 
 def _literal(text: str) -> Any:
@@ -620,7 +622,9 @@ def _keeps_timezone(version: str) -> bool:
     try:
         return _TIMEZONE_OF_VERSION[version]
     except (KeyError, TypeError):
-        raise MessageError(f"Invalid message version: {version!r}. Use one of {', '.join(_TIMEZONE_OF_VERSION)}.") from None
+        raise MessageError(
+            f"Invalid message version: {version!r}. Use one of {', '.join(_TIMEZONE_OF_VERSION)}."
+        ) from None
 
 
 def _is_readable(version: str) -> bool:
@@ -711,7 +715,7 @@ def _travels_as_it_is(text: str) -> bool:
     return True
 
 
-def _binary_text(data: str | bytes) -> str:
+def _binary_text(data: str | bytes | bytearray | memoryview) -> str:
     """Return the text that stands for binary *data*."""
     if not isinstance(data, str):
         return _BYTES_URL + base64.b64encode(data).decode("ascii")
@@ -998,11 +1002,11 @@ def _as_text(raw: Any) -> str:
         return str(raw)
     if not isinstance(raw, (bytes, bytearray, memoryview)):
         raise MessageError(f"A raw message is str or bytes, not {type(raw).__name__}")
-    raw = bytes(raw)
+    content = bytes(raw)
     try:
-        return raw.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError:
-        return raw.decode("iso-8859-1")
+        return content.decode("iso-8859-1")
 
 
 # Pickles name the class by its documented path, so that both implementations load each other's.
@@ -1032,9 +1036,13 @@ def _multicast_group(mcgroup: str | None) -> str:
     try:
         packed = socket.inet_aton(socket.gethostbyname(group))
     except OSError as error:
-        raise OSError(error.errno, f"Invalid multicast address {group!r} (mc_group): {error.strerror or error}") from None
+        raise OSError(
+            error.errno, f"Invalid multicast address {group!r} (mc_group): {error.strerror or error}"
+        ) from None
     if packed[0] >> 4 != 0xE:
-        raise OSError(errno.EINVAL, f"Invalid multicast address {group!r} (mc_group): not in 224.0.0.0 to 239.255.255.255")
+        raise OSError(
+            errno.EINVAL, f"Invalid multicast address {group!r} (mc_group): not in 224.0.0.0 to 239.255.255.255"
+        )
     return socket.inet_ntoa(packed)
 
 
@@ -1135,6 +1143,7 @@ class MulticastSender:
         self.socket, self.group = mcast_sender(mcgroup)
 
     def __call__(self, data: str | bytes) -> None:
+        """Send *data* in one datagram."""
         self.socket.sendto(data.encode() if isinstance(data, str) else data, (self.group, self.port))
 
     def close(self) -> None:
@@ -1156,6 +1165,7 @@ class MulticastReceiver:
         self.socket, self.group = mcast_receiver(port, mcgroup)
 
     def __call__(self) -> tuple[str, tuple[str, int]]:
+        """Return the next datagram as text, and the address and port that it came from."""
         data, sender = self.socket.recvfrom(max(self.BUFSIZE, _DATAGRAM_SIZE))
         return data.decode("utf-8", "replace"), sender
 
@@ -1194,7 +1204,7 @@ def get_own_ip() -> str:
 # ======================================================================================================================
 # 4. ZeroMQ sockets
 #
-# One context for each process.  Server sockets bind, client sockets connect; with the backend secure_zmq both use CURVE.
+# One context for each process.  Server sockets bind, client sockets connect; with secure_zmq all of them use CURVE.
 # Access control (ZAP, https://rfc.zeromq.org/spec/27) runs in one thread, only while a server socket needs it.
 # ======================================================================================================================
 
@@ -1482,7 +1492,9 @@ def _load_key(setting: str, kind: str) -> bytes:
     if kind == "secret" and os.name == "posix":
         mode = os.stat(path).st_mode & 0o777
         if mode & 0o077:
-            _key_log.warning(path, "%s: %s is readable by others (mode %o); run: chmod 600 %s", setting, path, mode, path)
+            _key_log.warning(
+                path, "%s: %s is readable by others (mode %o); run: chmod 600 %s", setting, path, mode, path
+            )
     return key
 
 
@@ -1577,7 +1589,7 @@ class _AddressList:
         return False
 
     def _resolve(self) -> None:
-        found = set()
+        found: set[str] = set()
         for name in self._names:
             try:
                 found.update(str(info[4][0]) for info in socket.getaddrinfo(name, None))
@@ -1824,7 +1836,7 @@ def _backend(name: str | None = None) -> str:
     return cast(str, backend)
 
 
-def _new_socket(socket_type: int, options: Mapping[int, Any] | None) -> zmq.Socket[bytes]:
+def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Socket[bytes]:
     """Return a socket with the options that all of ours have, and *options*."""
     sock = get_context().socket(socket_type)
     try:
@@ -1841,7 +1853,7 @@ def _new_socket(socket_type: int, options: Mapping[int, Any] | None) -> zmq.Sock
 
 
 def set_up_client_socket(
-    socket_type: int, address: str, options: Mapping[int, Any] | None = None, backend: str | None = None
+    socket_type: int, address: str, options: Mapping[Any, Any] | None = None, backend: str | None = None
 ) -> zmq.Socket[bytes]:
     """Return a new socket that is connected to *address*.
 
@@ -1878,7 +1890,7 @@ def set_up_client_socket(
 def set_up_server_socket(
     socket_type: int,
     destination: str,
-    options: Mapping[int, Any] | None = None,
+    options: Mapping[Any, Any] | None = None,
     port_interval: tuple[int | None, int | None] = (None, None),
     backend: str | None = None,
     local_only: bool = False,
@@ -2345,7 +2357,9 @@ class MessageBroadcaster:
                     self._close(targets, waker)
                     raise
                 arguments = (targets, waker)
-                self._thread = threading.Thread(target=self._run, args=arguments, name="posttroll announce", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, args=arguments, name="posttroll announce", daemon=True
+                )
                 self._thread.start()
         return self
 
@@ -2609,7 +2623,7 @@ class Publisher:
             return
         while True:
             try:
-                frame = cast(zmq.Frame, sock.recv(_NOBLOCK, copy=False))
+                frame = sock.recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 return
             change = frame.bytes
@@ -2988,8 +3002,8 @@ class Subscriber:
     Raises:
         ValueError: An address cannot be used.
 
-    It can be iterated over, also with ``async for``, and is a context manager that closes it.  `stop` and `close` may be
-    called from other threads and from signal handlers, `add`, `remove` and `update` from other threads.
+    It can be iterated over, also with ``async for``, and is a context manager that closes it.  `stop` and `close` may
+    be called from other threads and from signal handlers, `add`, `remove` and `update` from other threads.
     """
 
     _BATCH = 1000  # messages from one socket until the others have their turn
@@ -3087,7 +3101,7 @@ class Subscriber:
         self._add_hook(zmq.SUB, address, _topic_prefixes(topics), callback)
 
     def add_hook_pull(self, address: str, callback: Callable[[Message], Any]) -> None:
-        """Connect a PULL socket to *address*, and have *callback* called with its messages, in the thread that receives.
+        """Connect a PULL socket to *address*; *callback* is called with what it gets, in the thread that receives.
 
         Args:
             address: The address to connect to, for example ``"inproc://commands"`` of another thread.
@@ -3243,6 +3257,7 @@ class Subscriber:
             lock.release()
 
     def __call__(self, **kwargs: Any) -> Iterator[Message | None]:
+        """Receive, as `recv` does."""
         return self.recv(**kwargs)
 
     def __iter__(self) -> Iterator[Message]:
@@ -3471,7 +3486,7 @@ class _Follower:
                 hwm = {zmq.SNDHWM: 2 * len(self._services) + 10}
                 lookup = set_up_client_socket(zmq.DEALER, _lookup_endpoint(host), hwm)
                 self._lookups[host] = lookup
-                self._subscriber._register(lookup, lambda frames, host=host: self._take_answer(host, frames))
+                self._subscriber._register(lookup, partial(self._take_answer, host))
                 if self._listen:
                     self._open_news(host)
 
@@ -3480,7 +3495,7 @@ class _Follower:
         endpoint = _nameserver_endpoint(host.rpartition(":")[0] or host, self._address_port)
         news = set_up_client_socket(zmq.SUB, "")
         news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
-        self._subscriber._register(news, lambda frames: self._take_news(host, frames))
+        self._subscriber._register(news, partial(self._take_news, host))
         monitor = news.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._subscriber._register(monitor, lambda frames: self._catch_up())
         news.connect(endpoint)
@@ -4040,7 +4055,9 @@ class Logger:
             kind, _, level = message.type.partition(".")
             if kind == "log" and level.upper() in COLORS:
                 number = cast(int, getattr(logging, level.upper()))
-                logging.getLogger(message.subject.rpartition("/")[2]).log(number, "%s: %s", message.sender, message.data)
+                logging.getLogger(message.subject.rpartition("/")[2]).log(
+                    number, "%s: %s", message.sender, message.data
+                )
             else:
                 number = logging.DEBUG if message.type == "beat" else logging.INFO
                 _log("logger").log(number, "%s", message)
@@ -4141,9 +4158,12 @@ def patched_subscriber_recv(messages: Iterable[Any]) -> Iterator[None]:
     def fake_recv(self: Subscriber, *args: Any, **kwargs: Any) -> Iterator[Any]:
         yield from messages
 
-    with mock.patch.object(Subscriber, "recv", fake_recv), mock.patch.object(Subscriber, "__call__", fake_recv):
-        with mock.patch.object(NSSubscriber, "_follow", lambda self, subscriber: None):
-            yield
+    def fake_follow(self: NSSubscriber, subscriber: Subscriber) -> None:
+        """There is nobody to ask."""
+
+    patch_recv = mock.patch.multiple(Subscriber, recv=fake_recv, __call__=fake_recv)
+    with patch_recv, mock.patch.object(NSSubscriber, "_follow", fake_follow):
+        yield
 
 
 @contextmanager
@@ -4171,7 +4191,13 @@ def patched_publisher() -> Iterator[list[str]]:
     def fake_stop(self: Publisher) -> None:
         """Nothing was started."""
 
-    fakes = {"start": fake_start, "send": fake_send, "send_string": fake_send, "stop": fake_stop, "close": fake_stop}
+    fakes: dict[str, Any] = {
+        "start": fake_start,
+        "send": fake_send,
+        "send_string": fake_send,
+        "stop": fake_stop,
+        "close": fake_stop,
+    }
     with mock.patch.multiple(Publisher, **fakes):
         yield published
 
@@ -4245,7 +4271,9 @@ def _run_demo(options: argparse.Namespace) -> int:
     environment.update({f"POSTTROLL_{name}": str(port) for name, port in zip(names, ports)})
     nameserver_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "posttroll_ns.py")
     this_file = os.path.abspath(__file__)
-    print(f"Nameserver on port {ports[0]} (without multicast), a publisher and a subscriber, three processes.", flush=True)
+    print(
+        f"Nameserver on port {ports[0]} (without multicast), a publisher and a subscriber, three processes.", flush=True
+    )
     commands = {
         "nameserver": [sys.executable, nameserver_file, "--no-multicast", "-l", os.devnull],
         "subscriber": [sys.executable, this_file, "demo", "--role", "subscriber"],
@@ -4297,7 +4325,9 @@ def _run_demo_subscriber() -> int:
                 received.append(message.data)
     if received != expected:
         text = f"subscriber: {len(received)} of {len(expected)} messages arrived in {_DEMO_SECONDS} seconds"
-        print(text if len(received) < len(expected) else "subscriber: messages have changed on the way", file=sys.stderr)
+        print(
+            text if len(received) < len(expected) else "subscriber: messages have changed on the way", file=sys.stderr
+        )
         return 1
     return 0
 
@@ -4388,7 +4418,7 @@ def _register_import_paths() -> None:
         "address_receiver": nameserver,
     }
     zmq_path = _Path(f"{__name__}.backends.zmq", zmq_children)
-    paths = {
+    paths: dict[str, types.ModuleType] = {
         **dict.fromkeys(("message", "publisher", "subscriber", "listener"), this),
         **dict.fromkeys(("message_broadcaster", "bbmcast", "testing"), this),
         **dict.fromkeys(("ns", "address_receiver"), nameserver),

@@ -26,17 +26,19 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, cast
 
 import zmq
 
-if __package__:
+if TYPE_CHECKING:
+    import argparse
+
+    import posttroll
+elif __package__:
     from . import posttroll
 else:
     import posttroll
-
-if TYPE_CHECKING:
-    import argparse
 
 _POLLIN = int(zmq.POLLIN)
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -57,7 +59,7 @@ class AnnouncementError(ValueError):
 class _Entry:
     """A publisher: what it announced, and when."""
 
-    __slots__ = ("address", "name", "services", "extras", "heard", "received")
+    __slots__ = ("address", "extras", "heard", "name", "received", "services")
 
     def __init__(self, address: str, name: str, services: tuple[str, ...], extras: dict[str, str]) -> None:
         self.address = address
@@ -855,9 +857,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")
     parser.add_argument("-l", "--log", help="File to log to (defaults to stdout)")
     parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
-    parser.add_argument(
-        "--no-multicast", action="store_true", help="disable address broadcasting via multicasting"
-    )
+    parser.add_argument("--no-multicast", action="store_true", help="disable address broadcasting via multicasting")
     parser.add_argument("-L", "--local-only", action="store_true", help="accept connections only from localhost")
     parser.add_argument("--pid-file", help="file with the process id of the daemon (one for each user and port)")
     parser.add_argument("--version", action="version", version=f"nameserver of posttroll {posttroll.__version__}")
