@@ -51,6 +51,7 @@ import time
 import types
 import warnings
 import weakref
+from binascii import b2a_base64
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -203,7 +204,7 @@ class Config:
         self._assigned: dict[str, Any] = {}
         self._defaults: dict[str, Any] = {key: option.default for key, option in options.items()}
         self._file_layers: list[tuple[str, dict[str, Any]]] | None = None
-        self._cache: dict[str, tuple[str, str | None, Any]] = {}
+        self._cache: dict[str, tuple[Any, Any, Any]] = {}  # what was found, as long as the environment says the same
 
     # -- reading --
 
@@ -222,7 +223,7 @@ class Config:
         if override_with is not None:
             return override_with
         cached = self._cache.get(key)
-        if cached is not None and cached[1] == _environment_value(cached[0]):
+        if cached is not None and _raw_environment().get(cached[0]) == cached[1]:
             return cached[2]
         value, _ = self.lookup(key)
         if value is None and default is not _UNSET and self._is_unset(key):
@@ -246,7 +247,7 @@ class Config:
         key = key.replace("-", "_")
         option = self._options.get(key)
         variable = self._prefix + key.upper().replace(".", "__")
-        text = _environment_value(variable)
+        text = os.environ.get(variable)
         value, source = self._find(key, variable, text, option)
         if option is None or value is None or not check:
             return value, source
@@ -255,7 +256,8 @@ class Config:
         except ValueError as expected:
             raise _wrong_value(self.name, key, value, source, option, str(expected)) from None
         if option.old_name is None:
-            self._cache[key] = (variable, text, value)
+            raw_variable = _raw_variable(variable)
+            self._cache[key] = (raw_variable, _raw_environment().get(raw_variable), value)
         return value, source
 
     def _find(self, key: str, variable: str, text: str | None, option: _Option | None) -> tuple[Any, str]:
@@ -267,7 +269,7 @@ class Config:
         if text is not None:
             return _literal(text), f"${variable}"
         if option is not None and option.old_name is not None:
-            old_text = _environment_value(option.old_name)
+            old_text = os.environ.get(option.old_name)
             if old_text is not None:
                 warnings.warn(f"${option.old_name} is deprecated, use ${variable}.", PendingDeprecationWarning, 4)
                 return _literal(old_text), f"${option.old_name}"
@@ -419,17 +421,17 @@ class _Assignment:
         self._configuration._change(self._before)
 
 
-def _environment_value(name: str) -> str | None:
-    """Return an environment variable, quickly: a message asks for one each time that it is encoded.
+def _raw_environment() -> Mapping[Any, Any]:
+    """Return what is below `os.environ`, which raises and catches an exception for each variable that is not there.
 
-    `os.environ.get` raises and catches an exception for each variable that is not there; the mapping below it does not.
+    That takes too long for something that is asked for with each message.
     """
-    environment: Any = os.environ
-    try:
-        found = environment._data.get(environment.encodekey(name))
-        return None if found is None else environment.decodevalue(found)
-    except (AttributeError, TypeError):  # something else was put in place of os.environ
-        return cast("str | None", environment.get(name))
+    return getattr(os.environ, "_data", os.environ)
+
+
+def _raw_variable(name: str) -> Any:
+    """Return the key of a variable in `_raw_environment`."""
+    return os.environ.encodekey(name) if hasattr(os.environ, "_data") else name
 
 
 def _literal(text: str) -> Any:
@@ -504,7 +506,7 @@ config = Config()
 # ======================================================================================================================
 
 _MAGICK = "pytroll:/"
-_MAX_DEPTH = 100  # of data that are checked level by level; deeper ones are tried with the real encoder
+_MAX_DEPTH = 50  # of data whose types are checked; deeper ones are tried with the real encoder
 
 
 class _DefaultVersion(str):
@@ -671,30 +673,24 @@ def _dumps(data: Any, version: str) -> tuple[str, str]:
 
 
 _ATOMS = frozenset((str, int, float, bool, type(None), datetime))
-_CONTAINERS = frozenset((dict, list, tuple))
-_JSON_TYPES = _ATOMS | _CONTAINERS
-_KEYS = frozenset((str, int, float, bool, type(None)))
 
 
-def _is_plainly_json(data: Any) -> bool:
-    """Whether *data* can be encoded for sure, found out faster than by encoding them.
-
-    Looks at the types only, level by level and at the speed of C; says False when in doubt.
-    """
-    level = [data]
-    for _ in range(_MAX_DEPTH):
-        kinds = set(map(type, level))
-        if kinds <= _ATOMS:
-            return True
-        if not kinds <= _JSON_TYPES:
-            return False
-        dicts = [item for item in level if type(item) is dict]
-        if not set(map(type, chain.from_iterable(dicts))) <= _KEYS:
-            return False
-        children: list[Any] = [item for mapping in dicts for item in mapping.values()]
-        children += chain.from_iterable(item for item in level if type(item) is list or type(item) is tuple)
-        level = children
-    return False
+def _is_plainly_json(data: Any, depth: int = _MAX_DEPTH) -> bool:
+    """Whether *data* can be encoded for sure, found out faster than by encoding them; False when in doubt."""
+    kind = type(data)
+    if kind is dict:
+        for key, value in data.items():
+            if type(key) is not str:
+                return False
+            if type(value) not in _ATOMS and not (depth and _is_plainly_json(value, depth - 1)):
+                return False
+        return True
+    if kind is list or kind is tuple:
+        for value in data:
+            if type(value) not in _ATOMS and not (depth and _is_plainly_json(value, depth - 1)):
+                return False
+        return True
+    return kind in _ATOMS
 
 
 # Bytes, and text that could not travel as it is (old receivers strip leading blanks), go as a data URL (RFC 2397).
@@ -715,17 +711,17 @@ def _travels_as_it_is(text: str) -> bool:
     return True
 
 
-def _binary_text(data: str | bytes | bytearray | memoryview) -> str:
-    """Return the text that stands for binary *data*."""
+def _encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str]:
+    """Return the text that stands for binary *data*: a data URL's beginning (or nothing), and the rest."""
     if not isinstance(data, str):
-        return _BYTES_URL + base64.b64encode(data).decode("ascii")
+        return _BYTES_URL, b2a_base64(data, newline=False).decode("ascii")
     if data and _travels_as_it_is(data) and not data.startswith((_BYTES_URL, _TEXT_URL)):
-        return data
-    return _TEXT_URL + base64.b64encode(data.encode("utf-8", "surrogatepass")).decode("ascii")
+        return "", data
+    return _TEXT_URL, b2a_base64(data.encode("utf-8", "surrogatepass"), newline=False).decode("ascii")
 
 
-def _binary_data(text: str) -> str | bytes:
-    """Return the data that `_binary_text` made *text* of; another sender's text is returned as it is."""
+def _decode_binary(text: str) -> str | bytes:
+    """Return the data that `_encode_binary` made *text* of; another sender's text is returned as it is."""
     for prefix in (_BYTES_URL, _TEXT_URL):
         if text.startswith(prefix):
             try:
@@ -736,24 +732,27 @@ def _binary_data(text: str) -> str | bytes:
     return text
 
 
-def _encode_data(data: Any, binary: bool, version: str) -> tuple[str, str]:
-    """Return what follows the header of a message, and the version, chosen if it was ``auto``.
+def _encode_data(data: Any, binary: bool, version: str) -> tuple[str, str, str]:
+    """Return what follows the header of a message, in two pieces, and the version, chosen if it was ``auto``.
 
     Raises:
         MessageError: The data cannot be encoded, or the version is not known.
     """
-    if isinstance(data, (bytes, bytearray, memoryview)) or (binary and isinstance(data, str)):
-        tail = " binary/octet-stream " + _binary_text(data)
-    elif isinstance(data, str) and not data:
-        tail = ""
-    elif isinstance(data, str) and _travels_as_it_is(data):
-        tail = " text/ascii " + data
-    else:
-        text, version = _dumps(data, version)
-        return " application/json " + text, version
-    if version == "auto":
-        version = "v1.01"
-    return tail, version
+    if isinstance(data, str) and not binary:
+        if not data:
+            return "", "", _lowest(version)
+        if _travels_as_it_is(data):
+            return " text/ascii ", data, _lowest(version)
+    elif isinstance(data, (bytes, bytearray, memoryview, str)):
+        url, text = _encode_binary(data)
+        return " binary/octet-stream " + url, text, _lowest(version)
+    text, version = _dumps(data, version)
+    return " application/json ", text, version
+
+
+def _lowest(version: str) -> str:
+    """Return the version of a message whose data are the same in all versions."""
+    return "v1.01" if version == "auto" else version
 
 
 # -- checks --
@@ -788,11 +787,17 @@ def is_valid_data(obj: Any, version: str = "v1.2") -> bool:
     return True
 
 
-def _check_header(subject: Any, atype: Any, sender: Any) -> None:
-    """Raise MessageError if one of the fields would break the header, or forge the field after it."""
-    for name, value in (("subject", subject), ("type", atype), ("sender", sender)):
-        if not _is_field(value):
-            raise MessageError(f"Invalid {name}: {value!r}. It must be text, not empty and without white space.")
+_checked_fields: set[Any] = set()
+
+
+def _check_header(*fields: Any) -> None:
+    """Raise MessageError if a field would break the header, or forge the field after it."""
+    for name, field in zip(("subject", "type", "sender"), fields):
+        if not _is_field(field):
+            raise MessageError(f"Invalid {name}: {field!r}. It must be text, not empty and without white space.")
+        if len(_checked_fields) > 10000:
+            _checked_fields.clear()
+        _checked_fields.add(field)  # most programs send the same few again and again
 
 
 # -- the sender --
@@ -860,16 +865,18 @@ class Message:
             return
         self.subject = subject
         self.type = atype
-        self.sender = sender = _sender or _get_sender()
+        self.sender = _sender or _get_sender()
         self.time = datetime.now(timezone.utc)
         self.data = data
         self.binary = binary
         self.version = version
         self._raw = None
-        _check_header(subject, atype, sender)
+        if type(subject) is not str or subject not in _checked_fields or atype not in _checked_fields:
+            _check_header(subject, atype)
         if version is not _DEFAULT_VERSION and version != "auto":
             _keeps_timezone(version)
-        if type(data) is not str and not _is_plainly_json(data):
+        kind = type(data)
+        if kind is not str and kind is not bytes and not _is_plainly_json(data):
             _encode_data(data, binary, version)
 
     @staticmethod
@@ -879,12 +886,11 @@ class Message:
         Raises:
             MessageError: It is not a message, however it is broken.
         """
-        return Message(rawstr=rawstr)
+        message = object.__new__(Message)
+        _decode_into(message, rawstr)
+        return message
 
-    @staticmethod
-    def from_string(rawstr: str | bytes) -> Message:
-        """Decode a message, as `decode` does."""
-        return Message(rawstr=rawstr)
+    from_string = decode
 
     def encode(self) -> str:
         """Return the message as text, as it is now.
@@ -894,33 +900,33 @@ class Message:
         Raises:
             MessageError: A field or the data have been changed to something that cannot be encoded.
         """
-        header, tail = self._encode()
         if self._raw is None:
-            return header + tail
-        original = Message(rawstr=self._raw)
+            return self._encode()
+        original = Message.decode(self._raw)
         original._raw = None
-        return self._raw if original._encode() == (header, tail) else header + tail
+        now = self._encode()
+        return self._raw if original._encode() == now else now
 
-    def _encode(self) -> tuple[str, str]:
-        """Return header and data of the message as it is now."""
+    def _encode(self) -> str:
+        """Return the message as it is now, made anew."""
         version = self.version
         if version is _DEFAULT_VERSION:
             version = config.get("message_version")
-        subject, atype, sender, data = self.subject, self.type, self.sender, self.data
-        _check_header(subject, atype, sender)
-        if self._raw is not None and version not in _TIMEZONE_OF_VERSION:
-            tail, _ = _encode_data(data, self.binary, "v1.01")  # decoded from something older
-            zoned = False
-        else:
-            tail, version = _encode_data(data, self.binary, version)
-            zoned = _keeps_timezone(version)
-        moment = self.time if zoned else self.time.replace(tzinfo=None)
-        return f"{_MAGICK}{subject} {atype} {sender} {moment.isoformat()} {version}", tail
+        elif version not in _TIMEZONE_OF_VERSION and version != "auto" and _is_readable(version):
+            version = "v1.01"  # decoded from something older
+        prefix, text, version = _encode_data(self.data, self.binary, version)
+        subject, atype, sender, moment = self.subject, self.type, self.sender, self.time
+        if not (subject in _checked_fields and atype in _checked_fields and sender in _checked_fields):
+            _check_header(subject, atype, sender)
+        if not _keeps_timezone(version):
+            moment = moment.replace(tzinfo=None)
+        return f"{_MAGICK}{subject} {atype} {sender} {moment.isoformat()} {version}{prefix}{text}"
 
     @property
     def head(self) -> str:
         """The header: the encoded message without the data."""
-        return self._encode()[0]
+        text = self._encode()
+        return " ".join(text.split(" ", 5)[:5])
 
     @property
     def user(self) -> str:
@@ -950,50 +956,62 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
     if type(raw) is not str:
         raw = _as_text(raw)
     fields = raw.split(None, 6)
-    if len(fields) < 5 or not raw.startswith(_MAGICK):
+    count = len(fields)
+    if count < 5 or not raw.startswith(_MAGICK):
         raise MessageError(f"This is not a '{_MAGICK}' message: {raw[:80]!r}")
-    subject = fields[0][len(_MAGICK) :]
-    version = fields[4]
-    if not subject:
-        raise MessageError(f"Invalid subject: '' in {raw[:80]!r}")
+    if count < 7:
+        fields = [*fields, "", ""][:7]
+    magick_subject, message.type, message.sender, stamp, version, mime, text = fields
     if version not in _TIMEZONE_OF_VERSION and not _is_readable(version):
         raise MessageError(f"Invalid message version: {version[:80]!r}. This program reads versions up to v1.2.")
-    moment = _parse_datetime(fields[3])
-    if moment is None:
-        raise MessageError(f"Invalid time: {fields[3][:80]!r}")
-    message.subject = subject
-    message.type = fields[1]
-    message.sender = fields[2]
-    message.time = moment
+    message.subject = magick_subject[9:]
+    if not message.subject:
+        raise MessageError(f"Invalid subject: '' in {raw[:80]!r}")
+    try:
+        message.time = datetime.fromisoformat(stamp)
+    except ValueError:
+        message.time = _parse_timestamp(stamp)
     message.version = version
     message.binary = False
     message._raw = raw
-    if len(fields) == 5:
-        message.data = ""
-        return
-    mime = fields[5]
-    text = fields[6] if len(fields) == 7 else ""
-    start = len(raw) - len(text)
-    if not text or raw[start - 2].isspace():  # blanks that belong to the data
-        start = len(raw[:start].rstrip()) + 1
-        text = raw[start:]
-        if start > len(raw):
-            raise MessageError(f"Mime type {mime[:80]!r} without data")
-    if mime == "application/json":
-        try:
-            data = _from_json(text)
-        except (ValueError, RecursionError) as error:
-            raise MessageError(f"Invalid JSON data: {str(error)[:200]}") from None
-        message.data = datetime_decoder(data) if _find_date_in_json(text) else data
-        if type(data) is str:
-            message.data = _parse_datetime(data) or data
-    elif mime == "text/ascii":
+    if mime and (not text or raw[-len(text) - 2].isspace()):
+        text = _text_with_blanks(raw, len(raw) - len(text), mime)
+    if mime == "text/ascii" or not mime:
         message.data = text
+    elif mime == "application/json":
+        message.data = _decode_json(text)
     elif mime == "binary/octet-stream":
         message.binary = True
-        message.data = _binary_data(text)
+        message.data = _decode_binary(text)
     else:
         raise MessageError(f"Unknown mime type: {mime[:80]!r}")
+
+
+def _parse_timestamp(text: str) -> datetime:
+    """Return the time in a header; raises MessageError if it is none."""
+    moment = _parse_datetime(text)
+    if moment is None:
+        raise MessageError(f"Invalid time: {text[:80]!r}")
+    return moment
+
+
+def _text_with_blanks(raw: str, start: int, mime: str) -> str:
+    """Return the data, of which splitting has taken the leading blanks: all after one blank behind the mime type."""
+    end_of_mime = len(raw[:start].rstrip())
+    if end_of_mime == len(raw):
+        raise MessageError(f"Mime type {mime[:80]!r} without data")
+    return raw[end_of_mime + 1 :]
+
+
+def _decode_json(text: str) -> Any:
+    """Return the data in *text*; raises MessageError if it is no JSON."""
+    try:
+        data = _from_json(text)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"Invalid JSON data: {str(error)[:200]}") from None
+    if _find_date_in_json(text) is None:
+        return data
+    return (_parse_datetime(data) or data) if type(data) is str else datetime_decoder(data)
 
 
 def _as_text(raw: Any) -> str:
