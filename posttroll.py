@@ -152,6 +152,15 @@ def _merged(base: Any, top: Any) -> Any:
     return merged
 
 
+def _assigned(tree: Any, path: Sequence[str], value: Any) -> Any:
+    """Return a copy of *tree* that holds *value* at *path*, in place of what was there."""
+    if not path:
+        return _normalised(value)
+    copy = dict(tree) if isinstance(tree, Mapping) else {}
+    copy[path[0]] = _assigned(copy.get(path[0]), path[1:], value)
+    return copy
+
+
 def _normalised(value: Any) -> Any:
     """Copy *value* with its keys in the canonical form: lower case words joined by ``_``."""
     if isinstance(value, Mapping):
@@ -249,7 +258,7 @@ class Config:
         variable = self._prefix + key.upper().replace(".", "__")
         text = os.environ.get(variable)
         value, source = self._find(key, variable, text, option)
-        if option is None or value is None or not check:
+        if option is None or not check or (value is None and option.default is None):
             return value, source
         try:
             value = _as_kind(value, option.kind)
@@ -341,11 +350,7 @@ class Config:
             before = self._assigned
             after = before
             for key, value in changes.items():
-                parts = key.replace("-", "_").split(".")
-                tree = value
-                for part in reversed(parts):
-                    tree = {part: tree}
-                after = _merged(after, tree)
+                after = _assigned(after, key.replace("-", "_").split("."), value)
             self._change(after)
         return _Assignment(self, before)
 
@@ -358,7 +363,8 @@ class Config:
         """Merge *new* into what was set in code; with priority ``"old"``, only keys that have no value yet."""
         if priority == "old":
             new = {key: value for key, value in new.items() if key not in self}
-        self.set(new)
+        with self._lock:
+            self._change(_merged(self._assigned, new))
 
     def merge(self, *mappings: Mapping[str, Any]) -> None:
         """Merge mappings into what was set in code, the last one wins."""
