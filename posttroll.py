@@ -513,6 +513,7 @@ config = Config()
 
 _MAGICK = "pytroll:/"
 _MAX_DEPTH = 50  # of data whose types are checked; deeper ones are tried with the real encoder
+_MAX_NESTING = 200  # of data in a message: what one program has decoded, any other can print, pickle and encode
 
 
 class _DefaultVersion(str):
@@ -537,7 +538,7 @@ _match_isoformat = re.compile(
     r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII
 ).fullmatch
 _match_datetime = re.compile(
-    r"(\d{4}-\d\d-\d\d)(?:T([01]\d|2[0-3])(:\d\d)(?:(:\d\d)(?:[.,](\d+))?)?(Z|[+-]\d\d(?::\d\d(?::\d\d)?)?)?)?",
+    r"(\d{4}-\d\d-\d\d)(?:T([01]\d|2[0-3])(:\d\d)(?:(:\d\d)(?:[.,](\d+))?)?(Z|[+-]\d\d(?::\d\d(?::\d\d(?:\.\d{6})?)?)?)?)?",
     re.ASCII,
 ).fullmatch
 _find_date_in_json = re.compile(r'"\d\d\d\d-\d\d-\d\d["T]', re.ASCII).search
@@ -669,13 +670,29 @@ def _dumps(data: Any, version: str) -> tuple[str, str]:
     try:
         if version == "auto":
             try:
-                return _to_json_without_datetime(data), "v1.01"
+                text, version = _to_json_without_datetime(data), "v1.01"
             except _DatetimeFoundError:
-                version = "v1.2"
-        return _to_json[_keeps_timezone(version)](data), version
+                text, version = _to_json[True](data), "v1.2"
+        else:
+            text = _to_json[_keeps_timezone(version)](data)
     except (TypeError, ValueError, RecursionError, OverflowError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise MessageError(f"Invalid data: data is not JSON serializable ({reason})") from None
+    _check_nesting(text, data)
+    return text, version
+
+
+def _check_nesting(text: str, data: Any) -> None:
+    """Raise MessageError if *data*, whose JSON is *text*, are nested deeper than `_MAX_NESTING`."""
+    if text.count("[") + text.count("{") <= _MAX_NESTING:
+        return
+    level = [data]
+    for _ in range(_MAX_NESTING + 1):
+        level = [item for item in level if isinstance(item, (dict, list, tuple))]
+        if not level:
+            return
+        level = list(chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level))
+    raise MessageError(f"Invalid data: nested deeper than {_MAX_NESTING} levels")
 
 
 _ATOMS = frozenset((str, int, float, bool, type(None), datetime))
@@ -877,7 +894,7 @@ class Message:
         self.binary = binary
         self.version = version
         self._raw = None
-        if type(subject) is not str or subject not in _checked_fields or atype not in _checked_fields:
+        if not (type(subject) is type(atype) is str and subject in _checked_fields and atype in _checked_fields):
             _check_header(subject, atype)
         if version is not _DEFAULT_VERSION and version != "auto":
             _keeps_timezone(version)
@@ -922,7 +939,8 @@ class Message:
             version = "v1.01"  # decoded from something older
         prefix, text, version = _encode_data(self.data, self.binary, version)
         subject, atype, sender, moment = self.subject, self.type, self.sender, self.time
-        if not (subject in _checked_fields and atype in _checked_fields and sender in _checked_fields):
+        are_texts = type(subject) is type(atype) is type(sender) is str
+        if not (are_texts and subject in _checked_fields and atype in _checked_fields and sender in _checked_fields):
             _check_header(subject, atype, sender)
         if not _keeps_timezone(version):
             moment = moment.replace(tzinfo=None)
@@ -1015,6 +1033,7 @@ def _decode_json(text: str) -> Any:
         data = _from_json(text)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"Invalid JSON data: {str(error)[:200]}") from None
+    _check_nesting(text, data)
     if _find_date_in_json(text) is None:
         return data
     return (_parse_datetime(data) or data) if type(data) is str else datetime_decoder(data)
