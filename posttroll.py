@@ -3571,18 +3571,18 @@ class _Follower:
         return bool(self._last_seen) if service == "" else service in self._found
 
     def _look_up(self, services: Iterable[str]) -> None:
-        """Ask the nameservers; their answers come by and by, in the order of the requests."""
+        """Ask the nameservers; their answers come by and by, behind the first frame of the request (not empty)."""
         for lookup in self._lookups.values():
             for service in services:
                 with suppress(zmq.Again):  # it is down, and enough requests wait for it
-                    lookup.send_multipart([service.encode(), b"", _request_for(service)], _NOBLOCK)
+                    lookup.send_multipart([b"=" + service.encode(), b"", _request_for(service)], _NOBLOCK)
 
     def _take_answer(self, host: str, frames: list[bytes]) -> None:
         """Take the answer to a lookup; the first frame comes back as we sent it."""
         if len(frames) != 3:
             self._log.warning("answer", "Skipped an answer of %d frames from the nameserver %s", len(frames), host)
             return
-        service = frames[0].decode("utf-8", "replace")
+        service = frames[0][1:].decode("utf-8", "replace")
         entries = _addresses_in(frames[2])
         for entry in entries:
             self.add(host, entry)
@@ -4247,7 +4247,13 @@ def patched_publisher() -> Iterator[list[str]]:
 
 # ======================================================================================================================
 # 12. Command line
+#
+# Results go to stdout, talk goes to stderr, and the exit status is 0 only on success.
 # ======================================================================================================================
+
+
+class _CommandError(Exception):
+    """What went wrong with a command, and what to do about it; ends it with exit status 1."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -4259,31 +4265,848 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    words = list(sys.argv[1:] if args is None else args)
+    if words[:1] == ["nameserver"]:
+        return cast(int, _nameserver_module().main(words[1:]))
+    options = _parser().parse_args(words)
+    try:
+        with config.set(dict(options.set)):
+            return cast(int, options.run(options))
+    except (_CommandError, ConfigurationError, NotImplementedError, MessageError, zmq.ZMQError, TimeoutError) as error:
+        _talk(f"posttroll {options.command}: {error}")
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError) as error:
+        _talk(f"posttroll {options.command}: {error}")
+    return 1
+
+
+def _talk(text: str) -> None:
+    """Tell something that is not a result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(prog="posttroll", description="Messages between programs over ZeroMQ.")
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    demo = commands.add_parser("demo", help="run a nameserver, a publisher and a subscriber on this machine")
+    def add(name: str, run: Callable[[Any], int], help_text: str, examples: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog="examples:\n" + examples if examples else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost)")
+        command.add_argument("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
+        command.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], type=_assignment, help="set a configuration key"
+        )
+        command.set_defaults(run=run)
+        return command
+
+    publish = add("publish", _run_publish, "publish messages", _PUBLISH_EXAMPLES)
+    publish.add_argument("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
+    publish.add_argument("type", nargs="?", metavar="TYPE", help="for example file")
+    publish.add_argument("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
+    form = publish.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="DATA is JSON")
+    form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
+    publish.add_argument("--file", metavar="FILE", help="read DATA from a file")
+    publish.add_argument("--lines", action="store_true", help="each line of the file or stdin is a message of its own")
+    publish.add_argument("--service", default="posttroll", help="name of the publisher (posttroll)")
+    publish.add_argument("--port", type=int, default=0, help="port to publish on (a free one)")
+    publish.add_argument("--nameservers", metavar="HOST", nargs="+", help="register there; 'none': announce nowhere")
+    publish.add_argument("--wait", metavar="SECONDS", type=float, default=10.0, help="for subscribers (10)")
+    publish.add_argument("--subscribers", metavar="N", type=int, default=1, help="how many to wait for (1)")
+    publish.add_argument("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)")
+    publish.add_argument("--speed", type=float, default=1.0, metavar="X", help="of the replay; 0 without pauses (1)")
+
+    subscribe = add("subscribe", _run_subscribe, "print messages as they come", _SUBSCRIBE_EXAMPLES)
+    subscribe.add_argument("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    subscribe.add_argument("--service", action="append", help="name of a publisher (all)")
+    subscribe.add_argument("--address", action="append", help="address of a publisher, no nameserver is asked")
+    subscribe.add_argument("--type", action="append", help="only messages of this type")
+    subscribe.add_argument("-n", "--count", type=int, help="end after so many messages")
+    subscribe.add_argument("--timeout", metavar="SECONDS", type=float, help="end after so long without a message")
+    form = subscribe.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+
+    services = add("services", _run_services, "list what the nameserver knows", _SERVICES_EXAMPLES)
+    services.add_argument("names", nargs="*", metavar="NAME", help="only these services")
+    services.add_argument("--json", action="store_true", help="as JSON")
+    services.add_argument("--watch", nargs="?", const=2.0, type=float, metavar="SECONDS", help="again and again (2)")
+    services.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for the nameserver (5)")
+
+    top = add("top", _run_top, "show who publishes how much, live; q quits", _TOP_EXAMPLES)
+    top.add_argument("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    top.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two views (2)")
+    top.add_argument("-n", "--count", type=int, help="end after so many views (1 without a terminal)")
+
+    doctor = add("doctor", _run_doctor, "find out why programs do not hear each other", _DOCTOR_EXAMPLES)
+    doctor.add_argument("--no-multicast", action="store_true", help="the nameserver here runs with --no-multicast")
+
+    settings = add("config", _run_config, "show the configuration: value, source, default, meaning", _CONFIG_EXAMPLES)
+    settings.add_argument("keys", nargs="*", metavar="KEY", help="only these keys")
+    settings.add_argument("--json", action="store_true", help="as JSON")
+
+    demo = add("demo", _run_demo, "run a nameserver, a publisher and a subscriber on this machine")
     demo.add_argument("--role", choices=["publisher", "subscriber"], help=argparse.SUPPRESS)
-    demo.set_defaults(run=_run_demo)
+    _add_key_arguments(add("generate-keys", _run_generate_keys, "make a pair of keys for the secure backend"))
+    _add_logger_arguments(add("logger", _run_logger, "log the messages of all publishers"))
+    commands.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
+    return parser
 
-    keys = commands.add_parser("generate-keys", help="make a pair of keys for the secure backend")
-    _add_key_arguments(keys)
-    keys.set_defaults(run=_run_generate_keys)
 
-    logger_parser = commands.add_parser("logger", help="log the messages of all publishers")
-    _add_logger_arguments(logger_parser)
-    logger_parser.set_defaults(run=_run_logger)
+def _assignment(text: str) -> tuple[str, Any]:
+    """Return key and value of ``key=value``, for argparse."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(text)
+    return key, _literal(value)
 
-    commands.add_parser("nameserver", help="run the nameserver (nameserver --help tells more)", add_help=False)
 
-    words = list(sys.argv[1:] if args is None else args)
-    if words[:1] == ["nameserver"]:
-        return cast(int, _nameserver_module().main(words[1:]))
-    options = parser.parse_args(words)
-    return cast(int, options.run(options))
+_PUBLISH_EXAMPLES = """\
+  posttroll publish /alarm info "disk is full"
+  posttroll publish /segment file uri=/data/a.nc size=1200 --service receiver --nameservers localhost
+  posttroll publish /segment file --json '{"uri": "/data/a.nc"}'
+  tail -f log | posttroll publish /log info - --lines
+  posttroll publish --replay recorded --speed 10
+"""
+_SUBSCRIBE_EXAMPLES = """\
+  posttroll subscribe /segment --service receiver
+  posttroll subscribe --json | jq .data.uri
+  posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
+  posttroll subscribe --raw > recorded
+"""
+_SERVICES_EXAMPLES = """\
+  posttroll services
+  posttroll services --nameserver otherhost --json
+  posttroll services --watch
+"""
+_TOP_EXAMPLES = """\
+  posttroll top
+  posttroll top /segment --interval 10 -n 6 > load.txt
+"""
+_DOCTOR_EXAMPLES = """\
+  posttroll doctor
+  posttroll doctor --nameserver otherhost
+  POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
+"""
+_CONFIG_EXAMPLES = """\
+  posttroll config
+  posttroll config backend mc_group
+  posttroll config --set nameserver_port=5600 --json
+"""
+
+
+def _nameservers(options: argparse.Namespace) -> list[str]:
+    """Return the nameservers to ask."""
+    return options.nameserver or ["localhost"]
+
+
+def _table(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> list[str]:
+    """Return the lines of a table with aligned columns."""
+    lines = [headings, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+
+
+# -- publish --
+
+
+def _run_publish(options: argparse.Namespace) -> int:
+    if options.replay:
+        messages: Iterable[Message] = _read_recording(options.replay)
+    elif options.subject is None or options.type is None:
+        raise _CommandError("SUBJECT and TYPE are needed (or --replay FILE).")
+    else:
+        messages = _messages_to_publish(options)
+    hosts = [*(options.nameservers or []), *(options.nameserver or [])]
+    nameservers: Any = False if hosts == ["none"] else hosts or None
+    if nameservers is False and not options.port:
+        raise _CommandError("--nameservers none needs --port, else nobody could find the publisher.")
+    count = 0
+    with Publish(options.service, options.port, nameservers=nameservers) as publisher, _progress(messages) as following:
+        if options.subscribers > 0 and not publisher.wait_for_subscribers(options.subscribers, options.wait):
+            found = publisher.subscriber_count
+            raise _CommandError(
+                f"{found} of {options.subscribers} subscribers after {options.wait:g} s: nothing was sent."
+            )
+        for message in following:
+            if options.replay:
+                _keep_pace(message, options.speed)
+            publisher.send(message)
+            count += 1
+        subscribers, dropped = publisher.subscriber_count, publisher.dropped
+    _talk(f"{count} message{'s' * (count != 1)} to {subscribers} subscriber{'s' * (subscribers != 1)}")
+    if dropped:
+        raise _CommandError(f"{dropped} messages were lost: a subscriber was too slow.")
+    return 0
+
+
+def _messages_to_publish(options: argparse.Namespace) -> Iterator[Message]:
+    """Yield the messages that the command line describes."""
+    from_stdin = options.data == ["-"]
+    if not from_stdin and not options.file:
+        yield Message(options.subject, options.type, _data_of_words(options))
+        return
+    if options.file and options.data:
+        raise _CommandError("DATA are given twice: on the command line and by --file.")
+    stream = sys.stdin if from_stdin else open(options.file, encoding="utf-8")  # noqa: SIM115
+    with stream:
+        texts = (line.rstrip("\n") for line in stream) if options.lines else iter([stream.read()])
+        for text in texts:
+            yield Message(options.subject, options.type, _parse_json(text) if options.json else text)
+
+
+def _data_of_words(options: argparse.Namespace) -> Any:
+    """Return the data that the words on the command line stand for."""
+    words = options.data
+    if options.json:
+        return _parse_json(" ".join(words))
+    if words and not options.text and all(re.match(r"[A-Za-z_][\w.-]*=", word) for word in words):
+        return {key: _json_or_text(value) for key, _, value in (word.partition("=") for word in words)}
+    return " ".join(words)
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return datetime_decoder(_from_json(text.strip()))
+    except (ValueError, RecursionError) as error:
+        raise _CommandError(f"DATA is no JSON: {error}") from None
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return _from_json(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _recorded(message: Message) -> str:
+    """Return a message as one line; one with line breaks in it is escaped, and begins with a backslash."""
+    text = message.encode()
+    if "\n" not in text and "\r" not in text:
+        return text
+    return "\\" + text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _read_recording(path: str) -> list[Message]:
+    """Return the messages that were recorded, one a line."""
+    escapes = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
+    with sys.stdin if path == "-" else open(path, encoding="utf-8", newline="\n") as stream:
+        messages = []
+        for number, line in enumerate(stream, 1):
+            text = line.rstrip("\n")
+            if text.startswith("\\"):
+                text = re.sub(r"\\[nr\\]", lambda match: escapes[match[0]], text[1:])
+            try:
+                messages.append(Message.decode(text))
+            except MessageError as error:
+                raise _CommandError(f"{path}, line {number}: {error}") from None
+    return messages
+
+
+_replay_start: list[float] = []
+
+
+def _keep_pace(message: Message, speed: float) -> None:
+    """Wait as long after the first message of a replay as it was then, at *speed* times the speed."""
+    if speed <= 0:
+        return
+    sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc).timestamp()
+    if not _replay_start:
+        _replay_start[:] = [time.monotonic(), sent]
+    delay = _replay_start[0] + (sent - _replay_start[1]) / speed - time.monotonic()
+    if delay > 0:
+        time.sleep(delay)
+
+
+@contextmanager
+def _progress(messages: Iterable[Message]) -> Iterator[Iterable[Message]]:
+    """Show a progress bar on a terminal, if it is known how many messages there are."""
+    if not isinstance(messages, list) or not sys.stderr.isatty():
+        yield messages
+        return
+    total = len(messages)
+
+    def shown() -> Iterator[Message]:
+        last = 0.0
+        for number, message in enumerate(cast("list[Message]", messages), 1):
+            yield message
+            if time.monotonic() - last > 0.1 or number == total:
+                last = time.monotonic()
+                filled = 30 * number // total
+                bar = "#" * filled + "." * (30 - filled)
+                print(f"\r[{bar}] {number}/{total}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield shown()
+    finally:
+        print(file=sys.stderr)
+
+
+# -- subscribe --
+
+
+def _run_subscribe(options: argparse.Namespace) -> int:
+    color = _wants_color(sys.stdout) and not options.no_color
+    if options.json:
+        form: Callable[[Message], str] = _as_json_line
+    elif options.raw or not sys.stdout.isatty():
+        form = _recorded
+    else:
+        form = partial(_as_readable, color=color)
+
+    def is_wanted(message: Message) -> bool:
+        return not options.type or message.type in options.type
+
+    if options.address:
+        subscriber = Subscriber(options.address, options.topics or "", message_filter=is_wanted)
+    else:
+        services = options.service or [""]
+        following = NSSubscriber(services, options.topics or "", True, None, 0, False, _nameservers(options), is_wanted)
+        subscriber = following.start()
+    received = 0
+    with subscriber, _signals_call(subscriber.close):
+        for message in subscriber.recv(options.timeout):
+            if message is None:
+                break
+            print(form(message), flush=True)
+            received += 1
+            if received == options.count:
+                break
+    wanted = options.count or (1 if options.timeout is not None else 0)
+    if received < wanted:
+        _talk(f"posttroll subscribe: {received} of {wanted} messages came")
+        return 1
+    return 0
+
+
+def _as_json_line(message: Message) -> str:
+    """Return a message as a JSON object on one line; bytes as a base64 data URL."""
+    data = message.data
+    if isinstance(data, bytes):
+        data = "".join(_encode_binary(data))
+    fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
+    return _dumps({**fields, "version": message.version, "data": data}, "v1.2")[0]
+
+
+def _as_readable(message: Message, color: bool) -> str:
+    """Return a message as lines for people."""
+    moment = message.time.astimezone() if message.time.tzinfo else message.time
+    subject, kind = message.subject, message.type
+    if color:
+        subject, kind = _colored(subject, GREEN), _colored(kind, YELLOW)
+    head = f"{moment:%H:%M:%S} {subject} {kind} {message.sender}"
+    data = message.data
+    if isinstance(data, dict):
+        width = max((len(key) for key in data), default=0)
+        names = ((key, _colored(key.ljust(width), CYAN) if color else key.ljust(width)) for key in data)
+        return "\n".join([head, *(f"    {name}  {_printable(data[key])}" for key, name in names)])
+    return f"{head} {_printable(data)}" if data != "" else head
+
+
+def _printable(value: Any) -> str:
+    """Return a value on one line, without characters that a terminal would obey."""
+    text = value if isinstance(value, str) else value.isoformat() if isinstance(value, datetime) else repr(value)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+# -- services --
+
+
+def _run_services(options: argparse.Namespace) -> int:
+    while True:
+        found: dict[str, dict[str, Any]] = {}
+        for name in options.names or [""]:
+            for entry in get_pub_address(name, options.timeout, _nameservers(options)):
+                found[entry["URI"]] = entry
+        answers = _check_publishers(list(found))
+        rows = [_describe_service(entry, answers[address]) for address, entry in found.items()]
+        rows.sort(key=lambda row: (row["name"], row["address"]))
+        if options.watch and sys.stdout.isatty():
+            print("\033[H\033[J", end="")
+        if options.json:
+            print(_dumps(rows, "v1.2")[0], flush=True)
+        else:
+            color = _wants_color(sys.stdout) and not options.no_color
+            print("\n".join(_services_table(rows, color)), flush=True)
+        if not options.watch:
+            return 0
+        time.sleep(options.watch)
+
+
+def _describe_service(entry: Mapping[str, Any], answers: bool) -> dict[str, Any]:
+    """Return what is known of a publisher, from an entry of a nameserver's answer."""
+    services = [str(service) for service in entry.get("service", []) if service]
+    name = entry.get("name")
+    if not isinstance(name, str) or name == "address":  # which other nameservers say of every publisher
+        name = services[0] if services else ""
+    received = entry.get("receive_time")
+    age = None
+    if isinstance(received, datetime):
+        received = received.replace(tzinfo=received.tzinfo or timezone.utc)
+        age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
+    return {
+        "name": name,
+        "aliases": [service for service in services if service != name],
+        "address": entry["URI"],
+        "backend": entry.get("backend"),
+        "version": entry.get("supported_message_version"),
+        "age": age,
+        "answers": answers,
+    }
+
+
+def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
+    """Return the lines of the table; its last column is the only one in colour, so the widths stay right."""
+    cells = []
+    for row in rows:
+        age = "" if row["age"] is None else f"{row['age']:.0f} s"
+        line = [row["name"], ",".join(row["aliases"]), row["address"], row["backend"] or "", row["version"] or "", age]
+        word = "yes" if row["answers"] else "no"
+        cells.append([*map(_printable, line), _colored(word, GREEN if row["answers"] else RED) if color else word])
+    return _table(cells, ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS"))
+
+
+def _check_publishers(addresses: Sequence[str]) -> dict[str, bool]:
+    """Return which of the addresses are answered by a ZeroMQ socket, all of them asked at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return dict(zip(addresses, pool.map(lambda address: _greeting_of(address)[:1] == b"\xff", addresses)))
+
+
+def _greeting_of(address: str, timeout: float = 1.0) -> bytes:
+    """Return the beginning of the ZMTP greeting at *address*, empty if nobody answers.
+
+    A greeting (https://rfc.zeromq.org/spec/23) is 64 bytes: signature, version, mechanism; the first part of it comes
+    at once, the mechanism after we have greeted too.
+    """
+    tcp = _split_tcp(address)
+    if tcp is None:
+        return b""
+    greeting = b""
+    try:
+        with socket.create_connection(tcp, timeout) as connection:
+            connection.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL".ljust(64, b"\0"))
+            while len(greeting) < 64:
+                part = connection.recv(64 - len(greeting))
+                if not part:
+                    break
+                greeting += part
+    except OSError:
+        pass  # what has come so far tells enough
+    return greeting
+
+
+# -- top --
+
+
+class _Traffic:
+    """What one publisher sent under one subject since the last view."""
+
+    def __init__(self) -> None:
+        self.messages = self.size = 0
+        self.last = 0.0
+
+
+class _CountingSubscriber(Subscriber):
+    """Counts messages by the address that they came from, for which it has a socket for each address."""
+
+    def __init__(self, topics: Sequence[str]) -> None:
+        super().__init__([], topics or "", translate=True)
+        self.traffic: dict[tuple[str, str], _Traffic] = {}
+        self.beats: dict[str, tuple[float, float]] = {}
+
+    def _translate_sender(self, message: Message, sock: zmq.Socket[bytes]) -> None:
+        address = next((key[2] for key, other in self._groups.items() if other is sock), "")
+        traffic = self.traffic.setdefault((address, message.subject), _Traffic())
+        traffic.messages += 1
+        traffic.size += len(message._raw or "")
+        traffic.last = time.monotonic()
+        interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
+        if message.type == "beat" and isinstance(interval, (int, float)):
+            self.beats[address] = (traffic.last, max(float(interval), 1.0))
+
+    def count(self, seconds: float) -> bool:
+        """Count what comes in so many seconds; return False if it was stopped before."""
+        for traffic in self.traffic.values():
+            traffic.messages = traffic.size = 0
+        deadline = time.monotonic() + seconds
+        return any(time.monotonic() >= deadline for _ in self.recv(0.1))
+
+    def missed_beats(self, address: str) -> str:
+        """Return how many heartbeats of a publisher are overdue, empty if it sends none."""
+        if address not in self.beats:
+            return ""
+        last, interval = self.beats[address]
+        return str(max(int((time.monotonic() - last) / interval - 0.5), 0))
+
+
+def _run_top(options: argparse.Namespace) -> int:
+    on_terminal = sys.stdout.isatty()
+    views = options.count or (None if on_terminal else 1)
+    subscriber = _CountingSubscriber(options.topics)
+    follower = _Follower(subscriber, [""], _nameservers(options), listen=True)
+    names: dict[str, str] = {}
+    with subscriber, _signals_call(subscriber.close), _keys_call({"q": subscriber.close}, subscriber):
+        follower.open()
+        follower.run()
+        subscriber._timers.append(follower)
+        while subscriber.count(options.interval):
+            with suppress(TimeoutError):
+                for entry in get_pub_address("", 1, _nameservers(options)):
+                    names[entry["URI"]] = _describe_service(entry, True)["name"]
+            _show(_top_lines(subscriber, names, options.interval), on_terminal)
+            views = None if views is None else views - 1
+            if views == 0:
+                break
+    return 0
+
+
+def _show(lines: list[str], on_terminal: bool) -> None:
+    """Print a view: on a terminal in place of the one before, as much as fits."""
+    if on_terminal:
+        import shutil
+
+        size = shutil.get_terminal_size()
+        lines = [line[: size.columns - 1] for line in lines[: size.lines - 1]]
+        print("\033[H\033[J" + "\n".join(lines), flush=True)
+    else:
+        print("\n".join(lines) + "\n", flush=True)
+
+
+@contextmanager
+def _keys_call(actions: Mapping[str, Callable[[], None]], subscriber: Subscriber) -> Iterator[None]:
+    """Have single keys, without Enter, call something while *subscriber* receives; if there is a terminal for it."""
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows: Control-C ends it
+        yield
+        return
+    if not sys.stdin.isatty():
+        yield
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+
+    def watch() -> None:
+        while not subscriber._is_closed:
+            if zmq.select([descriptor], [], [], 0.1)[0]:
+                actions.get(os.read(descriptor, 1).decode("ascii", "replace"), lambda: None)()
+
+    watcher = threading.Thread(target=watch, name="posttroll keys", daemon=True)
+    try:
+        tty.setcbreak(descriptor)
+        watcher.start()
+        yield
+    finally:
+        subscriber.close()
+        watcher.join(1)
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _top_lines(subscriber: _CountingSubscriber, names: Mapping[str, str], seconds: float) -> list[str]:
+    """Return the lines of a view, the busiest first."""
+    now = time.monotonic()
+    rows = []
+    for (address, subject), traffic in sorted(subscriber.traffic.items(), key=lambda item: -item[1].messages):
+        rates = f"{traffic.messages / seconds:.1f}", f"{traffic.size / seconds:.0f}"
+        cells = [names.get(address, ""), address, subject, *rates, f"{now - traffic.last:.0f} s ago"]
+        rows.append([*map(_printable, cells), subscriber.missed_beats(address)])
+    total = sum(traffic.messages for traffic in subscriber.traffic.values()) / seconds
+    count = len(subscriber.addresses)
+    head = f"posttroll top - {datetime.now():%H:%M:%S}  {count} publishers  {total:.1f} messages/s"
+    headings = ("PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "LAST SEEN", "BEATS MISSED")
+    return [head, "", *_table(rows, headings)]
+
+
+# -- config --
+
+
+def _run_config(options: argparse.Namespace) -> int:
+    known = [*OPTIONS, *sorted(set(config.to_dict()) - set(OPTIONS))]
+    unknown = [key for key in options.keys if key.replace("-", "_") not in known]
+    if unknown:
+        raise _CommandError(f"there is no key {', '.join(unknown)}.")
+    rows = []
+    for key in [key.replace("-", "_") for key in options.keys] or known:
+        value, source = config.lookup(key, check=False)
+        option = OPTIONS.get(key, _Option(None, "", "not a key of posttroll"))
+        rows.append(
+            {"key": key, "value": value, "source": source, "default": option.default, "meaning": option.meaning}
+        )
+    if options.json:
+        print(json.dumps(rows, default=str))
+    else:
+        cells = [["" if cell is None else str(cell) for cell in row.values()] for row in rows]
+        print("\n".join(_table(cells, ("KEY", "VALUE", "SOURCE", "DEFAULT", "MEANING"))))
+    return 0
+
+
+# -- doctor --
+
+
+class _Doctor:
+    """Runs checks, and tells of each in a line what it found and, if something is wrong, what to do."""
+
+    def __init__(self, nameservers: Sequence[str], multicast: bool, color: bool) -> None:
+        self.nameservers = nameservers
+        self.multicast = multicast
+        self._color = color
+        self.failures = 0
+
+    def say(self, verdict: str, check: str, finding: str, remedy: str = "") -> None:
+        """Print the line of a check; *verdict* is ``ok``, ``note`` or ``FAIL``."""
+        self.failures += verdict == "FAIL"
+        word = verdict.ljust(4)
+        if self._color:
+            word = _colored(word, {"ok": GREEN, "note": YELLOW}.get(verdict, RED))
+        print(f"{word}  {check}: {finding}{'  -> ' + remedy if remedy else ''}", flush=True)
+
+    def run(self) -> None:
+        """Run all the checks."""
+        for check in (
+            self.check_configuration,
+            self.check_own_address,
+            self.check_multicast,
+            self.check_keys,
+            self.check_ports,
+            self.check_nameservers,
+            self.check_round_trip,
+        ):
+            try:
+                check()
+            except (ConfigurationError, NotImplementedError) as error:
+                self.say("FAIL", check.__name__[6:].replace("_", " "), str(error), "correct this setting")
+
+    def check_configuration(self) -> None:
+        """Say what is configured and where, and what cannot be used."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            config._file_layers = None  # read them again, to hear what is wrong with them
+            values = config.to_dict()
+        for warning in caught:
+            self.say("FAIL", "configuration", str(warning.message), "correct or remove it")
+        for key in sorted(values):
+            value, source = config.lookup(key, check=False)
+            if key not in OPTIONS:
+                self.say(
+                    "note", "configuration", f"{key} = {value!r} (from {source}) is no key of posttroll", "misspelt?"
+                )
+                continue
+            try:
+                config.lookup(key)
+            except (ConfigurationError, NotImplementedError) as error:
+                self.say("FAIL", "configuration", str(error), "correct this setting")
+            else:
+                if source != "default":
+                    self.say("ok", "configuration", f"{key} = {value!r} (from {source})")
+        if not any(config.lookup(key, check=False)[1] != "default" for key in OPTIONS):
+            self.say("ok", "configuration", "all defaults")
+
+    def check_own_address(self) -> None:
+        """Say which address publishers here announce."""
+        address = get_own_ip()
+        if address.startswith("127."):
+            remedy = "fine on a single host; else bring up the network, or set multicast_interface"
+            self.say("note", "own address", f"{address}: other hosts cannot reach publishers here", remedy)
+        else:
+            self.say("ok", "own address", address)
+
+    def check_multicast(self) -> None:
+        """Send to the multicast group, and receive it."""
+        try:
+            group = _multicast_group(None)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                if group != "<broadcast>" and not config.get("multicast_interface"):
+                    probe.connect((group, 9))
+        except OSError as error:
+            remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255"
+            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+                remedy = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
+            self.say("FAIL" if self.multicast else "note", "multicast route", str(error), remedy)
+            return
+        self.say("ok", "multicast route", f"to group {group}")
+        token = os.urandom(8).hex()
+        receiver = sender = None
+        try:
+            port = _free_ports(1)[0]
+            receiver, sender = MulticastReceiver(port), MulticastSender(port)
+            receiver.settimeout(1)
+            sender(token)
+            while receiver()[0] != token:
+                pass
+            self.say("ok", "multicast loop-back", "a datagram came back")
+        except OSError as error:
+            remedy = "allow UDP multicast in the firewall of this host (ip link set multicast on dev INTERFACE)"
+            self.say("FAIL" if self.multicast else "note", "multicast loop-back", f"nothing came back: {error}", remedy)
+        finally:
+            for end in (receiver, sender):
+                if end is not None:
+                    end.close()
+
+    def check_keys(self) -> None:
+        """Read the key files."""
+        settings = {
+            "server_secret_key_file": "secret",
+            "server_public_key_file": "public",
+            "client_secret_key_file": "secret",
+        }
+        is_secure = _backend() == "secure_zmq"
+        if not is_secure and not any(map(config.get, settings)):
+            self.say("ok", "keys", "the backend unsecure_zmq needs none")
+            return
+        for setting, kind in settings.items():
+            path = config.get(setting)
+            if path is None:
+                self.say("note", "keys", f"{setting} is not set", "needed by servers or clients with secure_zmq")
+                continue
+            try:
+                _load_key(setting, kind)
+                mode = os.stat(os.path.expanduser(path)).st_mode & 0o777
+            except ConfigurationError as error:
+                self.say("FAIL", "keys", str(error), "posttroll generate-keys makes a pair; see the README")
+                continue
+            if kind == "secret" and os.name == "posix" and mode & 0o077:
+                self.say("FAIL", "keys", f"{path} can be read by others (mode {mode:o})", f"chmod 600 {path}")
+            else:
+                self.say("ok", "keys", f"{setting} = {path} (mode {mode:o})")
+        if config.get("clients_public_keys_directory") is not None:
+            directory = _ClientKeys("clients_public_keys_directory").directory
+            count = len([name for name in os.listdir(directory) if name.endswith(".key")])
+            verdict = "ok" if count else "FAIL"
+            self.say(
+                verdict, "keys", f"{count} clients may connect ({directory})", "" if count else "copy .key files there"
+            )
+
+    def check_ports(self) -> None:
+        """Say which of the system's ports are taken, and by whom."""
+        for setting in ("nameserver_port", "address_publish_port", "broadcast_port"):
+            port = config.get(setting)
+            with socket.socket() as probe:
+                if os.name == "posix":
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("", port))
+                    text = "free"
+                except OSError as error:
+                    text = f"taken by {_owner_of_port(port)}" if error.errno == errno.EADDRINUSE else str(error)
+            self.say("ok", f"port {port}", f"{text} ({setting})")
+
+    def check_nameservers(self) -> None:
+        """Ask the nameservers, look at how they answer, and at their clocks."""
+        for host in self.nameservers:
+            endpoint = _lookup_endpoint(host)
+            name = f"nameserver {host}"
+            try:
+                socket.getaddrinfo(cast("tuple[str, int]", _split_tcp(endpoint))[0], None)
+            except OSError as error:
+                self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
+                continue
+            greeting = _greeting_of(endpoint)
+            if not greeting:
+                remedy = "start it (nameserver), or open the port in the firewall"
+                self.say("FAIL", name, f"nobody answers at {endpoint}", remedy)
+                continue
+            if greeting[:1] != b"\xff":
+                self.say("FAIL", name, f"what answers at {endpoint} is not ZeroMQ", "another program has this port")
+                continue
+            mechanism = greeting[12:32].rstrip(b"\0").decode("ascii", "replace") or "unknown"
+            wanted = "CURVE" if _backend() == "secure_zmq" else "NULL"
+            if mechanism not in (wanted, "unknown"):
+                finding = f"it speaks {mechanism}, this program {wanted}"
+                self.say("FAIL", name, finding, "set the same backend for both (POSTTROLL_BACKEND)")
+                continue
+            self._check_answer(name, endpoint)
+
+    def _check_answer(self, name: str, endpoint: str) -> None:
+        answer = _ask(endpoint, _request_for(""), 3)
+        if answer is None:
+            remedy = (
+                "check authorized_client_addresses and --local-only there, and the keys (its log names refused clients)"
+            )
+            self.say("FAIL", name, f"it lets us connect to {endpoint}, but does not answer", remedy)
+            return
+        message = Message.decode(answer)
+        count = len(_addresses_in(answer))
+        self.say("ok", name, f"answers at {endpoint} with {count} publishers")
+        sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
+        lead = (sent - datetime.now(timezone.utc)).total_seconds()
+        if abs(lead) > 2:
+            self.say("FAIL", "clocks", f"that of {name} differs by {lead:+.1f} s", "synchronise them (NTP)")
+        else:
+            self.say("ok", "clocks", f"that of {name} differs by {abs(lead):.1f} s")
+
+    def check_round_trip(self) -> None:
+        """Publish a message that announces itself, find it through the nameserver, receive it."""
+        name = f"posttroll-doctor-{os.getpid()}"
+        hosts = None if self.multicast else list(self.nameservers)
+        try:
+            with Publish(name, nameservers=hosts) as publisher:
+                following = NSSubscriber(name, "/doctor", True, timeout=6, nameserver=self.nameservers[0])
+                with following as subscriber:
+                    if not subscriber.addresses:
+                        way = f"multicast to {config.get('mc_group')}" if self.multicast else "registration"
+                        remedy = "is the nameserver started with --no-multicast? then: doctor --no-multicast"
+                        if not self.multicast:
+                            remedy = "is the nameserver started with --no-multicast? else leave it out here too"
+                        self.say("FAIL", "round trip", f"the nameserver did not hear of a publisher by {way}", remedy)
+                        return
+                    if not publisher.wait_for_subscribers(1, 5):
+                        address = subscriber.addresses[0]
+                        self.say("FAIL", "round trip", f"cannot connect to {address}", "open the publishers' ports")
+                        return
+                    publisher.send(Message("/doctor", "info", name))
+                    message = next(subscriber.recv(5))
+        except (OSError, zmq.ZMQError) as error:
+            self.say("FAIL", "round trip", str(error), "see the lines above")
+            return
+        if message is None:
+            self.say("FAIL", "round trip", "the message did not arrive", "see the lines above")
+        else:
+            self.say("ok", "round trip", "publisher, nameserver and subscriber hear each other")
+
+
+def _owner_of_port(port: int) -> str:
+    """Return which process listens on a TCP port, as far as Linux tells this user."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError), open(table) as lines:
+            for fields in (line.split() for line in lines):
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    with suppress(OSError):
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                    if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
+                        with open(f"/proc/{pid}/cmdline", "rb") as stream:
+                            command = stream.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                        return f"process {pid} ({_printable(command)[:80]})"
+    return "another user's process"
+
+
+def _run_doctor(options: argparse.Namespace) -> int:
+    color = _wants_color(sys.stdout) and not options.no_color
+    logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the checks say better
+    doctor = _Doctor(_nameservers(options), not options.no_multicast, color)
+    doctor.run()
+    if doctor.failures:
+        _talk(f"{doctor.failures} check{'s' * (doctor.failures > 1)} failed")
+    return 1 if doctor.failures else 0
 
 
 # -- demo --
