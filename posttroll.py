@@ -2568,7 +2568,7 @@ class Publisher:
         self._is_stopped = False
         self._lock = threading.RLock()
         self._last_beat: float | None = None
-        self._subscriptions: dict[bytes, list[bytes]] = {}
+        self._subscriber_count = 0
         self._sends = 0
         self._pid = os.getpid()
         self._loss_log = _LimitedLogger("publisher")
@@ -2662,33 +2662,24 @@ class Publisher:
     def _note_subscriptions(self) -> None:
         """Take note of who has subscribed and unsubscribed since the last time."""
         sock = self._socket
-        if sock is None or sock.closed:
-            return
-        while True:
+        while sock is not None and not sock.closed:
             try:
-                frame = sock.recv(_NOBLOCK, copy=False)
+                change = sock.recv(_NOBLOCK)
             except zmq.Again:
                 return
-            change = frame.bytes
-            try:
-                identity = str(frame.get("Identity")).encode()
-            except (zmq.ZMQError, UnicodeDecodeError):  # a peer without one, or one that has gone
-                identity = b""
-            subscribers = self._subscriptions.setdefault(change[1:], [])
+            mark = _match_mark(change[1:])
+            topics_to_come = int(mark[1]) if mark else 0
             if change[:1] == b"\x01":
-                subscribers.append(identity)
-            elif subscribers:
-                subscribers.remove(identity if identity in subscribers else subscribers[0])
-            if not subscribers:
-                del self._subscriptions[change[1:]]
+                self._subscriber_count += 1 - topics_to_come
+            elif change[:1] == b"\x00":
+                self._subscriber_count -= 1 - topics_to_come
 
     @property
     def subscriber_count(self) -> int:
-        """How many subscribers are connected; one that does not identify itself counts for each of its topics."""
+        """How many subscribers are connected; one of another implementation counts for each of its topics."""
         with self._lock:
             self._note_subscriptions()
-            identities = [identity for subscribers in self._subscriptions.values() for identity in subscribers]
-        return len(set(identities) - {b""}) + identities.count(b"")
+            return max(self._subscriber_count, 0)
 
     def wait_for_subscribers(self, count: int = 1, timeout: float | None = None) -> bool:
         """Wait until subscribers are connected, so that they get the next message.
@@ -2719,7 +2710,7 @@ class Publisher:
             self._is_stopped = True
             _live_publishers.discard(self)
             authenticator, self._authenticator = self._authenticator, None
-            self._subscriptions = {}
+            self._subscriber_count = 0
             if sock is None or sock.closed or self._pid != os.getpid():
                 return
         _close_flushed(sock, self._FLUSH_SECONDS)
@@ -2752,6 +2743,17 @@ class Publisher:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+
+# A subscriber also subscribes to a mark, which no message begins with; it says how many topics follow.  ZeroMQ sends
+# them in alphabetical order, the mark first: with 1 for each topic and 1 - n for the mark, a publisher that adds them up
+# counts the subscriber once, and only when the last of its topics has come.
+_match_mark = re.compile(rb"posttroll-subscriber/[0-9a-f]{16}/(\d{1,6})", re.ASCII).fullmatch
+
+
+def _subscriber_mark(topics: int) -> bytes:
+    """Return what a subscriber of so many *topics* subscribes to, so that publishers can count it."""
+    return f"posttroll-subscriber/{os.urandom(8).hex()}/{topics}".encode()
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
@@ -3075,6 +3077,7 @@ class Subscriber:
         self._poller: zmq.Poller | None = None
         self._bad_log = _LimitedLogger("subscriber")
         self._is_receiving = False
+        self._is_awaited = False  # an asyncio loop waits on the sockets: only it may close them
         self._is_closed = False
         try:
             self.update(addresses)
@@ -3238,10 +3241,9 @@ class Subscriber:
     def _new_group(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
         prefixes, backend, _ = key
-        options = {zmq.ROUTING_ID: os.urandom(8).hex().encode()}  # by which publishers can count us
-        sock = set_up_client_socket(zmq.SUB, "", options, backend)
-        for prefix in prefixes:
-            sock.setsockopt(zmq.SUBSCRIBE, prefix.encode())
+        sock = set_up_client_socket(zmq.SUB, "", None, backend)
+        for topic in (_subscriber_mark(len(prefixes)), *map(str.encode, prefixes)):
+            sock.setsockopt(zmq.SUBSCRIBE, topic)
         self._groups[key] = sock
         self._poller = None
         return sock
@@ -3351,7 +3353,11 @@ class Subscriber:
                 poller: Any = zmq.asyncio.Poller()
                 for item, events in cast(zmq.Poller, self._poller).sockets:
                     poller.register(item, events)
-            found = await poller.poll(-1 if milliseconds is None else milliseconds)
+                self._is_awaited = True
+            try:
+                found = await poller.poll(-1 if milliseconds is None else milliseconds)
+            finally:
+                self._is_awaited = False
             with self._lock:
                 if self._is_receiving:
                     self._dispatch(found)
@@ -3455,7 +3461,8 @@ class Subscriber:
         # Whoever receives in another thread closes them; this thread waits for it, but not for ever.
         if self._lock.acquire(timeout=1):
             try:
-                self._close_sockets()
+                if not self._is_awaited:
+                    self._close_sockets()
             finally:
                 self._lock.release()
 
@@ -3519,7 +3526,8 @@ class _Follower:
         self._last_seen: dict[str, dict[str, float]] = {}  # address, nameserver: time
         self._found: set[str] = set()
         self._log = _LimitedLogger("subscriber")
-        self._interval = self.SOON
+        self._has_warned = False
+        self._interval = 0.0
         self.due = time.monotonic() + self.SOON
 
     def open(self) -> None:
@@ -3556,11 +3564,19 @@ class _Follower:
         """Look up what is missing or may have changed; called when it is `due`."""
         self.open()
         missing = self.missing
+        if missing and not self._has_warned and self._interval == self.SOON:
+            self.warn_of_missing()
         wants_all = "" in self._services
         if missing or self._listen or not wants_all:
             self._look_up(missing if wants_all and not self._listen else self._services)
         self._interval = self.SOON if missing else self.RARELY if self._listen else self.SELDOM
         self.due = time.monotonic() + self._interval
+
+    def warn_of_missing(self) -> None:
+        """Warn, once, of services without a publisher; they are looked for all the same."""
+        for service in self.missing:
+            _log("subscriber").warning("Can't get any address for %s", service or "any service")
+        self._has_warned = True
 
     @property
     def missing(self) -> list[str]:
@@ -3725,8 +3741,8 @@ class NSSubscriber:
                     break
             if follower.missing:
                 time.sleep(max(min(0.1, deadline - time.monotonic()), 0))
-        for service in follower.missing:
-            _log("subscriber").warning("Can't get any address for %s", service or "any service")
+        if self._timeout > 0:
+            follower.warn_of_missing()
         follower.open()
         if follower.missing:
             follower.run()
