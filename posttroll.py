@@ -566,21 +566,32 @@ def datetime_decoder(dct: Any) -> Any:
     """Turn the ISO 8601 date-times in freshly decoded JSON into datetimes, in place.
 
     Args:
-        dct: A dictionary or list, nested to any depth; anything else is returned as it is.
+        dct: A dictionary or list; anything else is returned as it is.
+
+    Raises:
+        MessageError: It is nested too deep.
     """
-    pending = [dct] if type(dct) is dict or type(dct) is list else []
-    while pending:
-        container = pending.pop()
-        for key, value in container.items() if type(container) is dict else enumerate(container):
-            kind = type(value)
-            if kind is str:
-                if len(value) > 9 and value[4] == "-" and value[7] == "-":
-                    moment = _parse_datetime(value)
-                    if moment is not None:
-                        container[key] = moment
-            elif kind is dict or kind is list:
-                pending.append(value)
-    return dct
+    level = [dct] if type(dct) is dict or type(dct) is list else []
+    for _ in range(_MAX_NESTING):
+        if not level:
+            return dct
+        deeper = []
+        for container in level:
+            for key, value in container.items() if type(container) is dict else enumerate(container):
+                kind = type(value)
+                if kind is str:
+                    if len(value) > 9 and value[4] == "-" and value[7] == "-":
+                        moment = _parse_datetime(value)
+                        if moment is not None:
+                            container[key] = moment
+                elif kind is dict or kind is list:
+                    deeper.append(value)
+        level = deeper
+    raise _nested_too_deep()
+
+
+def _nested_too_deep() -> MessageError:
+    return MessageError(f"Invalid data: nested deeper than {_MAX_NESTING} levels")
 
 
 def datetime_encoder(obj: Any, encoder: Callable[[Any], str]) -> str:
@@ -670,29 +681,24 @@ def _dumps(data: Any, version: str) -> tuple[str, str]:
     try:
         if version == "auto":
             try:
-                text, version = _to_json_without_datetime(data), "v1.01"
+                return _to_json_without_datetime(data), "v1.01"
             except _DatetimeFoundError:
-                text, version = _to_json[True](data), "v1.2"
-        else:
-            text = _to_json[_keeps_timezone(version)](data)
+                version = "v1.2"
+        return _to_json[_keeps_timezone(version)](data), version
     except (TypeError, ValueError, RecursionError, OverflowError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise MessageError(f"Invalid data: data is not JSON serializable ({reason})") from None
-    _check_nesting(text, data)
-    return text, version
 
 
-def _check_nesting(text: str, data: Any) -> None:
-    """Raise MessageError if *data*, whose JSON is *text*, are nested deeper than `_MAX_NESTING`."""
-    if text.count("[") + text.count("{") <= _MAX_NESTING:
-        return
+def _check_nesting(data: Any) -> None:
+    """Raise MessageError if *data* are nested deeper than `_MAX_NESTING`."""
     level = [data]
     for _ in range(_MAX_NESTING + 1):
-        level = [item for item in level if isinstance(item, (dict, list, tuple))]
-        if not level:
+        containers = {id(item): item for item in level if isinstance(item, (dict, list, tuple))}.values()
+        if not containers:
             return
-        level = list(chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level))
-    raise MessageError(f"Invalid data: nested deeper than {_MAX_NESTING} levels")
+        level = list(chain.from_iterable(item.values() if isinstance(item, dict) else item for item in containers))
+    raise _nested_too_deep()
 
 
 _ATOMS = frozenset((str, int, float, bool, type(None), datetime))
@@ -745,14 +751,13 @@ def _encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str
 
 def _decode_binary(text: str) -> str | bytes:
     """Return the data that `_encode_binary` made *text* of; another sender's text is returned as it is."""
-    for prefix in (_BYTES_URL, _TEXT_URL):
-        if text.startswith(prefix):
-            try:
-                content = base64.b64decode(text[len(prefix) :], validate=True)
-                return content if prefix is _BYTES_URL else content.decode("utf-8", "surrogatepass")
-            except ValueError:
-                break
-    return text
+    if not text.startswith((_BYTES_URL, _TEXT_URL)):
+        return text
+    try:
+        content = base64.b64decode(text[text.index(",") + 1 :], validate=True)
+        return content if text.startswith(_BYTES_URL) else content.decode("utf-8", "surrogatepass")
+    except ValueError:
+        return text
 
 
 def _encode_data(data: Any, binary: bool, version: str) -> tuple[str, str, str]:
@@ -804,6 +809,7 @@ def is_valid_sender(obj: Any) -> bool:
 def is_valid_data(obj: Any, version: str = "v1.2") -> bool:
     """Whether *obj* can be encoded as JSON, datetimes included."""
     try:
+        _check_nesting(obj)
         _dumps(obj, version)
     except MessageError:
         return False
@@ -900,6 +906,7 @@ class Message:
             _keeps_timezone(version)
         kind = type(data)
         if kind is not str and kind is not bytes and not _is_plainly_json(data):
+            _check_nesting(data)
             _encode_data(data, binary, version)
 
     @staticmethod
@@ -1033,8 +1040,9 @@ def _decode_json(text: str) -> Any:
         data = _from_json(text)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"Invalid JSON data: {str(error)[:200]}") from None
-    _check_nesting(text, data)
     if _find_date_in_json(text) is None:
+        if text.count("[") + text.count("{") > _MAX_NESTING:
+            _check_nesting(data)
         return data
     return (_parse_datetime(data) or data) if type(data) is str else datetime_decoder(data)
 
