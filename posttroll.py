@@ -3031,6 +3031,15 @@ def _topic_prefixes(topics: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(prefixes))
 
 
+def _single_addresses(addresses: Any) -> Iterator[Any]:
+    """Yield the addresses one by one: of one, of several, or of answers of `get_pub_address` among several."""
+    if isinstance(addresses, (str, Mapping)) or not isinstance(addresses, Iterable):
+        yield addresses
+    else:
+        for entry in addresses:
+            yield from _single_addresses(entry)
+
+
 def _backend_towards(announced: Any) -> str | None:
     """Return the backend to connect with to a publisher that announced a backend, None if it cannot be used.
 
@@ -3124,11 +3133,11 @@ class Subscriber:
 
     def update(self, addresses: str | Iterable[Any]) -> bool:
         """Subscribe to *addresses*, and no longer to others; return whether anything changed."""
-        entries = [addresses] if isinstance(addresses, (str, Mapping)) else list(addresses or ())
+        entries = list(_single_addresses(addresses or ()))
         before = dict(self._wanted)
-        wanted = {entry.get("URI") if isinstance(entry, Mapping) else entry for entry in entries}
         for entry in entries:
             self.add(entry)
+        wanted = {entry.get("URI") if isinstance(entry, Mapping) else entry for entry in entries}
         for address in before:
             if address not in wanted:
                 self.remove(address)
