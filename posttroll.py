@@ -57,7 +57,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -1509,7 +1509,7 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
     return public_path, secret_path
 
 
-_find_key = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\s]{40})"\s*$', re.MULTILINE).findall
+_find_key = re.compile(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE).findall
 
 
 def _read_keys(path: str) -> dict[str, bytes]:
@@ -1568,8 +1568,8 @@ class _ClientKeys:
     def __contains__(self, key: bytes) -> bool:
         try:
             with os.scandir(self.directory) as entries:
-                files = [entry for entry in entries if entry.name.endswith(".key")]
-            state = sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+                files = [entry for entry in entries if entry.name.endswith(".key") and entry.is_file()]
+            state = sorted((file.name, file.stat().st_mtime_ns, file.stat().st_ino) for file in files)
         except OSError as error:
             _key_log.warning("directory", "No client is let in: %s", error)
             return False
@@ -1590,15 +1590,19 @@ class _ClientKeys:
 # -- who may connect --
 
 
+_match_ipc_peer = re.compile(r":\d+:\d+:\d+", re.ASCII).fullmatch  # user, group and process, as ZeroMQ tells them
+
+
 def _is_own_address(address: str) -> bool:
     """Whether *address* (a number) is one of this host."""
-    if address.startswith("127.") or address in ("::1", "localhost", ""):
+    address = address.removeprefix("::ffff:")
+    if address.startswith("127.") or address in ("::1", "") or _match_ipc_peer(address):
         return True
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))  # the kernel binds only to addresses of its own
-            return True
+            probe.connect((address, 9))  # no packet is sent; a host talks to itself from the address that it talks to
+            return str(probe.getsockname()[0]).partition("%")[0] == address.partition("%")[0]
     except OSError:
         return False
 
@@ -1624,20 +1628,16 @@ class _AddressList:
         self._resolve()
 
     def __contains__(self, address: str) -> bool:
-        if address in self._resolved:
-            return True
+        if self._names and time.monotonic() - self._resolved_at > self.REFRESH:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
+                self._thread.start()
         try:
             number = self._parse(address.partition("%")[0])
         except ValueError:
             return False
         number = getattr(number, "ipv4_mapped", None) or number
-        if str(number) in self._resolved or any(number in network for network in self._networks):
-            return True
-        if self._names and time.monotonic() - self._resolved_at > self.REFRESH:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
-                self._thread.start()
-        return False
+        return str(number) in self._resolved or any(number in network for network in self._networks)
 
     def _resolve(self) -> None:
         found: set[str] = set()
@@ -1687,6 +1687,24 @@ class _AccessRules:
         return "" if key in self._keys else f"its public key {key.decode()} is not in {self._keys.directory}"
 
 
+_monitor_numbers = count()
+
+
+def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
+    """Return a new socket that receives the *events* of *sock*, and EVENT_MONITOR_STOPPED at the end.
+
+    Unlike `zmq.Socket.get_monitor_socket`, it ends another monitor of *sock* (with EVENT_MONITOR_STOPPED), and it may
+    be handed to another thread: closing *sock* does not close it.
+    """
+    endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
+    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
+    monitor = sock.context.socket(zmq.PAIR)
+    monitor.linger = 0
+    monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
+    monitor.connect(endpoint)
+    return monitor
+
+
 class Authenticator:
     """The access rules of one server socket; `stop` it after the socket has been closed."""
 
@@ -1695,8 +1713,9 @@ class Authenticator:
         self.domain = domain
 
     def watch(self, sock: zmq.Socket[bytes]) -> None:
-        """Log the handshakes that fail on *sock*."""
-        self._service.change(lambda: self._service.watch(self.domain, sock))
+        """Log the handshakes that fail on *sock*, until it is closed."""
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        self._service.watch(_open_monitor(sock, events | zmq.EVENT_DISCONNECTED))
 
     def stop(self) -> None:
         """Drop the rules; the thread ends with the last ones."""
@@ -1707,15 +1726,17 @@ class _AuthenticatorThread:
     """Answers the questions of ZeroMQ (ZAP 1.0) whether a client may connect, for all server sockets of a context."""
 
     ENDPOINT = "inproc://zeromq.zap.01"
+    DOMAIN = b"posttroll-"
 
     def __init__(self) -> None:
         self._rules: dict[bytes, _AccessRules] = {}
-        self._monitors: dict[zmq.Socket[bytes], tuple[bytes, dict[int, str]]] = {}
-        self._changes: deque[Callable[[], None]] = deque()
+        self._monitors: dict[zmq.Socket[bytes], dict[int, str]] = {}  # the addresses of the peers, by descriptor
+        self._new_monitors: deque[zmq.Socket[bytes]] = deque()
         self._count = 0
         self._waker = _Waker()
         self._log = _LimitedLogger("backends.zmq.socket")
-        self._socket: zmq.Socket[bytes] = get_context().socket(zmq.REP)
+        self._context = get_context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REP)
         try:
             self._socket.linger = 0
             self._socket.bind(self.ENDPOINT)
@@ -1730,7 +1751,7 @@ class _AuthenticatorThread:
     def add(self, rules: _AccessRules) -> Authenticator:
         """Start to apply *rules* to the sockets of a new domain."""
         self._count += 1
-        domain = b"posttroll-%d" % self._count
+        domain = self.DOMAIN + b"%d" % self._count
         self._rules[domain] = rules
         return Authenticator(self, domain)
 
@@ -1743,8 +1764,6 @@ class _AuthenticatorThread:
                 if _authenticators.get(os.getpid()) is self:
                     del _authenticators[os.getpid()]
                 self.shut_down()
-                return
-        self.change(lambda: self._unwatch(domain))
 
     def shut_down(self) -> None:
         """End the thread, and wait for it."""
@@ -1753,23 +1772,15 @@ class _AuthenticatorThread:
         if self._thread is not threading.current_thread():
             self._thread.join(5)
 
-    def change(self, change: Callable[[], None]) -> None:
-        """Have the thread run *change*."""
-        self._changes.append(change)
+    @property
+    def is_alive(self) -> bool:
+        """Whether it answers, in the context in use."""
+        return self._context is get_context() and self._thread.is_alive()
+
+    def watch(self, monitor: zmq.Socket[bytes]) -> None:
+        """Follow what happens to the connections of a socket; its *monitor* now belongs to the thread."""
+        self._new_monitors.append(monitor)
         self._waker.wake()
-
-    def watch(self, domain: bytes, sock: zmq.Socket[bytes]) -> None:
-        """Follow what happens to the connections of *sock*; runs in the thread."""
-        if domain in self._rules and not sock.closed:
-            events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-            with suppress(zmq.ZMQError):
-                monitor = sock.get_monitor_socket(events | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-                self._monitors[monitor] = (domain, {})
-
-    def _unwatch(self, domain: bytes) -> None:
-        for monitor in [monitor for monitor, (owner, _) in self._monitors.items() if owner == domain]:
-            del self._monitors[monitor]
-            monitor.close(0)
 
     def _run(self) -> None:
         try:
@@ -1783,18 +1794,22 @@ class _AuthenticatorThread:
                     elif ready in self._monitors:
                         self._follow(cast("zmq.Socket[bytes]", ready))
                 self._waker.clear()
-                while self._changes:
-                    self._changes.popleft()()
+                self._take_new_monitors()
         except zmq.ZMQError as error:
             if self._is_running and error.errno not in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
         finally:
+            self._take_new_monitors()
             for monitor in self._monitors:
                 monitor.close(0)
             with suppress(zmq.ZMQError):
                 self._socket.unbind(self.ENDPOINT)  # at once: closing alone frees the name some time later
             self._socket.close(0)
             self._waker.close()
+
+    def _take_new_monitors(self) -> None:
+        while self._new_monitors:
+            self._monitors[self._new_monitors.popleft()] = {}
 
     def _answer(self, request: list[bytes]) -> None:
         """Answer a question: version, request id, domain, address, routing id, mechanism, credentials."""
@@ -1803,37 +1818,59 @@ class _AuthenticatorThread:
             return
         _, request_id, domain, address_bytes, _, mechanism, *credentials = request
         address = address_bytes.decode("utf-8", "replace")
-        rules = self._rules.get(domain)
-        reason = "its server has stopped" if rules is None else rules.refusal(address, mechanism, credentials)
+        reason = self._refusal(domain, address, mechanism, credentials)
         if reason:
             self._log.warning("refused " + address, "Refused a client at %s: %s", address, reason)
-            self._socket.send_multipart([b"1.0", request_id, b"400", b"Refused", b"", b""])
+            # 300: it is told nothing, and tries again later.  After a 400 it would never come back by itself.
+            self._socket.send_multipart([b"1.0", request_id, b"300", b"Refused", b"", b""])
         else:
             self._socket.send_multipart([b"1.0", request_id, b"200", b"OK", b"", b""])
+
+    def _refusal(self, domain: bytes, address: str, mechanism: bytes, credentials: Sequence[bytes]) -> str:
+        """Return why a client is not let in, empty if it is."""
+        rules = self._rules.get(domain)
+        if rules is not None:
+            return rules.refusal(address, mechanism, credentials)
+        if domain.startswith(self.DOMAIN):
+            return "its server has stopped"
+        # A socket of the program itself: what it would do without us.
+        return "" if mechanism in (b"NULL", b"CURVE") else "nothing checks its credentials"
 
     def _follow(self, monitor: zmq.Socket[bytes]) -> None:
         """Take an event of a monitor, and log the peers whose handshake failed before ZAP was asked."""
         from zmq.utils.monitor import parse_monitor_message
 
         event = parse_monitor_message(monitor.recv_multipart())
-        _, peers = self._monitors[monitor]
-        if event["event"] == zmq.EVENT_ACCEPTED:
+        peers = self._monitors[monitor]
+        if event["event"] == zmq.EVENT_MONITOR_STOPPED:
+            del self._monitors[monitor]
+            monitor.close(0)
+        elif event["event"] == zmq.EVENT_ACCEPTED:
             peers[event["value"]] = _peer_of(event["value"])
         elif event["event"] == zmq.EVENT_DISCONNECTED:
             peer = peers.pop(event["value"], "an unknown address")
             if peers.pop(-1, ""):
                 self._log.warning("handshake", "A handshake of %s failed: no CURVE, or the wrong server key", peer)
-        elif event["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        else:
             peers[-1] = "failed"  # the event of the disconnection, which tells whose it was, comes next
 
 
 def _peer_of(descriptor: int) -> str:
     """Return the address at the other end of a connection, by its file descriptor."""
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
+        duplicate = os.dup(descriptor)
+    except OSError:  # it has been closed already
+        return "an unknown address"
+    try:
+        connection = socket.socket(fileno=duplicate)
+        try:
             return str(connection.getpeername()[0])
+        finally:
+            connection.detach()
     except (OSError, IndexError):
         return "an unknown address"
+    finally:
+        os.close(duplicate)
 
 
 class _NoAuthenticator:
@@ -1852,7 +1889,7 @@ def _apply_access_rules(sock: zmq.Socket[bytes], rules: _AccessRules) -> Authent
         return None
     with _authenticators_lock:
         service = _authenticators.get(os.getpid())
-        if service is None:
+        if service is None or not service.is_alive:
             service = _authenticators[os.getpid()] = _AuthenticatorThread()
         authenticator: Authenticator = service.add(rules)
     sock.setsockopt(zmq.ZAP_DOMAIN, authenticator.domain)
@@ -1938,6 +1975,9 @@ def set_up_client_socket(
     return sock
 
 
+_HANDSHAKE_MILLISECONDS = 10000  # until a server closes a connection that has not been let in
+
+
 def set_up_server_socket(
     socket_type: int,
     destination: str,
@@ -1971,6 +2011,7 @@ def set_up_server_socket(
     sock = _new_socket(socket_type, options)
     authenticator = None
     try:
+        sock.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MILLISECONDS)
         if is_secure:
             sock.curve_secretkey = secret
             sock.curve_server = True
@@ -2790,9 +2831,7 @@ def _bind_address(address: str) -> str:
 
 def _close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     """Close *sock*, and wait until what it has queued is sent, or *timeout* seconds."""
-    monitor = sock.get_monitor_socket(zmq.EVENT_MONITOR_STOPPED)
-    # Closing the Python object would close the monitor too; the monitor's end tells when the socket is really gone.
-    sock._monitor_socket = None
+    monitor = _open_monitor(sock, 0)  # its end tells when the socket is really gone
     sock.close()
     if monitor.poll(int(timeout * 1000)):
         monitor.recv_multipart()
@@ -4301,7 +4340,13 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["nameserver"]:
         return cast(int, _nameserver_module().main(words[1:]))
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    # argparse takes no more words of a list after an option between them.
+    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not hasattr(options, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        getattr(options, options.words).extend(rest)
     try:
         with config.set(dict(options.set)):
             return cast(int, options.run(options))
@@ -4349,6 +4394,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
     publish.add_argument("type", nargs="?", metavar="TYPE", help="for example file")
     publish.add_argument("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
+    publish.set_defaults(words="data")
     form = publish.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="DATA is JSON")
     form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
@@ -4369,6 +4415,7 @@ def _parser() -> argparse.ArgumentParser:
     subscribe.add_argument("--type", action="append", help="only messages of this type")
     subscribe.add_argument("-n", "--count", type=int, help="end after so many messages")
     subscribe.add_argument("--timeout", metavar="SECONDS", type=float, help="end after so long without a message")
+    subscribe.set_defaults(words="topics")
     form = subscribe.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
@@ -4900,6 +4947,7 @@ class _Doctor:
         self.multicast = multicast
         self._color = color
         self.failures = 0
+        self._is_answered = False
 
     def say(self, verdict: str, check: str, finding: str, remedy: str = "") -> None:
         """Print the line of a check; *verdict* is ``ok``, ``note`` or ``FAIL``."""
@@ -5075,6 +5123,7 @@ class _Doctor:
             return
         message = Message.decode(answer)
         count = len(_addresses_in(answer))
+        self._is_answered = True
         self.say("ok", name, f"answers at {endpoint} with {count} publishers")
         sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
         lead = (sent - datetime.now(timezone.utc)).total_seconds()
@@ -5085,11 +5134,14 @@ class _Doctor:
 
     def check_round_trip(self) -> None:
         """Publish a message that announces itself, find it through the nameserver, receive it."""
+        if not self._is_answered:
+            self.say("note", "round trip", "not tried without a nameserver")
+            return
         name = f"posttroll-doctor-{os.getpid()}"
         hosts = None if self.multicast else list(self.nameservers)
         try:
             with Publish(name, nameservers=hosts) as publisher:
-                following = NSSubscriber(name, "/doctor", True, timeout=6, nameserver=self.nameservers[0])
+                following = NSSubscriber(name, "/doctor", True, timeout=4, nameserver=self.nameservers[0])
                 with following as subscriber:
                     if not subscriber.addresses:
                         way = f"multicast to {config.get('mc_group')}" if self.multicast else "registration"
