@@ -1698,7 +1698,7 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     """
     endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
     sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
-    monitor = sock.context.socket(zmq.PAIR)
+    monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
     monitor.linger = 0
     monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
     monitor.connect(endpoint)
@@ -2795,8 +2795,8 @@ class Publisher:
 
 
 # A subscriber also subscribes to a mark, which no message begins with; it says how many topics follow.  ZeroMQ sends
-# them in alphabetical order, the mark first: with 1 for each topic and 1 - n for the mark, a publisher that adds them up
-# counts the subscriber once, and only when the last of its topics has come.
+# them in alphabetical order, the mark first: with 1 for each topic and 1 - n for the mark, a publisher that adds them
+# up counts the subscriber once, and only when the last of its topics has come.
 _match_mark = re.compile(rb"posttroll-subscriber/[0-9a-f]{16}/(\d{1,6})", re.ASCII).fullmatch
 
 
