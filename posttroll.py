@@ -233,7 +233,8 @@ class Config:
             return override_with
         cached = self._cache.get(key)
         if cached is not None and _raw_environment().get(cached[0]) == cached[1]:
-            return cached[2]
+            if cached[2] is not None or default is _UNSET:
+                return cached[2]
         value, _ = self.lookup(key)
         if value is None and default is not _UNSET and self._is_unset(key):
             return default
@@ -258,12 +259,13 @@ class Config:
         variable = self._prefix + key.upper().replace(".", "__")
         text = os.environ.get(variable)
         value, source = self._find(key, variable, text, option)
-        if option is None or not check or (value is None and option.default is None):
+        if option is None or not check:
             return value, source
-        try:
-            value = _as_kind(value, option.kind)
-        except ValueError as expected:
-            raise _wrong_value(self.name, key, value, source, option, str(expected)) from None
+        if value is not None or option.default is not None:
+            try:
+                value = _as_kind(value, option.kind)
+            except ValueError as expected:
+                raise _wrong_value(self.name, key, value, source, option, str(expected)) from None
         if option.old_name is None:
             raw_variable = _raw_variable(variable)
             self._cache[key] = (raw_variable, _raw_environment().get(raw_variable), value)
@@ -284,11 +286,10 @@ class Config:
                 return _literal(old_text), f"${option.old_name}"
         found: Any = _UNSET
         source = "default"
-        for origin, layer in [
-            ("default", self._defaults),
-            *self._files(),
-            ("environment", self._environment(variable)),
-        ]:
+        layers = [("default", self._defaults), *self._files()]
+        if option is None:  # an option is no mapping, of which variables could set a part
+            layers.append(("environment", self._environment(variable)))
+        for origin, layer in layers:
             candidate = _nested_get(layer, parts)
             if candidate is not _UNSET:
                 found, source = (_merged(found, candidate) if found is not _UNSET else candidate), origin
@@ -1300,6 +1301,7 @@ def _renew_locks_in_child() -> None:
     global _contexts_lock, _authenticators_lock
     _contexts_lock = threading.Lock()
     _authenticators_lock = threading.RLock()
+    _Resolution._free_threads = threading.Semaphore(8)
 
 
 if hasattr(os, "register_at_fork"):
@@ -1389,6 +1391,11 @@ def _is_connectable(address: Any) -> bool:
     return tcp[0] != "*" and 0 < tcp[1] < 65536
 
 
+def _is_remote(address: Any) -> bool:
+    """Whether *address* may come from others: only TCP, as inproc and ipc lead into this process and this host."""
+    return _is_connectable(address) and _split_tcp(address) is not None
+
+
 def _check_connectable(address: Any) -> str:
     """Return *address*; raises ValueError if no socket could connect to it."""
     if not _is_connectable(address):
@@ -1404,32 +1411,36 @@ class _Resolution:
     """
 
     RETRY = 5.0
+    _free_threads = threading.Semaphore(8)  # anybody can announce any number of names
 
     def __init__(self, address: str, on_success: Callable[[], None] = lambda: None) -> None:
         tcp = _split_tcp(address)
         self._host = tcp[0] if tcp else ""
         self._on_success = on_success
-        self._thread: threading.Thread | None = None
-        self._asked = 0.0
+        self._is_asking = False
+        self._asked = -self.RETRY
         self.is_done = tcp is None or self._host == "localhost" or _match_number(self._host) is not None
 
     def check(self) -> bool:
         """Return whether the name has been resolved; asks (again) in the background if not."""
-        if not self.is_done and (self._thread is None or time.monotonic() - self._asked > self.RETRY):
-            if self._thread is None or not self._thread.is_alive():
-                self._asked = time.monotonic()
-                self._thread = threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True)
-                self._thread.start()
+        is_due = not self.is_done and not self._is_asking and time.monotonic() - self._asked > self.RETRY
+        if is_due and self._free_threads.acquire(blocking=False):
+            self._is_asking = True
+            self._asked = time.monotonic()
+            threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
         return self.is_done
 
     def _resolve(self) -> None:
         try:
             socket.getaddrinfo(self._host, None)
         except (OSError, UnicodeError) as error:
-            _resolution_log.warning(self._host, "Host name %s does not resolve (%s), trying again", self._host, error)
+            _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self._host, error)
         else:
             self.is_done = True
             self._on_success()
+        finally:
+            self._is_asking = False
+            self._free_threads.release()
 
 
 _resolution_log = _LimitedLogger("backends.zmq")
@@ -1486,14 +1497,12 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
         OSError: The files cannot be written.
     """
     public_key, secret_key = (key.decode("ascii") for key in zmq.curve_keypair())
-    os.makedirs(directory, exist_ok=True)
+    os.makedirs(directory, mode=0o755, exist_ok=True)
     base = os.path.join(os.fspath(directory), name)
     public_path, secret_path = base + ".key", base + ".key_secret"
     for path in (public_path, secret_path):
-        if os.path.lexists(path):
-            if not force:
-                raise FileExistsError(errno.EEXIST, "A key exists already, not overwritten without --force", path)
-            os.unlink(path)
+        if os.path.lexists(path) and not force:
+            raise FileExistsError(errno.EEXIST, "A key exists already, not overwritten without --force", path)
     stamp = f"#   Generated on {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC by posttroll\n"
     public = f'{stamp}#   ZeroMQ CURVE public key, to be given to others\n\ncurve\n    public-key = "{public_key}"\n'
     secret = (
@@ -1501,11 +1510,14 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
         f'curve\n    public-key = "{public_key}"\n    secret-key = "{secret_key}"\n'
     )
     for path, text, mode in ((secret_path, secret, 0o600), (public_path, public, 0o644)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        target = f"{path}.new-{os.getpid()}" if force else path
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "w") as stream:
             if hasattr(os, "fchmod"):
                 os.fchmod(descriptor, mode)  # whatever the umask
             stream.write(text)
+        if force:
+            os.replace(target, path)  # a program that reads it just now finds the old key or the new one
     return public_path, secret_path
 
 
@@ -1528,6 +1540,14 @@ def _read_keys(path: str) -> dict[str, bytes]:
     return keys
 
 
+def _backend(name: str | None = None) -> str:
+    """Return the backend to use; raises NotImplementedError if there is none of this name."""
+    backend = config.get("backend") if name is None else name
+    if backend not in ("unsecure_zmq", "secure_zmq"):
+        raise NotImplementedError(f"Unknown backend {backend!r}: use 'unsecure_zmq' or 'secure_zmq'.")
+    return cast(str, backend)
+
+
 def _load_key(setting: str, kind: str) -> bytes:
     """Return the key in the file of a setting; raises ConfigurationError naming setting and file."""
     path = config.get(setting)
@@ -1547,6 +1567,15 @@ def _load_key(setting: str, kind: str) -> bytes:
                 path, "%s: %s is readable by others (mode %o); run: chmod 600 %s", setting, path, mode, path
             )
     return key
+
+
+def _load_client_keys(backend: str | None = None) -> dict[str, bytes]:
+    """Return the socket options for the keys of a client, none for a plain one; raises ConfigurationError."""
+    if _backend(backend) != "secure_zmq":
+        return {}
+    secret = _load_key("client_secret_key_file", "secret")
+    server = _load_key("server_public_key_file", "public")
+    return {"curve_secretkey": secret, "curve_publickey": zmq.curve_public(secret), "curve_serverkey": server}
 
 
 _key_log = _LimitedLogger("backends.zmq.socket")
@@ -1916,14 +1945,6 @@ def _heartbeat_options() -> dict[int, int]:
     return {zmq.HEARTBEAT_IVL: interval, zmq.HEARTBEAT_TIMEOUT: timeout, zmq.HEARTBEAT_TTL: min(timeout, 6553500)}
 
 
-def _backend(name: str | None = None) -> str:
-    """Return the backend to use; raises NotImplementedError if there is none of this name."""
-    backend = config.get("backend") if name is None else name
-    if backend not in ("unsecure_zmq", "secure_zmq"):
-        raise NotImplementedError(f"Unknown backend {backend!r}: use 'unsecure_zmq' or 'secure_zmq'.")
-    return cast(str, backend)
-
-
 def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Socket[bytes]:
     """Return a socket with the options that all of ours have, and *options*."""
     sock = get_context().socket(socket_type)
@@ -1956,17 +1977,11 @@ def set_up_client_socket(
         NotImplementedError: There is no such backend.
         zmq.ZMQError: The address cannot be used.
     """
-    is_secure = _backend(backend) == "secure_zmq"
-    if is_secure:
-        secret = _load_key("client_secret_key_file", "secret")
-        public = zmq.curve_public(secret)
-        server = _load_key("server_public_key_file", "public")
+    keys = _load_client_keys(backend)
     sock = _new_socket(socket_type, options)
     try:
-        if is_secure:
-            sock.curve_secretkey = secret
-            sock.curve_publickey = public
-            sock.curve_serverkey = server
+        for option, key in keys.items():
+            setattr(sock, option, key)
         if address:
             sock.connect(address)
     except BaseException:
@@ -2136,7 +2151,7 @@ def _addresses_in(answer: bytes) -> list[dict[str, Any]]:
         return []
     if not isinstance(entries, list):
         return []
-    good = [entry for entry in entries if isinstance(entry, dict) and _is_connectable(entry.get("URI"))]
+    good = [entry for entry in entries if isinstance(entry, dict) and _is_remote(entry.get("URI"))]
     if len(good) < len(entries):
         _lookup_log.warning("entries", "Skipped %d broken entries of an answer", len(entries) - len(good))
     return good
@@ -2346,6 +2361,7 @@ class _NameserverTarget:
         self.socket: zmq.Socket[bytes] | None = None
         self._resolution = _Resolution(endpoint, on_resolved)
         self._last_sign = time.monotonic()
+        _load_client_keys()  # what is wrong with them is an error now, not in the thread
         self._open()
 
     def _open(self) -> None:
@@ -2353,7 +2369,10 @@ class _NameserverTarget:
         if self.socket is None and self._resolution.check():
             # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
             options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
-            self.socket = set_up_client_socket(zmq.REQ, self._endpoint, options)
+            try:
+                self.socket = set_up_client_socket(zmq.REQ, self._endpoint, options)
+            except ConfigurationError as error:  # the keys are just being replaced
+                self._log.warning("keys", "Cannot register with %s (trying again): %s", self._endpoint, error)
 
     def announce(self, text: str) -> None:
         """Have *text* sent as soon as there is a connection."""
@@ -3082,13 +3101,14 @@ def _single_addresses(addresses: Any) -> Iterator[Any]:
 def _backend_towards(announced: Any) -> str | None:
     """Return the backend to connect with to a publisher that announced a backend, None if it cannot be used.
 
-    Anybody can announce anything: a secure process never connects in plain, whatever it is told.
+    Anybody can announce anything, so a secure process uses CURVE whatever it is told: the worst that a false
+    announcement causes is an attempt to connect that fails.
     """
     own = _backend()
-    if announced is None or announced == own:
+    if own == "secure_zmq" or announced in (None, own):
         return own
     has_keys = config.get("client_secret_key_file") and config.get("server_public_key_file")
-    return "secure_zmq" if own == "unsecure_zmq" and announced == "secure_zmq" and has_keys else None
+    return "secure_zmq" if announced == "secure_zmq" and has_keys else None
 
 
 class Subscriber:
@@ -3161,6 +3181,7 @@ class Subscriber:
             raise ValueError(f"{address} uses the backend {announced!r}, this program {_backend()!r}: not connected.")
         prefixes = self._topics if topics is None else _topic_prefixes(topics)
         if self._wanted.get(address) != (prefixes, backend):
+            _load_client_keys(backend)  # what is wrong with them is an error now, not where the messages are received
             self._wanted[address] = (prefixes, backend)
             self._change(lambda: self._connect(address))
 
@@ -3690,7 +3711,7 @@ class _Follower:
         """Connect the subscriber to a publisher that *host* told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
-        if not _is_connectable(address) or _backend_towards(backend) is None:
+        if not _is_remote(address) or _backend_towards(backend) is None:
             self._log.warning("address", "Skipped the address %.200r with the backend %.200r", address, backend)
             return
         assert isinstance(address, str)
@@ -3702,8 +3723,12 @@ class _Follower:
                 return
             if address in self._subscriber.addresses:
                 return  # one that the program itself has added, and may remove
+            try:
+                self._subscriber.add({"URI": address, "backend": backend})
+            except ConfigurationError as error:  # the keys are just being replaced
+                self._log.warning("keys", "Cannot connect to %s (trying again): %s", address, error)
+                return
             _log("subscriber").info("New publisher at %s", address)
-            self._subscriber.add({"URI": address, "backend": backend})
         self._last_seen.setdefault(address, {})[host] = time.monotonic()
 
     def _remove(self, host: str, address: Any) -> None:
@@ -3781,6 +3806,7 @@ class NSSubscriber:
 
     def _follow(self, subscriber: Subscriber) -> None:
         """Have *subscriber* follow the services, and wait until they are found."""
+        _load_client_keys()  # what is wrong with them is an error now, not where the messages are received
         hosts = [self._nameserver] if isinstance(self._nameserver, str) else list(self._nameserver)
         follower = _Follower(subscriber, self._services, hosts, self._addr_listener, self._address_port)
         deadline = time.monotonic() + self._timeout

@@ -115,8 +115,8 @@ class AddressBook:
         if not isinstance(data, dict):
             raise AnnouncementError("its data are no object")
         address = data.get("URI")
-        if not posttroll._is_connectable(address) or len(cast(str, address)) > self.MAX_TEXT:
-            raise AnnouncementError(f"its URI {str(address)[:80]!r} is no address to connect to")
+        if not posttroll._is_remote(address) or len(cast(str, address)) > self.MAX_TEXT:
+            raise AnnouncementError(f"its URI {str(address)[:80]!r} is no TCP address to connect to")
         services = data.get("service", [name])
         if not isinstance(services, list) or not all(self._is_text(service) for service in services) or not services:
             raise AnnouncementError("its service is no list of names")
@@ -739,28 +739,36 @@ class _Daemon:
         port = posttroll.get_configured_nameserver_port()
         return os.path.join(directory, f"posttroll-nameserver-{os.getuid()}-{port}.pid")
 
-    def _lock(self) -> int | None:
-        """Return the descriptor of the locked pid file, None if a daemon holds the lock."""
+    def _open(self, flags: int) -> int:
+        """Return a descriptor of the pid file; raises OSError if somebody else has put it there, or can change it."""
+        descriptor = os.open(self.path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        status = os.fstat(descriptor)
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            os.close(descriptor)
+            raise PermissionError(errno.EPERM, "Not a pid file of this user; remove it, or use --pid-file", self.path)
+        return descriptor
+
+    @staticmethod
+    def _lock(descriptor: int) -> bool:
+        """Lock the pid file; return False if a daemon holds the lock."""
         import fcntl
 
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
+            return False
+        return True
 
     def pid(self) -> int | None:
         """Return the process id of the running daemon, None if none runs."""
-        if not os.path.exists(self.path):
+        try:
+            descriptor = self._open(os.O_RDWR)
+        except FileNotFoundError:
             return None
-        descriptor = self._lock()
-        if descriptor is not None:
+        try:
+            text = b"" if self._lock(descriptor) else os.read(descriptor, 20).strip()
+        finally:
             os.close(descriptor)
-            return None
-        with open(self.path) as stream:
-            text = stream.read().strip()
         return int(text) if text.isdigit() else None
 
     def start(self, serve: Callable[[Callable[[], None]], int]) -> int:
@@ -796,8 +804,8 @@ class _Daemon:
 
     def _run_in_background(self, serve: Callable[[Callable[[], None]], int], write_end: int) -> int:
         """Be the daemon: write the pid file, let go of the terminal, serve."""
-        descriptor = self._lock()
-        if descriptor is None:
+        descriptor = self._open(os.O_RDWR | os.O_CREAT)
+        if not self._lock(descriptor):
             os.write(write_end, b"nameserver: already running")
             return 1
         os.ftruncate(descriptor, 0)
