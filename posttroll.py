@@ -4547,12 +4547,14 @@ def _run_publish(options: argparse.Namespace) -> int:
             raise _CommandError(
                 f"{found} of {options.subscribers} subscribers after {options.wait:g} s: nothing was sent."
             )
+        subscribers = publisher.subscriber_count
         for message in following:
             if options.replay:
                 _keep_pace(message, options.speed)
             publisher.send(message)
             count += 1
-        subscribers, dropped = publisher.subscriber_count, publisher.dropped
+        # Those that came later count too, and those that have left after they got what they wanted.
+        subscribers, dropped = max(subscribers, publisher.subscriber_count), publisher.dropped
     _talk(f"{count} message{'s' * (count != 1)} to {subscribers} subscriber{'s' * (subscribers != 1)}")
     if dropped:
         raise _CommandError(f"{dropped} messages were lost: a subscriber was too slow.")
