@@ -112,10 +112,12 @@ OPTIONS: dict[str, _Option] = {
     "tcp_keepalive_cnt": _Option(None, "int", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
     "tcp_keepalive_idle": _Option(None, "int", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
     "tcp_keepalive_intvl": _Option(None, "int", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
-    "zmtp_heartbeat_interval": _Option(10, "number", "seconds between ZMTP heartbeats; 0 for none"),
-    "zmtp_heartbeat_timeout": _Option(30, "number", "seconds without an answer until a connection is given up"),
+    "zmtp_heartbeat_interval": _Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
+    "zmtp_heartbeat_timeout": _Option(30, "number", "seconds without a sign of life until a connection is given up"),
     "send_high_water_mark": _Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
-    "receive_high_water_mark": _Option(200000, "int", "messages queued in a busy subscriber, for each publisher"),
+    "receive_high_water_mark": _Option(
+        200000, "int", "the same in a busy subscriber, for each publisher; 0 for no limit"
+    ),
     "max_services": _Option(20000, "int", "publishers that the nameserver keeps at most"),
     "client_secret_key_file": _Option(None, "path", "CURVE: this host's secret key when it connects"),
     "server_public_key_file": _Option(None, "path", "CURVE: the public key that servers prove to have"),
@@ -1936,13 +1938,31 @@ def get_tcp_keepalive_options() -> dict[int, int]:
     return {option: value for option, value in values.items() if value is not None}
 
 
-def _heartbeat_options() -> dict[int, int]:
-    """Return the options that make ZeroMQ notice peers that are gone without a word (ZMTP 3.1 heartbeats)."""
-    interval = int(1000 * config.get("zmtp_heartbeat_interval"))
-    timeout = int(1000 * config.get("zmtp_heartbeat_timeout"))
+def _liveness_options(is_limited: bool) -> dict[int, int]:
+    """Return the options by which peers are noticed that are gone without a word.
+
+    These are ZMTP heartbeats, or, if the queue of received messages *is limited*, TCP keepalive with the same times: a
+    socket whose queue is full reads nothing, so it takes its peer for dead, and libzmq (4.3.5) then aborts the process.
+    """
+    interval, timeout = config.get("zmtp_heartbeat_interval"), config.get("zmtp_heartbeat_timeout")
     if not interval:
         return {}
-    return {zmq.HEARTBEAT_IVL: interval, zmq.HEARTBEAT_TIMEOUT: timeout, zmq.HEARTBEAT_TTL: min(timeout, 6553500)}
+    if is_limited:
+        seconds = max(int(interval), 1)
+        probes = max(int(timeout / interval), 1)
+        return {
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_IDLE: seconds,
+            zmq.TCP_KEEPALIVE_INTVL: seconds,
+            zmq.TCP_KEEPALIVE_CNT: probes,
+            zmq.TCP_MAXRT: int(1000 * timeout),  # the same while something sent is not acknowledged
+        }
+    milliseconds = int(1000 * timeout)
+    return {
+        zmq.HEARTBEAT_IVL: int(1000 * interval),
+        zmq.HEARTBEAT_TIMEOUT: milliseconds,
+        zmq.HEARTBEAT_TTL: min(milliseconds, 6553500),
+    }
 
 
 def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Socket[bytes]:
@@ -1950,10 +1970,15 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
     sock = get_context().socket(socket_type)
     try:
         sock.linger = 0
-        sock.setsockopt(zmq.SNDHWM, config.get("send_high_water_mark"))
-        sock.setsockopt(zmq.RCVHWM, config.get("receive_high_water_mark"))
-        sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        for option, value in {**get_tcp_keepalive_options(), **_heartbeat_options(), **(options or {})}.items():
+        limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
+        own: dict[Any, Any] = {option: config.get(name) for option, name in limits.items()}
+        own.update(options or {})
+        general = {
+            zmq.RECONNECT_IVL_MAX: 2000,
+            **_liveness_options(own[zmq.RCVHWM] != 0),
+            **get_tcp_keepalive_options(),
+        }
+        for option, value in {**general, **own}.items():
             sock.setsockopt(option, value)
     except BaseException:
         sock.close()
@@ -2619,7 +2644,7 @@ class Publisher:
     It binds at `start`, or else when it is used for the first time.  Sending is thread-safe and never waits.
 
     Attributes:
-        dropped: How many messages a subscriber missed because its queue was full.
+        dropped: How many messages subscribers missed because their queues were full.
     """
 
     _FLUSH_SECONDS = 0.5  # that stop() waits until everything is sent
@@ -2637,6 +2662,7 @@ class Publisher:
         self._lock = threading.RLock()
         self._last_beat: float | None = None
         self._subscriber_count = 0
+        self._marks: set[bytes] = set()
         self._sends = 0
         self._pid = os.getpid()
         self._loss_log = _LimitedLogger("publisher")
@@ -2651,7 +2677,15 @@ class Publisher:
         """
         with self._lock:
             if self._socket is None:
-                options = {zmq.XPUB_VERBOSER: 1, zmq.XPUB_NODROP: 1, zmq.LINGER: int(self._LINGER_SECONDS * 1000)}
+                options = {
+                    zmq.XPUB_VERBOSER: 1,
+                    zmq.XPUB_NODROP: 1,
+                    zmq.LINGER: int(self._LINGER_SECONDS * 1000),
+                    zmq.RCVHWM: 0,
+                    # A subscriber too busy to answer is not dead; to give it up would lose all that is queued for it.
+                    zmq.HEARTBEAT_TIMEOUT: 0,
+                    zmq.HEARTBEAT_TTL: 0,
+                }
                 sock, self._port, self._authenticator = set_up_server_socket(
                     zmq.XPUB, self._address, options, self._port_interval, local_only=self._local_only
                 )
@@ -2706,18 +2740,34 @@ class Publisher:
             try:
                 sock.send(data, _NOBLOCK)
             except zmq.Again:
-                self._send_with_loss(sock, data)
+                self._send_one_by_one(sock, data)
 
     send_string = send
 
-    def _send_with_loss(self, sock: zmq.Socket[bytes], data: bytes) -> None:
-        """Send to those subscribers whose queue is not full."""
-        sock.setsockopt(zmq.XPUB_NODROP, 0)
-        sock.send(data, _NOBLOCK)
-        sock.setsockopt(zmq.XPUB_NODROP, 1)
-        self.dropped += 1
-        text = "Publisher %s: the queue of a slow subscriber is full, it misses messages (%d so far)"
-        self._loss_log.warning("full", text, self._name or self._address, self.dropped)
+    def _send_one_by_one(self, sock: zmq.Socket[bytes], data: bytes) -> None:
+        """Send to those subscribers whose queue is not full, and count the others.
+
+        A message that begins with the mark of a subscriber goes to that one alone.  Strangers have no mark: with one of
+        them it goes to all at once, and ZeroMQ drops it in silence where a queue is full, as it does what follows until
+        half of that queue is read.  So what they miss is counted only once each time that their queue fills up.
+        """
+        self._note_subscriptions()
+        missed = 0
+        if self._subscriber_count == len(self._marks):
+            for mark in self._marks:
+                try:
+                    sock.send(mark + b"\0" + data, _NOBLOCK)
+                except zmq.Again:
+                    missed += 1
+        else:
+            sock.setsockopt(zmq.XPUB_NODROP, 0)
+            sock.send(data, _NOBLOCK)
+            sock.setsockopt(zmq.XPUB_NODROP, 1)
+            missed = 1
+        if missed:
+            self.dropped += missed
+            text = "Publisher %s: the queue of a slow subscriber is full, it misses messages (%d so far)"
+            self._loss_log.warning("full", text, self._name or self._address, self.dropped)
 
     def heartbeat(self, min_interval: float = 0) -> None:
         """Send a heartbeat, but only if *min_interval* seconds have passed since the last one."""
@@ -2739,8 +2789,10 @@ class Publisher:
             topics_to_come = int(mark[1]) if mark else 0
             if change[:1] == b"\x01":
                 self._subscriber_count += 1 - topics_to_come
+                self._marks.update([mark[0]] if mark else [])
             elif change[:1] == b"\x00":
                 self._subscriber_count -= 1 - topics_to_come
+                self._marks.difference_update([mark[0]] if mark else [])
 
     @property
     def subscriber_count(self) -> int:
@@ -2779,6 +2831,7 @@ class Publisher:
             _live_publishers.discard(self)
             authenticator, self._authenticator = self._authenticator, None
             self._subscriber_count = 0
+            self._marks.clear()
             if sock is None or sock.closed or self._pid != os.getpid():
                 return
         _close_flushed(sock, self._FLUSH_SECONDS)
@@ -2816,12 +2869,13 @@ class Publisher:
 # A subscriber also subscribes to a mark, which no message begins with; it says how many topics follow.  ZeroMQ sends
 # them in alphabetical order, the mark first: with 1 for each topic and 1 - n for the mark, a publisher that adds them
 # up counts the subscriber once, and only when the last of its topics has come.
-_match_mark = re.compile(rb"posttroll-subscriber/[0-9a-f]{16}/(\d{1,6})", re.ASCII).fullmatch
+_MARK = b"posttroll-subscriber/"
+_match_mark = re.compile(_MARK + rb"[0-9a-f]{16}/(\d{1,6})").fullmatch
 
 
 def _subscriber_mark(topics: int) -> bytes:
     """Return what a subscriber of so many *topics* subscribes to, so that publishers can count it."""
-    return f"posttroll-subscriber/{os.urandom(8).hex()}/{topics}".encode()
+    return _MARK + f"{os.urandom(8).hex()}/{topics}".encode()
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
@@ -3460,6 +3514,8 @@ class Subscriber:
         try:
             message = Message.decode(raw)
         except MessageError as error:
+            if raw.startswith(_MARK):
+                return self._accept_personal(raw, sock)
             self._bad_log.warning("message", "Skipped a bad message: %s", error)
             return None
         if self._translate:
@@ -3467,6 +3523,12 @@ class Subscriber:
         if self._filter is not None and not self._filter(message):
             return None
         return message
+
+    def _accept_personal(self, raw: bytes, sock: zmq.Socket[bytes]) -> Message | None:
+        """Return the message behind our mark, sent to us alone whatever our topics are; None if it is not wanted."""
+        content = raw.partition(b"\0")[2]
+        topics = chain.from_iterable(key[0] for key, other in self._groups.items() if other is sock)
+        return self._accept(content, sock) if content.startswith(tuple(map(str.encode, topics))) else None
 
     def _translate_sender(self, message: Message, sock: zmq.Socket[bytes]) -> None:
         """Put the host that the message came from in place of the one that its sender says."""
