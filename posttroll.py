@@ -2888,6 +2888,8 @@ def _stop_live_publishers() -> None:
 
 
 atexit.register(_stop_live_publishers)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_live_publishers.clear)  # the parent stops its own
 
 
 def _bind_address(address: str) -> str:
@@ -3209,6 +3211,7 @@ class Subscriber:
         self._is_receiving = False
         self._is_awaited = False  # an asyncio loop waits on the sockets: only it may close them
         self._is_closed = False
+        self._pid = os.getpid()
         try:
             self.update(addresses)
         except BaseException:
@@ -3390,20 +3393,17 @@ class Subscriber:
         Yields:
             The messages; None each time that *timeout* has passed without one.
         """
+        self._check_process()
         lock = self._lock
         accept = self._accept
+        deadline = None  # it holds until something is yielded: refused and broken messages do not put it off
         lock.acquire()
         self._is_receiving = not self._is_closed
         try:
             while self._is_receiving:
-                if not self._wait(timeout):
-                    if timeout is not None and self._is_receiving:
-                        lock.release()
-                        try:
-                            yield None
-                        finally:
-                            lock.acquire()
-                    continue
+                if timeout is not None and deadline is None:
+                    deadline = time.monotonic() + timeout
+                self._wait(deadline)
                 for sock in self._ready:
                     receive = sock.recv
                     for _ in range(self._BATCH):
@@ -3414,6 +3414,7 @@ class Subscriber:
                         message = accept(raw, sock)
                         if message is None:
                             continue
+                        deadline = None
                         lock.release()
                         try:
                             yield message
@@ -3423,6 +3424,13 @@ class Subscriber:
                             break
                     if not self._is_receiving:
                         break
+                if self._is_receiving and deadline is not None and time.monotonic() >= deadline:
+                    deadline = None
+                    lock.release()
+                    try:
+                        yield None
+                    finally:
+                        lock.acquire()
         except zmq.ZMQError:
             if not self._is_closed:  # by a signal handler, say
                 raise
@@ -3431,6 +3439,11 @@ class Subscriber:
             if self._is_closed:
                 self._close_sockets()
             lock.release()
+
+    def _check_process(self) -> None:
+        """Raise RuntimeError in a forked child: a ZeroMQ socket works only in the process that made it."""
+        if self._pid != os.getpid():
+            raise RuntimeError("Cannot receive: the subscriber was made before the fork, by the parent process.")
 
     def __call__(self, **kwargs: Any) -> Iterator[Message | None]:
         """Receive, as `recv` does."""
@@ -3462,6 +3475,7 @@ class Subscriber:
     @contextmanager
     def _receiving(self) -> Iterator[None]:
         """The time during which an asyncio program receives."""
+        self._check_process()
         self._is_receiving = not self._is_closed
         try:
             yield
@@ -3492,8 +3506,8 @@ class Subscriber:
             with self._lock:
                 if self._is_receiving:
                     self._dispatch(found)
-                    if not self._ready and deadline is not None and time.monotonic() >= deadline:
-                        return None
+                    if deadline is not None and time.monotonic() >= deadline:
+                        return self._take()
         return None
 
     def _take(self) -> Message | None:
@@ -3537,16 +3551,13 @@ class Subscriber:
             if tcp is not None:
                 message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
 
-    def _wait(self, timeout: float | None) -> bool:
-        """Serve hooks and changes until there is something to receive (True) or *timeout* has passed (False)."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+    def _wait(self, deadline: float | None) -> None:
+        """Serve hooks and changes until there is something to receive, or the *deadline* has passed."""
         while True:
             milliseconds = self._prepare(deadline)
             self._dispatch(cast(zmq.Poller, self._poller).poll(milliseconds))
-            if self._ready:
-                return True
-            if not self._is_receiving or (deadline is not None and time.monotonic() >= deadline):
-                return False
+            if self._ready or not self._is_receiving or (deadline is not None and time.monotonic() >= deadline):
+                return
 
     def _prepare(self, deadline: float | None) -> int | None:
         """Set up the poller; return how many milliseconds it may wait, None for ever."""
@@ -3591,11 +3602,14 @@ class Subscriber:
     def stop(self) -> None:
         """End the receiving."""
         self._is_receiving = False
-        self._waker.wake()
+        if self._pid == os.getpid():
+            self._waker.wake()
 
     def close(self) -> None:
         """End the receiving, and close the sockets."""
         self._is_closed = True
+        if self._pid != os.getpid():
+            return  # they belong to the parent, whose thread may have held the lock at the time of the fork
         self.stop()
         # Whoever receives in another thread closes them; this thread waits for it, but not for ever.
         if self._lock.acquire(timeout=1):
@@ -4427,7 +4441,12 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["nameserver"]:
-        return cast(int, _nameserver_module().main(words[1:]))
+        try:
+            nameserver = _nameserver_module()
+        except ImportError as error:
+            print(f"posttroll: the nameserver needs posttroll_ns.py beside this file: {error}", file=sys.stderr)
+            return 1
+        return cast(int, nameserver.main(words[1:]))
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     # argparse takes no more words of a list after an option between them.
@@ -5409,6 +5428,10 @@ def __getattr__(name: str) -> Any:
 class _Path(types.ModuleType):
     """An import path whose names live elsewhere: what is read, set and deleted here is read, set and deleted there."""
 
+    _children: Mapping[str, types.ModuleType]
+    _aliases: Mapping[str, str]
+    _of_nameserver: frozenset[str]
+
     def __init__(
         self,
         name: str,
@@ -5417,18 +5440,18 @@ class _Path(types.ModuleType):
         of_nameserver: Sequence[str] = (),
     ) -> None:
         super().__init__(name, __doc__)
-        self.__dict__.update(children or {})
-        self.__dict__["_aliases"] = aliases or {}
-        self.__dict__["_of_nameserver"] = frozenset(of_nameserver)
+        own = {"_children": children or {}, "_aliases": aliases or {}, "_of_nameserver": frozenset(of_nameserver)}
+        for key, value in {**own, **(children or {})}.items():
+            object.__setattr__(self, key, value)
 
     def _find(self, name: str) -> tuple[Any, str]:
         """Return the module where *name* lives, and its name there."""
-        if name in self.__dict__["_of_nameserver"]:
+        if name in self._of_nameserver:
             try:
                 return _nameserver_module(), name
             except ImportError as error:
                 raise AttributeError(f"{name} is in posttroll_ns.py, which cannot be imported: {error}") from error
-        return sys.modules[__name__], self.__dict__["_aliases"].get(name, name)
+        return sys.modules[__name__], self._aliases.get(name, name)
 
     def __getattr__(self, name: str) -> Any:
         module, name = self._find(name)
@@ -5443,7 +5466,13 @@ class _Path(types.ModuleType):
         delattr(module, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*globals(), *self.__dict__, *self.__dict__["_of_nameserver"]})
+        return sorted({*globals(), *self._children, *self._aliases, *self._of_nameserver})
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        """What can be read here: tools that replace an attribute look here for what to put back."""
+        found = {name: getattr(self, name, _UNSET) for name in dir(self)}
+        return {name: value for name, value in found.items() if value is not _UNSET}
 
 
 def _register_import_paths() -> None:
