@@ -215,7 +215,7 @@ class Config:
         self._assigned: dict[str, Any] = {}
         self._defaults: dict[str, Any] = {key: option.default for key, option in options.items()}
         self._file_layers: list[tuple[str, dict[str, Any]]] | None = None
-        self._cache: dict[str, tuple[Any, Any, Any]] = {}  # what was found, as long as the environment says the same
+        self._cache: dict[str, tuple[Any, Any, Any, Any]] = {}  # what was found, as long as the environment is the same
 
     # -- reading --
 
@@ -234,9 +234,12 @@ class Config:
         if override_with is not None:
             return override_with
         cached = self._cache.get(key)
-        if cached is not None and _raw_environment().get(cached[0]) == cached[1]:
-            if cached[2] is not None or default is _UNSET:
-                return cached[2]
+        if cached is not None:
+            variable, text, old_variable, value = cached
+            environment = _raw_environment()
+            is_current = environment.get(variable) == text and old_variable not in environment
+            if is_current and (value is not None or default is _UNSET):
+                return value
         value, _ = self.lookup(key)
         if value is None and default is not _UNSET and self._is_unset(key):
             return default
@@ -268,9 +271,9 @@ class Config:
                 value = _as_kind(value, option.kind)
             except ValueError as expected:
                 raise _wrong_value(self.name, key, value, source, option, str(expected)) from None
-        if option.old_name is None:
-            raw_variable = _raw_variable(variable)
-            self._cache[key] = (raw_variable, _raw_environment().get(raw_variable), value)
+        raw_variable = _raw_variable(variable)
+        old_variable = _raw_variable(option.old_name or "")  # there is never one without a name
+        self._cache[key] = (raw_variable, _raw_environment().get(raw_variable), old_variable, value)
         return value, source
 
     def _find(self, key: str, variable: str, text: str | None, option: _Option | None) -> tuple[Any, str]:
@@ -2194,9 +2197,8 @@ class _LookupSockets:
         self._lock = threading.Lock()
         self._idle: list[tuple[tuple[Any, ...], zmq.Socket[bytes]]] = []
 
-    def take(self, endpoint: str) -> zmq.Socket[bytes] | None:
-        """Return an idle socket that is connected to *endpoint*, if there is one."""
-        key = self._key(endpoint)
+    def take(self, key: tuple[Any, ...]) -> zmq.Socket[bytes] | None:
+        """Return an idle socket that was put under *key*, if there is one."""
         with self._lock:
             for index, (idle_key, sock) in enumerate(self._idle):
                 if idle_key == key and not sock.closed:
@@ -2204,10 +2206,10 @@ class _LookupSockets:
                     return sock
         return None
 
-    def put(self, endpoint: str, sock: zmq.Socket[bytes]) -> None:
-        """Keep *sock*, whose last request has been answered."""
+    def put(self, key: tuple[Any, ...], sock: zmq.Socket[bytes]) -> None:
+        """Keep *sock*, whose last request has been answered, under *key*."""
         with self._lock:
-            self._idle.append((self._key(endpoint), sock))
+            self._idle.append((key, sock))
             surplus = [self._idle.pop(0)[1] for _ in range(len(self._idle) - self.LIMIT)]
         for old in surplus:
             close_socket(old)
@@ -2221,7 +2223,8 @@ class _LookupSockets:
                 close_socket(sock)
 
     @staticmethod
-    def _key(endpoint: str) -> tuple[Any, ...]:
+    def key(endpoint: str) -> tuple[Any, ...]:
+        """Return all that makes a connection to *endpoint* what it is."""
         settings = ("backend", "client_secret_key_file", "server_public_key_file")
         return (os.getpid(), endpoint, *map(config.get, settings))
 
@@ -2232,7 +2235,8 @@ _lookup_sockets = _LookupSockets()
 def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
     """Return the answer to *request*, None if there is none in *timeout* seconds."""
     deadline = time.monotonic() + timeout
-    sock = _lookup_sockets.take(endpoint)
+    key = _lookup_sockets.key(endpoint)
+    sock = _lookup_sockets.take(key)
     is_fresh = sock is None
     while True:
         if sock is None:
@@ -2241,7 +2245,7 @@ def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
         patience = deadline - time.monotonic() if is_fresh else min(timeout / 2, 1.0)
         answer = _answer_on(sock, request, patience)
         if answer is not None:
-            _lookup_sockets.put(endpoint, sock)
+            _lookup_sockets.put(key, sock)
             return answer
         close_socket(sock)
         if is_fresh:
@@ -2253,8 +2257,8 @@ def _answer_on(sock: zmq.Socket[bytes], request: bytes, timeout: float) -> bytes
     """Send *request* on a REQ socket and return its answer, None if it does not come in *timeout* seconds."""
     try:
         sock.send(request, _NOBLOCK)
-        if sock.poll(max(int(timeout * 1000), 0), _POLLIN):
-            return sock.recv_multipart(_NOBLOCK)[0]
+        sock.setsockopt(zmq.RCVTIMEO, max(int(timeout * 1000), 0))
+        return sock.recv_multipart()[0]
     except zmq.Again:
         pass
     except BaseException:

@@ -320,10 +320,9 @@ class _Server:
     def answer_all(self, answer: Callable[[bytes], bytes]) -> None:
         """Answer the requests that have come, but not so many that others have to wait."""
         for _ in range(100):
-            try:
-                frames = self.socket.recv_multipart(_NOBLOCK)
-            except zmq.Again:
+            if not self.socket.get(zmq.EVENTS) & _POLLIN:
                 return
+            frames = self.socket.recv_multipart(_NOBLOCK)
             self.socket.send(answer(frames[0] if len(frames) == 1 else b""))
 
     def close(self) -> None:
@@ -445,7 +444,7 @@ class AddressReceiver:
         with self._lock:
             is_new = self._book.add(entry)
         if is_new:
-            posttroll._log("address_receiver").info("New publisher %s at %s", entry.name, entry.address)
+            self._log.log(logging.INFO, "new", "New publisher %s at %s", entry.name, entry.address)
             pub.send(self._news(entry, True))
 
     @staticmethod
@@ -484,7 +483,7 @@ class AddressReceiver:
         with self._lock:
             expired = self._book.expire()
         for entry in expired:
-            posttroll._log("address_receiver").info("Lost publisher %s at %s", entry.name, entry.address)
+            self._log.log(logging.INFO, "lost", "Lost publisher %s at %s", entry.name, entry.address)
             publisher.send(self._news(entry, False))
 
     def _wait(self, source: Any, waker: posttroll._Waker, next_beat: float | None) -> bool:
@@ -500,7 +499,8 @@ class AddressReceiver:
         dues.append(now + source.retry if source.retry is not None else None)
         waits = [due - now for due in dues if due is not None]
         ready = dict(poller.poll(max(int(min(waits) * 1000) + 1, 0) if waits else None))
-        waker.clear()
+        if waker.fileno() in ready:
+            waker.clear()
         return pollable in ready
 
 
@@ -615,7 +615,8 @@ class NameServer:
             poller.register(server.socket, _POLLIN)
         while not self._is_stopping:
             ready = dict(poller.poll())
-            waker.clear()
+            if waker.fileno() in ready:
+                waker.clear()
             for server in servers:
                 if server.socket in ready:
                     server.answer_all(lambda request: self._answer(request, address_receiver))
