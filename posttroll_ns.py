@@ -320,7 +320,7 @@ class _Server:
     def answer_all(self, answer: Callable[[bytes], bytes]) -> None:
         """Answer the requests that have come, but not so many that others have to wait."""
         for _ in range(100):
-            if not self.socket.get(zmq.EVENTS) & _POLLIN:
+            if not int(self.socket.get(zmq.EVENTS)) & _POLLIN:
                 return
             frames = self.socket.recv_multipart(_NOBLOCK)
             self.socket.send(answer(frames[0] if len(frames) == 1 else b""))
