@@ -5397,11 +5397,16 @@ def _run_demo_subscriber() -> int:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return TCP ports that are free just now."""
-    with socket.socket() as first:
-        first.bind(("", 0))
-        port = int(first.getsockname()[1])
-        return [port, *(_free_ports(count - 1) if count > 1 else [])]
+    """Return TCP ports that are free just now, none of those that the system gives to outgoing connections."""
+    import random
+
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(10000, 32000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            found.append(port)
+    return found
 
 
 # ======================================================================================================================
