@@ -1269,6 +1269,10 @@ _NOBLOCK = int(zmq.NOBLOCK)
 _POLLIN = int(zmq.POLLIN)
 _POLLOUT = int(zmq.POLLOUT)
 
+# Milliseconds.  A signal that arrives just before a poll begins does not end it, and on Windows none does: without an
+# end of its own, the handler (Ctrl-C, SIGTERM) would be called when the next message comes, perhaps never.
+_LONGEST_POLL = 900
+
 # -- contexts --
 
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
@@ -1624,7 +1628,7 @@ class _ClientKeys:
 # -- who may connect --
 
 
-_match_ipc_peer = re.compile(r":\d+:\d+:\d+", re.ASCII).fullmatch  # user, group and process, as ZeroMQ tells them
+_match_ipc_peer = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII).fullmatch  # "localhost" (or nothing), user, group, process
 
 
 def _is_own_address(address: str) -> bool:
@@ -3504,7 +3508,7 @@ class Subscriber:
                     poller.register(item, events)
                 self._is_awaited = True
             try:
-                found = await poller.poll(-1 if milliseconds is None else milliseconds)
+                found = await poller.poll(milliseconds)
             finally:
                 self._is_awaited = False
             with self._lock:
@@ -3563,8 +3567,8 @@ class Subscriber:
             if self._ready or not self._is_receiving or (deadline is not None and time.monotonic() >= deadline):
                 return
 
-    def _prepare(self, deadline: float | None) -> int | None:
-        """Set up the poller; return how many milliseconds it may wait, None for ever."""
+    def _prepare(self, deadline: float | None) -> int:
+        """Set up the poller; return how many milliseconds it may wait."""
         self._apply_changes()
         while self._unused:
             close_socket(self._unused.pop())
@@ -3578,7 +3582,8 @@ class Subscriber:
         if self._unresolved:
             due.append(time.monotonic() + _Resolution.RETRY)
         # One millisecond more: poll rounds down, and would return just before it is due.
-        return max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        milliseconds = int((min(due) - time.monotonic()) * 1000) + 1 if due else _LONGEST_POLL
+        return min(max(milliseconds, 0), _LONGEST_POLL)
 
     def _dispatch(self, events: Iterable[tuple[Any, int]]) -> None:
         """Serve what a poll found: collect the sockets that have messages, call the hooks of the others."""
@@ -4331,7 +4336,8 @@ def _run_logger(options: argparse.Namespace) -> int:
         logger.start()
         waker = _Waker()
         with _signals_call(waker.wake):
-            zmq.select([waker.fileno()], [], [])
+            while not zmq.select([waker.fileno()], [], [], _LONGEST_POLL / 1000)[0]:
+                pass
         waker.close()
     finally:
         logger.stop()

@@ -366,6 +366,7 @@ class AddressReceiver:
         self._waker: posttroll._Waker | None = None
         self._is_stopping = False
         self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
 
     def start(self) -> AddressReceiver:
         """Start the receiver.
@@ -472,6 +473,7 @@ class AddressReceiver:
             posttroll._log("address_receiver").debug("The context was terminated")
         except Exception as error:
             self.failure = error
+            self.on_failure()
             posttroll._log("address_receiver").exception("The receiver of addresses has failed")
             raise
         finally:
@@ -581,6 +583,7 @@ class NameServer:
                     multicast_enabled=self._multicast_enabled,
                     restrict_to_localhost=self._local_only,
                 )
+                receiver.on_failure = waker.wake  # without it, this would live on deaf
                 receiver.start()
             if when_ready is not None:
                 when_ready()
@@ -614,7 +617,7 @@ class NameServer:
         for server in servers:
             poller.register(server.socket, _POLLIN)
         while not self._is_stopping:
-            ready = dict(poller.poll())
+            ready = dict(poller.poll(posttroll._LONGEST_POLL))
             if waker.fileno() in ready:
                 waker.clear()
             for server in servers:
@@ -811,7 +814,11 @@ class _Daemon:
 
     def _run_in_background(self, serve: Callable[[Callable[[], None]], int], write_end: int) -> int:
         """Be the daemon: write the pid file, let go of the terminal, serve."""
-        descriptor = self._open(os.O_RDWR | os.O_CREAT)
+        try:
+            descriptor = self._open(os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            os.write(write_end, f"nameserver: cannot write the pid file: {error}".encode())
+            return 1
         if not self._lock(descriptor):
             os.write(write_end, b"nameserver: already running")
             return 1
