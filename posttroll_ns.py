@@ -550,6 +550,7 @@ class NameServer:
         self._local_only = restrict_to_localhost
         self._waker: posttroll._Waker | None = None
         self._is_stopping = False
+        self._has_ended = False
         self._log = posttroll._LimitedLogger("ns")
 
     def run(
@@ -571,6 +572,7 @@ class NameServer:
             OSError: The multicast group is not valid.
             posttroll.ConfigurationError: The secure backend is not set up.
         """
+        self._has_ended = False
         self._waker = waker = posttroll._Waker()
         servers: list[_Server] = []
         receiver = None
@@ -593,6 +595,7 @@ class NameServer:
                 receiver.stop()
             for server in servers:
                 server.close()
+            self._has_ended = True
             self._is_stopping = False
             self._waker = None
             waker.close()
@@ -643,7 +646,9 @@ class NameServer:
             return posttroll.Message("/oper/ns", "info", "", version=version).encode().encode()
 
     def stop(self) -> None:
-        """Stop the nameserver; may be called from other threads and from signal handlers."""
+        """Stop the nameserver; may be called from other threads and signal handlers, and also before it runs."""
+        if self._has_ended:
+            return
         self._is_stopping = True
         waker = self._waker
         if waker is not None:
