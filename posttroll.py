@@ -1982,6 +1982,8 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
         own.update(options or {})
         general = {
             zmq.RECONNECT_IVL_MAX: 2000,
+            # The system repeats a lost SYN ever more seldom: begin anew, so that a link that is back is used at once.
+            zmq.CONNECT_TIMEOUT: 5000,
             **_liveness_options(own[zmq.RCVHWM] != 0),
             **get_tcp_keepalive_options(),
         }
