@@ -1,0 +1,9375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of posttroll.py and posttroll_ns.py, in the order of their sections: real sockets, real processes.
+
+Each test has ports and a multicast group of its own, on the loopback interface, and must leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import asyncio
+import base64
+import contextlib
+import copy
+import datetime as dt
+import fcntl
+import importlib
+import inspect
+import io
+import json
+import logging.handlers
+import multiprocessing
+import os
+import pickle
+import pickletools
+import pty
+import queue
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import types
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, Callable
+from unittest import mock
+
+import posttroll.address_receiver
+import posttroll.backends.zmq
+import posttroll.backends.zmq.socket
+import posttroll.bbmcast
+import posttroll.listener
+import posttroll.logger
+import posttroll.message
+import posttroll.message_broadcaster
+import posttroll.ns
+import posttroll.publisher
+import posttroll.subscriber
+import posttroll.testing
+import pytest
+import zmq
+from freezegun import freeze_time
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from posttroll.message import Message, MessageError
+
+import posttroll
+import posttroll_ns
+from posttroll import ConfigurationError, config
+
+HERE = Path(posttroll.__file__).resolve().parent
+LIBRARY = HERE / "posttroll.py"
+NAMESERVER = HERE / "posttroll_ns.py"
+chance = random.SystemRandom()  # that no test plug-in seeds: ports and groups must differ
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
+DEADLINE = 20.0  # seconds until a test gives up waiting; nothing here should take more than a fraction of it
+
+
+# ======================================================================================================================
+# Tools
+# ======================================================================================================================
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = DEADLINE, what: str = "") -> Any:
+    """Wait until *condition* gives something true, and return that; fail after *timeout* seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            pytest.fail(f"Waited {timeout} s in vain for {what or condition}")
+        time.sleep(0.005)
+
+
+def free_port() -> int:
+    """Return a port that is free for TCP and UDP, none of those that the system gives to outgoing connections."""
+    while True:
+        port = chance.randrange(10000, 32000)
+        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            try:
+                tcp.bind(("", port))
+                udp.bind(("", port))
+            except OSError:
+                continue
+            return port
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Give each test settings of its own (subprocesses inherit them), and look for what it leaves behind."""
+    for name in [name for name in os.environ if name.startswith(("POSTTROLL_", "PYTROLL_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("NAMESERVER_PORT", raising=False)
+    settings = {
+        "ROOT_CONFIG": str(tmp_path / "etc"),
+        "CONFIG": str(tmp_path / "config"),
+        "NAMESERVER_PORT": str(free_port()),
+        "ADDRESS_PUBLISH_PORT": str(free_port()),
+        "BROADCAST_PORT": str(free_port()),
+        "MC_GROUP": f"239.{chance.randrange(256)}.{chance.randrange(256)}.{chance.randrange(1, 255)}",
+        "MULTICAST_INTERFACE": "127.0.0.1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv("POSTTROLL_" + name, value)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    config.refresh()
+    threads = set(threading.enumerate())
+    yield
+    config.refresh()
+    posttroll._lookup_sockets.clear()
+    wait_for(lambda: set(threading.enumerate()) <= threads, what=f"the end of {set(threading.enumerate()) - threads}")
+    open_sockets = [sock for sock in posttroll.get_context()._sockets if not sock.closed]
+    posttroll.destroy_context(0)
+    assert open_sockets == []
+
+
+@contextlib.contextmanager
+def process(*args: Any, **kwargs: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run a process with pipes to its stdin, stdout and stderr; it has ended at the end."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen([str(arg) for arg in args], text=True, **{**pipes, **kwargs})
+    try:
+        yield running
+    finally:
+        if running.poll() is None:
+            running.kill()
+        running.communicate()
+
+
+def python(code: str, *args: Any, **kwargs: Any) -> Any:
+    """Run Python *code* in a process of its own, as `process` does."""
+    return process(sys.executable, "-u", "-c", code, *args, **kwargs)
+
+
+def finish(running: subprocess.Popen[str], timeout: float = DEADLINE) -> tuple[int, str, str]:
+    """Wait for the end of a process; return its status, output and errors."""
+    out, err = running.communicate(timeout=timeout)
+    return running.returncode, out, err
+
+
+@contextlib.contextmanager
+def nameserver_process(*args: str, **kwargs: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run the nameserver as operators do; it is ready when this gives it."""
+    with process(sys.executable, "-u", NAMESERVER, *args, **kwargs) as running:
+        await_line(running, "answers on port")
+        yield running
+
+
+def await_line(running: subprocess.Popen[str], text: str) -> str:
+    """Read the output of a process up to the line with *text*, and return that line."""
+    assert running.stdout is not None
+    for line in running.stdout:
+        if text in line:
+            return line
+    _, err = running.communicate()
+    pytest.fail(f"The process ended without {text!r}: {err}")
+
+
+@contextlib.contextmanager
+def nameserver(**kwargs: Any) -> Iterator[posttroll_ns.NameServer]:
+    """Run a nameserver in a thread; it is ready when this gives it."""
+    kwargs.setdefault("multicast_enabled", False)
+    server = posttroll_ns.NameServer(**kwargs)
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, kwargs={"when_ready": ready.set})
+    thread.start()
+    try:
+        assert ready.wait(DEADLINE)
+        yield server
+    finally:
+        server.stop()
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+
+
+def receive(subscriber: posttroll.Subscriber, count: int = 1, timeout: float = DEADLINE) -> list[posttroll.Message]:
+    """Return the next *count* messages, fewer if they do not come in time."""
+    messages: list[posttroll.Message] = []
+    deadline = time.monotonic() + timeout
+    while len(messages) < count and time.monotonic() < deadline:
+        message = next(subscriber.recv(timeout=0.2))
+        if message is not None:
+            messages.append(message)
+    return messages
+
+
+def raw_request(port: int, *frames: bytes, timeout: float = DEADLINE) -> list[bytes] | None:
+    """Send a request to a local port, as any ZeroMQ program could; return the answer, None if there is none."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as sock:
+        sock.linger = 0
+        sock.connect(f"tcp://127.0.0.1:{port}")
+        sock.send_multipart(frames)
+        return sock.recv_multipart() if sock.poll(timeout * 1000) else None
+
+
+# ======================================================================================================================
+# 1. Configuration
+# ======================================================================================================================
+
+
+def write(directory: Path, name: str, content: str) -> Path:
+    """Write a file, and the directory that it is in."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / name
+    path.write_text(content)
+    return path
+
+
+class TestConfigLayers:
+    """What was set in code, the environment, files, defaults: the first that has the key wins."""
+
+    def test_documented_defaults(self, monkeypatch):
+        for name in [name for name in os.environ if name.startswith("POSTTROLL_")]:
+            if not name.endswith("CONFIG"):
+                monkeypatch.delenv(name)
+        expected = {
+            "backend": "unsecure_zmq",
+            "nameserver_port": 5557,
+            "address_publish_port": 16543,
+            "broadcast_port": 21200,
+            "mc_group": "225.0.0.212",
+            "mc_ttl": 31,
+            "pub_min_port": 49152,
+            "pub_max_port": 65536,
+            "message_version": "v1.2",
+        }
+        assert {key: config.get(key) for key in expected} == expected
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "secure_zmq_nameserver_port",
+            "multicast_interface",
+            "tcp_keepalive",
+            "tcp_keepalive_cnt",
+            "tcp_keepalive_idle",
+            "tcp_keepalive_intvl",
+            "client_secret_key_file",
+            "server_public_key_file",
+            "server_secret_key_file",
+            "clients_public_keys_directory",
+            "authorized_client_addresses",
+        ],
+    )
+    def test_documented_keys_without_a_default(self, key, monkeypatch):
+        monkeypatch.delenv("POSTTROLL_" + key.upper(), raising=False)
+        assert config.get(key) is None
+        assert config.get(key, "mine") == "mine"
+        assert key not in config
+
+    def test_the_environment_is_read_when_the_value_is_asked_for(self, monkeypatch):
+        assert config.get("tcp_keepalive") is None
+        monkeypatch.setenv("POSTTROLL_TCP_KEEPALIVE", "1")
+        assert config.get("tcp_keepalive") == 1
+        monkeypatch.setenv("POSTTROLL_TCP_KEEPALIVE", "0")
+        assert config.get("tcp_keepalive") == 0
+        monkeypatch.delenv("POSTTROLL_TCP_KEEPALIVE")
+        assert config.get("tcp_keepalive") is None
+
+    def test_each_layer_hides_the_next(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("POSTTROLL_BROADCAST_PORT")
+        assert config.lookup("broadcast_port") == (21200, "default")
+        path = write(tmp_path / "config", "a.json", '{"broadcast_port": 2}')
+        config.refresh()
+        assert config.lookup("broadcast_port") == (2, str(path))
+        monkeypatch.setenv("POSTTROLL_BROADCAST_PORT", "3")
+        assert config.lookup("broadcast_port") == (3, "$POSTTROLL_BROADCAST_PORT")
+        config.set(broadcast_port=4)
+        assert config.lookup("broadcast_port") == (4, "code")
+        config.refresh()
+        assert config.get("broadcast_port") == 3
+
+    def test_values_in_the_environment_are_literals_or_text(self, monkeypatch):
+        for text, value in [
+            ("7", 7),
+            ("[1, 'b']", [1, "b"]),
+            ("{'a': None}", {"a": None}),
+            ("True", True),
+            ("plain text", "plain text"),
+            ("10.0.0.1", "10.0.0.1"),
+            ("(" * 2000, "(" * 2000),
+            ("", ""),
+        ]:
+            monkeypatch.setenv("POSTTROLL_OWN_KEY", text)
+            assert config.get("own_key") == value
+
+    def test_nested_keys_of_the_environment(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_CHAIN__STEP", "3")
+        monkeypatch.setenv("POSTTROLL_CHAIN__DEEP__NAME", "x")
+        assert config.get("chain.step") == 3
+        assert config.get("chain.deep.name") == "x"
+        assert config.get("chain") == {"step": 3, "deep": {"name": "x"}}
+
+    def test_nested_keys_come_together_from_all_layers(self, monkeypatch, tmp_path):
+        write(tmp_path / "config", "a.json", '{"chain": {"a": "file", "b": "file", "c": "file"}}')
+        own = posttroll.Config()
+        own.update_defaults({"chain": {"a": "default", "d": "default"}})
+        monkeypatch.setenv("POSTTROLL_CHAIN__B", "environment")
+        monkeypatch.setenv("POSTTROLL_CHAIN__C", "environment")
+        own.set(chain__c="code")
+        expected = {"a": "file", "b": "environment", "c": "code", "d": "default"}
+        assert own.get("chain") == expected
+        assert {key: own.get(f"chain.{key}") for key in "abcd"} == expected
+
+    def test_a_key_that_nobody_has(self):
+        with pytest.raises(KeyError, match="nonesuch"):
+            config.get("nonesuch")
+        with pytest.raises(KeyError, match="nonesuch"):
+            config["nonesuch"]
+        assert config.get("nonesuch", None) is None
+        assert config.get("nonesuch", default=5) == 5
+        assert "nonesuch" not in config
+
+    def test_an_override_wins(self):
+        assert config.get("nameserver_port", override_with=9) == 9
+        assert config.get("mc_ttl", override_with=None) == 31
+
+    def test_a_backend_asked_for_twice_follows_the_change_in_between(self, monkeypatch):
+        """Values are remembered for speed; that must not show."""
+        seen = [config.get("backend")]
+        monkeypatch.setenv("POSTTROLL_BACKEND", "secure_zmq")
+        seen.append(config.get("backend"))
+        with config.set(backend="unsecure_zmq"):
+            seen.append(config.get("backend"))
+        seen.append(config.get("backend"))
+        monkeypatch.delenv("POSTTROLL_BACKEND")
+        seen.append(config.get("backend"))
+        assert seen == ["unsecure_zmq", "secure_zmq", "unsecure_zmq", "secure_zmq", "unsecure_zmq"]
+
+
+class TestConfigSet:
+    """Settings from code."""
+
+    def test_as_a_plain_call(self):
+        config.set(mc_ttl=3)
+        assert config["mc_ttl"] == 3
+        config.set({"mc_ttl": 4}, broadcast_port=5)
+        assert (config["mc_ttl"], config["broadcast_port"]) == (4, 5)
+
+    def test_as_a_context_manager_it_restores(self):
+        config.set(mc_ttl=3)
+        with config.set(mc_ttl=4, own=1) as inside:
+            assert inside is config
+            assert (config["mc_ttl"], config["own"]) == (4, 1)
+            with config.set(mc_ttl=5):
+                assert config["mc_ttl"] == 5
+            assert config["mc_ttl"] == 4
+        assert config["mc_ttl"] == 3
+        assert "own" not in config
+
+    def test_it_restores_after_an_exception(self):
+        with pytest.raises(ZeroDivisionError), config.set(mc_ttl=4):
+            raise ZeroDivisionError
+        assert config["mc_ttl"] == 31
+
+    def test_nested_keys(self):
+        config.set({"a.b": 1})
+        config.set(a__c=2)
+        config.set({"a": {"b": 3}})
+        assert config.get("a") == {"b": 3}  # it sets a key, it does not merge into it
+        with config.set({"a.d.e": 4}):
+            assert config.get("a") == {"b": 3, "d": {"e": 4}}
+        assert config.get("a") == {"b": 3}
+        config.set({"a.b.c": 5})
+        assert config.get("a.b.c") == 5
+
+    def test_hyphens_and_underscores_are_alike(self):
+        config.set({"mc-ttl": 7, "own-key": {"sub-key": 1}})
+        assert config.get("mc_ttl") == config.get("mc-ttl") == 7
+        assert config.get("own_key.sub-key") == config.get("own-key.sub_key") == 1
+        assert "own-key" in config
+        assert "own_key" in config
+
+    def test_the_caller_s_dictionary_is_not_touched(self):
+        mine = {"a": {"b": 1}}
+        config.set(mine)
+        config.set({"a.b": 2})
+        config.update({"a": {"c": 3}})
+        assert mine == {"a": {"b": 1}}
+
+    def test_update_merges(self):
+        config.set({"a": {"b": 1}})
+        config.update({"a": {"c": 2}, "mc-ttl": 9})
+        assert config.get("a") == {"b": 1, "c": 2}
+        assert config.get("mc_ttl") == 9
+
+    def test_update_with_priority_old_fills_gaps_only(self):
+        config.set(own=1)
+        config.update({"own": 2, "other": 3}, priority="old")
+        assert (config["own"], config["other"]) == (1, 3)
+
+    def test_merge_takes_several_the_last_wins(self):
+        config.merge({"a": {"b": 1}, "x": 1}, {"a": {"c": 2}, "x": 2})
+        assert config.get("a") == {"b": 1, "c": 2}
+        assert config["x"] == 2
+
+    def test_update_defaults_has_the_last_word_only(self):
+        own = posttroll.Config()
+        own.update_defaults({"own": 1, "sub": {"a": 1}})
+        own.set(own=2, sub__b=2)
+        assert own["own"] == 2
+        assert own["sub"] == {"a": 1, "b": 2}
+        own.refresh()
+        assert own["own"] == 1
+
+    def test_clear_forgets_code_and_files(self, tmp_path):
+        write(tmp_path / "config", "a.json", '{"own_a": 1}')
+        config.refresh()
+        config.set(own_b=1)
+        assert "own_a" in config
+        config.clear()
+        assert "own_a" not in config
+        assert "own_b" not in config
+        config.refresh()
+        assert "own_a" in config
+
+    def test_to_dict_and_pprint_show_all_layers(self, monkeypatch, tmp_path, capsys):
+        write(tmp_path / "config", "a.json", '{"of_file": 1}')
+        config.refresh()
+        monkeypatch.setenv("POSTTROLL_OF_ENVIRONMENT", "2")
+        config.set(of_code=3)
+        everything = config.to_dict()
+        assert everything.items() >= {"of_file": 1, "of_environment": 2, "of_code": 3, "mc_ttl": 31}.items()
+        config.pprint()
+        printed = capsys.readouterr().out
+        assert "'of_file': 1" in printed
+        assert "'mc_ttl': 31" in printed
+        stream = io.StringIO()
+        config.pprint(stream=stream)
+        assert stream.getvalue() == printed
+
+    def test_settings_made_in_many_threads_all_stand(self):
+        def work(number):
+            for key in range(50):
+                config.set({f"own{number}": key})
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [config[f"own{number}"] for number in range(8)] == [49] * 8
+
+
+class TestConfigFiles:
+    """JSON always, TOML from Python 3.11 on, YAML if PyYAML is there; what cannot be used is a warning."""
+
+    def test_json_in_both_directories(self, tmp_path):
+        write(tmp_path / "etc", "a.json", '{"own-a": 1, "own_b": 1}')
+        write(tmp_path / "config", "a.json", '{"own_b": 2}')
+        config.refresh()
+        assert (config["own_a"], config["own_b"]) == (1, 2)
+
+    def test_the_last_file_of_a_directory_wins(self, tmp_path):
+        write(tmp_path / "config", "20.json", '{"own": "later"}')
+        write(tmp_path / "config", "10.json", '{"own": "earlier"}')
+        config.refresh()
+        assert config["own"] == "later"
+
+    def test_the_variable_may_name_a_file(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_CONFIG", str(write(tmp_path, "mine.json", '{"own": 1}')))
+        config.refresh()
+        assert config["own"] == 1
+
+    def test_files_of_the_home_directory_and_of_the_installation(self, tmp_path, monkeypatch):
+        home = tmp_path / "home"
+        write(home / ".config" / "posttroll", "a.json", '{"own": "home"}')
+        monkeypatch.setenv("HOME", str(home))
+        write(tmp_path / "prefix" / "etc" / "posttroll", "a.json", '{"own": "prefix", "other": 1}')
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+        config.refresh()
+        assert (config["own"], config["other"]) == ("home", 1)
+
+    def test_the_system_directory(self, monkeypatch):
+        monkeypatch.delenv("POSTTROLL_ROOT_CONFIG")
+        assert config.paths[0] == os.path.join("/etc", "posttroll")
+
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="there is no tomllib")
+    def test_toml(self, tmp_path):
+        write(tmp_path / "config", "a.toml", 'mc_ttl = 3\n[chain]\nstep-name = "x"\n')
+        config.refresh()
+        assert config["mc_ttl"] == 3
+        assert config["chain.step_name"] == "x"
+
+    @pytest.mark.skipif(sys.version_info >= (3, 11), reason="there is tomllib")
+    def test_toml_without_a_reader_is_a_warning(self, tmp_path):
+        path = write(tmp_path / "config", "a.toml", "mc_ttl = 3\n")
+        config.refresh()
+        with pytest.warns(RuntimeWarning, match=rf"{path} is not used: TOML needs Python 3.11"):
+            assert config["mc_ttl"] == 31
+
+    def test_yaml_if_there_is_a_reader(self, tmp_path, monkeypatch):
+        try:
+            import yaml  # noqa: F401
+        except ImportError:
+            write(tmp_path / "lib", "yaml.py", "import json\nsafe_load = json.loads\n")
+            monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+        write(tmp_path / "config", "a.yaml", '{"mc_ttl": 3}')
+        write(tmp_path / "config", "b.yml", '{"own": [1, 2]}')
+        config.refresh()
+        try:
+            assert config["mc_ttl"] == 3
+            assert config["own"] == [1, 2]
+        finally:
+            sys.modules.pop("yaml", None)
+
+    def test_yaml_without_a_reader_is_a_warning(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "yaml", None)
+        path = write(tmp_path / "config", "a.yaml", "mc_ttl: 3\n")
+        config.refresh()
+        with pytest.warns(RuntimeWarning, match=rf"{path} is not used: YAML needs PyYAML"):
+            assert config["mc_ttl"] == 31
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"{", b"[1, 2]", b"3", b"\xff\xfe", b"[" * 100_000, b'"text"'],
+        ids=lambda content: repr(content[:9]),
+    )
+    def test_a_broken_file_is_a_warning_and_the_others_are_used(self, tmp_path, content):
+        write(tmp_path / "config", "a.json", '{"own": 1}')
+        broken = write(tmp_path / "config", "b.json", "")
+        broken.write_bytes(content)
+        config.refresh()
+        with pytest.warns(RuntimeWarning, match=rf"Configuration file {broken} is not used: ."):
+            assert config["own"] == 1
+        assert config["own"] == 1  # said once, not at each look-up
+
+    def test_an_empty_file_of_nothing_is_fine(self, tmp_path):
+        write(tmp_path / "config", "a.json", "null")
+        config.refresh()
+        assert config["mc_ttl"] == 31
+
+    def test_other_files_are_left_alone(self, tmp_path):
+        write(tmp_path / "config", "notes.txt", "{")
+        write(tmp_path / "config", "old.json.bak", "{")
+        config.refresh()
+        assert config["mc_ttl"] == 31
+
+    def test_a_broken_file_does_not_stop_a_program(self, tmp_path):
+        """Not at import, nor later; the warning names the file."""
+        broken = write(tmp_path / "config", "b.json", "{")
+        code = "import posttroll; print(posttroll.config['mc_ttl'])"
+        with python(code) as running:
+            status, out, err = finish(running)
+        assert (status, out) == (0, "31\n")
+        assert str(broken) in err
+
+    def test_a_wrong_value_in_a_file_names_the_file(self, tmp_path):
+        path = write(tmp_path / "config", "a.json", '{"mc_ttl": "far"}')
+        config.refresh()
+        with pytest.raises(ConfigurationError) as raised:
+            config.get("mc_ttl")
+        assert str(raised.value) == (
+            f"posttroll configuration: mc_ttl is 'far' (from {path}), but must be a whole number."
+        )
+
+
+class TestConfigOldNamesAndWrongValues:
+    """Old variables still work; a value of the wrong type is an error that says which, what and where from."""
+
+    @pytest.mark.parametrize(
+        ("old", "key", "text", "value"),
+        [
+            ("NAMESERVER_PORT", "nameserver_port", "6000", 6000),
+            ("PYTROLL_MC_GROUP", "mc_group", "239.1.2.3", "239.1.2.3"),
+            ("PYTROLL_MC_TTL", "mc_ttl", "2", 2),
+        ],
+    )
+    def test_old_names(self, monkeypatch, old, key, text, value):
+        new = "POSTTROLL_" + key.upper()
+        monkeypatch.delenv(new, raising=False)
+        monkeypatch.setenv(old, text)
+        for _ in range(2):
+            with pytest.warns(PendingDeprecationWarning, match=rf"\${old} is deprecated, use \${new}"):
+                assert config.get(key) == value
+        monkeypatch.setenv(new, text[:-1] + "1")
+        assert str(config.get(key)) == text[:-1] + "1"  # the new name wins, and there is no warning
+
+    @pytest.mark.parametrize(
+        ("key", "value", "expected"),
+        [
+            ("nameserver_port", "x", "a whole number"),
+            ("nameserver_port", 1.5, "a whole number"),
+            ("nameserver_port", 70000, "a port from 1 to 65535"),
+            ("broadcast_port", 0, "a port from 1 to 65535"),
+            ("address_publish_port", None, "a whole number"),
+            ("pub_min_port", [], "a whole number"),
+            ("pub_max_port", float("inf"), "a whole number"),
+            ("tcp_keepalive", "yes", "a whole number"),
+            ("mc_ttl", {}, "a whole number"),
+            ("mc_group", 4, "a text"),
+            ("mc_group", None, "a text"),
+            ("multicast_interface", 1, "a text"),
+            ("message_version", "v7", "one of v1.2, v1.01, auto"),
+            ("message_version", [], "one of v1.2, v1.01, auto"),
+            ("zmtp_heartbeat_interval", -1, "a number of seconds that is not negative"),
+            ("zmtp_heartbeat_interval", float("nan"), "a number"),
+            ("zmtp_heartbeat_timeout", "soon", "a number"),
+            ("authorized_client_addresses", 3, "a list of strings"),
+            ("authorized_client_addresses", [1], "a list of strings"),
+            ("server_secret_key_file", 3, "a text"),
+        ],
+    )
+    def test_a_wrong_value_names_key_value_and_source(self, key, value, expected):
+        config.set({key: value})
+        with pytest.raises(ConfigurationError) as raised:
+            config.get(key)
+        assert str(raised.value) == f"posttroll configuration: {key} is {value!r} (from code), but must be {expected}."
+
+    def test_a_wrong_value_in_the_environment_names_the_variable(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER_PORT", "abc")
+        with pytest.raises(ConfigurationError, match=r"nameserver_port is 'abc' \(from \$POSTTROLL_NAMESERVER_PORT\)"):
+            config.get("nameserver_port")
+
+    def test_a_wrong_value_under_an_old_name_names_that(self, monkeypatch):
+        monkeypatch.setenv("PYTROLL_MC_TTL", "abc")
+        message = r"mc_ttl is 'abc' \(from \$PYTROLL_MC_TTL\)"
+        with pytest.warns(PendingDeprecationWarning), pytest.raises(ConfigurationError, match=message):
+            config.get("mc_ttl")
+
+    def test_an_unknown_backend_is_not_implemented(self):
+        with config.set(backend="carrier_pigeon"), pytest.raises(NotImplementedError, match="carrier_pigeon"):
+            config.get("backend")
+
+    def test_a_wrong_value_shows_in_to_dict_all_the_same(self):
+        with config.set(mc_ttl="far"):
+            assert config.to_dict()["mc_ttl"] == "far"
+            assert "mc_ttl" in config
+
+    @pytest.mark.parametrize("value", ["a, 10.0.0.0/8", ["a", "10.0.0.0/8"], ("a", "10.0.0.0/8"), "a 10.0.0.0/8"])
+    def test_lists_are_lists_or_text(self, value):
+        config.set(authorized_client_addresses=value)
+        assert config.get("authorized_client_addresses") == ["a", "10.0.0.0/8"]
+
+    def test_numbers_may_be_given_as_text_and_paths_as_paths(self, tmp_path):
+        config.set(mc_ttl="3", zmtp_heartbeat_interval="1.5", server_secret_key_file=tmp_path)
+        assert config.get("mc_ttl") == 3
+        assert config.get("zmtp_heartbeat_interval") == 1.5
+        assert config.get("server_secret_key_file") == str(tmp_path)
+
+
+# ======================================================================================================================
+# 2. Messages
+# ======================================================================================================================
+
+UTC = dt.timezone.utc
+NOON = dt.datetime(2010, 12, 1, 12, 21, 11, 123456, tzinfo=UTC)
+ODD_OFFSET = dt.timedelta(hours=1, minutes=30, seconds=15, microseconds=1)
+HEADER = "pytroll://DC/juhu info henry@prodsat 2010-12-01T12:21:11.123456"
+
+
+def message_of(data: Any = "", **kwargs: Any) -> Message:
+    """Return a message with a fixed time and sender."""
+    message = Message("/DC/juhu", "info", data, **kwargs)
+    message.sender = "henry@prodsat"
+    message.time = NOON
+    return message
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two data are equal, of the same types, with the same time zones."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dt.datetime):
+        return one.isoformat() == other.isoformat()
+    return bool(one == other)
+
+
+class TestWireFormat:
+    """The exact text of a message; other implementations read it."""
+
+    @pytest.mark.parametrize(
+        ("data", "binary", "tail"),
+        [
+            ("", False, ""),
+            ("jhuuuu !!!", False, " text/ascii jhuuuu !!!"),
+            ("æøå", False, " text/ascii æøå"),
+            ("two\nlines\t ", False, " text/ascii two\nlines\t "),
+            (" leading blank", False, ' application/json " leading blank"'),
+            (" ", False, ' application/json " "'),
+            ("\ud800", False, ' application/json "\\ud800"'),
+            ({}, False, " application/json {}"),
+            ([], False, " application/json []"),
+            (0, False, " application/json 0"),
+            (False, False, " application/json false"),
+            (None, False, " application/json null"),
+            (1.5, False, " application/json 1.5"),
+            ((1, "b"), False, ' application/json [1, "b"]'),
+            ({"a": 1, "b": "ø"}, False, ' application/json {"a": 1, "b": "\\u00f8"}'),
+            (NOON, False, ' application/json "2010-12-01T12:21:11.123456+00:00"'),
+            ([NOON], False, ' application/json ["2010-12-01T12:21:11.123456+00:00"]'),
+            ("some text", True, " binary/octet-stream some text"),
+            (b"\x00\x01\xff", True, " binary/octet-stream data:application/octet-stream;base64,AAH/"),
+            (b"\x00\x01\xff", False, " binary/octet-stream data:application/octet-stream;base64,AAH/"),
+            (b"", True, " binary/octet-stream data:application/octet-stream;base64,"),
+            ("", True, " binary/octet-stream data:text/plain;charset=utf-8;base64,"),
+            (" x", True, " binary/octet-stream data:text/plain;charset=utf-8;base64,IHg="),
+        ],
+    )
+    def test_exact_text(self, data, binary, tail):
+        message = message_of(data, binary=binary)
+        assert message.encode() == f"{HEADER}+00:00 v1.2{tail}"
+        assert message.head == f"{HEADER}+00:00 v1.2"
+        assert str(message) == repr(message) == message.encode()
+
+    def test_the_documented_message(self):
+        raw = 'pytroll://DC/juhu info henry@prodsat 2010-12-01T12:21:11.123456 v1.01 application/json "jhuuuu !!!"'
+        message = Message.decode(raw)
+        assert message.subject == "/DC/juhu"
+        assert message.type == "info"
+        assert message.sender == "henry@prodsat"
+        assert message.user == "henry"
+        assert message.host == "prodsat"
+        assert message.time == dt.datetime(2010, 12, 1, 12, 21, 11, 123456)
+        assert message.version == "v1.01"
+        assert message.data == "jhuuuu !!!"
+        assert message.binary is False
+        assert message.encode() == raw
+
+    def test_time_zones_are_kept_by_v1_2_and_dropped_by_v1_01(self):
+        data = {"at": dt.datetime(2020, 1, 1, 3, tzinfo=dt.timezone(dt.timedelta(hours=2)))}
+        new = message_of(data, version="v1.2").encode()
+        assert new == HEADER + '+00:00 v1.2 application/json {"at": "2020-01-01T03:00:00+02:00"}'
+        old = message_of(data, version="v1.01").encode()
+        assert old == HEADER + ' v1.01 application/json {"at": "2020-01-01T03:00:00"}'
+
+    @pytest.mark.parametrize("count", range(1, 5))
+    def test_runs_of_blanks_between_the_fields_are_tolerated(self, count):
+        raw = (" " * count).join(["pytroll://a", "b", "c@d", "2020-01-01T00:00:00", "v1.01", "text/ascii"]) + " x"
+        message = Message.decode(raw)
+        assert (message.type, message.data) == ("b", "x")
+        assert message.encode() == raw
+
+    def test_from_string_and_rawstr(self):
+        raw = message_of([1]).encode()
+        for decode in (Message.decode, Message.from_string, lambda text: Message(rawstr=text)):
+            message = decode(raw)
+            assert (message.subject, message.data) == ("/DC/juhu", [1])
+            assert isinstance(message, Message)
+
+    def test_bytes_are_utf_8_or_else_latin_1(self):
+        raw = message_of("smørrebrød").encode()
+        assert Message.decode(raw.encode()).data == "smørrebrød"
+        assert Message.decode(raw.encode("latin-1")).data == "smørrebrød"
+        assert Message.decode(bytearray(raw.encode())).data == "smørrebrød"
+
+    def test_a_text_file_of_messages(self, tmp_path):
+        path = tmp_path / "messages.txt"
+        path.write_text("".join(f"{message_of({'n': number})}\n" for number in range(3)))
+        with path.open() as lines:
+            assert [Message(rawstr=line).data for line in lines] == [{"n": number} for number in range(3)]
+
+    def test_sender_is_user_and_host_of_this_process(self):
+        message = Message("/a", "b")
+        assert message.host == socket.gethostname()
+        assert message.sender == f"{message.user}@{message.host}"
+
+    def test_a_sender_without_host(self):
+        message = Message.decode("pytroll://a b nobody 2020-01-01T00:00:00 v1.01")
+        assert (message.sender, message.user, message.host) == ("nobody", "", "")
+
+    def test_time_is_now_in_utc(self):
+        before = dt.datetime.now(UTC)
+        moment = Message("/a", "b").time
+        assert before <= moment <= dt.datetime.now(UTC)
+        assert moment.utcoffset() == dt.timedelta(0)
+
+    def test_magick(self):
+        assert posttroll.message._MAGICK == "pytroll:/"
+
+
+class TestVersions:
+    """The version is chosen when the message is encoded, by the message or by the configuration."""
+
+    def test_the_default_is_v1_2(self):
+        assert Message("/a", "b").version == "v1.2"
+        assert " v1.2" in Message("/a", "b").head
+
+    def test_the_configuration_at_encoding_time_decides(self, monkeypatch):
+        message = message_of(NOON)
+        with config.set(message_version="v1.01"):
+            assert message.encode() == HEADER + ' v1.01 application/json "2010-12-01T12:21:11.123456"'
+        assert message.encode() == HEADER + '+00:00 v1.2 application/json "2010-12-01T12:21:11.123456+00:00"'
+        monkeypatch.setenv("POSTTROLL_MESSAGE_VERSION", "v1.01")
+        assert " v1.01 " in message.encode()
+
+    def test_the_constructor_s_choice_wins(self):
+        with config.set(message_version="v1.01"):
+            assert " v1.2" in message_of(version="v1.2").encode()
+        assert " v1.01" in message_of(version="v1.01").encode()
+
+    def test_an_assigned_version_counts(self):
+        message = message_of(NOON)
+        message.version = "v1.01"
+        assert message.encode() == HEADER + ' v1.01 application/json "2010-12-01T12:21:11.123456"'
+
+    @pytest.mark.parametrize(
+        ("data", "version"),
+        [
+            ("", "v1.01"),
+            ("text", "v1.01"),
+            (" text", "v1.01"),
+            ({"a": [1, None]}, "v1.01"),
+            (b"abc", "v1.01"),
+            (NOON, "v1.2"),
+            ({"a": [{"b": NOON}]}, "v1.2"),
+        ],
+    )
+    def test_auto_is_the_lowest_that_loses_nothing(self, data, version):
+        for message in (message_of(data, version="auto"), message_of(data)):
+            with config.set(message_version="auto"):
+                raw = message.encode()
+            assert raw.split()[4] == version
+            assert same(Message.decode(raw).data, data)
+
+    @pytest.mark.parametrize("version", ["v1.3", "v2.0", "v1.20001", "1.01", "vx", "v", "", "v1", "v-1.0", "v1.0.1"])
+    def test_other_versions_are_refused(self, version):
+        with pytest.raises(MessageError, match="version"):
+            Message("/a", "b", version=version)
+        if version:
+            with pytest.raises(MessageError, match="version"):
+                Message.decode(f"pytroll://a b c@d 2020-01-01T00:00:00 {version} text/ascii x")
+
+    @pytest.mark.parametrize("version", [None, 1.01, [], b"v1.01"])
+    def test_versions_that_are_no_text_are_refused(self, version):
+        with pytest.raises(MessageError, match="version"):
+            Message("/a", "b", version=version)
+
+    def test_an_older_version_is_read(self):
+        message = Message.decode("pytroll://a b c@d 2020-01-01T00:00:00 v1.0 text/ascii x")
+        assert (message.version, message.data) == ("v1.0", "x")
+        assert message.encode() == "pytroll://a b c@d 2020-01-01T00:00:00 v1.0 text/ascii x"
+
+    @pytest.mark.parametrize("version", ["v1.01", "v1.2"])
+    def test_a_decoded_message_keeps_its_version(self, version):
+        raw = message_of({"at": NOON}, version=version).encode()
+        for setting in ("v1.01", "v1.2", "auto"):
+            with config.set(message_version=setting):
+                message = Message.decode(raw)
+                assert message.version == version
+                assert message.encode() == raw
+
+    def test_a_wrong_setting_is_an_error_that_says_so(self):
+        message = message_of()
+        with config.set(message_version="v3"), pytest.raises(ConfigurationError, match="message_version is 'v3'"):
+            message.encode()
+
+
+class TestHeaderFields:
+    """Header fields are not empty and free of white space: a blank in one would forge the others."""
+
+    BROKEN = ("", " ", "a b", "a\nb", " a", "a ", "\t", "a\u00a0b", "a\u2028b", "a\x1cb", None, 5, b"/a", ["/a"], {})
+
+    @pytest.mark.parametrize("field", BROKEN, ids=repr)
+    def test_refused_at_construction(self, field):
+        Message("/good", "good")
+        with pytest.raises(MessageError, match="subject"):
+            Message(field, "good")
+        with pytest.raises(MessageError, match="type"):
+            Message("/good", field)
+
+    @pytest.mark.parametrize("field", BROKEN, ids=repr)
+    @pytest.mark.parametrize("name", ["subject", "type", "sender"])
+    def test_refused_at_encoding(self, field, name):
+        message = message_of([1])
+        message.encode()
+        setattr(message, name, field)
+        with pytest.raises(MessageError, match=name):
+            message.encode()
+
+    def test_a_message_without_arguments_is_refused(self):
+        with pytest.raises(MessageError, match="subject"):
+            Message()
+
+    def test_the_checks(self):
+        checks = [
+            posttroll.message.is_valid_subject,
+            posttroll.message.is_valid_type,
+            posttroll.message.is_valid_sender,
+        ]
+        for check in checks:
+            assert check("/a") is True
+            assert [field for field in self.BROKEN if check(field)] == []
+
+    def test_a_stranger_s_sender_is_made_one_field(self):
+        code = "import getpass; getpass.getuser = lambda: 'John Q. Public'\n"
+        code += "import posttroll; print(posttroll.Message('/a', 'b').user)"
+        with python(code) as running:
+            assert finish(running)[1] == "John_Q._Public\n"
+
+    def test_a_user_id_without_a_name(self):
+        code = "import getpass\ndef getuser(): raise KeyError('uid not found: 12345')\ngetpass.getuser = getuser\n"
+        code += "import os, posttroll; print(posttroll.Message('/a', 'b').user == str(os.getuid()))"
+        with python(code) as running:
+            assert finish(running)[1] == "True\n"
+
+
+class TestBrokenMessages:
+    """What is no message raises MessageError and nothing else."""
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            "",
+            " ",
+            "x",
+            "pytroll:/",
+            "pytroll://a",
+            "pytroll://a b c@d",
+            "pytroll://a b c@d 2020-01-01T00:00:00",
+            "pytroll:/ a b c@d 2020-01-01T00:00:00 v1.01",
+            " pytroll://a b c@d 2020-01-01T00:00:00 v1.01",
+            "Pytroll://a b c@d 2020-01-01T00:00:00 v1.01",
+            "mytroll://a b c@d 2020-01-01T00:00:00 v1.01 text/ascii x",
+            "pytroll://a b c@d yesterday v1.01 text/ascii x",
+            "pytroll://a b c@d 2020-13-01T00:00:00 v1.01 text/ascii x",
+            "pytroll://a b c@d 2020-02-30T00:00:00 v1.01 text/ascii x",
+            "pytroll://a b c@d 2020-01-01T25:00:00 v1.01 text/ascii x",
+            "pytroll://a b c@d 2020-01-01T00:00:00+99:00 v1.01 text/ascii x",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 text/ascii",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json ",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json {",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json {} x",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + "[" * 100_000,
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + '{"a":' * 100_000,
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + "[" * 900 + "]" * 900,
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + "9" * 100_000,
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 image/png x",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 x",
+            b"",
+            b"\xff\xfe",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            None,
+            5,
+            [],
+            object(),
+        ],
+        ids=lambda raw: repr(raw)[:70],
+    )
+    def test_refused(self, raw):
+        with pytest.raises(MessageError):
+            Message.decode(raw)
+
+    def test_the_error_does_not_repeat_a_long_message(self):
+        with pytest.raises(MessageError) as raised:
+            Message.decode("x" * 1_000_000)
+        assert len(str(raised.value)) < 200
+
+    def test_what_python_s_limit_takes_can_be_printed_and_pickled_everywhere(self):
+        """Nothing that decodes fails later, deeper in the stack of the program that got it."""
+        raw = HEADER + " v1.01 application/json " + "[" * 200 + "]" * 200
+
+        def deeper(levels):
+            if levels:
+                return deeper(levels - 1)
+            message = Message.decode(raw)
+            return str(message), pickle.loads(pickle.dumps(message)).encode()
+
+        assert deeper(100) == (raw, raw)
+
+    def test_broken_base64_is_what_it_is(self):
+        """Not a message of ours, but one that somebody may have sent."""
+        text = "data:application/octet-stream;base64,?"
+        message = Message.decode(f"{HEADER} v1.01 binary/octet-stream {text}")
+        assert message.data == text
+        assert message.binary is True
+
+
+class TestDataThatCannotBeEncoded:
+    @pytest.mark.parametrize(
+        "data",
+        [object(), {1, 2}, {"a": object()}, [1j], {(1, 2): 3}, {"a": b"bytes"}, dt.date(2020, 1, 1), Message],
+        ids=lambda data: repr(data)[:40],
+    )
+    def test_refused_by_constructor_and_encode(self, data):
+        with pytest.raises(MessageError, match="data"):
+            Message("/a", "b", data)
+        assert posttroll.message.is_valid_data(data) is False
+        message = message_of({"good": 1})
+        message.data = data
+        with pytest.raises(MessageError, match="data"):
+            message.encode()
+
+    @pytest.mark.parametrize("levels", [201, 900, 100_000])
+    @pytest.mark.parametrize("wrap", [lambda data: [data], lambda data: {"a": data}, lambda data: (data,)])
+    def test_nested_too_deep(self, levels, wrap):
+        data = []
+        for _ in range(levels - 1):
+            data = wrap(data)
+        with pytest.raises(MessageError, match="nested"):
+            Message("/a", "b", data)
+
+    def test_nested_too_deep_when_assigned(self):
+        message = message_of()
+        message.data = []
+        for _ in range(100_000):
+            message.data = [message.data]
+        with pytest.raises(MessageError, match="nested"):
+            message.encode()
+
+    def test_data_that_hold_themselves(self):
+        data = {}
+        data["self"] = [data]
+        with pytest.raises(MessageError, match="nested"):
+            Message("/a", "b", data)
+
+    def test_brackets_in_text_do_not_count(self):
+        data = ["[" * 1000, {"{" * 1000: "]"}]
+        assert Message.decode(message_of(data).encode()).data == data
+
+    def test_wide_data_are_not_deep(self):
+        data = [[{"a": []}] for _ in range(10_000)]
+        assert Message.decode(message_of(data).encode()).data == data
+
+    def test_is_valid_data(self):
+        is_valid = posttroll.message.is_valid_data
+        good = ["", "ø", 0, None, {}, [NOON], {"a": {"b": (1, NOON)}}]
+        assert [data for data in good if not is_valid(data)] == []
+        assert is_valid({"a": NOON}, version="v1.01") is True
+
+
+class TestChangedAfterConstruction:
+    """What is encoded is the message as it is now."""
+
+    def test_data_changed_in_place(self):
+        message = message_of({"a": [1]})
+        message.encode()
+        message.data["a"].append(2)
+        assert message.encode().endswith('{"a": [1, 2]}')
+
+    def test_data_assigned(self):
+        message = message_of({"a": 1})
+        message.data = "text"
+        assert message.encode().endswith(" text/ascii text")
+        message.data = b"\x00"
+        assert Message.decode(message.encode()).data == b"\x00"
+
+    def test_decoded_message_changed_in_place(self):
+        raw = message_of({"a": [1]}).encode()
+        message = Message.decode(raw)
+        message.data["a"].append(NOON)
+        assert message.encode() == raw.replace("[1]", '[1, "2010-12-01T12:21:11.123456+00:00"]')
+        message.data["a"].pop()
+        assert message.encode() == raw
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("subject", "/other"), ("type", "other"), ("sender", "x@y"), ("time", NOON.replace(year=2011))],
+    )
+    def test_decoded_header_changed(self, name, value):
+        message = Message.decode(message_of([1]).encode())
+        setattr(message, name, value)
+        assert getattr(Message.decode(message.encode()), name) == value
+        assert Message.decode(message.encode()).data == [1]
+
+    def test_odd_spelling_of_a_decoded_message_is_kept(self):
+        raw = 'pytroll://a   b c@d 2020-01-01T00:00:00Z v1.2 application/json {"a":1,"b":"2020-01-01"}'
+        assert Message.decode(raw).encode() == raw
+
+
+class TestIsoForms:
+    """ISO 8601 date-times in extended form in JSON come back as datetimes, on every Python alike."""
+
+    @pytest.mark.parametrize(
+        ("text", "moment"),
+        [
+            ("2010-12-01T12:21:11.123456+00:00", NOON),
+            ("2010-12-01T12:21:11.123456Z", NOON),
+            ("2010-12-01T12:21:11.123456", NOON.replace(tzinfo=None)),
+            ("2010-12-01T12:21:11", dt.datetime(2010, 12, 1, 12, 21, 11)),
+            ("2010-12-01T12:21:11Z", dt.datetime(2010, 12, 1, 12, 21, 11, tzinfo=UTC)),
+            ("2010-12-01T12:21:11.5", dt.datetime(2010, 12, 1, 12, 21, 11, 500000)),
+            ("2010-12-01T12:21:11,5", dt.datetime(2010, 12, 1, 12, 21, 11, 500000)),
+            ("2010-12-01T12:21:11.123456789Z", NOON),
+            ("2010-12-01T12:21", dt.datetime(2010, 12, 1, 12, 21)),
+            ("2010-12-01T12:21+01", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(dt.timedelta(hours=1)))),
+            ("2010-12-01T12:21-01:30:15.000001", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(-ODD_OFFSET))),
+            ("2010-12-01T12:21-01:30", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(-dt.timedelta(hours=1.5)))),
+            ("2010-12-01", dt.datetime(2010, 12, 1)),
+            ("0001-01-01T00:00:00", dt.datetime(1, 1, 1)),
+            ("9999-12-31T23:59:59.999999", dt.datetime.max),
+        ],
+    )
+    def test_datetimes(self, text, moment):
+        for data, expected in [(text, moment), ([text], [moment]), ({"a": [{"b": text}]}, {"a": [{"b": moment}]})]:
+            message = Message.decode(f"{HEADER} v1.2 application/json {json.dumps(data)}")
+            assert same(message.data, expected)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "20101201",
+            "20101201T122111",
+            "2010-W48-3",
+            "2010-335",
+            "2010-12",
+            "2010-12-1",
+            "2010-12-01 12:21:11",
+            "2010-12-01T",
+            "2010-12-01T12",
+            "2010-12-01t12:21:11",
+            "2010-12-01T12:21:11 ",
+            " 2010-12-01",
+            "2010-12-01T24:00:00",
+            "2010-12-01T12:60:00",
+            "2010-12-01T12:21:60",
+            "2010-02-30",
+            "2010-12-01T12:21:11+24:00",
+            "2010-12-01T12:21:11+0000",
+            "2010-12-01T12:21:11.",
+            "2010-12-01T12:21:11Zulu",
+            "2010-12-01\n",
+            "0000-01-01",
+            "12010-12-01",
+            "\uff12\uff10\uff11\uff10-12-01",
+            "segment-2010-12-01",
+        ],
+    )
+    def test_text_stays_text(self, text):
+        message = Message.decode(f"{HEADER} v1.2 application/json {json.dumps([text, {'a': text}])}")
+        assert message.data == [text, {"a": text}]
+        assert Message.decode(f"{HEADER} v1.2 application/json {json.dumps(text)}").data == text
+
+    def test_keys_stay_text(self):
+        raw = f'{HEADER} v1.2 application/json {{"2010-12-01": 1}}'
+        assert Message.decode(raw).data == {"2010-12-01": 1}
+
+    def test_text_messages_stay_text(self):
+        assert Message.decode(f"{HEADER} v1.2 text/ascii 2010-12-01").data == "2010-12-01"
+
+    def test_the_documented_functions(self):
+        functions = posttroll.message
+        aware = NOON
+        assert functions.create_datetime_encoder_for_version()(aware) == "2010-12-01T12:21:11.123456+00:00"
+        assert functions.create_datetime_encoder_for_version("v1.01")(aware) == "2010-12-01T12:21:11.123456"
+        encode = functions.create_datetime_json_encoder_for_version
+        assert json.dumps([aware], default=encode()) == '["2010-12-01T12:21:11.123456+00:00"]'
+        assert json.dumps([aware], default=encode(version="v1.01")) == '["2010-12-01T12:21:11.123456"]'
+        assert functions.datetime_encoder(aware, lambda moment: moment.isoformat()) == aware.isoformat()
+        for encoder in (encode(), lambda obj: functions.datetime_encoder(obj, lambda moment: moment.isoformat())):
+            with pytest.raises(TypeError):
+                encoder(object())
+        with pytest.raises(MessageError):
+            encode("v9")
+        text = aware.isoformat()
+        assert functions.datetime_decoder({"a": text, "b": ["x", text]}) == {"a": aware, "b": ["x", aware]}
+        assert functions.datetime_decoder([text, 1]) == [aware, 1]
+        assert json.loads(f'{{"a": {{"b": "{text}"}}}}', object_hook=functions.datetime_decoder) == {"a": {"b": aware}}
+
+
+class TestPickling:
+    """Pickles name the documented path, so that each implementation loads the other's."""
+
+    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+    def test_round_trip(self, protocol):
+        message = message_of({"at": NOON, "list": [1, "two"]})
+        again = pickle.loads(pickle.dumps(message, protocol))
+        assert isinstance(again, Message)
+        assert again.encode() == message.encode()
+        assert again.data == message.data
+
+    def test_the_path_in_the_pickle(self):
+        names = [value for _, value, _ in pickletools.genops(pickle.dumps(message_of(), 2)) if isinstance(value, str)]
+        assert "posttroll.message Message" in names
+        assert Message.__module__ == MessageError.__module__ == "posttroll.message"
+
+    def test_a_pickle_of_the_known_package(self):
+        raw = b'pytroll://a b root@vm 2026-11-23T19:55:48.252992 v1.01 application/json {"x": 1}'
+        old = b"\x80\x02cposttroll.message\nMessage\nq\x00)\x81q\x01X" + bytes([len(raw), 0, 0, 0]) + raw + b"q\x02b."
+        message = pickle.loads(old)
+        assert message.data == {"x": 1}
+        assert message.encode() == raw.decode()
+
+    def test_a_fresh_process_loads_it(self, tmp_path):
+        path = tmp_path / "message.pickle"
+        path.write_bytes(pickle.dumps(message_of({"at": NOON})))
+        with python("import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).data['at'])", path) as running:
+            assert finish(running)[:2] == (0, f"{NOON}\n")
+
+    def test_copies(self):
+        message = message_of({"a": [1]})
+        for again in (copy.copy(message), copy.deepcopy(message)):
+            again.data["a"].append(2)
+            assert message.data == {"a": [1]}
+            assert again.encode().endswith('{"a": [1, 2]}')
+
+    def test_errors_travel_too(self):
+        error = pickle.loads(pickle.dumps(MessageError("no message")))
+        assert isinstance(error, posttroll.message.MessageError)
+        assert str(error) == "no message"
+
+
+# -- properties, for any input --
+
+zones = st.one_of(
+    st.none(),
+    st.just(UTC),
+    st.integers(-86399, 86399).map(lambda seconds: dt.timezone(dt.timedelta(seconds=seconds))),
+)
+moments = st.builds(lambda moment, zone: moment.replace(tzinfo=zone), st.datetimes(), zones)
+# Two halves of a surrogate pair side by side are one character to JSON.
+any_text = st.text(st.characters()).map(
+    lambda text: text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+)
+not_a_date = any_text.filter(lambda text: text[4:5] != "-" or text[7:8] != "-")
+floats = st.floats(allow_nan=False)
+json_data = st.recursive(
+    st.none() | st.booleans() | st.integers() | floats | not_a_date | moments,
+    lambda children: st.lists(children, max_size=5) | st.dictionaries(any_text, children, max_size=5),
+    max_leaves=25,
+)
+blanks = st.sampled_from([" ", "  ", "\n", "\t", "\u00a0", "\x1c", ""])
+stamps = st.sampled_from(
+    ["2020-01-01T00:00:00", "2020-01-01", "2020-99-01T00:00:00", "2020-01-01T00:00:00+99:99", "now"]
+)
+tails = st.sampled_from(["{", "[]", '"', '{"a": "2020-01-01"}', "1e999", "NaN", "9" * 5000, "data:;base64,x", "-", ""])
+nearly_messages = st.builds(
+    lambda fields, separators: "".join(chain_of(fields, separators)),
+    st.tuples(
+        st.sampled_from(["pytroll://a", "pytroll:/", "pytroll:/\x00", "x"]),
+        st.sampled_from(["info", "", "\ud800"]) | any_text,
+        st.sampled_from(["a@b", "@", ""]) | any_text,
+        stamps | any_text,
+        st.sampled_from(["v1.01", "v1.2", "v0.0", "v9", "v1.2e5", "v1.٢"]) | any_text,
+        st.sampled_from(["text/ascii", "application/json", "binary/octet-stream", "x/y", ""]) | any_text,
+        tails | any_text,
+    ),
+    st.lists(blanks, min_size=7, max_size=7),
+)
+
+
+def chain_of(fields: Any, separators: Any) -> Iterator[str]:
+    for field, separator in zip(fields, separators):
+        yield field
+        yield separator
+
+
+many = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+even_more = settings(many, max_examples=50_000, derandomize=False)
+
+
+def check_decoding(raw: Any) -> None:
+    try:
+        message = Message.decode(raw)
+    except MessageError:
+        return
+    text = raw if isinstance(raw, str) else posttroll.message._as_text(raw)
+    assert message.encode() == text
+    assert str(message) == text
+    assert Message.decode(text).data == message.data or message.data != message.data
+
+
+def check_round_trip(data: Any, **kwargs: Any) -> None:
+    message = message_of(data, **kwargs)
+    raw = message.encode()
+    for sent in (raw, raw.encode("utf-8")):
+        again = Message.decode(sent)
+        assert same(again.data, data)
+        assert (again.subject, again.type, again.sender, again.time) == ("/DC/juhu", "info", "henry@prodsat", NOON)
+        assert again.encode() == raw
+    with config.set(message_version="auto"):
+        assert same(Message.decode(message.encode()).data, data)
+
+
+class TestProperties:
+    """Decoding gives a message or raises MessageError; what is encoded comes back the same."""
+
+    @many
+    @given(st.text() | any_text | nearly_messages)
+    def test_decoding_any_text(self, raw):
+        check_decoding(raw)
+
+    @many
+    @given(st.binary() | nearly_messages.map(lambda text: text.encode("utf-8", "surrogatepass")))
+    def test_decoding_any_bytes(self, raw):
+        check_decoding(raw)
+
+    @many
+    @given(json_data, st.data())
+    def test_decoding_broken_copies_of_good_messages(self, data, draw):
+        raw = message_of(data).encode()
+        start = draw.draw(st.integers(0, len(raw)))
+        end = draw.draw(st.integers(start, len(raw)))
+        check_decoding(raw[:start] + draw.draw(any_text) + raw[end:])
+
+    @many
+    @given(json_data)
+    def test_json(self, data):
+        check_round_trip(data)
+
+    @many
+    @given(st.lists(json_data, max_size=3))
+    def test_json_lists(self, data):
+        check_round_trip(data)
+
+    @many
+    @given(any_text)
+    def test_text(self, data):
+        check_round_trip(data)
+        check_round_trip(data, binary=True)
+
+    @many
+    @given(blanks, blanks, any_text, blanks)
+    def test_blanks_around_text(self, first, second, text, last):
+        check_round_trip(first + second + text + last)
+        check_round_trip(first + second + text + last, binary=True)
+
+    @many
+    @given(st.binary())
+    def test_binary(self, data):
+        check_round_trip(data, binary=True)
+        check_round_trip(data)
+
+    @many
+    @given(json_data)
+    def test_v1_01_drops_only_time_zones(self, data):
+        def naive(value):
+            if isinstance(value, dict):
+                return {key: naive(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [naive(item) for item in value]
+            return value.replace(tzinfo=None) if isinstance(value, dt.datetime) else value
+
+        message = Message.decode(message_of(data, version="v1.01").encode())
+        assert same(message.data, naive(data))
+        assert message.time == NOON.replace(tzinfo=None)
+
+    @many
+    @given(json_data)
+    def test_pickles(self, data):
+        assert same(pickle.loads(pickle.dumps(message_of(data))).data, data)
+
+    @many
+    @given(any_text, any_text)
+    def test_any_header_field_is_carried_or_refused(self, subject, atype):
+        try:
+            message = Message(subject, atype, "data")
+        except MessageError:
+            assert not (posttroll.message.is_valid_subject(subject) and posttroll.message.is_valid_type(atype))
+        else:
+            again = Message.decode(message.encode())
+            assert (again.subject, again.type, again.data) == (subject, atype, "data")
+
+    @pytest.mark.parametrize(
+        "data", ["", " ", "  x", "\n", {}, [], 0, False, None, [[]], [None], {"": ""}, 0.0, -0.0, b""]
+    )
+    def test_empty_looking_data(self, data):
+        check_round_trip(data)
+
+    def test_a_megabyte_of_random_bytes(self):
+        data = random.Random(1).randbytes(1_000_000) if hasattr(random, "randbytes") else os.urandom(1_000_000)
+        check_round_trip(data, binary=True)
+
+    def test_every_byte_and_many_characters(self):
+        check_round_trip(bytes(range(256)) * 2, binary=True)
+        check_round_trip("".join(map(chr, range(0x3000))))
+        check_round_trip(["".join(map(chr, range(0xD000, 0xDC00))), "".join(map(chr, range(0xDC00, 0xE010)))])
+
+    @pytest.mark.long
+    @pytest.mark.timeout(1800)
+    @even_more
+    @given(st.text() | any_text | nearly_messages | st.binary())
+    def test_decoding_anything_longer(self, raw):
+        check_decoding(raw)
+
+    @pytest.mark.long
+    @pytest.mark.timeout(1800)
+    @even_more
+    @given(json_data | any_text | st.binary())
+    def test_round_trip_longer(self, data):
+        check_round_trip(data)
+
+
+# ======================================================================================================================
+# 3. Multicast sockets
+# ======================================================================================================================
+
+
+@contextlib.contextmanager
+def multicast(port: int, group: str | None = None) -> Iterator[tuple[Any, Any]]:
+    """Give a sender and a receiver of a multicast group; both are closed at the end."""
+    receiver = posttroll.MulticastReceiver(port, group)
+    try:
+        receiver.settimeout(DEADLINE)
+        sender = posttroll.MulticastSender(port, group)
+        try:
+            yield sender, receiver
+        finally:
+            sender.close()
+    finally:
+        receiver.close()
+
+
+class TestMulticastSockets:
+    @pytest.mark.parametrize("data", ["a text", b"some bytes", "übergroß"])
+    def test_what_is_sent_to_a_group_is_received(self, data):
+        with multicast(free_port()) as (sender, receiver):
+            sender(data)
+            text, (host, port) = receiver()
+        assert text == (data if isinstance(data, str) else data.decode())
+        assert (host, port > 0) == ("127.0.0.1", True)
+
+    def test_a_long_datagram_is_received_whole(self):
+        with multicast(free_port()) as (sender, receiver):
+            sender("x" * 60000)
+            assert receiver()[0] == "x" * 60000
+
+    def test_the_documented_buffer_size(self):
+        assert posttroll.MulticastReceiver.BUFSIZE == 1024
+
+    def test_bytes_that_are_no_text_do_not_stop_the_receiver(self):
+        with multicast(free_port()) as (sender, receiver):
+            sender(b"\xff\xfe")
+            sender(b"good")
+            assert [receiver()[0], receiver()[0]] == ["\ufffd\ufffd", "good"]
+
+    def test_several_receivers_on_a_host_share_a_port(self):
+        port = free_port()
+        with multicast(port) as (sender, first), multicast(port) as (_, second):
+            sender("to both")
+            assert first()[0] == second()[0] == "to both"
+
+    def test_a_receiver_gets_nothing_from_other_groups(self):
+        port = free_port()
+        with multicast(port, "239.1.2.3") as (sender, receiver), multicast(port, "239.1.2.4") as (other, _):
+            other("not for us")
+            sender("for us")
+            assert receiver()[0] == "for us"
+
+    def test_the_broadcast_group(self):
+        """The group 0.0.0.0 stands for broadcast."""
+        sender, group = posttroll.mcast_sender("0.0.0.0")
+        receiver, receiver_group = posttroll.mcast_receiver(free_port(), "0.0.0.0")
+        with sender, receiver:
+            assert group == receiver_group == "<broadcast>"
+            assert sender.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+            receiver.settimeout(DEADLINE)
+            sender.sendto(b"to everybody here", ("127.255.255.255", receiver.getsockname()[1]))
+            assert receiver.recv(1024) == b"to everybody here"
+
+    def test_the_functions_give_a_socket_and_a_group(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_MC_GROUP", "239.9.8.7")
+        port = free_port()
+        sender, group = posttroll.mcast_sender()
+        receiver, receiver_group = posttroll.mcast_receiver(port)
+        with sender, receiver:
+            assert group == receiver_group == "239.9.8.7"
+            assert receiver.getsockname()[1] == port
+            receiver.settimeout(DEADLINE)
+            sender.sendto(b"hello", (group, port))
+            assert receiver.recv(1024) == b"hello"
+
+    def test_the_group_as_an_argument(self):
+        sender, group = posttroll.mcast_sender("239.4.4.4")
+        sender.close()
+        assert group == "239.4.4.4"
+
+    @pytest.mark.parametrize(
+        "group", ["127.0.0.1", "223.255.255.255", "240.0.0.1", "no.such.host.invalid", "1.2.3.4.5", ""]
+    )
+    def test_an_invalid_group_is_an_error_that_names_it(self, group):
+        for opening in (posttroll.mcast_sender, lambda group: posttroll.mcast_receiver(free_port(), group)):
+            with pytest.raises(OSError, match=rf"Invalid multicast address '{group}' .mc_group."):
+                opening(group)
+
+    def test_an_invalid_group_in_the_configuration_is_an_error_of_the_call(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_MC_GROUP", "10.0.0.1")
+        with pytest.raises(OSError, match=r"'10\.0\.0\.1'"), posttroll.Publish("a_service"):
+            pytest.fail("It was not noticed.")
+        with pytest.raises(OSError, match=r"'10\.0\.0\.1'"):
+            posttroll_ns.NameServer().run()
+
+    def test_a_timeout(self):
+        receiver = posttroll.MulticastReceiver(free_port())
+        receiver.settimeout(0.01)
+        with pytest.raises(posttroll.SocketTimeout):
+            receiver()
+        receiver.close()
+        assert posttroll.SocketTimeout is socket.timeout
+
+    def test_close_twice(self):
+        with multicast(free_port()) as (sender, receiver):
+            for _ in range(2):
+                sender.close()
+                receiver.close()
+            with pytest.raises(OSError, match="closed|descriptor"):
+                receiver()
+
+    def test_a_taken_port_leaves_no_socket(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+            taken.bind(("", 0))
+            with pytest.raises(OSError, match="in use"):
+                posttroll.MulticastReceiver(taken.getsockname()[1])
+
+    @pytest.mark.parametrize("ttl", ["0", "7", "255", "1000"])
+    def test_how_many_routers_it_may_pass(self, monkeypatch, ttl):
+        monkeypatch.setenv("POSTTROLL_MC_TTL", ttl)
+        sender, _ = posttroll.mcast_sender()
+        with sender:
+            assert sender.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL) == min(int(ttl), 255)
+
+
+class TestMulticastInterface:
+    @pytest.mark.parametrize("interface", ["127.0.0.1", "lo"])
+    def test_by_address_or_by_name(self, monkeypatch, interface):
+        if interface == "lo" and sys.platform != "linux":
+            pytest.skip("names of interfaces are for Linux")
+        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", interface)
+        sender, _ = posttroll.mcast_sender()
+        with sender:
+            chosen = sender.getsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, 4)
+        assert socket.inet_ntoa(chosen) == "127.0.0.1"
+        with multicast(free_port()) as (sender, receiver):
+            sender("by loopback")
+            assert receiver()[1][0] == "127.0.0.1"
+
+    def test_nonsense_is_an_error_that_names_it(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "no_such_device")
+        for opening in (posttroll.mcast_sender, lambda: posttroll.mcast_receiver(free_port())):
+            with pytest.raises(OSError, match="multicast_interface 'no_such_device'"):
+                opening()
+
+    def test_a_publisher_waits_for_its_interface(self, monkeypatch, caplog):
+        """A device that is not there (yet) is a warning; when it is there, the publisher is found."""
+        with nameserver(multicast_enabled=True):
+            monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "no_such_device")
+            with posttroll.Publish("a_service", broadcast_interval=0.02):
+                wait_for(lambda: "Cannot announce by multicast" in caplog.text)
+                assert posttroll.get_pub_address("a_service") == []
+                monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "127.0.0.1")
+                wait_for(lambda: posttroll.get_pub_address("a_service"))
+
+    def test_a_nameserver_waits_for_its_interface(self, monkeypatch, caplog):
+        monkeypatch.setattr(posttroll_ns._MulticastSource, "RETRY", 0.02)
+        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "no_such_device")
+        with nameserver(multicast_enabled=True):
+            assert "Cannot receive multicast" in caplog.text
+            monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "127.0.0.1")
+            with posttroll.Publish("a_service", broadcast_interval=0.02):
+                wait_for(lambda: posttroll.get_pub_address("a_service"))
+
+
+class TestOwnAddress:
+    def test_it_is_an_address_of_this_host(self, monkeypatch):
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        with socket.socket() as sock:
+            sock.bind((posttroll.get_own_ip(), 0))  # fails for an address that is not our own
+
+    def test_it_is_that_of_the_multicast_interface(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "127.0.0.1")
+        assert posttroll.get_own_ip() == "127.0.0.1"
+
+    def test_an_interface_that_is_not_there_is_no_error(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "no_such_device")
+        assert socket.inet_aton(posttroll.get_own_ip())
+
+
+# ======================================================================================================================
+# 4. ZeroMQ sockets
+# ======================================================================================================================
+
+
+class TestContexts:
+    def test_it_is_the_same_until_it_is_destroyed(self):
+        first = posttroll.get_context()
+        assert posttroll.get_context() is first
+        posttroll.destroy_context(0)
+        assert first.closed
+        assert posttroll.get_context() is not first
+        assert not posttroll.get_context().closed
+
+    def test_destroying_closes_the_sockets(self):
+        sock = posttroll.set_up_client_socket(zmq.SUB, "tcp://127.0.0.1:1")
+        posttroll.destroy_context(0)
+        assert sock.closed
+
+    def test_destroying_twice(self):
+        posttroll.get_context()
+        posttroll.destroy_context()
+        posttroll.destroy_context()
+
+    def test_one_that_was_terminated_elsewhere_is_replaced(self):
+        posttroll.get_context().term()
+        assert not posttroll.get_context().closed
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_forked_child_gets_its_own(self):
+        """After use in the parent, publisher and subscriber of the child work, and so do those of the parent."""
+        code = """
+import os, posttroll
+def check():
+    with posttroll.Publisher("tcp://*:0") as pub:
+        with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+            assert pub.wait_for_subscribers(1, 20)
+            pub.send(posttroll.Message("/a", "info", os.getpid()))
+            assert next(sub.recv(20)).data == os.getpid()
+context = posttroll.get_context()
+check()
+with posttroll.Publisher("tcp://*:0") as outer:
+    child = os.fork()
+    if not child:
+        assert posttroll.get_context() is not context
+        check()
+        try:
+            outer.send("pytroll://a b c@d 2020-01-01T00:00:00 v1.01")
+        except RuntimeError as error:
+            assert "fork" in str(error)
+            outer.stop()
+            os._exit(7)
+        os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert posttroll.get_context() is context
+    check()
+print("parent", status >> 8)
+"""
+        with python(code) as running:
+            assert finish(running, 60)[:2] == (0, "parent 7\n")  # newer Pythons warn of forks on stderr
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_child_may_be_forked_while_a_publisher_announces_itself(self):
+        code = """
+import os, posttroll
+with posttroll.Publish("a_service", nameservers=["localhost"], broadcast_interval=0.01) as pub:
+    child = os.fork()
+    if not child:
+        pub.stop()
+        with posttroll.Publish("b_service", nameservers=["localhost"], broadcast_interval=0.01):
+            while not posttroll.get_pub_address("b_service", timeout=20): pass
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    while not posttroll.get_pub_address("a_service", timeout=20): pass
+print("done")
+"""
+        with nameserver(), python(code) as running:
+            assert finish(running, 60)[:2] == (0, "done\n")
+
+
+class TestSocketOptions:
+    def test_no_keep_alive_by_default(self):
+        assert posttroll.get_tcp_keepalive_options() == {}
+
+    def test_keep_alive_through_the_environment(self, monkeypatch):
+        for name, value in {"": "1", "_CNT": "10", "_IDLE": "3", "_INVTL": "", "_INTVL": "4"}.items():
+            monkeypatch.setenv("POSTTROLL_TCP_KEEPALIVE" + name, value)
+        expected = {
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_CNT: 10,
+            zmq.TCP_KEEPALIVE_IDLE: 3,
+            zmq.TCP_KEEPALIVE_INTVL: 4,
+        }
+        assert posttroll.get_tcp_keepalive_options() == expected
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+            for sock in (pub._socket, *sub.subscribers):
+                assert {option: sock.getsockopt(option) for option in expected} == expected
+
+    def test_keep_alive_from_code(self):
+        with config.set(tcp_keepalive=0):
+            assert posttroll.get_tcp_keepalive_options() == {zmq.TCP_KEEPALIVE: 0}
+
+    def test_a_wrong_keep_alive_is_an_error_that_names_it(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_TCP_KEEPALIVE_CNT", "often")
+        with pytest.raises(posttroll.ConfigurationError, match=r"tcp_keepalive_cnt.*often"):
+            posttroll.Subscriber(["tcp://127.0.0.1:1"])
+
+    def test_peers_that_are_gone_are_noticed_by_default(self):
+        """By ZMTP heartbeats, or by TCP keepalive where the queue of received messages is limited."""
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+            assert pub._socket.getsockopt(zmq.HEARTBEAT_IVL) == 10000
+            [sock] = sub.subscribers
+            assert sock.getsockopt(zmq.TCP_KEEPALIVE) == 1
+            assert (sock.getsockopt(zmq.TCP_KEEPALIVE_IDLE), sock.getsockopt(zmq.TCP_KEEPALIVE_INTVL)) == (10, 10)
+        with config.set(receive_high_water_mark=0), posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+            [sock] = sub.subscribers
+            assert sock.getsockopt(zmq.HEARTBEAT_IVL) == 10000
+            assert sock.getsockopt(zmq.HEARTBEAT_TIMEOUT) == 30000
+
+    def test_the_times_are_configurable(self):
+        with config.set(zmtp_heartbeat_interval=0.5, zmtp_heartbeat_timeout=2, receive_high_water_mark=0):
+            with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+                assert pub._socket.getsockopt(zmq.HEARTBEAT_IVL) == 500
+                assert sub.subscribers[0].getsockopt(zmq.HEARTBEAT_TIMEOUT) == 2000
+        with config.set(zmtp_heartbeat_interval=0), posttroll.Publisher("tcp://*:0") as pub:
+            assert pub._socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
+
+    def test_a_connection_that_is_silent_is_given_up(self):
+        """A host that has lost its power says nothing any more: the subscriber connects anew."""
+        times = {"zmtp_heartbeat_interval": 0.05, "zmtp_heartbeat_timeout": 0.2}
+        with socket.socket() as silent, config.set(receive_high_water_mark=0, **times):
+            silent.bind(("127.0.0.1", 0))
+            silent.listen()
+            silent.settimeout(DEADLINE)
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{silent.getsockname()[1]}"]):
+                with silent.accept()[0] as first:
+                    first.sendall(  # the greeting and READY of a publisher, and then silence
+                        b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\0NULL".ljust(64, b"\0")
+                        + b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03PUB"
+                    )
+                    with silent.accept()[0]:
+                        pass
+
+    def test_high_water_marks(self):
+        with config.set(send_high_water_mark=11, receive_high_water_mark=12), posttroll.Publisher("tcp://*:0") as pub:
+            with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+                assert pub._socket.getsockopt(zmq.SNDHWM) == 11
+                assert sub.subscribers[0].getsockopt(zmq.RCVHWM) == 12
+
+    def test_options_of_the_call_win(self):
+        sock = posttroll.set_up_client_socket(zmq.SUB, "tcp://127.0.0.1:1", {zmq.RCVHWM: 5, zmq.HEARTBEAT_IVL: 77})
+        assert (sock.getsockopt(zmq.RCVHWM), sock.getsockopt(zmq.HEARTBEAT_IVL)) == (5, 77)
+        posttroll.close_socket(sock)
+
+    def test_an_option_that_does_not_exist_leaves_no_socket(self):
+        with pytest.raises(zmq.ZMQError):
+            posttroll.set_up_client_socket(zmq.SUB, "tcp://127.0.0.1:1", {zmq.HEARTBEAT_IVL: -5})
+
+    @pytest.mark.parametrize("set_up", ["set_up_client_socket", "set_up_server_socket"])
+    def test_an_unknown_backend(self, set_up):
+        with pytest.raises(NotImplementedError, match="'carrier_pigeon'"):
+            getattr(posttroll, set_up)(zmq.SUB, "tcp://127.0.0.1:9000", backend="carrier_pigeon")
+
+
+class TestServerAndClientSockets:
+    def test_inproc(self):
+        server, port, authenticator = posttroll.set_up_server_socket(zmq.PUSH, "inproc://here")
+        client = posttroll.set_up_client_socket(zmq.PULL, "inproc://here")
+        server.send(b"hello")
+        assert (port, authenticator, client.recv()) == (None, None, b"hello")
+        posttroll.close_socket(client)
+        posttroll.close_socket(server)
+
+    def test_ipc(self, tmp_path):
+        server, port, _ = posttroll.set_up_server_socket(zmq.PUSH, f"ipc://{tmp_path}/s")
+        client = posttroll.set_up_client_socket(zmq.PULL, f"ipc://{tmp_path}/s")
+        server.send(b"hello")
+        assert (port, client.poll(DEADLINE * 1000), client.recv()) == (None, zmq.POLLIN, b"hello")
+        posttroll.close_socket(client)
+        posttroll.close_socket(server)
+
+    @pytest.mark.parametrize(
+        "address", ["", "nonsense", "tcp://", "tcp://*", "tcp://*:99999", "foo://bar:1", "tcp://*:1\n", None, 9000]
+    )
+    def test_a_publisher_refuses_a_bad_address(self, address):
+        with pytest.raises(ValueError, match="an address looks like"):
+            posttroll.Publisher(address)
+
+    @pytest.mark.parametrize(
+        "address",
+        ["", "nonsense", "tcp://", "tcp://host", "tcp://*:9000", "tcp://h:0", "tcp://h:99999", "tcp://a b:1", None, 5],
+    )
+    def test_a_subscriber_refuses_a_bad_address(self, address):
+        with pytest.raises(ValueError, match="Cannot connect to"):
+            posttroll.Subscriber([address])
+        with posttroll.Subscriber([]) as sub:
+            with pytest.raises(ValueError, match="Cannot connect to"):
+                sub.add(address)
+            assert sub.addresses == []
+
+    def test_a_port_in_use_is_named_and_nothing_is_left_behind(self):
+        with socket.socket() as taken:
+            taken.bind(("", 0))
+            taken.listen()
+            address = f"tcp://*:{taken.getsockname()[1]}"
+            with pytest.raises(zmq.ZMQError, match=re.escape(address)) as caught:
+                posttroll.Publisher(address, name="name").start()
+            assert caught.value.errno == zmq.EADDRINUSE
+            with pytest.raises(zmq.ZMQError, match=re.escape(address)):
+                posttroll.NoisyPublisher("name", taken.getsockname()[1], nameservers=["localhost"]).start()
+            with pytest.raises(zmq.ZMQError, match=re.escape(address)):
+                posttroll.set_up_server_socket(zmq.REP, address, local_only=True)
+
+    def test_a_socket_receiver(self):
+        server, port, _ = posttroll.set_up_server_socket(zmq.PUSH, "tcp://127.0.0.1:0")
+        clients = [posttroll.set_up_client_socket(zmq.PULL, f"tcp://127.0.0.1:{port}") for _ in range(2)]
+        receiver = posttroll.SocketReceiver()
+        for client in clients:
+            receiver.register(client)
+        message = posttroll.Message("/a", "info", "text")
+        server.send(message.encode().encode())
+        [(received, sock)] = list(receiver.receive(*clients, timeout=DEADLINE))
+        assert (received.subject, received.data) == ("/a", "text")
+        assert sock in clients
+        with pytest.raises(TimeoutError):
+            list(receiver.receive(*clients, timeout=0.01))
+        receiver.unregister(clients[0])
+        for sock in (server, *clients):
+            posttroll.close_socket(sock)
+
+
+class TestPortRanges:
+    @staticmethod
+    def free_range(size: int) -> int:
+        """Return the first of some ports in a row that are free."""
+        while True:
+            first = random.randrange(20000, 30000)
+            with contextlib.ExitStack() as stack:
+                try:
+                    for port in range(first, first + size):
+                        stack.enter_context(socket.socket()).bind(("", port))
+                except OSError:
+                    continue
+                return first
+
+    def test_the_default_range(self):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            assert 49152 <= pub.port_number < 65536
+
+    def test_from_arguments(self):
+        first = self.free_range(3)
+        with posttroll.Publisher("tcp://*:0", min_port=first, max_port=first + 3) as pub:
+            assert first <= pub.port_number < first + 3
+        with posttroll.Publish("name", 0, nameservers=["localhost"], min_port=first, max_port=first + 3) as pub:
+            assert first <= pub.port_number < first + 3
+
+    def test_from_the_environment(self, monkeypatch):
+        first = self.free_range(3)
+        monkeypatch.setenv("POSTTROLL_PUB_MIN_PORT", str(first))
+        monkeypatch.setenv("POSTTROLL_PUB_MAX_PORT", str(first + 3))
+        with contextlib.ExitStack() as stack:
+            ports = {stack.enter_context(posttroll.Publisher("tcp://*:0")).port_number for _ in range(3)}
+        assert ports == {first, first + 1, first + 2}
+
+    def test_an_exhausted_range_is_an_error_that_names_it(self):
+        first = self.free_range(2)
+        limits = {"min_port": first, "max_port": first + 2}
+        with posttroll.Publisher("tcp://*:0", **limits), posttroll.Publisher("tcp://*:0", **limits):
+            with pytest.raises(zmq.ZMQError, match=f"All ports from {first} to {first + 1} are in use"):
+                posttroll.Publisher("tcp://*:0", **limits).start()
+
+    @pytest.mark.parametrize(("low", "high"), [(5000, 5000), (6000, 5000), (0, 5), (65000, 70000)])
+    def test_an_impossible_range(self, low, high):
+        with pytest.raises(posttroll.ConfigurationError, match=f"from {low} up to .not including. {high}"):
+            posttroll.Publisher("tcp://*:0", min_port=low, max_port=high).start()
+
+
+# ======================================================================================================================
+# 5. Asking the nameserver
+# ======================================================================================================================
+
+
+@contextlib.contextmanager
+def answering(answer: bytes | list[bytes] | None, port: int | None = None) -> Iterator[list[bytes]]:
+    """Be a nameserver that gives the same *answer* to everything, None for none; gives the list of the requests."""
+    requests: list[bytes] = []
+    context = zmq.Context()
+    sock = context.socket(zmq.REP)
+    sock.linger = 0
+    sock.bind(f"tcp://127.0.0.1:{config.get('nameserver_port') if port is None else port}")
+    end = threading.Event()
+
+    def serve() -> None:
+        while not end.is_set():
+            if sock.poll(20):
+                requests.append(sock.recv())
+                if answer is None:
+                    end.wait()
+                else:
+                    sock.send_multipart([answer] if isinstance(answer, bytes) else answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield requests
+    finally:
+        end.set()
+        thread.join()
+        sock.close()
+        context.term()
+
+
+def answer_with(data: Any, version: str = "v1.01") -> bytes:
+    """Return a nameserver's answer with *data*."""
+    return posttroll.Message("/oper/ns", "info", data, version=version).encode().encode()
+
+
+class TestAskingTheNameserver:
+    def test_the_address_of_a_service(self):
+        with nameserver(), posttroll.Publish("a_service", aliases=["b"], nameservers=["localhost"]) as pub:
+            [entry] = wait_for(lambda: posttroll.get_pub_address("a_service"))
+            assert entry["URI"] == f"tcp://{posttroll.get_own_ip()}:{pub.port_number}"
+            assert entry["service"] == ["a_service", "b"]
+            assert [found["URI"] for found in posttroll.get_pub_address("b", timeout=DEADLINE)] == [entry["URI"]]
+
+    def test_an_unknown_service_has_no_address(self):
+        with nameserver():
+            assert posttroll.get_pub_address("nobody", timeout=DEADLINE, nameserver="localhost") == []
+
+    def test_all_services_and_several(self):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]):
+            with posttroll.Publish("b", nameservers=["localhost"]):
+                wait_for(lambda: len(posttroll.get_pub_address("")) == 2)
+                assert len(posttroll.get_pub_addresses()) == 2
+                assert [found["name"] for found in posttroll.get_pub_addresses(["b", "a"])] == ["b", "a"]
+                assert [found["name"] for found in posttroll.get_pub_addresses("b")] == ["b"]
+                assert posttroll.get_pub_addresses(["c"]) == []
+
+    @pytest.mark.parametrize("timeout", [0, 0.05])
+    def test_without_a_nameserver(self, timeout):
+        for ask in (posttroll.get_pub_address, lambda *args, **kwargs: posttroll.get_pub_addresses(["a"], **kwargs)):
+            with pytest.raises(TimeoutError, match="no answer from the nameserver on localhost"):
+                ask("a_service", timeout=timeout)
+
+    def test_a_nameserver_that_does_not_answer(self):
+        with answering(None), pytest.raises(TimeoutError):
+            posttroll.get_pub_address("a_service", timeout=0.1)
+
+    def test_a_nameserver_that_comes_back_is_asked_again(self):
+        """Also on a connection that was kept from an earlier lookup."""
+        for _ in range(3):
+            with answering(answer_with([{"URI": "tcp://h:1"}])):
+                assert len(posttroll.get_pub_address("a", timeout=DEADLINE)) == 1
+            with pytest.raises(TimeoutError):
+                posttroll.get_pub_address("a", timeout=0.05)
+
+    def test_the_request_is_in_the_version_that_everybody_reads(self):
+        with answering(answer_with("")) as requests:
+            assert posttroll.get_pub_address("a_service", timeout=DEADLINE) == []
+        request = posttroll.Message.decode(requests[0])
+        assert (request.subject, request.type, request.version) == ("/oper/ns", "request", "v1.01")
+        assert request.data == {"service": "a_service"}
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"",
+            b"\xff\xfe",
+            b"nonsense",
+            b"pytroll://oper/ns info a@b 2020-01-01T00:00:00 v9.9 application/json []",
+            b"pytroll://oper/ns info a@b yesterday v1.01 application/json []",
+            b"pytroll://oper/ns info a@b 2020-01-01T00:00:00 v1.01 application/json " + b"[" * 100000,
+            answer_with(""),
+            answer_with("text"),
+            answer_with({"URI": "tcp://h:1"}),
+            answer_with(5),
+            answer_with([None, 1, "tcp://h:1", {}, {"URI": None}, {"URI": 5}, {"URI": "foo://bar"}, {"URI": "tcp://"}]),
+        ],
+    )
+    def test_a_broken_answer_is_one_without_addresses(self, answer):
+        with answering(answer):
+            assert posttroll.get_pub_address("a_service", timeout=DEADLINE) == []
+
+    def test_the_good_entries_of_an_answer_are_used(self, caplog, monkeypatch):
+        monkeypatch.setattr(posttroll, "_lookup_log", posttroll._LimitedLogger("ns"))  # it has not said enough yet
+        entries = [{"URI": "tcp://"}, {"URI": "tcp://good:9000", "service": ["a"]}, "nonsense"]
+        with answering(answer_with(entries)):
+            assert posttroll.get_pub_address("a", timeout=DEADLINE) == [entries[1]]
+        assert "Skipped 2 broken entries" in caplog.text
+
+    def test_an_answer_of_several_frames(self):
+        with answering([answer_with([{"URI": "tcp://h:1"}]), b"more"]):
+            assert posttroll.get_pub_address("a", timeout=DEADLINE) == [{"URI": "tcp://h:1"}]
+
+    def test_several_nameservers_are_merged_and_one_that_is_down_is_left_out(self):
+        ports = [free_port() for _ in range(3)]
+        both, one, two = ({"URI": f"tcp://h:{number}"} for number in (1, 2, 3))
+        with answering(answer_with([both, one]), ports[0]), answering(answer_with([both, two]), ports[1]):
+            hosts = [f"localhost:{port}" for port in ports]
+            found = posttroll.get_pub_address("a", timeout=DEADLINE, nameserver=hosts)
+            assert sorted(entry["URI"] for entry in found) == ["tcp://h:1", "tcp://h:2", "tcp://h:3"]
+        with pytest.raises(TimeoutError, match=f"{hosts[0]}, {hosts[1]}"):
+            posttroll.get_pub_address("a", timeout=0.05, nameserver=hosts)
+
+    @pytest.mark.parametrize("nameserver", ["", "a b", "host:99999", "tcp://"])
+    def test_a_nameserver_that_cannot_be_an_address(self, nameserver):
+        with pytest.raises(ValueError, match="Cannot connect to"):
+            posttroll.get_pub_address("a", timeout=0.1, nameserver=nameserver)
+
+    def test_the_port(self, monkeypatch):
+        monkeypatch.delenv("POSTTROLL_NAMESERVER_PORT")
+        assert posttroll.get_configured_nameserver_port() == 5557
+        monkeypatch.setenv("POSTTROLL_NAMESERVER_PORT", "5599")
+        assert posttroll.get_configured_nameserver_port() == 5599
+        monkeypatch.delenv("POSTTROLL_NAMESERVER_PORT")
+        monkeypatch.setenv("NAMESERVER_PORT", "5600")
+        with pytest.warns(PendingDeprecationWarning, match="NAMESERVER_PORT"):
+            assert posttroll.get_configured_nameserver_port() == 5600
+
+    def test_lookups_from_many_threads(self):
+        with nameserver(), posttroll.Publish("a_service", nameservers=["localhost"]):
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            counts: list[int] = []
+
+            def ask() -> None:
+                for _ in range(20):
+                    counts.append(len(posttroll.get_pub_address("a_service", timeout=DEADLINE)))
+
+            threads = [threading.Thread(target=ask) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert counts == [1] * 160
+
+
+# ======================================================================================================================
+# 6. Announcing an address
+# ======================================================================================================================
+
+
+class TestMessageBroadcaster:
+    def test_by_multicast_until_it_is_stopped(self):
+        port = free_port()
+        with multicast(port) as (_, receiver):
+            broadcaster = posttroll.MessageBroadcaster("a message", port, 0.01)
+            assert not broadcaster.is_running()
+            broadcaster.start()
+            assert broadcaster.is_running()
+            assert [receiver()[0] for _ in range(3)] == ["a message"] * 3
+            broadcaster.stop()
+            assert not broadcaster.is_running()
+
+    def test_by_request_to_designated_receivers(self):
+        port = free_port()
+        with answering(b"ok", port) as requests:
+            broadcaster = posttroll.MessageBroadcaster("a message", port, 0.01, ["localhost"]).start()
+            wait_for(lambda: len(requests) >= 3)
+            broadcaster.stop()
+        assert set(requests) == {b"a message"}
+
+    @pytest.mark.parametrize("interval", [0, -1, -0.5])
+    def test_nothing_is_sent_with_an_interval_that_is_not_positive(self, interval):
+        broadcaster = posttroll.MessageBroadcaster("a message", free_port(), interval, ["localhost"])
+        assert not broadcaster.start().is_running()
+        broadcaster.stop()
+
+    def test_start_and_stop_twice_before_start_and_again(self):
+        port = free_port()
+        with multicast(port) as (_, receiver):
+            broadcaster = posttroll.MessageBroadcaster("a message", port, 0.01)
+            broadcaster.stop()
+            for _ in range(2):
+                broadcaster.start()
+                thread = broadcaster._thread
+                assert broadcaster.start()._thread is thread
+                assert receiver()[0] == "a message"
+                broadcaster.stop()
+                broadcaster.stop()
+                assert not broadcaster.is_running()
+
+    def test_stop_does_not_wait_for_the_interval(self):
+        broadcaster = posttroll.MessageBroadcaster("a message", free_port(), 3600, ["localhost"]).start()
+        start = time.monotonic()
+        broadcaster.stop()
+        assert time.monotonic() - start < DEADLINE
+
+    @pytest.mark.parametrize("receiver", ["", "a b", "tcp://", "x\ny"])
+    def test_a_receiver_that_cannot_be_a_host(self, receiver):
+        with pytest.raises(ValueError, match="Cannot connect to"):
+            posttroll.MessageBroadcaster("a message", 9000, 1, [receiver])
+
+    def test_an_answer_that_is_not_ok_is_logged(self, caplog):
+        port = free_port()
+        with answering(b"go away", port):
+            broadcaster = posttroll.MessageBroadcaster("a message", port, 0.01, "localhost").start()
+            wait_for(lambda: "did not register us: go away" in caplog.text)
+            broadcaster.stop()
+
+    @pytest.mark.parametrize("answer", [[b"ok", b"ok"], [b""], [b"\xff" * 1000]])
+    def test_no_answer_stops_it(self, answer):
+        port = free_port()
+        with answering(answer, port) as requests:
+            broadcaster = posttroll.MessageBroadcaster("a message", port, 0.01, ["localhost"]).start()
+            wait_for(lambda: len(requests) >= 3)
+            broadcaster.stop()
+
+
+class TestAddressBroadcasters:
+    def test_what_an_address_broadcaster_announces(self):
+        with multicast(config.get("broadcast_port")) as (_, receiver):
+            broadcaster = posttroll.sendaddress("a_name", "tcp://127.0.0.1:9000", 0.01).start()
+            message = posttroll.Message.decode(receiver()[0])
+            broadcaster.stop()
+        assert (message.subject, message.type, message.version) == ("/address/a_name", "info", "v1.01")
+        assert message.data == {"URI": "tcp://127.0.0.1:9000"}
+
+    def test_what_a_service_broadcaster_announces(self):
+        with multicast(config.get("broadcast_port")) as (_, receiver):
+            broadcaster = posttroll.sendaddressservice("a_name", "tcp://*:9000", ["one", "two"], 0.01).start()
+            message = posttroll.Message.decode(receiver()[0])
+            broadcaster.stop()
+        assert message.version == "v1.01"
+        assert message.data == {
+            "URI": f"tcp://{posttroll.get_own_ip()}:9000",
+            "service": ["one", "two"],
+            "supported_message_version": "v1.2",
+            "backend": "unsecure_zmq",
+        }
+
+    def test_a_single_service(self):
+        with nameserver():
+            broadcaster = posttroll.sendaddressservice("a_name", "tcp://h:9000", "one", 0.01, ["localhost"]).start()
+            wait_for(lambda: posttroll.get_pub_address("one"))
+            broadcaster.stop()
+
+    def test_by_name_without_services(self):
+        """An announcement without services is one of the service of that name."""
+        with nameserver():
+            broadcaster = posttroll.AddressBroadcaster("a_name", "tcp://h:9000", 0.01, ["localhost"]).start()
+            wait_for(lambda: posttroll.get_pub_address("a_name"))
+            broadcaster.stop()
+
+    def test_a_nameserver_that_is_down_gets_the_registration_when_it_is_up(self):
+        broadcaster = posttroll.sendaddressservice("a_name", "tcp://h:9000", ["one"], 0.05, ["localhost"]).start()
+        for _ in range(2):
+            with nameserver():
+                wait_for(lambda: posttroll.get_pub_address("one"))
+        broadcaster.stop()
+
+    def test_nameservers_that_are_down_or_silent_do_not_delay_another(self):
+        """With an interval of an hour, the first announcement is the one that counts."""
+        with socket.socket() as silent, nameserver():
+            silent.bind(("127.0.0.1", 0))
+            silent.listen()
+            silent_one = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+            hosts = ["tcp://127.0.0.1:1", silent_one, "no-such-host.invalid", "localhost"]
+            broadcaster = posttroll.sendaddressservice("a_name", "tcp://h:9000", ["one"], 3600, hosts).start()
+            wait_for(lambda: posttroll.get_pub_address("one"))
+            start = time.monotonic()
+            broadcaster.stop()
+            assert time.monotonic() - start < 5
+
+    def test_a_nameserver_that_dies_after_it_has_taken_a_registration_holds_nobody_up(self):
+        port = config.get("broadcast_port")
+        broadcaster = posttroll.sendaddressservice("a_name", "tcp://h:9000", ["one"], 0.05, ["localhost"])
+        with answering(None, port) as requests:
+            broadcaster.start()
+            wait_for(lambda: requests)
+        with nameserver():
+            wait_for(lambda: posttroll.get_pub_address("one"))
+        broadcaster.stop()
+
+    def test_a_host_that_does_not_resolve_is_a_warning_and_tried_again(self, monkeypatch, caplog):
+        """It is registered with once its name is known: here with the help of a resolver that learns it."""
+        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.02)
+        monkeypatch.setattr(posttroll, "_resolution_log", posttroll._LimitedLogger("backends.zmq"))
+        names: dict[str, str] = {}
+        resolve = socket.getaddrinfo
+
+        def learning(host: Any, *args: Any, **kwargs: Any) -> Any:
+            return resolve(names.get(host, host), *args, **kwargs)
+
+        monkeypatch.setattr(socket, "getaddrinfo", learning)
+        host = "no-such-host.invalid"
+        broadcaster = posttroll.sendaddressservice("a_name", "tcp://h:9000", ["one"], 0.05, [host]).start()
+        wait_for(lambda: f"{host} does not resolve" in caplog.text)
+        target_connected: list[str] = []
+        connect = posttroll.set_up_client_socket
+
+        def connecting(kind: int, address: str, *args: Any, **kwargs: Any) -> Any:
+            target_connected.append(address)
+            return connect(kind, address, *args, **kwargs)
+
+        monkeypatch.setattr(posttroll, "set_up_client_socket", connecting)
+        names[host] = "localhost"
+        wait_for(lambda: target_connected)
+        broadcaster.stop()
+        assert target_connected == [f"tcp://{host}:{config.get('broadcast_port')}"]
+
+    @pytest.mark.parametrize("name", ["", "two words", "line\nbreak"])
+    def test_a_name_that_cannot_be_announced(self, name):
+        with pytest.raises(ValueError, match="name"):
+            posttroll.NoisyPublisher(name)
+        if name:
+            with pytest.raises(posttroll.MessageError):
+                posttroll.sendaddressservice(name, "tcp://h:9000", ["one"])
+
+
+# ======================================================================================================================
+# 7. Publishing
+# ======================================================================================================================
+
+
+@contextlib.contextmanager
+def connected(topics: Any = "", count: int = 1, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
+    """Give a publisher and *count* subscribers that are connected to it."""
+    with contextlib.ExitStack() as stack:
+        pub = stack.enter_context(posttroll.Publisher("tcp://*:0", "a_publisher"))
+        address = f"tcp://127.0.0.1:{pub.port_number}"
+        subs = [stack.enter_context(posttroll.Subscriber([address], topics, **kwargs)) for _ in range(count)]
+        assert pub.wait_for_subscribers(count, DEADLINE)
+        yield (pub, *subs)
+
+
+def text_message(text: Any, subject: str = "/a") -> str:
+    """Return an encoded message with *text* as its data."""
+    return posttroll.Message(subject, "info", text).encode()
+
+
+def received_data(sub: Any, count: int = 1) -> list[Any]:
+    """Return the data of the next *count* messages."""
+    return [message.data for message in receive(sub, count)]
+
+
+@contextlib.contextmanager
+def in_thread(function: Callable[[], Any]) -> Iterator[threading.Thread]:
+    """Run *function* in a thread, which must end."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+        assert errors == []
+
+
+class TestPublisher:
+    @pytest.mark.parametrize("form", ["str", "bytes", "Message", "str subclass"])
+    def test_what_can_be_sent(self, form):
+        message = posttroll.Message("/a", "info", {"key": "välue"})
+        forms = {"str": message.encode(), "bytes": message.encode().encode(), "Message": message}
+        forms["str subclass"] = type("Text", (str,), {})(message.encode())
+        with connected() as (pub, sub):
+            pub.send(forms[form])
+            pub.send_string(forms[form])
+            assert received_data(sub, 2) == [{"key": "välue"}] * 2
+
+    @pytest.mark.parametrize("wrong", [None, 5, ["text"], bytearray(b"text")])
+    def test_what_cannot_be_sent(self, wrong):
+        with posttroll.Publisher("tcp://*:0") as pub, pytest.raises(TypeError, match=type(wrong).__name__):
+            pub.send(wrong)
+
+    def test_a_message_is_encoded_as_it_is_now(self):
+        message = posttroll.Message("/a", "info", "before")
+        with connected() as (pub, sub):
+            message.data = "after"
+            pub.send(message)
+            message.data = object()
+            with pytest.raises(posttroll.MessageError):
+                pub.send(message)
+            assert received_data(sub) == ["after"]
+
+    def test_name_address_and_port(self):
+        pub = posttroll.Publisher("tcp://localhost:0", name="a_name")
+        assert (pub.name, pub.port_number) == ("a_name", None)
+        assert pub.start() is pub
+        assert pub.port_number > 0
+        pub.close()
+
+    def test_it_binds_when_it_is_used(self):
+        """Without start(), as in the documented example."""
+        pub = posttroll.Publisher("tcp://*:0")
+        pub.send(text_message("nobody hears it"))
+        assert pub.port_number
+        pub.stop()
+
+    def test_start_twice_stop_twice_and_stop_before_start(self):
+        pub = posttroll.Publisher("tcp://*:0")
+        pub.stop()
+        pub.start()
+        port = pub.port_number
+        assert pub.start().port_number == port
+        pub.stop()
+        pub.stop()
+        pub.close()
+
+    def test_restart_after_stop(self):
+        port = free_port()
+        pub = posttroll.Publisher(f"tcp://*:{port}")
+        with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as sub:
+            for number in range(3):
+                pub.start()
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message(number))
+                pub.stop()
+                assert received_data(sub) == [number]
+
+    def test_no_sending_after_stop(self):
+        with posttroll.Publisher("tcp://*:0", "a_name") as pub:
+            pass
+        with pytest.raises(RuntimeError, match="a_name has been stopped"):
+            pub.send(text_message("too late"))
+
+    def test_an_exception_in_the_block_stops_it(self):
+        with pytest.raises(KeyError), posttroll.Publisher("tcp://*:0") as pub:
+            raise KeyError
+        with pytest.raises(RuntimeError):
+            pub.send("text")
+
+    def test_heartbeats(self):
+        with connected() as (pub, sub):
+            pub.heartbeat()
+            pub.heartbeat(3600)  # too soon
+            pub.heartbeat(0)
+            beats = receive(sub, 2)
+            pub.send(text_message("no third one before this"))
+            assert received_data(sub) == ["no third one before this"]
+        assert [(beat.subject, beat.type) for beat in beats] == [("/heartbeat/a_publisher", "beat")] * 2
+        assert [beat.data for beat in beats] == [{"min_interval": 0}] * 2
+
+    def test_the_first_heartbeat_waits_for_nothing(self):
+        with connected() as (pub, sub):
+            pub.heartbeat(3600)
+            assert received_data(sub) == [{"min_interval": 3600}]
+
+    def test_sending_from_8_threads(self):
+        with connected() as (pub, sub):
+
+            def send(thread: int) -> None:
+                for number in range(500):
+                    pub.send(text_message([thread, number]))
+
+            with contextlib.ExitStack() as stack:
+                for thread in range(8):
+                    stack.enter_context(in_thread(lambda thread=thread: send(thread)))
+                data = received_data(sub, 4000)
+        for thread in range(8):
+            assert [number for sender, number in data if sender == thread] == list(range(500))
+
+    def test_stop_while_others_send(self):
+        """They get a RuntimeError, and nothing hangs."""
+        pub = posttroll.Publisher("tcp://*:0").start()
+        sent = threading.Event()
+
+        def send() -> None:
+            with pytest.raises(RuntimeError, match="stopped"):
+                while True:
+                    pub.send(text_message("text"))
+                    sent.set()
+
+        with in_thread(send), in_thread(send):
+            assert sent.wait(DEADLINE)
+            pub.stop()
+
+
+class TestCountingSubscribers:
+    def test_they_come_and_go(self):
+        with connected(count=3) as (pub, first, second, third):
+            assert pub.subscriber_count == 3
+            for left, sub in enumerate((third, first, second)):
+                sub.close()
+                wait_for(lambda left=left: pub.subscriber_count == 2 - left)
+
+    def test_one_with_several_topics_counts_once(self):
+        with connected(["/a", "/b", "/c"]) as (pub, _):
+            assert pub.subscriber_count == 1
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"], ["/b", "/d"]) as other:
+                assert pub.wait_for_subscribers(2, DEADLINE)
+                assert pub.subscriber_count == 2
+                other.close()
+                wait_for(lambda: pub.subscriber_count == 1)
+
+    def test_whoever_is_counted_has_subscribed_to_all_its_topics(self):
+        topics = [f"/topic{number:02}" for number in range(50)]
+        with posttroll.Publisher("tcp://*:0") as pub:
+            for _ in range(10):
+                with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"], topics) as sub:
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(text_message("last", topics[-1]))
+                    pub.send(text_message("first", topics[0]))
+                    assert received_data(sub, 2) == ["last", "first"]
+                wait_for(lambda: pub.subscriber_count == 0)
+
+    def test_subscribers_of_other_programs_count_too(self):
+        with posttroll.Publisher("tcp://*:0") as pub, zmq.Context() as context, context.socket(zmq.SUB) as sock:
+            sock.linger = 0
+            sock.subscribe(b"pytroll:/")
+            sock.connect(f"tcp://127.0.0.1:{pub.port_number}")
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            pub.send(text_message("hello"))
+            assert sock.poll(DEADLINE * 1000)
+
+    def test_in_vain(self):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            assert pub.wait_for_subscribers(1, 0) is False
+            assert pub.wait_for_subscribers(1, 0.02) is False
+            assert pub.wait_for_subscribers(0, 0) is True
+            assert pub.subscriber_count == 0
+
+    def test_stop_ends_the_waiting(self):
+        pub = posttroll.Publisher("tcp://*:0").start()
+        results: list[bool] = []
+        with in_thread(lambda: results.append(pub.wait_for_subscribers())):
+            pub.stop()
+        assert results == [False]
+
+    def test_sending_goes_on_while_somebody_waits(self):
+        with connected() as (pub, sub), in_thread(lambda: pub.wait_for_subscribers(2, DEADLINE)):
+            pub.send(text_message("in the meantime"))
+            assert received_data(sub) == ["in the meantime"]
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]):
+                wait_for(lambda: pub.subscriber_count == 2)
+
+    def test_what_strangers_send_to_a_publisher_does_not_matter(self):
+        """A stranger sends junk where subscriptions are expected, and forged marks of subscribers."""
+        with connected() as (pub, sub), zmq.Context() as context, context.socket(zmq.XSUB) as stranger:
+            stranger.linger = 0
+            stranger.connect(f"tcp://127.0.0.1:{pub.port_number}")
+            for junk in (b"", b"\x02", b"\x00never subscribed", b"x" * 10000, b"\x01\xff\xfe"):
+                stranger.send(junk)
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            pub.send(text_message("good"))
+            assert received_data(sub) == ["good"]
+        wait_for(lambda: pub.subscriber_count == 0)
+
+
+class TestLoss:
+    def test_a_full_queue_is_counted_and_logged_and_others_lose_nothing(self, caplog):
+        """A subscriber that never reads: the publisher does not wait for it, and the other one gets everything."""
+        with config.set(send_high_water_mark=2, receive_high_water_mark=2):
+            with connected() as (pub, sub), zmq.Context() as context, context.socket(zmq.SUB) as slow:
+                slow.linger = 0
+                slow.setsockopt(zmq.RCVHWM, 1)
+                slow.setsockopt(zmq.RCVBUF, 4096)
+                slow.subscribe(b"")
+                slow.connect(f"tcp://127.0.0.1:{pub.port_number}")
+                assert pub.wait_for_subscribers(2, DEADLINE)
+                for number in range(50):
+                    pub.send(posttroll.Message("/a", "info", b"%02d" % number + bytes(1000000), binary=True))
+                    [message] = receive(sub)
+                    assert message.data[:2] == b"%02d" % number
+                assert pub.dropped >= 1
+        warnings = [record for record in caplog.records if "queue of a slow subscriber is full" in record.message]
+        assert 1 <= len(warnings) <= 5  # not one for each
+        assert warnings[0].name == "posttroll.publisher"
+
+    def test_without_loss_nothing_is_counted(self):
+        with connected() as (pub, sub):
+            for number in range(100):
+                pub.send(text_message(number))
+            assert received_data(sub, 100) == list(range(100))
+            assert pub.dropped == 0
+
+    def test_without_subscribers_nothing_is_lost(self):
+        with config.set(send_high_water_mark=1), posttroll.Publisher("tcp://*:0") as pub:
+            for _ in range(100):
+                pub.send(text_message("text"))
+            assert pub.dropped == 0
+
+    def test_a_burst_to_a_busy_subscriber(self):
+        """What comes while it does something else waits in its queue."""
+        with connected() as (pub, sub):
+            for number in range(20000):
+                pub.send(text_message([number, "x" * 500]))
+            assert [data[0] for data in received_data(sub, 20000)] == list(range(20000))
+            assert pub.dropped == 0
+
+    @pytest.mark.parametrize("noisy", [False, True])
+    def test_1000_sent_and_stop_at_once(self, noisy):
+        pub: Any = posttroll.Publisher("tcp://*:0")
+        if noisy:
+            pub = posttroll.NoisyPublisher("a_name", nameservers=["localhost"])
+        pub.start()
+        with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            for number in range(1000):
+                pub.send(text_message(number))
+            pub.stop()
+            assert received_data(sub, 1000) == list(range(1000))
+
+    @pytest.mark.parametrize("end", ["", "raise KeyError", "sys.exit(3)"])
+    @pytest.mark.parametrize("kind", ["Publisher('tcp://*:%d')", "NoisyPublisher('a', %d, nameservers=['localhost'])"])
+    def test_a_program_that_ends_without_stopping_its_publisher(self, kind, end):
+        """It ends, and what it has sent arrives."""
+        port = free_port()
+        code = f"""
+import sys, posttroll
+pub = posttroll.{kind % port}
+pub.start()
+assert pub.wait_for_subscribers(1, 20)
+for number in range(1000):
+    pub.send(posttroll.Message("/a", "info", number))
+{end}
+"""
+        with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as sub, python(code) as running:
+            assert received_data(sub, 1000) == list(range(1000))
+            status, _, err = finish(running)
+            assert status == {"": 0, "raise KeyError": 1, "sys.exit(3)": 3}[end]
+            assert err.count("Traceback") == ("raise" in end)
+
+
+class TestNoisyPublisher:
+    def test_it_is_found_by_its_name_and_its_aliases(self):
+        with nameserver(), posttroll.NoisyPublisher("a_name", aliases=["b", "c"], nameservers=["localhost"]) as pub:
+            for name in ("a_name", "b", "c"):
+                [found] = wait_for(lambda name=name: posttroll.get_pub_address(name))
+                assert found["URI"].endswith(f":{pub.port_number}")
+                assert found["name"] == "a_name"
+
+    def test_an_alias_as_text(self):
+        with nameserver(), posttroll.NoisyPublisher("a_name", aliases="alias", nameservers="localhost"):
+            wait_for(lambda: posttroll.get_pub_address("alias"))
+
+    def test_by_multicast(self):
+        with nameserver(multicast_enabled=True), posttroll.NoisyPublisher("a_name", aliases=["b"]):
+            wait_for(lambda: posttroll.get_pub_address("b"))
+
+    def test_many_aliases_are_announced_whole(self):
+        """An announcement of much more than 1,024 bytes."""
+        aliases = [f"alias_number_{number}" for number in range(300)]
+        with nameserver(multicast_enabled=True), posttroll.NoisyPublisher("a_name", aliases=aliases):
+            [found] = wait_for(lambda: posttroll.get_pub_address(aliases[-1]))
+            assert found["service"] == ["a_name", *aliases]
+
+    def test_before_start(self):
+        pub = posttroll.NoisyPublisher("a_name", nameservers=["localhost"])
+        assert pub.name == "a_name"
+        pub.stop()
+        for use in (lambda: pub.port_number, lambda: pub.send("text"), pub.heartbeat):
+            with pytest.raises(RuntimeError, match="a_name is not started"):
+                use()
+
+    def test_start_twice_stop_twice_and_restart(self):
+        pub = posttroll.NoisyPublisher("a_name", nameservers=["localhost"], broadcast_interval=0.02)
+        with nameserver():
+            for _ in range(2):
+                assert pub.start().start() is pub
+                wait_for(lambda: [e for e in posttroll.get_pub_address("a_name") if str(pub.port_number) in e["URI"]])
+                pub.stop()
+                pub.close()
+
+    def test_stop_is_prompt_while_the_nameserver_is_down(self):
+        pub = posttroll.NoisyPublisher("a_name", nameservers=["localhost", "no-such-host.invalid"]).start()
+        start = time.monotonic()
+        pub.stop()
+        assert time.monotonic() - start < 5
+
+    def test_what_it_hands_through(self):
+        with posttroll.NoisyPublisher("a_name", nameservers=["localhost"]) as pub:
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                assert (pub.subscriber_count, pub.dropped) == (1, 0)
+                pub.send_string(text_message("text"))
+                pub.heartbeat()
+                assert received_data(sub, 2) == ["text", {"min_interval": 0}]
+
+
+class TestPublishAndItsFactory:
+    def test_publish_announces_itself(self):
+        with nameserver(), posttroll.Publish("a_name", nameservers=["localhost"]) as pub:
+            assert isinstance(pub, posttroll.NoisyPublisher)
+            wait_for(lambda: posttroll.get_pub_address("a_name"))
+
+    def test_an_exception_in_the_block_stops_it(self):
+        with pytest.raises(KeyError), posttroll.Publish("a_name", nameservers=["localhost"]) as pub:
+            raise KeyError
+        with pytest.raises(RuntimeError):
+            pub.send("text")
+
+    def test_a_port_and_no_nameservers(self):
+        port = free_port()
+        pub = posttroll.create_publisher_from_dict_config({"port": port, "nameservers": False})
+        assert isinstance(pub, posttroll.Publisher)
+        assert pub.start().port_number == port
+        pub.stop()
+
+    @pytest.mark.parametrize("nameservers", [["localhost"], "localhost", None, False])
+    def test_a_name_without_a_port(self, nameservers):
+        settings = {"name": "a_name", "port": 0, "nameservers": nameservers}
+        assert isinstance(posttroll.create_publisher_from_dict_config(settings), posttroll.NoisyPublisher)
+
+    @pytest.mark.parametrize("settings", [{}, {"port": 0, "nameservers": None}, {"name": ""}, {"nameservers": ["h"]}])
+    def test_without_a_name(self, settings):
+        with pytest.raises(KeyError, match="name"):
+            posttroll.create_publisher_from_dict_config(settings)
+
+
+# ======================================================================================================================
+# 8. Subscribing
+# ======================================================================================================================
+
+
+class TestSubscriber:
+    def test_topics_are_the_beginnings_of_subjects(self):
+        with connected(["/one", "two", "pytroll://three"]) as (pub, sub):
+            for subject in ("/zero", "/one", "/one/and/more", "/other", "/two", "/three", "/onerous"):
+                pub.send(text_message(subject, subject))
+            assert received_data(sub, 5) == ["/one", "/one/and/more", "/two", "/three", "/onerous"]
+
+    def test_a_timeout_yields_none_and_goes_on(self):
+        with connected() as (pub, sub):
+            messages = sub.recv(timeout=0.01)
+            assert [next(messages), next(messages)] == [None, None]
+            pub.send(text_message("after that"))
+            assert next(message for message in messages if message).data == "after that"
+
+    def test_calling_and_iterating(self):
+        with connected() as (pub, sub):
+            for number in range(3):
+                pub.send(text_message(number))
+            assert next(sub(timeout=DEADLINE)).data == 0
+            assert next(sub()).data == 1
+            assert next(iter(sub)).data == 2
+
+    def test_leaving_the_loop_loses_nothing(self):
+        with connected() as (pub, sub):
+            for number in range(50):
+                pub.send(text_message(number))
+            for number in range(50):
+                for message in sub.recv(timeout=DEADLINE):
+                    assert message.data == number
+                    break
+            assert not sub.running
+
+    def test_running(self):
+        with connected() as (pub, sub):
+            assert not sub.running
+            pub.send(text_message("text"))
+            for _ in sub.recv(timeout=DEADLINE):
+                assert sub.running
+                sub.stop()
+            assert not sub.running
+
+    def test_add_remove_update_and_what_it_tells(self):
+        with posttroll.Subscriber([]) as sub:
+            one, two, three = (f"tcp://127.0.0.1:{number}" for number in (1, 2, 3))
+            assert (sub.addresses, sub.subscribers) == ([], [])
+            sub.add(one)
+            sub.add(one)
+            sub.add({"URI": two})
+            assert sub.addresses == [one, two]
+            assert len(sub.subscribers) == 1  # they share a socket
+            sub.add(three, ["/other"])
+            assert len(sub.subscribers) == 2
+            sub.remove(three)
+            sub.remove(three)
+            sub.remove("tcp://never:1")
+            assert sub.addresses == [one, two]
+            assert sub.update([two, {"URI": three}]) is True
+            assert sub.update([two, three]) is False
+            assert sub.addresses == [two, three]
+            assert sub.update([]) is True
+            assert (sub.addresses, sub.subscribers) == ([], [])
+
+    def test_addresses_in_every_form(self):
+        for addresses in ("tcp://h:1", ["tcp://h:1"], ({"URI": "tcp://h:1"},), {"tcp://h:1"}):
+            with posttroll.Subscriber(addresses) as sub:
+                assert sub.addresses == ["tcp://h:1"]
+
+    def test_adding_and_removing_while_another_thread_receives(self):
+        with posttroll.Publisher("tcp://*:0") as first, posttroll.Publisher("tcp://*:0") as second:
+            data: list[Any] = []
+            sub = posttroll.Subscriber([])
+
+            def consume() -> None:
+                for message in sub.recv():
+                    data.append(message.data)
+
+            with in_thread(consume):
+                for pub in (first, second):
+                    sub.add(f"tcp://127.0.0.1:{pub.port_number}")
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(text_message(pub.port_number))
+                    wait_for(lambda pub=pub: data[-1:] == [pub.port_number])
+                    sub.remove(f"tcp://127.0.0.1:{pub.port_number}")
+                    wait_for(lambda pub=pub: pub.subscriber_count == 0)
+                sub.close()
+
+    def test_an_address_with_other_topics(self):
+        with connected(["/a"]) as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
+            sub.add(f"tcp://127.0.0.1:{other.port_number}", ["/b"])
+            assert other.wait_for_subscribers(1, DEADLINE)
+            for sender in (pub, other):
+                sender.send(text_message(f"a from {sender.name}", "/a"))
+                sender.send(text_message(f"b from {sender.name}", "/b"))
+            assert sorted(received_data(sub, 2)) == ["a from a_publisher", "b from "]
+
+    def test_broken_messages_between_good_ones(self, caplog):
+        """Every good one is delivered, and the log does not grow with the broken ones."""
+        broken = [
+            b"pytroll://a",
+            b"pytroll://a info me@here never v1.01 text/ascii x",
+            b"pytroll://a info me@here 2020-01-01T00:00:00 v9.0 text/ascii x",
+            b"pytroll://a info me@here 2020-01-01T00:00:00 v1.01 application/json {",
+            b"pytroll://a info me@here 2020-01-01T00:00:00 v1.01 application/json " + b"[" * 100000,
+            b"pytroll:/\xff\xfe\x00",
+        ]
+        with connected() as (pub, sub):
+            for number in range(60):
+                pub.send(broken[number % len(broken)])
+                pub.send(text_message(number))
+            assert received_data(sub, 60) == list(range(60))
+        assert 1 <= caplog.text.count("Skipped a bad message") <= 5
+
+    def test_several_frames(self):
+        """The first is the message; what a stranger appends does no harm."""
+        with zmq.Context() as context, context.socket(zmq.PUB) as stranger:
+            stranger.linger = 0
+            port = stranger.bind_to_random_port("tcp://127.0.0.1")
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as sub:
+                messages = sub.recv(timeout=0.05)
+                for message in messages:
+                    if message is not None:
+                        break
+                    stranger.send_multipart([text_message("good").encode(), b"junk"])
+                assert message.data == "good"
+
+    def test_translate(self):
+        with connected(translate=True) as (pub, sub):
+            pub.send("pytroll://a info me@elsewhere.example 2020-01-01T00:00:00 v1.01 text/ascii x")
+            [message] = receive(sub)
+            assert (message.sender, message.user, message.host) == ("me@127.0.0.1", "me", "127.0.0.1")
+
+    def test_a_host_that_does_not_resolve_does_not_hold_up_others(self, caplog, monkeypatch):
+        monkeypatch.setattr(posttroll, "_resolution_log", posttroll._LimitedLogger("backends.zmq"))
+        with posttroll.Publisher("tcp://*:0") as pub:
+            addresses = ["tcp://no-such-host.invalid:9000", f"tcp://127.0.0.1:{pub.port_number}"]
+            with posttroll.Subscriber(addresses) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("text"))
+                assert received_data(sub) == ["text"]
+                assert sub.addresses == addresses
+                wait_for(lambda: "no-such-host.invalid does not resolve" in caplog.text)
+
+    def test_a_publisher_that_is_restarted_on_its_port_is_heard_again(self):
+        """Killed, not stopped; its subscribers do nothing."""
+        port = free_port()
+        code = f"""
+import posttroll, os, signal
+with posttroll.Publisher("tcp://*:{port}") as pub:
+    assert pub.wait_for_subscribers(1, 60)
+    pub.send(posttroll.Message("/a", "info", "text"))
+    signal.pause()
+"""
+        with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as sub:
+            for _ in range(2):
+                with python(code) as running:
+                    assert received_data(sub) == ["text"]
+                    running.kill()
+
+
+class TestMessageFilter:
+    @staticmethod
+    def is_even(message: Any) -> bool:
+        return message.data % 2 == 0
+
+    def test_in_a_subscriber(self):
+        with connected(message_filter=self.is_even) as (pub, sub):
+            for number in range(6):
+                pub.send(text_message(number))
+            assert received_data(sub, 3) == [0, 2, 4]
+
+    @pytest.mark.parametrize("kind", ["Subscribe", "NSSubscriber", "factory", "factory without nameserver"])
+    def test_in_those_with_a_nameserver(self, kind):
+        with nameserver(), posttroll.Publish("a_service", nameservers=["localhost"]) as pub:
+            if kind == "factory without nameserver":
+                kwargs: dict[str, Any] = {"addresses": [f"tcp://127.0.0.1:{pub.port_number}"], "nameserver": False}
+            else:
+                kwargs = {"services": "a_service"}
+            kwargs.update(message_filter=self.is_even)
+            if kind.startswith("factory"):
+                context: Any = posttroll.create_subscriber_from_dict_config(kwargs)
+            else:
+                context = getattr(posttroll, kind)(**kwargs)
+            with context as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                for number in range(6):
+                    pub.send(text_message(number))
+                assert received_data(sub, 3) == [0, 2, 4]
+
+    def test_with_asyncio(self):
+        async def consume(sub: Any) -> list[int]:
+            numbers = [(await sub.receive(DEADLINE)).data]
+            async for message in sub:
+                numbers.append(message.data)
+                if len(numbers) == 3:
+                    return numbers
+            raise AssertionError
+
+        with connected(message_filter=self.is_even) as (pub, sub):
+            for number in range(6):
+                pub.send(text_message(number))
+            assert asyncio.run(consume(sub)) == [0, 2, 4]
+
+    def test_the_time_of_refused_messages_does_not_count_as_received(self):
+        """A stream of refused messages does not put off the timeout for ever."""
+        end = threading.Event()
+        with connected(message_filter=lambda message: False) as (pub, sub):
+
+            def send() -> None:
+                while not end.wait(0.01):
+                    pub.send(text_message("refused"))
+
+            with in_thread(send):
+                try:
+                    assert next(sub.recv(timeout=0.1)) is None
+                finally:
+                    end.set()
+
+
+class TestHooks:
+    def test_sub(self):
+        with connected(["/a"]) as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
+            called: list[Any] = []
+            address = f"tcp://127.0.0.1:{other.port_number}"
+            sub.add_hook_sub(address, ["/hooked"], lambda message: called.append((message.data, threading.get_ident())))
+            other.wait_for_subscribers(1, DEADLINE)
+            other.send(text_message("not for it", "/a"))
+            other.send(b"pytroll://hooked broken")
+            other.send(text_message("for the hook", "/hooked"))
+            wait_for(lambda: next(sub.recv(timeout=0.01)) is None and called)
+            pub.send(text_message("for the loop"))
+            assert received_data(sub) == ["for the loop"]
+            assert called == [("for the hook", threading.get_ident())]
+
+    def test_pull(self):
+        with connected() as (pub, sub):
+            push, _, _ = posttroll.set_up_server_socket(zmq.PUSH, "inproc://commands")
+            called: list[Any] = []
+            sub.add_hook_pull("inproc://commands", lambda message: called.append(message.data))
+            push.send(text_message("a command").encode())
+            wait_for(lambda: next(sub.recv(timeout=0.01)) is None and called)
+            assert called == ["a command"]
+            pub.send(text_message("still there"))
+            assert received_data(sub) == ["still there"]
+            posttroll.close_socket(push)
+
+    def test_a_hook_that_is_added_while_another_thread_receives(self):
+        sub = posttroll.Subscriber([])
+        called: list[Any] = []
+        with posttroll.Publisher("tcp://*:0") as pub, in_thread(lambda: list(sub.recv())):
+            wait_for(lambda: sub.running)
+            sub.add_hook_sub(f"tcp://127.0.0.1:{pub.port_number}", [""], called.append)
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            pub.send(text_message("text"))
+            wait_for(lambda: called)
+            sub.close()
+
+    def test_a_hook_may_stop_the_subscriber(self):
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber([]) as sub:
+            sub.add_hook_sub(f"tcp://127.0.0.1:{pub.port_number}", [""], lambda message: sub.stop())
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            pub.send(text_message("text"))
+            assert list(sub.recv()) == []
+
+    def test_a_bad_address(self):
+        with posttroll.Subscriber([]) as sub, pytest.raises(ValueError, match="Cannot connect to"):
+            sub.add_hook_pull("nonsense", print)
+
+
+class TestEndsOfSubscribers:
+    @pytest.mark.parametrize("how", ["stop", "close"])
+    @pytest.mark.parametrize("timeout", [None, 3600])
+    def test_from_another_thread_while_it_waits(self, how, timeout):
+        with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+            with in_thread(lambda: list(sub.recv(timeout=timeout))):
+                wait_for(lambda: sub.running)
+                getattr(sub, how)()
+            assert not sub.running
+
+    @pytest.mark.parametrize("how", ["stop", "close"])
+    def test_from_another_thread_while_messages_come(self, how):
+        end = threading.Event()
+        with connected() as (pub, sub):
+
+            def send() -> None:
+                while not end.is_set():
+                    pub.send(text_message("text"))
+
+            with in_thread(send):
+                try:
+                    with in_thread(lambda: [None for _ in sub.recv()]):
+                        wait_for(lambda: sub.running)
+                        getattr(sub, how)()
+                finally:
+                    end.set()
+
+    def test_receiving_again_after_stop(self):
+        with connected() as (pub, sub):
+            for number in range(3):
+                pub.send(text_message(number))
+                for message in sub.recv():
+                    assert message.data == number
+                    sub.stop()
+                    sub.stop()
+
+    def test_close_twice_and_receiving_after_it(self):
+        sub = posttroll.Subscriber(["tcp://127.0.0.1:1"])
+        sub.stop()
+        for _ in range(2):
+            sub.close()
+        assert list(sub.recv()) == list(sub.recv(timeout=1)) == []
+        sub.stop()
+        sub.add("tcp://127.0.0.1:2")
+        sub.remove("tcp://127.0.0.1:2")
+
+    def test_close_inside_the_loop(self):
+        with connected() as (pub, sub):
+            for _ in range(5):
+                pub.send(text_message("text"))
+            messages = sub.recv()
+            next(messages)
+            sub.close()
+            assert list(messages) == []
+
+    def test_an_exception_in_the_block(self):
+        with pytest.raises(KeyError), posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+            next(sub.recv(timeout=0))
+            raise KeyError
+        assert list(sub.recv()) == []
+
+    @pytest.mark.parametrize("how", ["stop", "close"])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_from_a_signal_handler(self, how, number):
+        code = f"""
+import os, posttroll, signal, threading, time
+sub = posttroll.Subscriber(["tcp://127.0.0.1:1"])
+signal.signal({int(number)}, lambda *_: sub.{how}())
+def interrupt():
+    while not sub.running:
+        time.sleep(0.001)
+    os.kill(os.getpid(), {int(number)})
+threading.Thread(target=interrupt).start()
+for message in sub.recv():
+    pass
+print("the loop has ended")
+sub.close()
+"""
+        with python(code) as running:
+            assert finish(running) == (0, "the loop has ended\n", "")
+
+    def test_ctrl_c_in_a_loop(self):
+        code = """
+import posttroll
+try:
+    with posttroll.Subscribe(None, addresses=["tcp://127.0.0.1:1"]) as sub:
+        print("ready", flush=True)
+        for message in sub.recv():
+            pass
+except KeyboardInterrupt:
+    print("terminating")
+"""
+        with python(code) as running:
+            await_line(running, "ready")
+            running.send_signal(signal.SIGINT)
+            assert finish(running) == (0, "terminating\n", "")
+
+    def test_a_program_that_ends_without_closing(self):
+        code = """
+import posttroll
+posttroll.get_own_ip()
+sub = posttroll.Subscriber(["tcp://127.0.0.1:1", "tcp://no-such-host.invalid:1"])
+following = posttroll.NSSubscriber("a_service", addr_listener=True, timeout=0).start()
+listening = posttroll.ListenerContainer(topics=["/a"])
+publisher = posttroll.NoisyPublisher("name", nameservers=["localhost"]).start()
+next(sub.recv(timeout=0))
+messages = following.recv(timeout=0.01)
+next(messages)
+"""
+        with python(code) as running:
+            status, out, err = finish(running)
+            assert (status, out, [line for line in err.splitlines() if "Can't get any address" not in line]) == (
+                0,
+                "",
+                [line for line in err.splitlines() if "resolve" in line or "Didn't get an address" in line],
+            )
+
+
+class TestAsyncio:
+    def test_receive_and_iterate(self):
+        async def consume(pub: Any, sub: Any) -> list[Any]:
+            assert await sub.receive(0.01) is None
+            for number in range(5):
+                pub.send(text_message(number))
+            data = [(await sub.receive(DEADLINE)).data, (await sub.receive()).data]
+            async for message in sub:
+                data.append(message.data)
+                if len(data) == 5:
+                    break
+            return data
+
+        with connected() as (pub, sub):
+            assert asyncio.run(consume(pub, sub)) == list(range(5))
+
+    @pytest.mark.parametrize("how", ["stop", "close"])
+    def test_the_end_from_another_thread(self, how):
+        async def consume(sub: Any) -> None:
+            async for _ in sub:
+                pytest.fail("There is nobody who sends.")
+
+        with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+
+            def end() -> None:
+                wait_for(lambda: sub.running)
+                getattr(sub, how)()
+
+            with in_thread(end):
+                asyncio.run(asyncio.wait_for(consume(sub), DEADLINE))
+
+    @pytest.mark.parametrize("how", ["stop", "close"])
+    def test_the_end_from_another_task(self, how):
+        async def consume(sub: Any) -> Any:
+            waiting = asyncio.ensure_future(sub.receive())
+            while not sub.running:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
+            getattr(sub, how)()
+            return await asyncio.wait_for(waiting, DEADLINE)
+
+        with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+            assert asyncio.run(consume(sub)) is None
+
+    def test_a_cancelled_task(self):
+        async def consume(pub: Any, sub: Any) -> Any:
+            waiting = asyncio.ensure_future(sub.receive())
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            pub.send(text_message("after that"))
+            return await sub.receive(DEADLINE)
+
+        with connected() as (pub, sub):
+            assert asyncio.run(consume(pub, sub)).data == "after that"
+
+    def test_other_tasks_go_on(self):
+        async def consume(pub: Any, sub: Any) -> Any:
+            waiting = asyncio.ensure_future(sub.receive(DEADLINE))
+            await asyncio.sleep(0.01)
+            pub.send(text_message("from another task"))
+            return await waiting
+
+        with connected() as (pub, sub):
+            assert asyncio.run(consume(pub, sub)).data == "from another task"
+
+    def test_following(self):
+        async def consume(sub: Any) -> Any:
+            with nameserver(), posttroll.Publish("a_service", nameservers=["localhost"]) as pub:
+                waiting = asyncio.ensure_future(sub.receive(DEADLINE))
+                while not pub.subscriber_count:
+                    await asyncio.sleep(0.01)
+                pub.send(text_message("found"))
+                return await waiting
+
+        with posttroll.Subscribe("a_service", addr_listener=True, timeout=0) as sub:
+            assert asyncio.run(consume(sub)).data == "found"
+
+
+class TestSubscribeAndItsFactory:
+    def test_it_gives_a_subscriber(self):
+        with posttroll.Subscribe(None, addresses="tcp://127.0.0.1:1") as sub:
+            assert type(sub) is posttroll.Subscriber
+
+    @pytest.mark.parametrize(
+        ("services", "expected"), [(None, ""), ([], ""), ("", "abc"), ("a", "a"), (["a", "c"], "ac")]
+    )
+    @pytest.mark.parametrize("listen", [False, True])
+    def test_which_services(self, services, expected, listen):
+        with nameserver(), contextlib.ExitStack() as stack:
+            ports = {
+                stack.enter_context(posttroll.Publish(name, nameservers=["localhost"])).port_number: name
+                for name in "abc"
+            }
+            wait_for(lambda: len(posttroll.get_pub_address("")) == 3)
+            with posttroll.Subscribe(services, addr_listener=listen, timeout=DEADLINE) as sub:
+                names = sorted(ports[int(address.rpartition(":")[2])] for address in sub.addresses)
+        assert names == list(expected)
+
+    def test_more_addresses(self):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with posttroll.Subscribe("a", addresses=["tcp://127.0.0.1:1"]) as sub:
+                assert sub.addresses == ["tcp://127.0.0.1:1", f"tcp://{posttroll.get_own_ip()}:{pub.port_number}"]
+
+    def test_addresses_only(self):
+        settings = {"addresses": ["tcp://127.0.0.1:1"], "nameserver": False}
+        with posttroll.create_subscriber_from_dict_config(settings) as sub:
+            assert type(sub) is posttroll.Subscriber
+            assert sub.addresses == ["tcp://127.0.0.1:1"]
+
+    @pytest.mark.parametrize("settings", [{"nameserver": False}, {"nameserver": False, "addresses": []}])
+    def test_neither_address_nor_nameserver(self, settings):
+        with pytest.raises(ValueError, match="needs addresses"):
+            posttroll.create_subscriber_from_dict_config(settings)
+
+    def test_a_nameserver_by_name(self):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]):
+            settings = {"services": "a", "nameserver": "127.0.0.1"}
+            with posttroll.create_subscriber_from_dict_config(settings) as sub:
+                assert len(sub.addresses) == 1
+
+    def test_no_nameserver_is_a_warning(self, caplog):
+        with posttroll.Subscribe("a_service", timeout=0.01) as sub:
+            assert sub.addresses == []
+        assert "Can't get any address for a_service" in caplog.text
+
+    def test_wrong_arguments(self):
+        with pytest.raises(ValueError, match="Cannot connect to"):
+            posttroll.Subscribe("a", addresses=["nonsense"])
+        with pytest.raises(ValueError, match="A topic is a text"):
+            posttroll.Subscribe("a", topics=[5])
+        with pytest.raises(ValueError, match="Cannot connect to"):
+            posttroll.Subscribe("a", nameserver="not a host")
+
+    def test_an_ns_subscriber(self):
+        following = posttroll.NSSubscriber("a", timeout=0)
+        following.stop()
+        sub = following.start()
+        assert following.start() is sub
+        following.stop()
+        following.close()
+        assert list(sub.recv()) == []
+        again = following.start()
+        assert again is not sub
+        following.close()
+
+    def test_an_exception_in_the_block(self):
+        with pytest.raises(KeyError), posttroll.Subscribe("a", timeout=0) as sub:
+            raise KeyError
+        assert list(sub.recv()) == []
+
+    def test_translate(self):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with posttroll.Subscribe("a", translate=True) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send("pytroll://a info me@elsewhere.example 2020-01-01T00:00:00 v1.01 text/ascii x")
+                assert receive(sub)[0].host == posttroll.get_own_ip()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Let subscribers look up more often than in real life, so that tests need not wait."""
+    monkeypatch.setattr(posttroll._Follower, "SOON", 0.1)
+    monkeypatch.setattr(posttroll._Follower, "SELDOM", 0.2)
+
+
+@contextlib.contextmanager
+def serving(sub: Any) -> Iterator[list[Any]]:
+    """Receive in a thread; gives the list of the data that came."""
+    data: list[Any] = []
+
+    def consume() -> None:
+        for message in sub.recv():
+            data.append(message.data)
+
+    with in_thread(consume):
+        wait_for(lambda: sub.running)
+        try:
+            yield data
+        finally:
+            sub.stop()
+
+
+def announced(**kwargs: Any) -> Any:
+    """Return a context with a publisher of ``a_service`` that announces itself often."""
+    return posttroll.Publish("a_service", broadcast_interval=0.1, **kwargs)
+
+
+class TestFollowing:
+    def check(self, pub: Any, data: list[Any], text: str) -> None:
+        """Check that a message of *pub* arrives: the first one that it sends."""
+        assert pub.wait_for_subscribers(1, DEADLINE)
+        pub.send(text_message(text))
+        wait_for(lambda: data[-1:] == [text])
+
+    @pytest.mark.parametrize("listen", [True, False])
+    @pytest.mark.parametrize("multicast_enabled", [True, False])
+    def test_a_publisher_that_starts_after_the_subscriber(self, listen, multicast_enabled, impatient):
+        with nameserver(multicast_enabled=multicast_enabled):
+            with posttroll.Subscribe("a_service", addr_listener=listen, timeout=0) as sub, serving(sub) as data:
+                with announced(nameservers=None if multicast_enabled else ["localhost"]) as pub:
+                    self.check(pub, data, "first")
+
+    @pytest.mark.parametrize("listen", [True, False])
+    def test_a_nameserver_that_starts_after_the_subscriber(self, listen, impatient):
+        with posttroll.Subscribe("a_service", addr_listener=listen, timeout=0) as sub, serving(sub) as data:
+            with announced(nameservers=["localhost"]) as pub, nameserver():
+                self.check(pub, data, "first")
+
+    def test_all_services(self):
+        with nameserver(), posttroll.Subscribe("", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            for name in ("a", "b"):
+                with posttroll.Publish(name, nameservers=["localhost"]) as pub:
+                    self.check(pub, data, name)
+
+    @pytest.mark.parametrize("listen", [True, False])
+    def test_a_publisher_that_restarts_on_another_port(self, listen, impatient):
+        with nameserver(), posttroll.Subscribe("a_service", addr_listener=listen, timeout=0) as sub:
+            with serving(sub) as data:
+                for number in range(3):
+                    with announced(nameservers=["localhost"]) as pub:
+                        self.check(pub, data, f"number {number}")
+
+    def test_a_publisher_that_restarts_on_its_port(self):
+        port = free_port()
+        with nameserver(), posttroll.Subscribe("a_service", addr_listener=True, timeout=0) as sub:
+            with serving(sub) as data:
+                for number in range(3):
+                    with announced(port=port, nameservers=["localhost"]) as pub:
+                        self.check(pub, data, f"number {number}")
+                assert len(sub.addresses) == 1
+
+    @pytest.mark.parametrize("multicast_enabled", [True, False])
+    def test_a_nameserver_that_is_killed_and_restarted(self, multicast_enabled):
+        """Publishers are registered again, and running subscribers hear of new ones."""
+        arguments = [] if multicast_enabled else ["--no-multicast"]
+        nameservers = None if multicast_enabled else ["localhost"]
+        with posttroll.Subscribe("a_service", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            with nameserver_process(*arguments) as server, announced(nameservers=nameservers) as old:
+                self.check(old, data, "old")
+                server.kill()
+                server.wait()
+                with nameserver_process(*arguments):
+                    wait_for(lambda: posttroll.get_pub_address("a_service", timeout=DEADLINE))
+                    with announced(nameservers=nameservers) as new:
+                        self.check(new, data, "new")
+                        self.check(old, data, "old again")
+
+    def test_without_its_nameserver_it_keeps_its_publishers(self):
+        with posttroll.Subscribe("a_service", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            with announced(nameservers=["localhost"]) as pub:
+                with nameserver():
+                    self.check(pub, data, "with nameserver")
+                self.check(pub, data, "without")
+
+    def test_any_order_of_start_50_times(self):
+        """No first message is lost, without a pause anywhere."""
+        orders = [list(order) for order in ("psn", "pns", "spn", "snp", "nps", "nsp")]
+        for number in range(50):
+            with contextlib.ExitStack() as stack:
+                started: dict[str, Any] = {}
+                for what in orders[number % len(orders)]:
+                    if what == "p":
+                        started[what] = stack.enter_context(announced(nameservers=["localhost"]))
+                    elif what == "s":
+                        context = posttroll.Subscribe("a_service", addr_listener=True, timeout=0)
+                        data = stack.enter_context(serving(stack.enter_context(context)))
+                    else:
+                        stack.enter_context(nameserver())
+                self.check(started["p"], data, f"number {number}")
+                assert data == [f"number {number}"]
+
+    def test_a_vanished_publisher_is_removed_after_max_age(self):
+        with nameserver(max_age=0.3), posttroll.Subscribe("a", addr_listener=True, timeout=0) as sub, serving(sub):
+            broadcaster = posttroll.sendaddressservice("a", "tcp://127.0.0.1:1", ["a"], 0.05, ["localhost"]).start()
+            wait_for(lambda: sub.addresses == ["tcp://127.0.0.1:1"])
+            broadcaster.stop()
+            wait_for(lambda: sub.addresses == [])
+
+    def test_a_vanished_publisher_is_removed_without_listening(self, impatient, monkeypatch):
+        monkeypatch.setattr(posttroll._Follower, "PATIENCE", 2)
+        with nameserver(max_age=0.3), posttroll.Subscribe("a", timeout=0) as sub, serving(sub):
+            broadcaster = posttroll.sendaddressservice("a", "tcp://127.0.0.1:1", ["a"], 0.05, ["localhost"]).start()
+            wait_for(lambda: sub.addresses == ["tcp://127.0.0.1:1"])
+            broadcaster.stop()
+            wait_for(lambda: sub.addresses == [])
+
+    def test_several_nameservers_one_of_them_down(self):
+        hosts = [f"127.0.0.1:{free_port()}", f"127.0.0.1:{config.get('nameserver_port')}"]
+        with nameserver(), announced(nameservers=["localhost"]) as pub:
+            context = posttroll.Subscribe("a_service", addr_listener=True, timeout=DEADLINE, nameserver=hosts)
+            with context as sub, serving(sub) as data:
+                self.check(pub, data, "from the other one")
+
+    def test_broken_announcements_and_removals_do_no_harm(self, caplog):
+        """A program that takes the nameserver's place on the address port."""
+        news = [
+            b"pytroll://address",
+            b"pytroll://address/a info me@here never v1.01 application/json {}",
+            text_message("text", "/address/a").encode(),
+            text_message({"URI": "tcp://h:1"}, "/address/a").encode(),
+            text_message({"URI": "tcp://h:1", "service": "a"}, "/address/a").encode(),
+            text_message({"URI": 5, "service": ["a"]}, "/address/a").encode(),
+            text_message({"URI": "foo://bar", "service": ["a"]}, "/address/a").encode(),
+            text_message({"URI": "tcp://h:1", "service": ["a"], "backend": [1]}, "/address/a").encode(),
+            text_message({"URI": "tcp://h:1", "service": ["a"], "backend": "pigeon"}, "/address/a").encode(),
+            text_message({"service": ["a"], "status": False}, "/address/a").encode(),
+            text_message({"URI": {}, "service": ["a"], "status": False}, "/address/a").encode(),
+            text_message({"URI": "tcp://h:1", "service": [{}, None]}, "/address/a").encode(),
+        ]
+        with posttroll.Publisher(f"tcp://*:{config.get('address_publish_port')}") as fake:
+            with posttroll.Subscribe("a", addr_listener=True, timeout=0) as sub, serving(sub):
+                assert fake.wait_for_subscribers(1, DEADLINE)
+                for item in news:
+                    fake.send(item)
+                fake.send(text_message({"URI": "tcp://127.0.0.1:1", "service": ["a", None]}, "/address/a"))
+                wait_for(lambda: sub.addresses)
+                assert sub.addresses == ["tcp://127.0.0.1:1"]
+                fake.send(text_message({"URI": "tcp://127.0.0.1:1", "service": ["a"], "status": False}, "/address/a"))
+                wait_for(lambda: sub.addresses == [])
+
+
+# ======================================================================================================================
+# 9. Listening
+# ======================================================================================================================
+
+
+class TestListenerContainer:
+    def test_messages_come_into_the_queue(self):
+        with nameserver(), posttroll.Publish("a_service", nameservers=["localhost"]) as pub:
+            with posttroll.ListenerContainer(topics=["/counter"]) as container:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                for number in range(5):
+                    pub.send(text_message(number, "/other"))
+                    pub.send(text_message(number, "/counter"))
+                    assert container.output_queue.get(timeout=DEADLINE).data == number
+
+    def test_addresses_without_a_nameserver(self):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            addresses = [f"tcp://127.0.0.1:{pub.port_number}"]
+            with posttroll.ListenerContainer(addresses=addresses, nameserver=False) as container:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("text"))
+                assert container.output_queue.get(timeout=DEADLINE).data == "text"
+
+    def test_restart_with_other_topics(self):
+        def next_from(output: Any) -> str:
+            """Send messages until one gets through."""
+            while True:
+                for subject in ("/a", "/b", "/c"):
+                    pub.send(text_message(subject, subject))
+                with contextlib.suppress(queue.Empty):
+                    return output.get(timeout=0.1).data
+
+        with posttroll.Publisher("tcp://*:0") as pub:
+            addresses = [f"tcp://127.0.0.1:{pub.port_number}"]
+            with posttroll.ListenerContainer(["/a"], addresses=addresses, nameserver=False) as container:
+                output = container.output_queue
+                assert next_from(output) == "/a"
+                for topic in ("/b", "/c"):
+                    container.restart_listener([topic])
+                    assert container.output_queue is output
+                    while not output.empty():
+                        output.get()
+                    assert next_from(output) == topic
+
+    def test_stop_at_any_time_and_twice(self):
+        """Before anything is received, and before the thread has begun to receive."""
+        for _ in range(50):
+            container = posttroll.ListenerContainer(addresses=["tcp://127.0.0.1:1"], nameserver=False)
+            thread = container.thread
+            container.stop()
+            assert not thread.is_alive()
+            container.stop()
+            assert (container.listener, container.thread) == (None, None)
+
+    def test_restart_after_stop(self):
+        container = posttroll.ListenerContainer(addresses=["tcp://127.0.0.1:1"], nameserver=False)
+        container.stop()
+        container.restart_listener(["/a"])
+        assert container.thread.is_alive()
+        container.stop()
+
+    def test_it_stops_promptly_while_there_is_no_nameserver(self):
+        start = time.monotonic()
+        for _ in range(10):
+            posttroll.ListenerContainer(services=["a"], nameserver="127.0.0.1").stop()
+        assert time.monotonic() - start < DEADLINE
+
+    def test_wrong_arguments_are_errors_of_the_call(self):
+        with pytest.raises(ValueError, match="Cannot connect to"):
+            posttroll.ListenerContainer(addresses=["nonsense"])
+        with pytest.raises(ValueError, match="needs addresses"):
+            posttroll.ListenerContainer(nameserver=False)
+
+    def test_a_stop_by_the_thread_that_reads_the_queue(self):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            addresses = [f"tcp://127.0.0.1:{pub.port_number}"]
+            container = posttroll.ListenerContainer(addresses=addresses, nameserver=False)
+
+            def consume() -> None:
+                container.output_queue.get(timeout=DEADLINE)
+                container.stop()
+
+            with in_thread(consume):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("text"))
+
+
+class TestListener:
+    def make(self, address: str) -> Any:
+        return posttroll.Listener(topics=["/a"], queue=queue.Queue(), addresses=[address], nameserver=False)
+
+    def test_run_and_stop(self):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            listener = self.make(f"tcp://127.0.0.1:{pub.port_number}")
+            with in_thread(listener.run):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("text"))
+                assert listener.queue.get(timeout=DEADLINE).data == "text"
+                assert listener.running
+                listener.stop()
+            assert not listener.running
+
+    def test_stop_before_run(self):
+        listener = self.make("tcp://127.0.0.1:1")
+        listener.stop()
+        listener.stop()
+        listener.run()
+        assert not listener.running
+
+    def test_run_again_after_restart(self):
+        listener = self.make("tcp://127.0.0.1:1")
+        for _ in range(2):
+            with in_thread(listener.run):
+                wait_for(lambda: listener.subscriber is not None and listener.subscriber.running)
+                listener.restart()
+        listener.stop()
+
+    def test_what_goes_into_the_queue_can_be_changed(self):
+        class Doubling(posttroll.Listener):
+            def add_to_queue(self, msg: Any) -> None:
+                self.queue.put(2 * msg.data)
+
+        with posttroll.Publisher("tcp://*:0") as pub:
+            address = f"tcp://127.0.0.1:{pub.port_number}"
+            listener = Doubling(queue=queue.Queue(), addresses=[address], nameserver=False)
+            with in_thread(listener.run):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message(21))
+                assert listener.queue.get(timeout=DEADLINE) == 42
+                listener.stop()
+
+
+# ======================================================================================================================
+# 10. Logging over messages
+# ======================================================================================================================
+
+
+def log_record(text: str = "hello %s", *args: Any, level: int = logging.INFO, name: str = "a.logger") -> Any:
+    """Return a log record."""
+    return logging.LogRecord(name, level, "file.py", 1, text, args, None)
+
+
+class TestFormatters:
+    def test_a_record_as_a_message(self):
+        text = posttroll.PytrollFormatter().format(log_record("hello %s", "world", level=logging.WARNING))
+        message = posttroll.Message.decode(text)
+        assert (message.subject, message.type, message.data) == ("/log/WARNING/a.logger", "log.warning", "hello world")
+
+    def test_a_name_with_blanks_and_no_name(self):
+        for name, subject in (("two words", "/log/INFO/two_words"), ("", "/log/INFO/root")):
+            text = posttroll.PytrollFormatter().format(log_record("x", name=name))
+            assert posttroll.Message.decode(text).subject == subject
+
+    def test_formats(self):
+        text = posttroll.PytrollFormatter("%(levelname)s %(message)s %(asctime)s", "%Y").format(log_record("x"))
+        assert re.fullmatch(r"INFO x \d{4}", posttroll.Message.decode(text).data)
+
+    def test_an_exception(self):
+        try:
+            raise KeyError("lost")
+        except KeyError:
+            record = logging.LogRecord("a", logging.ERROR, "f.py", 1, "failed", (), sys.exc_info())
+        assert "KeyError: 'lost'" in posttroll.Message.decode(posttroll.PytrollFormatter().format(record)).data
+
+    def test_colours(self):
+        record = log_record("x", level=logging.ERROR)
+        assert posttroll.ColoredFormatter("%(levelname)s %(message)s", False).format(record) == "ERROR x"
+        assert posttroll.ColoredFormatter("%(levelname)s %(message)s").format(record) == "\033[1;31mERROR\033[0m x"
+        assert record.levelname == "ERROR"  # other handlers get it as it was
+
+
+class TestHandlerAndLogger:
+    def test_records_travel(self, caplog):
+        """From a program that logs, over messages, into the log of another (here the same)."""
+        caplog.set_level(logging.DEBUG)
+        with nameserver(multicast_enabled=True):
+            handler = posttroll.PytrollHandler("a_program")
+            logger = posttroll.Logger("localhost", config.get("address_publish_port"))
+            logger.start()
+            logger.start()
+            try:
+                assert handler._publisher.wait_for_subscribers(1, DEADLINE)
+                for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
+                    handler.handle(log_record("level %d", level, level=level, name="far.away"))
+                handler._publisher.send(posttroll.Message("/granule", "file", "no log record").encode())
+                handler._publisher.send(b"pytroll://log/x broken")
+                handler._publisher.heartbeat()
+                wait_for(lambda: "/heartbeat/a_program" in caplog.text)
+            finally:
+                logger.stop()
+                logger.stop()
+                handler.close()
+        far = [
+            (record.levelno, record.message.rpartition(": ")[2])
+            for record in caplog.records
+            if record.name == "far.away"
+        ]
+        assert far == [(level, f"level {level}") for level in (10, 20, 30, 40, 50)]
+        names = {record.name: record for record in caplog.records if "no log record" in record.getMessage()}
+        assert names["posttroll.logger"].levelno == logging.INFO
+
+    def test_logging_after_close_does_not_stop_the_program(self, capsys):
+        handler = posttroll.PytrollHandler("a_program")
+        handler.close()
+        handler.close()
+        handler.handle(log_record("too late"))
+        assert "is not started" in capsys.readouterr().err
+
+
+class TestLoggerCommand:
+    CODE = "import posttroll, sys; sys.exit(posttroll.run_logger())"
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_it_logs_messages_and_ends_on_a_signal(self, number):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with python(self.CODE) as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_of_log("hello"))
+                pub.heartbeat()
+                assert "INFO" in await_line(running, "hello")
+                running.send_signal(number)
+                status, out, err = finish(running)
+                assert (status, err) == (0, "")
+                assert "heartbeat" not in out
+
+    def test_server_and_port_choose_the_server(self):
+        """The settings of this host lead nowhere, the options lead to the nameserver."""
+        nowhere = {"POSTTROLL_NAMESERVER_PORT": str(free_port()), "POSTTROLL_ADDRESS_PUBLISH_PORT": str(free_port())}
+        server, port = f"127.0.0.1:{config.get('nameserver_port')}", config.get("address_publish_port")
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with python(self.CODE, "-s", server, "-p", str(port), "-v", env={**os.environ, **nowhere}) as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                with posttroll.Publish("b", nameservers=["localhost"]) as other:  # which only the port tells of
+                    assert other.wait_for_subscribers(1, DEADLINE)
+                    other.heartbeat()
+                    await_line(running, "/heartbeat/b")
+
+    def test_a_log_file(self, tmp_path):
+        log = tmp_path / "messages.log"
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with process(sys.executable, LIBRARY, "logger", "-r", log, "-v") as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_of_log("hello"))
+                wait_for(lambda: log.exists() and "hello" in log.read_text())
+                running.terminate()
+                assert finish(running)[:2] == (0, "")
+
+    def test_help(self):
+        with python(self.CODE, "--help") as running:
+            status, out, _ = finish(running)
+        assert status == 0
+        for option in ("-r", "--rotated", "-v", "--verbose", "-s", "--server", "-p", "--port"):
+            assert option in out
+
+
+def text_of_log(text: str) -> str:
+    """Return the message of a log record."""
+    return posttroll.PytrollFormatter().format(log_record(text))
+
+
+# ======================================================================================================================
+# posttroll_ns.py, 1. The address book
+# ======================================================================================================================
+
+
+def announcement(uri: Any = "tcp://h:1", services: Any = ("a",), name: str = "name", **data: Any) -> Any:
+    """Return the announcement of a publisher; without what is None."""
+    content = {"URI": uri, "service": list(services) if isinstance(services, tuple) else services, **data}
+    content = {key: value for key, value in content.items() if value is not None}
+    return posttroll.Message(f"/address/{name}", "info", content, version="v1.01")
+
+
+class TestAddressBook:
+    def add(self, book: Any, *args: Any, **kwargs: Any) -> bool:
+        return book.add(book.parse(announcement(*args, **kwargs)))
+
+    def addresses(self, book: Any, service: str = "") -> list[str]:
+        return [entry.address for entry in book.find(service)]
+
+    def test_finding_by_service(self):
+        book = posttroll_ns.AddressBook(10)
+        assert self.add(book, "tcp://h:1", ("a", "b"))
+        assert self.add(book, "tcp://h:2", ("b", "c"))
+        assert len(book) == 2
+        assert self.addresses(book, "a") == ["tcp://h:1"]
+        assert self.addresses(book, "b") == self.addresses(book) == ["tcp://h:1", "tcp://h:2"]
+        assert self.addresses(book, "d") == []
+
+    def test_what_is_new_or_changed(self):
+        book = posttroll_ns.AddressBook(10)
+        assert self.add(book)
+        assert not self.add(book)
+        assert self.add(book, services=("b",))
+        assert (self.addresses(book, "a"), self.addresses(book, "b")) == ([], ["tcp://h:1"])
+        assert self.add(book, services=("b",), backend="secure_zmq")
+        assert self.add(book, services=("b",), backend="secure_zmq", name="other")
+        assert len(book) == 1
+
+    def test_removing(self):
+        book = posttroll_ns.AddressBook(10)
+        self.add(book)
+        assert book.remove("tcp://h:1").name == "name"
+        assert book.remove("tcp://h:1") is None
+        assert (len(book), self.addresses(book, "a"), book._by_service) == (0, [], {})
+
+    def test_expiring(self):
+        book = posttroll_ns.AddressBook(0.05)
+        assert book.next_expiry() is None
+        self.add(book, "tcp://h:1")
+        assert book.expire() == []
+        assert book.next_expiry() > time.monotonic() - 1
+        [expired] = wait_for(book.expire)
+        assert (expired.address, len(book)) == ("tcp://h:1", 0)
+
+    def test_a_repeated_announcement_puts_off_the_expiry(self):
+        book = posttroll_ns.AddressBook(3600)
+        self.add(book, "tcp://h:1")
+        self.add(book, "tcp://h:2")
+        before = book.next_expiry()
+        self.add(book, "tcp://h:1")
+        assert self.addresses(book) == ["tcp://h:2", "tcp://h:1"]
+        assert book.next_expiry() >= before
+
+    def test_there_is_a_limit(self):
+        book = posttroll_ns.AddressBook(10, limit=3)
+        for number in range(1, 4):
+            self.add(book, f"tcp://h:{number}")
+        with pytest.raises(posttroll_ns.AnnouncementError, match=r"there are 3 publishers already .see max_services."):
+            self.add(book, "tcp://h:4")
+        assert not self.add(book, "tcp://h:1")  # those that are known stay
+        assert len(book) == 3
+
+    def test_silent_ones_make_room(self, monkeypatch):
+        monkeypatch.setattr(posttroll_ns.AddressBook, "GRACE", 0.0)
+        book = posttroll_ns.AddressBook(10, limit=2)
+        for number in range(1, 5):
+            self.add(book, f"tcp://h:{number}")
+        assert self.addresses(book) == ["tcp://h:3", "tcp://h:4"]
+
+    def test_the_limit_is_configurable(self):
+        with config.set(max_services=7):
+            assert posttroll_ns.AddressBook(10).limit == 7
+
+    def test_without_service_it_is_found_by_its_name(self):
+        book = posttroll_ns.AddressBook(10)
+        self.add(book, services=None)
+        assert self.addresses(book, "name") == ["tcp://h:1"]
+
+    def test_what_it_describes(self):
+        book = posttroll_ns.AddressBook(10)
+        self.add(book, supported_message_version="v1.2", backend="unsecure_zmq", nonsense="left out")
+        description = book.find("a")[0].describe()
+        assert description.pop("receive_time").tzinfo is not None
+        assert description == {
+            "URI": "tcp://h:1",
+            "service": ["a"],
+            "supported_message_version": "v1.2",
+            "backend": "unsecure_zmq",
+            "status": True,
+            "name": "name",
+        }
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            *[{"uri": uri} for uri in (None, 5, "", "tcp://", "tcp://h", "tcp://h:0", "tcp://h:99999", "tcp://*:1")],
+            *[{"uri": uri} for uri in ("foo://bar:1", "h:1", "tcp://h:1\n", "tcp://a b:1", ["tcp://h:1"], {})],
+            {"uri": "ipc://" + "x" * 1000},
+            *[{"services": services} for services in ("a", 5, (), (5,), ("",), (None,), {}, ("x" * 1000,))],
+            {"services": tuple(map(str, range(2000)))},
+            *[{"supported_message_version": version} for version in (5, "", "1.2", ["v1.2"], "v" * 1000)],
+            *[{"backend": backend} for backend in (5, "", "pigeon", ["secure_zmq"], {})],
+            {"name": ""},
+            {"name": "x" * 1000},
+        ],
+        ids=lambda data: repr(data)[:40],
+    )
+    def test_what_it_refuses(self, data):
+        book = posttroll_ns.AddressBook(10)
+        with pytest.raises(posttroll_ns.AnnouncementError):
+            self.add(book, **data)
+        assert len(book) == 0
+
+    @pytest.mark.parametrize("subject", ["/other/name", "/address", "address/name", "/addresses/name"])
+    def test_what_is_no_announcement(self, subject):
+        message = posttroll.Message(subject, "info", {"URI": "tcp://h:1", "service": ["a"]})
+        with pytest.raises(posttroll_ns.AnnouncementError, match="subject"):
+            posttroll_ns.AddressBook(10).parse(message)
+
+    @pytest.mark.parametrize("data", ["text", 5, None, ["URI"]])
+    def test_data_that_are_no_object(self, data):
+        with pytest.raises(posttroll_ns.AnnouncementError, match="no object"):
+            posttroll_ns.AddressBook(10).parse(posttroll.Message("/address/name", "info", data))
+
+
+# ======================================================================================================================
+# posttroll_ns.py, 2. Receiving announcements
+# ======================================================================================================================
+
+
+class TestAddressReceiver:
+    def test_by_request(self):
+        receiver = posttroll_ns.getaddress(multicast_enabled=False)
+        assert not receiver.is_running()
+        receiver.stop()
+        receiver.start()
+        try:
+            assert receiver.is_running()
+            assert receiver.start() is receiver
+            port = config.get("broadcast_port")
+            assert raw_request(port, announcement().encode().encode()) == [b"ok"]
+            assert [entry["URI"] for entry in receiver.get("a")] == ["tcp://h:1"]
+            assert receiver.get("b") == []
+            [answer] = raw_request(port, announcement(uri="nonsense").encode().encode())
+            assert answer.startswith(b"refused: its URI")
+            assert len(receiver.get()) == 1
+        finally:
+            receiver.stop()
+            receiver.stop()
+        assert not receiver.is_running()
+
+    def test_by_multicast_on_a_port_of_its_own(self):
+        port = free_port()
+        receiver = posttroll_ns.AddressReceiver(port=port).start()
+        try:
+            sender = posttroll.MulticastSender(port)
+            sender(b"\xff nonsense")
+            sender(announcement().encode())
+            sender.close()
+            wait_for(lambda: receiver.get("a"))
+        finally:
+            receiver.stop()
+
+    @pytest.mark.parametrize("max_age", [0.2, dt.timedelta(seconds=0.2)])
+    def test_new_and_lost_publishers_are_published(self, max_age):
+        receiver = posttroll_ns.AddressReceiver(max_age=max_age, multicast_enabled=False).start()
+        try:
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{config.get('address_publish_port')}"], "/address") as sub:
+                request = announcement().encode().encode()
+                # Until the subscription has arrived, the news are for nobody: a changed announcement is new again.
+                wait_for(
+                    lambda: (
+                        raw_request(config.get("broadcast_port"), announcement(name="other").encode().encode())
+                        and raw_request(config.get("broadcast_port"), request)
+                        and next(sub.recv(timeout=0.05))
+                    )
+                )
+                news = wait_for(lambda: next((m for m in receive(sub, 1) if m.data["status"] is False), None))
+            assert (news.subject, news.version) == ("/address/name", "v1.01")
+            assert news.data == {"URI": "tcp://h:1", "service": ["a"], "status": False}
+            assert receiver.get() == []
+        finally:
+            receiver.stop()
+
+    @pytest.mark.parametrize("do_heartbeat", [True, False])
+    def test_heartbeats(self, do_heartbeat, monkeypatch):
+        monkeypatch.setattr(posttroll_ns.AddressReceiver, "HEARTBEAT", 1.01)
+        receiver = posttroll_ns.AddressReceiver(do_heartbeat=do_heartbeat, multicast_enabled=False).start()
+        try:
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{config.get('address_publish_port')}"], "/heartbeat") as sub:
+                beats = receive(sub, 1, timeout=DEADLINE if do_heartbeat else 1.5)
+            assert [beat.subject for beat in beats] == ["/heartbeat/address_receiver"] * do_heartbeat
+        finally:
+            receiver.stop()
+
+    def test_process_address_message(self):
+        sent: list[str] = []
+
+        class Collecting:
+            send = staticmethod(sent.append)
+
+        receiver = posttroll_ns.AddressReceiver(multicast_enabled=False)
+        for text in (announcement().encode(), announcement().encode().encode()):
+            receiver.process_address_message(text, Collecting)
+        assert len(receiver.get("a")) == len(sent) == 1
+        assert posttroll.Message.decode(sent[0]).data == {"URI": "tcp://h:1", "service": ["a"], "status": True}
+        for broken in (b"\xff", "", "pytroll:/", text_message_of(5)):
+            with pytest.raises(posttroll_ns.AnnouncementError):
+                receiver.process_address_message(broken, Collecting)
+        assert len(sent) == 1
+
+    @pytest.mark.parametrize("taken", ["broadcast_port", "address_publish_port"])
+    def test_a_port_in_use(self, taken):
+        receiver = posttroll_ns.AddressReceiver(multicast_enabled=False)
+        with socket.socket() as other:
+            other.bind(("", config.get(taken)))
+            other.listen()
+            with pytest.raises(zmq.ZMQError, match=f"in use.*{config.get(taken)}"):
+                receiver.start()
+            assert not receiver.is_running()
+        receiver.start()
+        receiver.stop()
+
+
+def text_message_of(data: Any) -> str:
+    """Return a message whose data are no announcement."""
+    return posttroll.Message("/address/name", "info", data).encode()
+
+
+# ======================================================================================================================
+# posttroll_ns.py, 3. Answering lookups
+# ======================================================================================================================
+
+
+@contextlib.contextmanager
+def in_nameserver_thread(server: Any) -> Iterator[None]:
+    """Run a nameserver in a thread, which ends with it."""
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, kwargs={"when_ready": ready.set})
+    thread.start()
+    try:
+        assert ready.wait(DEADLINE)
+        yield
+    finally:
+        server.stop()
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+
+
+class KnownAddresses:
+    """What a `NameServer` asks, with fixed answers."""
+
+    def __init__(self, **services: Any) -> None:
+        self.services = services
+
+    def get(self, name: str = "") -> list[dict[str, Any]]:
+        return self.services.get(name, [])
+
+
+class TestNameServer:
+    def test_get_active_address(self):
+        known = KnownAddresses(a=[{"URI": "tcp://h:1"}])
+        message = posttroll_ns.get_active_address("a", known)
+        assert (message.subject, message.type, message.version) == ("/oper/ns", "info", "v1.2")
+        assert message.data == [{"URI": "tcp://h:1"}]
+        nothing = posttroll_ns.get_active_address("b", known, "v1.01")
+        assert (nothing.data, nothing.version) == ("", "v1.01")
+
+    def test_own_address_receiver_and_address(self):
+        port = free_port()
+        server = posttroll_ns.NameServer()
+        ready = threading.Event()
+        thread = threading.Thread(
+            target=server.run,
+            args=(KnownAddresses(a=[{"URI": "tcp://h:1"}]), f"tcp://127.0.0.1:{port}"),
+            kwargs={"when_ready": ready.set},
+        )
+        thread.start()
+        assert ready.wait(DEADLINE)
+        assert posttroll.get_pub_address("a", DEADLINE, f"127.0.0.1:{port}") == [{"URI": "tcp://h:1"}]
+        server.stop()
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+
+    def test_start_stop_and_start_again(self):
+        server = posttroll_ns.NameServer(multicast_enabled=False)
+        for _ in range(3):
+            ready = threading.Event()
+            thread = threading.Thread(target=server.run, kwargs={"when_ready": ready.set})
+            thread.start()
+            assert ready.wait(DEADLINE)
+            assert posttroll.get_pub_address("a", DEADLINE) == []
+            server.stop()
+            server.stop()
+            thread.join(DEADLINE)
+            assert not thread.is_alive()
+
+    def test_a_stop_that_comes_before_the_run_ends_it_at_once(self):
+        """As that of a signal that comes early; the next run is not concerned."""
+        server = posttroll_ns.NameServer(multicast_enabled=False)
+        server.stop()
+        server.run()
+        with in_nameserver_thread(server):
+            assert posttroll.get_pub_address("a", DEADLINE) == []
+
+    @pytest.mark.parametrize("version", ["v1.01", "v1.2"])
+    def test_an_answer_has_the_version_of_its_request(self, version):
+        with nameserver():
+            request = posttroll.Message("/oper/ns", "request", {"service": ""}, version=version)
+            [answer] = raw_request(config.get("nameserver_port"), request.encode().encode())
+            assert posttroll.Message.decode(answer).version == version
+
+    @pytest.mark.parametrize("taken", ["nameserver_port", "broadcast_port", "address_publish_port"])
+    def test_a_port_in_use(self, taken):
+        """An exception that names it; no thread and no socket is left (the fixture looks)."""
+        with socket.socket() as other:
+            other.bind(("", config.get(taken)))
+            other.listen()
+            with pytest.raises(zmq.ZMQError, match=f"in use.*{config.get(taken)}"):
+                posttroll_ns.NameServer(multicast_enabled=False).run()
+
+    def test_max_age_as_a_time_difference(self):
+        with nameserver(max_age=dt.timedelta(seconds=0.2)):
+            raw_request(config.get("broadcast_port"), announcement().encode().encode())
+            wait_for(lambda: posttroll.get_pub_address("a") == [])
+
+
+# ======================================================================================================================
+# posttroll_ns.py, 4. and 5. Daemon and command line
+# ======================================================================================================================
+
+
+class TestNameserverCommand:
+    def test_help(self):
+        with process(sys.executable, NAMESERVER, "-h") as running:
+            status, out, _ = finish(running)
+        assert status == 0
+        for text in ("-d {start,stop,status,restart}", "--daemon", "-l", "--log", "-v", "--verbose", "--no-multicast"):
+            assert text in out
+        assert "-L" in out
+        assert "--local-only" in out
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("arguments", [[], ["--no-multicast"], ["-L", "-v"]])
+    def test_a_signal_ends_it(self, number, arguments):
+        with nameserver_process(*arguments) as running:
+            assert posttroll.get_pub_address("a", DEADLINE) == []
+            running.send_signal(number)
+            status, _, err = finish(running)
+            assert (status, err) == (0, "")
+
+    def test_as_a_subcommand(self):
+        with process(sys.executable, "-u", LIBRARY, "nameserver", "--no-multicast") as running:
+            await_line(running, "answers on port")
+            running.terminate()
+            assert finish(running)[0] == 0
+
+    @pytest.mark.parametrize("taken", ["nameserver_port", "broadcast_port", "address_publish_port"])
+    def test_a_port_in_use_is_one_clear_line(self, taken):
+        with socket.socket() as other:
+            other.bind(("", config.get(taken)))
+            other.listen()
+            with process(sys.executable, NAMESERVER, "--no-multicast") as running:
+                status, out, err = finish(running)
+        assert status == 1
+        [line] = err.splitlines()
+        assert re.search(f"in use.*{config.get(taken)}", line)
+        assert "Traceback" not in out
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("NAMESERVER_PORT", "often"), ("MC_GROUP", "10.0.0.1"), ("MAX_SERVICES", "1.5"), ("BACKEND", "pigeon")],
+    )
+    def test_a_wrong_setting_is_one_clear_line(self, name, value):
+        with process(sys.executable, NAMESERVER, env={**os.environ, "POSTTROLL_" + name: value}) as running:
+            status, out, err = finish(running)
+        assert status == 1
+        [line] = err.splitlines()
+        assert value in line
+        assert "Traceback" not in out
+
+    def test_verbose(self):
+        with nameserver_process("--no-multicast", "-v") as running:
+            running.terminate()
+            assert "[DEBUG: " in running.stdout.read()
+
+    def test_a_log_file(self, tmp_path):
+        log = tmp_path / "nameserver.log"
+        with process(sys.executable, NAMESERVER, "--no-multicast", "-l", log) as running:
+            wait_for(lambda: log.exists() and "answers on port" in log.read_text())
+            running.terminate()
+            assert finish(running) == (0, "", "")
+        assert re.search(r"^\[INFO: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d : nameserver\] ", log.read_text(), re.MULTILINE)
+
+    def test_the_log_is_rotated_at_midnight_and_7_are_kept(self, tmp_path):
+        root = logging.getLogger()
+        before, level = list(root.handlers), root.level
+        try:
+            options = argparse.Namespace(log=str(tmp_path / "log"), verbose=False)
+            assert posttroll_ns.setup_logging(options).name == "nameserver"
+            [handler] = [handler for handler in root.handlers if handler not in before]
+            assert isinstance(handler, logging.handlers.TimedRotatingFileHandler)
+            assert (handler.when, handler.backupCount) == ("MIDNIGHT", 7)
+            assert root.level == logging.INFO
+        finally:
+            root.setLevel(level)
+            for handler in [handler for handler in root.handlers if handler not in before]:
+                root.removeHandler(handler)
+                handler.close()
+
+    def test_a_log_file_that_cannot_be_written(self, tmp_path):
+        with process(sys.executable, NAMESERVER, "-l", tmp_path / "no" / "directory") as running:
+            status, _, err = finish(running)
+        assert status == 1
+        assert "cannot write the log" in err
+        assert len(err.splitlines()) == 1
+
+    def test_local_only(self):
+        """From this host, it answers as always; others are tried from a network namespace, see below."""
+        with nameserver_process("--no-multicast", "--local-only"):
+            with posttroll.Publish("a", nameservers=["localhost"]):
+                wait_for(lambda: posttroll.get_pub_address("a"))
+
+    def test_it_tells_systemd_that_it_is_ready(self, tmp_path):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind(str(tmp_path / "notify"))
+            systemd.settimeout(DEADLINE)
+            env = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+            with process(sys.executable, NAMESERVER, "--no-multicast", env=env):
+                assert systemd.recv(100) == b"READY=1"
+                assert posttroll.get_pub_address("a", DEADLINE) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no daemons here")
+class TestDaemon:
+    @pytest.fixture
+    def control(self, tmp_path):
+        """Give what runs ``nameserver -d COMMAND``; no daemon runs at the end."""
+        pid_file = tmp_path / "nameserver.pid"
+
+        def control(command: str, *arguments: str) -> tuple[int, str, str]:
+            call = [sys.executable, NAMESERVER, "--no-multicast", "--pid-file", pid_file, "-d", command, *arguments]
+            with process(*call) as running:
+                return finish(running)
+
+        control.pid_file = pid_file
+        control.pid = lambda: int(pid_file.read_text())
+        yield control
+        assert control("stop")[0] == 0
+
+    def test_start_status_stop(self, control):
+        assert control("status") == (3, "nameserver: not running\n", "")
+        assert control("start") == (0, "", "")
+        assert posttroll.get_pub_address("a", DEADLINE) == []  # when start has ended, it answers
+        pid = control.pid()
+        assert control("status") == (0, f"nameserver: running (process {pid})\n", "")
+        assert control("stop") == (0, "", "")
+        with pytest.raises(ProcessLookupError):
+            wait_for(lambda: os.kill(pid, 0))
+        assert control("status")[0] == 3
+        assert not control.pid_file.exists()
+
+    def test_a_second_start_is_refused(self, control):
+        control("start")
+        pid = control.pid()
+        status, out, err = control("start")
+        assert (status, out, err) == (1, "", f"nameserver: already running (process {pid})\n")
+        assert control.pid() == pid
+
+    def test_restart(self, control):
+        assert control("restart")[0] == 0  # from nothing
+        first = control.pid()
+        assert control("restart") == (0, "", "")
+        assert control.pid() != first
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+
+    def test_after_a_crash_its_pid_file_is_no_trouble(self, control):
+        control("start")
+        pid = control.pid()
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: control("status")[0] == 3)
+        assert control.pid_file.exists()
+        assert control("start") == (0, "", "")
+        assert control.pid() != pid
+
+    def test_the_pid_of_another_process_in_a_stale_file(self, control):
+        """It is not taken for the daemon, and above all not killed."""
+        with python("import time; print('up', flush=True); time.sleep(100)") as other:
+            await_line(other, "up")
+            control.pid_file.write_text(f"{other.pid}\n")
+            assert control("status")[0] == 3
+            assert control("stop")[0] == 0
+            assert control("start")[0] == 0
+            assert control.pid() != other.pid
+            assert control("restart")[0] == 0
+            assert control("stop")[0] == 0
+            assert other.poll() is None
+
+    @pytest.mark.parametrize("junk", ["", "junk", "-1", "0", "99999999999999999999"])
+    def test_junk_in_the_pid_file(self, control, junk):
+        control.pid_file.write_text(junk)
+        assert control("status")[0] == 3
+        assert control("stop")[0] == 0
+        assert control("start")[0] == 0
+
+    def test_a_port_in_use_is_told_by_start(self, control):
+        with socket.socket() as other:
+            other.bind(("", config.get("nameserver_port")))
+            other.listen()
+            status, out, err = control("start")
+        assert (status, out) == (1, "")
+        assert re.fullmatch(rf"nameserver: .*in use.*{config.get('nameserver_port')}.*\n", err)
+        assert control("status")[0] == 3
+
+    def test_its_log(self, control, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # a relative path is meant from where it is started
+        control("start", "-l", "daemon.log")
+        assert "answers on port" in (tmp_path / "daemon.log").read_text()
+
+    def test_a_pid_file_that_cannot_be_written(self, tmp_path):
+        call = [sys.executable, NAMESERVER, "-d", "start", "--pid-file", tmp_path / "no" / "directory"]
+        with process(*call) as running:
+            status, _, err = finish(running)
+        assert status == 1
+        assert "Traceback" not in err
+        assert "no/directory" in err
+
+
+class TestDemoAndKeys:
+    def test_the_demo(self):
+        with process(sys.executable, LIBRARY, "demo") as running:
+            status, out, err = finish(running, 60)
+        assert (status, err) == (0, "")
+        lines = out.splitlines()
+        assert [line.split()[1].partition("/demo/")[2] for line in lines if "received" in line] == [
+            "text",
+            "file",
+            "list",
+        ]
+        assert lines[-1].startswith("All 3 messages arrived")
+
+    def test_the_demo_fails_if_a_message_does_not_arrive(self, tmp_path):
+        """Tried with a copy whose publisher keeps the last message for itself."""
+        text = LIBRARY.read_text()
+        for before, after in (
+            ("_DEMO_SECONDS = 20", "_DEMO_SECONDS = 2"),
+            ("        for message in _demo_messages():\n", "        for message in _demo_messages()[:-1]:\n"),
+        ):
+            assert text.count(before) == 1
+            text = text.replace(before, after)
+        (tmp_path / "posttroll.py").write_text(text)
+        (tmp_path / "posttroll_ns.py").write_text(NAMESERVER.read_text())
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        with process(sys.executable, tmp_path / "posttroll.py", "demo", env=env) as running:
+            status, out, err = finish(running, 60)
+        assert status != 0
+        assert "subscriber: 2 of 3 messages arrived" in err
+        assert "The demo failed: the subscriber ended with status 1." in err
+        assert "All 3" not in out
+
+    def test_the_demo_fails_if_a_program_cannot_start(self):
+        env = {**os.environ, "POSTTROLL_RECEIVE_HIGH_WATER_MARK": "much"}
+        with process(sys.executable, LIBRARY, "demo", env=env) as running:
+            status, _, err = finish(running, 60)
+        assert status != 0
+        assert "receive_high_water_mark" in err
+        assert "The demo failed" in err
+
+    @pytest.mark.parametrize("command", [["generate-keys"], None])
+    def test_generating_keys(self, command, tmp_path):
+        code = "import posttroll, sys; sys.exit(posttroll.generate_keys())"
+        start = [LIBRARY, *command] if command else ["-c", code]
+        with process(sys.executable, *start, "server", "-d", tmp_path) as running:
+            assert finish(running)[0] == 0
+        assert sorted(path.name for path in tmp_path.glob("server*")) == ["server.key", "server.key_secret"]
+        assert (tmp_path / "server.key_secret").stat().st_mode & 0o777 == 0o600
+        secret = (tmp_path / "server.key_secret").read_bytes()
+        with process(sys.executable, *start, "server", "-d", tmp_path) as running:
+            status, _, err = finish(running)
+        assert status != 0
+        assert "server.key" in err
+        assert "Traceback" not in err
+        assert (tmp_path / "server.key_secret").read_bytes() == secret
+
+    def test_the_help_of_generate_keys(self):
+        with python("import posttroll; posttroll.generate_keys()", "-h") as running:
+            status, out, _ = finish(running)
+        assert status == 0
+        words = " ".join(out.split())
+        assert "posttroll-generate-keys [-h] [-d DIRECTORY] name" in words or "[-d DIRECTORY]" in words
+        assert "Create a public/secret key pair for the secure zmq backend." in words
+
+
+# ======================================================================================================================
+# Several hosts: network namespaces
+# ======================================================================================================================
+
+
+def ip(*words: Any) -> None:
+    """Run the command ``ip``."""
+    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True, text=True)
+
+
+class Host:
+    """A network namespace, as good as another host on the same network."""
+
+    def __init__(self, name: str, device: str, address: str) -> None:
+        self.name, self.device, self.address = name, device, address
+
+    def ip(self, *words: Any) -> None:
+        ip("-n", self.name, *words)
+
+    def connect(self) -> None:
+        """Give it its address, and its route for multicast."""
+        self.ip("addr", "add", f"{self.address}/24", "dev", self.device)
+        self.ip("route", "replace", "default", "dev", self.device)
+
+    def environment(self) -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if key != "POSTTROLL_MULTICAST_INTERFACE"}
+
+    def run(self, *words: Any) -> Any:
+        """Run a Python program on this host."""
+        command = ["ip", "netns", "exec", self.name, sys.executable, "-u", *words]
+        return process(*command, env=self.environment())
+
+    def ask(self, service: str, nameserver: str = "localhost") -> list[str]:
+        """Return the addresses of a service, as a program on this host sees them."""
+        code = (
+            "import posttroll, sys\n"
+            "print(*[entry['URI'] for entry in posttroll.get_pub_address(sys.argv[1], 5, sys.argv[2])])"
+        )
+        with self.run("-c", code, service, nameserver) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        return out.split()
+
+
+@pytest.fixture
+def two_hosts():
+    """Give two hosts on a network of their own; skipped where one may not make them."""
+    suffix = f"{os.getpid() % 100000}{random.randrange(1000):03}"
+    names, devices = [f"pt{letter}{suffix}" for letter in "ab"], [f"v{letter}{suffix}" for letter in "ab"]
+    made: list[str] = []
+    try:
+        for name in names:
+            try:
+                ip("netns", "add", name)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"It may not make network namespaces: {getattr(error, 'stderr', error)}")
+            made.append(name)
+        try:
+            ip("-n", names[0], "link", "add", devices[0], "type", "veth", "peer", "name", devices[1], "netns", names[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"It may not make network devices: {error.stderr}")
+        hosts = [Host(name, device, f"10.77.1.{n}") for n, (name, device) in enumerate(zip(names, devices), 1)]
+        for host in hosts:
+            host.ip("link", "set", "lo", "up")
+            host.ip("link", "set", host.device, "up")
+        yield hosts
+    finally:
+        for name in made:
+            ip("netns", "del", name)
+
+
+PUBLISHING = """
+import posttroll, sys
+names = sys.argv[2].split(",") if len(sys.argv) > 2 else None
+with posttroll.Publish("a_service", broadcast_interval=0.1, nameservers=names) as pub:
+    print("port", pub.port_number, flush=True)
+    assert pub.wait_for_subscribers(1, float(sys.argv[1]))
+    pub.send(posttroll.Message("/a", "info", "across the network"))
+    sys.stdin.read()
+"""
+SUBSCRIBING = """
+import posttroll, sys
+with posttroll.Subscribe("a_service", addr_listener=True, timeout=0) as sub:
+    print("up", flush=True)
+    for message in sub.recv(timeout=30):
+        print("got", message and message.data, flush=True)
+        break
+"""
+
+
+@pytest.mark.network
+class TestSeveralHosts:
+    def test_discovery_by_multicast_crosses_hosts(self, two_hosts):
+        one, two = two_hosts
+        one.connect()
+        two.connect()
+        with (
+            one.run(NAMESERVER) as server,
+            one.run("-c", SUBSCRIBING) as subscriber,
+            two.run("-c", PUBLISHING, "60") as pub,
+        ):
+            await_line(server, "answers on port")
+            assert await_line(subscriber, "got") == "got across the network\n"
+            port = await_line(pub, "port").split()[1]
+            assert one.ask("a_service") == [f"tcp://10.77.1.2:{port}"]
+
+    def test_registration_without_multicast_crosses_hosts(self, two_hosts):
+        one, two = two_hosts
+        one.connect()
+        two.connect()
+        with one.run(NAMESERVER, "--no-multicast") as server, two.run("-c", PUBLISHING, "60", "10.77.1.1") as pub:
+            await_line(server, "answers on port")
+            port = await_line(pub, "port").split()[1]
+            wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+            assert two.ask("a_service", "10.77.1.1") == [f"tcp://10.77.1.2:{port}"]
+
+    def test_local_only_refuses_other_hosts(self, two_hosts):
+        one, two = two_hosts
+        one.connect()
+        two.connect()
+        code = "import posttroll\ntry: posttroll.get_pub_address('a', 1, '10.77.1.1')\nexcept TimeoutError: print('no')"
+        with one.run(NAMESERVER, "--no-multicast", "-L") as server, two.run("-c", PUBLISHING, "60", "10.77.1.1"):
+            await_line(server, "answers on port")
+            with two.run("-c", code) as asking:
+                assert finish(asking)[:2] == (0, "no\n")
+            assert one.ask("a_service") == []
+
+    def test_an_address_that_comes_and_changes_is_announced(self, two_hosts):
+        """A publisher that starts before the network, with nothing but the loopback interface."""
+        one, _ = two_hosts
+        with one.run(NAMESERVER, "--no-multicast") as server, one.run("-c", PUBLISHING, "60", "localhost") as pub:
+            await_line(server, "answers on port")
+            port = await_line(pub, "port").split()[1]
+            wait_for(lambda: [address for address in one.ask("a_service") if address.startswith("tcp://127.")])
+            one.connect()
+            wait_for(lambda: f"tcp://10.77.1.1:{port}" in one.ask("a_service"))
+            one.ip("addr", "flush", "dev", one.device)
+            one.address = "10.77.1.99"
+            one.connect()
+            wait_for(lambda: f"tcp://10.77.1.99:{port}" in one.ask("a_service"))
+
+    def test_publisher_and_nameserver_that_start_before_the_network(self, two_hosts):
+        """By multicast: both try again until they have a route."""
+        one, two = two_hosts
+        with one.run(NAMESERVER) as server, two.run("-c", PUBLISHING, "60") as pub:
+            await_line(server, "answers on port")
+            port = await_line(pub, "port").split()[1]
+            assert one.ask("a_service") == []
+            one.connect()
+            two.connect()
+            wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+
+
+# ======================================================================================================================
+# 11. Testing helpers
+# ======================================================================================================================
+
+
+class TestPatchedSubscriberRecv:
+    """Subscribers receive what a test says, without a nameserver."""
+
+    def test_everybody_receives_the_messages(self):
+        messages = [Message("/a", "info", number) for number in range(3)]
+        with posttroll.testing.patched_subscriber_recv(messages):
+            with posttroll.subscriber.Subscribe("a_service", "/a") as sub:
+                assert list(sub.recv()) == messages
+                assert list(sub.recv(timeout=5)) == messages
+                assert list(sub()) == messages
+                assert list(sub(timeout=1)) == messages
+            subscriber = posttroll.subscriber.Subscriber(["tcp://127.0.0.1:9"])
+            assert list(subscriber.recv()) == messages
+            assert list(subscriber) == messages
+            subscriber.close()
+
+    def test_nobody_is_asked_for_an_address(self):
+        with posttroll.testing.patched_subscriber_recv([]):
+            with mock.patch("posttroll.subscriber.get_pub_addresses") as ask:
+                with posttroll.subscriber.Subscribe("a_service", timeout=100) as sub:
+                    assert list(sub.recv()) == []
+            ask.assert_not_called()
+
+    def test_listener_container(self):
+        with posttroll.testing.patched_subscriber_recv(["one", "two"]):
+            container = posttroll.listener.ListenerContainer(topics=["/a"])
+            assert [container.output_queue.get(timeout=DEADLINE) for _ in range(2)] == ["one", "two"]
+            container.stop()
+
+    def test_restored_afterwards(self):
+        before = posttroll.Subscriber.recv
+        with pytest.raises(ZeroDivisionError), posttroll.testing.patched_subscriber_recv([]):
+            raise ZeroDivisionError
+        assert posttroll.Subscriber.recv is before
+        with posttroll.testing.patched_subscriber_recv([]):
+            assert posttroll.Subscriber.recv is not before
+
+
+class TestPatchedPublisher:
+    """What publishers would have sent is in a list."""
+
+    def test_the_strings_are_collected(self):
+        with posttroll.testing.patched_publisher() as published:
+            with posttroll.publisher.Publish("a_service", nameservers=["localhost"], port=9000) as pub:
+                pub.send("one")
+                pub.send_string("two")
+            with posttroll.publisher.Publish("a_service", port=9000, nameservers=False) as pub:
+                pub.send("three")
+            publisher = posttroll.publisher.Publisher("tcp://*:9000", "name")
+            publisher.start()
+            publisher.send(str(Message("/a", "info", "four")))
+            publisher.heartbeat()
+            publisher.stop()
+        assert published[:3] == ["one", "two", "three"]
+        assert Message.decode(published[3]).data == "four"
+        assert Message.decode(published[4]).type == "beat"
+        assert len(published) == 5
+
+    def test_a_publisher_by_its_dictionary(self):
+        with posttroll.testing.patched_publisher() as published:
+            pub = posttroll.publisher.create_publisher_from_dict_config({"name": "a", "port": 0, "nameservers": None})
+            pub.start()
+            pub.send("text")
+            pub.stop()
+        assert published == ["text"]
+
+    def test_without_start(self):
+        with posttroll.testing.patched_publisher() as published:
+            publisher = posttroll.publisher.Publisher("tcp://*:9000")
+            with pytest.raises(RuntimeError):
+                publisher.send("text")
+            noisy = posttroll.publisher.NoisyPublisher("a_service")
+            with pytest.raises(RuntimeError):
+                noisy.send("text")
+        assert published == []
+
+    @pytest.mark.parametrize("data", [b"bytes", None, 5, {}])
+    def test_anything_but_str_is_refused(self, data):
+        with posttroll.testing.patched_publisher() as published:
+            publisher = posttroll.publisher.Publisher("tcp://*:9000")
+            publisher.start()
+            with pytest.raises(TypeError):
+                publisher.send(data)
+        assert published == []
+
+    def test_nothing_is_bound_and_no_thread_started(self):
+        threads = threading.active_count()
+        with posttroll.testing.patched_publisher():
+            with posttroll.publisher.Publish("a_service", port=1) as pub:  # a port that is not ours to bind
+                pub.send("text")
+                assert threading.active_count() == threads
+
+    def test_restored_afterwards(self):
+        names = ("start", "send", "stop", "close")
+        before = [getattr(posttroll.Publisher, name) for name in names]
+        with pytest.raises(ZeroDivisionError), posttroll.testing.patched_publisher():
+            raise ZeroDivisionError
+        assert [getattr(posttroll.Publisher, name) for name in names] == before
+
+
+# ======================================================================================================================
+# 13. Documented import paths
+# ======================================================================================================================
+
+PATHS = [
+    "message",
+    "publisher",
+    "subscriber",
+    "listener",
+    "ns",
+    "address_receiver",
+    "message_broadcaster",
+    "bbmcast",
+    "logger",
+    "testing",
+    "backends",
+    "backends.zmq",
+    "backends.zmq.socket",
+    "backends.zmq.publisher",
+    "backends.zmq.subscriber",
+    "backends.zmq.ns",
+    "backends.zmq.address_receiver",
+    "backends.zmq.message_broadcaster",
+]
+
+DOCUMENTED_SIGNATURES = (
+    """
+posttroll.publisher.NoisyPublisher(name, port=0, aliases=None, broadcast_interval=2, nameservers=None, min_port=None, \
+max_port=None)
+posttroll.publisher.NoisyPublisher.close(self)
+posttroll.publisher.NoisyPublisher.heartbeat(self, min_interval=0)
+posttroll.publisher.NoisyPublisher.send(self, msg)
+posttroll.publisher.NoisyPublisher.start(self)
+posttroll.publisher.NoisyPublisher.stop(self)
+posttroll.publisher.Publish(name, port=0, aliases=None, broadcast_interval=2, nameservers=None, min_port=None, \
+max_port=None)
+posttroll.publisher.Publisher(address, name='', min_port=None, max_port=None)
+posttroll.publisher.Publisher.close(self)
+posttroll.publisher.Publisher.heartbeat(self, min_interval=0)
+posttroll.publisher.Publisher.send(self, msg)
+posttroll.publisher.Publisher.send_string(self, msg)
+posttroll.publisher.Publisher.start(self)
+posttroll.publisher.Publisher.stop(self)
+posttroll.publisher.create_publisher_from_dict_config(settings)
+posttroll.publisher.get_own_ip()
+posttroll.subscriber.NSSubscriber(services='', topics='pytroll:/', addr_listener=False, addresses=None, timeout=10, \
+translate=False, nameserver='localhost')
+posttroll.subscriber.NSSubscriber.close(self)
+posttroll.subscriber.NSSubscriber.start(self)
+posttroll.subscriber.NSSubscriber.stop(self)
+posttroll.subscriber.Subscribe(services='', topics='pytroll:/', addr_listener=False, addresses=None, timeout=10, \
+translate=False, nameserver='localhost', message_filter=None)
+posttroll.subscriber.Subscriber(addresses, topics='', message_filter=None, translate=False)
+posttroll.subscriber.Subscriber.add(self, address, topics=None)
+posttroll.subscriber.Subscriber.add_hook_pull(self, address, callback)
+posttroll.subscriber.Subscriber.add_hook_sub(self, address, topics, callback)
+posttroll.subscriber.Subscriber.close(self)
+posttroll.subscriber.Subscriber.recv(self, timeout=None)
+posttroll.subscriber.Subscriber.remove(self, address)
+posttroll.subscriber.Subscriber.stop(self)
+posttroll.subscriber.Subscriber.update(self, addresses)
+posttroll.subscriber.create_subscriber_from_dict_config(settings)
+posttroll.message.Message(subject='', atype='', data='', binary=False, rawstr=None, version='v1.2')
+posttroll.message.Message.decode(rawstr)
+posttroll.message.Message.encode(self)
+posttroll.message.create_datetime_encoder_for_version(version='v1.2')
+posttroll.message.create_datetime_json_encoder_for_version(version='v1.2')
+posttroll.message.datetime_decoder(dct)
+posttroll.message.datetime_encoder(obj, encoder)
+posttroll.message.is_valid_data(obj, version='v1.2')
+posttroll.message.is_valid_sender(obj)
+posttroll.message.is_valid_subject(obj)
+posttroll.message.is_valid_type(obj)
+posttroll.address_receiver.AddressReceiver(max_age=datetime.timedelta(seconds=600), port=None, do_heartbeat=True, \
+multicast_enabled=True, restrict_to_localhost=False)
+posttroll.address_receiver.AddressReceiver.get(self, name='')
+posttroll.address_receiver.AddressReceiver.is_running(self)
+posttroll.address_receiver.AddressReceiver.process_address_message(self, data, pub)
+posttroll.address_receiver.AddressReceiver.set_up_address_receiver(self, port)
+posttroll.address_receiver.AddressReceiver.start(self)
+posttroll.address_receiver.AddressReceiver.stop(self)
+posttroll.ns.NameServer(max_age=None, multicast_enabled=True, restrict_to_localhost=False)
+posttroll.ns.NameServer.run(self, address_receiver=None, nameserver_address=None)
+posttroll.ns.NameServer.stop(self)
+posttroll.ns.get_active_address(name, arec, message_version='v1.2')
+posttroll.ns.get_configured_nameserver_port()
+posttroll.ns.get_pub_address(name, timeout=10, nameserver='localhost')
+posttroll.ns.get_pub_addresses(names=None, timeout=10, nameserver='localhost')
+posttroll.ns.main()
+posttroll.ns.run(ns, logger)
+posttroll.ns.setup_logging(opts)
+posttroll.message_broadcaster.AddressBroadcaster(name, address, interval, nameservers)
+posttroll.message_broadcaster.MessageBroadcaster(msg, port, interval, designated_receivers=None)
+posttroll.message_broadcaster.MessageBroadcaster.is_running(self)
+posttroll.message_broadcaster.MessageBroadcaster.start(self)
+posttroll.message_broadcaster.MessageBroadcaster.stop(self)
+posttroll.bbmcast.MulticastReceiver(port, mcgroup=None)
+posttroll.bbmcast.MulticastReceiver.close(self)
+posttroll.bbmcast.MulticastReceiver.settimeout(self, tout=None)
+posttroll.bbmcast.MulticastSender(port, mcgroup=None)
+posttroll.bbmcast.MulticastSender.close(self)
+posttroll.bbmcast.mcast_receiver(port, mcgroup=None)
+posttroll.bbmcast.mcast_sender(mcgroup=None)
+posttroll.get_context()
+posttroll.backends.zmq.get_context()
+posttroll.backends.zmq.destroy_context(linger=None)
+posttroll.backends.zmq.get_tcp_keepalive_options()
+posttroll.backends.zmq.generate_keys()
+posttroll.backends.zmq.socket.set_up_client_socket(socket_type, address, options=None, backend=None)
+posttroll.backends.zmq.socket.set_up_server_socket(socket_type, destination, options=None, \
+port_interval=(None, None), backend=None)
+posttroll.backends.zmq.socket.close_socket(sock)
+posttroll.backends.zmq.socket.SocketReceiver()
+posttroll.backends.zmq.socket.SocketReceiver.register(self, sock)
+posttroll.backends.zmq.socket.SocketReceiver.unregister(self, sock)
+posttroll.testing.patched_subscriber_recv(messages)
+posttroll.testing.patched_publisher()
+""".strip()
+    .replace("\\\n", "")
+    .split("\n")
+)
+
+DOCUMENTED_NAMES = [
+    "publisher.Publisher.name",
+    "publisher.Publisher.port_number",
+    "publisher.NoisyPublisher.port_number",
+    "subscriber.Subscriber.addresses",
+    "subscriber.Subscriber.subscribers",
+    "subscriber.Subscriber.running",
+    "subscriber.Subscriber.__call__",
+    "subscriber.get_pub_address",
+    "subscriber.get_pub_addresses",
+    "message.Message.head",
+    "message.Message.host",
+    "message.Message.user",
+    "message.Message.from_string",
+    "message.MessageError",
+    "message._MAGICK",
+    "listener.Listener",
+    "listener.ListenerContainer.restart_listener",
+    "listener.ListenerContainer.stop",
+    "address_receiver.getaddress",
+    "message_broadcaster.sendaddress",
+    "message_broadcaster.sendaddressservice",
+    "message_broadcaster.AddressServiceBroadcaster",
+    "bbmcast.SocketTimeout",
+    "bbmcast.MulticastReceiver.BUFSIZE",
+    "logger.PytrollFormatter",
+    "logger.PytrollHandler",
+    "logger.ColoredFormatter",
+    "logger.Logger",
+    "logger.run",
+    "backends.zmq.socket.ConfigurationError",
+    "backends.zmq.socket.SocketReceiver.receive",
+    "config.get",
+]
+
+
+def look_up(path: str) -> Any:
+    """Return what a dotted path names, by importing as much of it as there is."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(path)
+
+
+class TestDocumentedNames:
+    """Every name of the documentation by its path, with its arguments and their defaults."""
+
+    @pytest.mark.parametrize("documented", DOCUMENTED_SIGNATURES, ids=lambda text: text.split("(")[0])
+    def test_signature(self, documented):
+        path, _, arguments = documented.partition("(")
+        function = ast.parse(f"def f({arguments}: pass").body[0]
+        assert isinstance(function, ast.FunctionDef)
+        names = [argument.arg for argument in function.args.args]
+        defaults = [eval(ast.unparse(node), {"datetime": dt}) for node in function.args.defaults]
+        expected = dict(zip(names[len(names) - len(defaults) :], defaults))
+        parameters = list(inspect.signature(look_up(path)).parameters.values())
+        assert [parameter.name for parameter in parameters[: len(names)]] == names
+        for parameter in parameters:
+            if parameter.name in expected:
+                assert parameter.default == expected[parameter.name]
+            elif parameter.name not in names:
+                assert parameter.default is not parameter.empty  # what is added can be left out
+
+    @pytest.mark.parametrize("path", DOCUMENTED_NAMES)
+    def test_name(self, path):
+        assert look_up(f"posttroll.{path}") is not None
+
+    def test_aliases(self):
+        assert posttroll.address_receiver.getaddress is posttroll.address_receiver.AddressReceiver
+        assert posttroll.message_broadcaster.sendaddress is posttroll.message_broadcaster.AddressBroadcaster
+        services = posttroll.message_broadcaster
+        assert services.sendaddressservice is services.AddressServiceBroadcaster
+        assert posttroll.bbmcast.SocketTimeout is socket.timeout
+        assert posttroll.bbmcast.MulticastReceiver.BUFSIZE == 1024
+        assert issubclass(posttroll.message.MessageError, Exception)
+
+    def test_properties(self):
+        for path in ("publisher.Publisher.name", "publisher.Publisher.port_number", "subscriber.Subscriber.running"):
+            assert isinstance(look_up(f"posttroll.{path}"), property)
+
+    def test_everything_documented_has_a_docstring(self):
+        paths = [text.split("(")[0] for text in DOCUMENTED_SIGNATURES]
+        classes_and_functions = [path for path in paths if not inspect.getdoc(look_up(path))]
+        assert classes_and_functions == []
+
+    @pytest.mark.parametrize(
+        ("used", "name"),
+        [
+            ("publisher", "posttroll.publisher"),
+            ("listener", "posttroll.listener.ListenerContainer"),
+        ],
+    )
+    def test_logger_names(self, used, name, caplog):
+        caplog.set_level("DEBUG")
+        if used == "publisher":
+            with posttroll.Publisher("tcp://*:0"):
+                pass
+        else:
+            posttroll.listener.ListenerContainer(addresses=["tcp://127.0.0.1:9"], nameserver=False).stop()
+        assert name in {record.name for record in caplog.records}
+
+
+class TestImportForms:
+    """Each path in each form of the import statement, in a fresh interpreter."""
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_every_form(self, path):
+        parent, _, last = f"posttroll.{path}".rpartition(".")
+        forms = [
+            f"import posttroll.{path}; found = posttroll.{path}",
+            f"import posttroll.{path} as found",
+            f"from {parent} import {last} as found",
+            f"import importlib; found = importlib.import_module('posttroll.{path}')",
+            f"from posttroll.{path} import Message; found = None",
+            f"import posttroll; found = posttroll.{path}",
+            f"__import__('posttroll.{path}'); import sys; found = sys.modules['posttroll.{path}']",
+        ]
+        if path.startswith("backends"):
+            forms.remove(f"from posttroll.{path} import Message; found = None")
+        code = "import types\n" + "\n".join(
+            f"{form}\nassert found is None or isinstance(found, types.ModuleType), {form!r}" for form in forms
+        )
+        with python(code) as running:
+            assert finish(running) == (0, "", "")
+        for form in forms[:3]:
+            with python(form) as running:
+                assert finish(running) == (0, "", "")
+
+    def test_the_chain_does_not_meet_other_modules(self):
+        """`zmq` and `socket` are also names of other modules that the library uses."""
+        code = """
+            import socket, zmq
+            import posttroll.backends.zmq.socket as ours
+            import posttroll.backends.zmq
+            from posttroll.backends import zmq as our_zmq
+            from posttroll.backends.zmq import socket as our_socket
+            assert our_zmq is posttroll.backends.zmq and our_zmq is not zmq
+            assert our_socket is ours and our_socket is not socket
+            assert callable(ours.set_up_client_socket) and callable(our_zmq.get_context)
+            assert posttroll.zmq is zmq and posttroll.socket is socket
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "", "")
+
+    def test_documented_imports(self):
+        statements = [
+            "from posttroll import config, get_context, message",
+            "from posttroll.message import Message, MessageError, _MAGICK, datetime_decoder",
+            "from posttroll.publisher import Publish, Publisher, NoisyPublisher, get_own_ip",
+            "from posttroll.subscriber import Subscribe, Subscriber, NSSubscriber, get_pub_address",
+            "from posttroll.ns import NameServer, get_pub_address, get_pub_addresses, get_active_address, main, run",
+            "from posttroll.address_receiver import AddressReceiver, getaddress",
+            "from posttroll.message_broadcaster import sendaddress, sendaddressservice",
+            "from posttroll.bbmcast import MulticastReceiver, SocketTimeout",
+            "from posttroll.testing import patched_publisher, patched_subscriber_recv",
+            "from posttroll.backends.zmq import get_context, destroy_context, get_tcp_keepalive_options, generate_keys",
+            "from posttroll.backends.zmq.socket import set_up_client_socket, set_up_server_socket, close_socket",
+            "from posttroll.backends.zmq.socket import SocketReceiver, ConfigurationError",
+            "from posttroll.logger import PytrollHandler, PytrollFormatter, ColoredFormatter, Logger",
+        ]
+        for statement in statements:
+            with python(statement) as running:
+                assert finish(running) == (0, "", ""), statement
+
+    def test_a_path_that_there_is_not(self):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("posttroll.nonesuch")
+        with pytest.raises(AttributeError, match="nonesuch"):
+            posttroll.nonesuch  # noqa: B018
+        with pytest.raises(AttributeError, match="nonesuch"):
+            posttroll.ns.nonesuch  # noqa: B018
+        with pytest.raises(ImportError):
+            from posttroll.publisher import nonesuch  # noqa: F401
+
+    def test_one_class_by_all_paths(self):
+        assert posttroll.message.Message is posttroll.Message is posttroll.publisher.Message
+        assert posttroll.ns.NameServer is posttroll_ns.NameServer
+        assert posttroll.ns.get_pub_address is posttroll.subscriber.get_pub_address
+        assert posttroll.backends.zmq.get_context is posttroll.get_context
+
+    def test_the_nameserver_is_imported_only_when_it_is_needed(self):
+        code = "import sys, posttroll.publisher, posttroll.ns; print('posttroll_ns' in sys.modules); "
+        code += "posttroll.ns.NameServer; print('posttroll_ns' in sys.modules)"
+        with python(code) as running:
+            assert finish(running)[1] == "False\nTrue\n"
+
+    def test_directories_of_names(self):
+        assert "Publisher" in dir(posttroll.publisher)
+        assert {"NameServer", "get_pub_address"} <= set(dir(posttroll.ns))
+        assert {"zmq"} <= set(dir(posttroll.backends))
+        assert {"socket", "publisher"} <= set(dir(posttroll.backends.zmq))
+
+    def test_help_and_other_tools_can_walk_over_it(self):
+        modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "posttroll"]
+        assert len(modules) > len(PATHS)
+        for module in modules:
+            for name in dir(module):
+                getattr(module, name, None)
+            assert isinstance(module, types.ModuleType)
+            assert repr(module)
+            inspect.getdoc(module)
+            assert not hasattr(module, "__wrapped__")
+            assert not hasattr(module, "__path__") or module.__name__.startswith("posttroll")
+
+
+class TestPatching:
+    """`mock.patch` by string reaches the code that runs, through each path, and is undone after."""
+
+    @pytest.mark.parametrize(
+        "path",
+        ["posttroll.publisher.Publisher", "posttroll.Publisher", "posttroll.backends.zmq.publisher.Publisher"],
+    )
+    def test_publisher(self, path):
+        original = posttroll.Publisher
+        with mock.patch(path) as fake:
+            posttroll.publisher.create_publisher_from_dict_config({"port": 40000, "nameservers": False, "name": "a"})
+            fake.assert_called_once_with("tcp://*:40000", name="a")
+        assert posttroll.Publisher is original
+
+    def test_publisher_without_a_name(self):
+        with mock.patch("posttroll.publisher.Publisher") as fake:
+            posttroll.publisher.create_publisher_from_dict_config({"port": 40000, "nameservers": False})
+        fake.assert_called_once_with("tcp://*:40000", name="")
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            (
+                {"name": "a", "port": 0, "nameservers": None},
+                {"port": 0, "aliases": None, "nameservers": None, "min_port": None, "max_port": None},
+            ),
+            (
+                {"name": "a", "port": 9000, "nameservers": ["host"], "aliases": ["b"], "min_port": 1, "max_port": 2},
+                {"port": 9000, "aliases": ["b"], "nameservers": ["host"], "min_port": 1, "max_port": 2},
+            ),
+        ],
+    )
+    def test_noisy_publisher(self, settings, expected):
+        with mock.patch("posttroll.publisher.NoisyPublisher") as fake:
+            posttroll.publisher.create_publisher_from_dict_config(settings)
+            fake.assert_called_once_with("a", broadcast_interval=2, **expected)
+            with posttroll.publisher.Publish("a", **{key: settings[key] for key in ("port", "nameservers")}) as pub:
+                pub.send("text")
+        assert fake.call_count == 2
+        fake.return_value.start.assert_called_once_with()
+        fake.return_value.send.assert_called_once_with("text")
+        fake.return_value.stop.assert_called_once_with()
+
+    def test_publisher_inside_a_noisy_publisher(self):
+        with mock.patch("posttroll.publisher.Publisher") as fake:
+            fake.return_value.port_number = 12345
+            with mock.patch("posttroll.message_broadcaster.AddressServiceBroadcaster") as broadcaster:
+                noisy = posttroll.publisher.NoisyPublisher("a", port=7, min_port=1, max_port=2)
+                noisy.start()
+                noisy.send("text")
+                noisy.stop()
+        fake.assert_called_once_with("tcp://*:7", name="a", min_port=1, max_port=2)
+        fake.return_value.send.assert_called_once_with("text")
+        fake.return_value.stop.assert_called_once_with()
+        assert broadcaster.call_args[0][:2] == ("a", "tcp://*:12345")
+        broadcaster.return_value.start.assert_called_once_with()
+        broadcaster.return_value.stop.assert_called_once_with()
+
+    def test_replaced_methods_inside_a_noisy_publisher(self):
+        """A fake `start` that returns None and binds nothing is enough."""
+        sent = []
+        with mock.patch.multiple(
+            "posttroll.publisher.Publisher", start=lambda self: None, send=lambda self, text: sent.append(text),
+            stop=lambda self: None,
+        ):  # fmt: skip
+            with posttroll.publisher.Publish("a_service", nameservers=["localhost"]) as pub:
+                pub.send("text")
+                pub.heartbeat()
+        assert sent[0] == "text"
+        assert Message.decode(sent[1]).type == "beat"
+
+    def test_send(self):
+        with mock.patch("posttroll.publisher.Publisher.send") as send, posttroll.Publisher("tcp://*:0") as pub:
+            pub.send("text")
+        send.assert_called_once_with("text")
+
+    @pytest.mark.parametrize(
+        "path", ["posttroll.subscriber.Subscriber", "posttroll.backends.zmq.subscriber.Subscriber"]
+    )
+    def test_subscriber(self, path):
+        original = posttroll.Subscriber
+        settings = {"addresses": ["tcp://localhost:9000"], "nameserver": False, "topics": ["/a"]}
+        with mock.patch(path) as fake:
+            found = posttroll.subscriber.create_subscriber_from_dict_config(settings)
+            assert found is fake.return_value
+            fake.assert_called_once_with(["tcp://localhost:9000"], topics=["/a"], message_filter=None, translate=False)
+        assert posttroll.Subscriber is original
+
+    def test_subscriber_inside_subscribe(self):
+        with mock.patch("posttroll.subscriber.Subscriber") as fake:
+            with posttroll.subscriber.Subscribe(None, "/topic", addresses=["tcp://127.0.0.1:9"]) as sub:
+                assert sub is fake.return_value
+        assert fake.call_args[0] == (["tcp://127.0.0.1:9"], "/topic")
+        fake.return_value.close.assert_called_once_with()
+
+    @pytest.mark.parametrize("method", ["recv", "__call__"])
+    def test_receiving(self, method):
+        with mock.patch(f"posttroll.subscriber.Subscriber.{method}", return_value=iter(["a message"])):
+            with posttroll.subscriber.Subscribe(addresses=["tcp://127.0.0.1:9"], nameserver=False) as sub:
+                assert list(getattr(sub, method)()) == ["a message"]
+
+    def test_ns_subscriber(self):
+        with mock.patch("posttroll.subscriber.NSSubscriber") as fake:
+            with posttroll.subscriber.Subscribe("a_service", "/topic") as sub:
+                assert sub is fake.return_value.start.return_value
+        assert fake.call_args[1]["services"] == "a_service"
+        assert fake.call_args[1]["topics"] == "/topic"
+
+    @pytest.mark.parametrize("path", ["posttroll.subscriber.get_pub_addresses", "posttroll.ns.get_pub_addresses"])
+    def test_lookups_of_subscribers(self, path):
+        answer = [{"URI": "tcp://127.0.0.1:9", "name": "a_service", "service": ["a_service"]}]
+        with mock.patch(path, return_value=answer) as ask:
+            with posttroll.subscriber.Subscribe("a_service") as sub:
+                assert sub.addresses == ["tcp://127.0.0.1:9"]
+        assert ask.call_args[0][0] == ["a_service"]
+
+    @pytest.mark.parametrize("path", ["posttroll.ns.get_pub_address", "posttroll.subscriber.get_pub_address"])
+    def test_single_lookups(self, path):
+        original = posttroll.get_pub_address
+        with mock.patch(path, return_value=[{"URI": "tcp://127.0.0.1:9"}]) as ask:
+            assert posttroll.ns.get_pub_addresses(["a", "b"], nameserver="host") == [{"URI": "tcp://127.0.0.1:9"}] * 2
+            assert posttroll.subscriber.get_pub_address is ask
+        assert [call[0][0] for call in ask.call_args_list] == ["a", "b"]
+        assert posttroll.get_pub_address is original
+
+    @pytest.mark.parametrize(
+        "path",
+        ["posttroll.ns.AddressReceiver", "posttroll.address_receiver.AddressReceiver", "posttroll_ns.AddressReceiver"],
+    )
+    def test_address_receiver_of_the_nameserver(self, path):
+        original = posttroll_ns.AddressReceiver
+        with mock.patch(path) as fake:
+            fake.return_value.get.return_value = [{"URI": "tcp://127.0.0.1:9"}]
+            with nameserver():
+                assert posttroll.get_pub_address("a")[0]["URI"] == "tcp://127.0.0.1:9"
+            fake.return_value.stop.assert_called()
+        assert posttroll_ns.AddressReceiver is original
+        assert posttroll.ns.AddressReceiver is original
+
+    @pytest.mark.parametrize("path", ["posttroll.address_receiver.Publish", "posttroll.publisher.Publish"])
+    def test_publish_of_the_address_receiver(self, path):
+        with mock.patch(path) as fake:
+            receiver = posttroll.address_receiver.AddressReceiver(multicast_enabled=False, port=free_port())
+            receiver.start()
+            wait_for(lambda: fake.called)
+            receiver.stop()
+        assert fake.call_args[0][0] == "address_receiver" or fake.call_args[1].get("name") == "address_receiver"
+
+    def test_active_address(self):
+        answer = Message("/oper/ns", "info", [{"URI": "tcp://127.0.0.1:9"}])
+        with mock.patch("posttroll.ns.get_active_address", return_value=answer) as look, nameserver():
+            assert posttroll.get_pub_address("a")[0]["URI"] == "tcp://127.0.0.1:9"
+        assert look.call_args[0][0] == "a"
+
+    def test_factory_of_the_listener(self):
+        with mock.patch("posttroll.listener.create_subscriber_from_dict_config") as create:
+            create.return_value.recv.return_value = iter(["a message"])
+            container = posttroll.listener.ListenerContainer(topics=["/a"], services="a_service")
+            assert container.output_queue.get(timeout=DEADLINE) == "a message"
+            container.stop()
+        assert create.call_args[0][0]["topics"] == ["/a"]
+        assert create.call_args[0][0]["services"] == "a_service"
+
+    @pytest.mark.parametrize("path", ["posttroll.listener.Listener", "posttroll.Listener"])
+    def test_listener(self, path):
+        with mock.patch(path) as fake:
+            posttroll.listener.ListenerContainer(topics=["/a"]).stop()
+        fake.return_value.stop.assert_called_once_with()
+
+    def test_multicast(self):
+        with mock.patch("posttroll.bbmcast.MulticastSender") as fake:
+            broadcaster = posttroll.message_broadcaster.MessageBroadcaster("text", 9, 100)
+            broadcaster.start()
+            wait_for(lambda: fake.return_value.called)
+            broadcaster.stop()
+        assert fake.return_value.call_args[0][0] == "text"
+
+    def test_broadcaster_classes(self):
+        with mock.patch("posttroll.message_broadcaster.AddressServiceBroadcaster") as fake:
+            with posttroll.publisher.Publish("a", nameservers=["localhost"]) as pub:
+                assert fake.call_args[0][1] == f"tcp://*:{pub.port_number}"
+
+    @pytest.mark.parametrize("path", ["posttroll.backends.zmq.socket", "posttroll.backends.zmq", "posttroll"])
+    def test_server_sockets(self, path):
+        original = posttroll.set_up_server_socket
+        with mock.patch(f"{path}.set_up_server_socket", return_value=(mock.MagicMock(), 7, None)) as make:
+            pub = posttroll.publisher.Publisher("tcp://*:0")
+            pub.start()
+            assert pub.port_number == 7
+        assert make.call_args[0][0] == zmq.XPUB
+        posttroll._live_publishers.discard(pub)
+        assert posttroll.backends.zmq.socket.set_up_server_socket is original
+
+    def test_client_sockets(self):
+        with mock.patch("posttroll.backends.zmq.socket.set_up_client_socket", side_effect=ZeroDivisionError) as make:
+            with pytest.raises(ZeroDivisionError):
+                posttroll.get_pub_address("a", timeout=0.1)
+        assert make.call_args[0][0] == zmq.REQ
+
+    def test_get_context(self):
+        with mock.patch("posttroll.backends.zmq.get_context", side_effect=ZeroDivisionError):
+            with pytest.raises(ZeroDivisionError):
+                posttroll.Publisher("tcp://*:0").start()
+
+    def test_logger(self):
+        original = posttroll.run_logger
+        with mock.patch("posttroll.logger.run") as fake:
+            assert posttroll.run_logger is fake
+        assert posttroll.run_logger is original is posttroll.logger.run
+
+    def test_messages(self):
+        with mock.patch("posttroll.message.Message.encode", return_value="text"):
+            assert str(Message("/a", "b")) == "text"
+        with mock.patch("posttroll.publisher.Message") as fake:
+            fake.return_value.encode.return_value = "text"
+            with posttroll.Publisher("tcp://*:0", "name") as pub:
+                pub.heartbeat()
+        assert fake.call_args[0][:2] == ("/heartbeat/name", "beat")
+
+    @pytest.mark.parametrize("name", ["get_pub_address", "NameServer"])
+    def test_monkeypatch(self, name):
+        """It restores by another way than `mock.patch`."""
+        original = getattr(posttroll.ns, name)
+        with pytest.MonkeyPatch.context() as patching:
+            patching.setattr(f"posttroll.ns.{name}", "replaced")
+            assert getattr(posttroll, name) == getattr(posttroll.backends.zmq.ns, name) == "replaced"
+            patching.setattr(posttroll.ns, name, "replaced again")
+            assert getattr(posttroll, name) == "replaced again"
+        assert getattr(posttroll, name) is getattr(posttroll.ns, name) is original
+        with pytest.MonkeyPatch.context() as patching:
+            patching.delattr(f"posttroll.ns.{name}")
+            assert not hasattr(posttroll.ns, name)
+        assert getattr(posttroll, name) is original
+
+    def test_patches_inside_each_other(self):
+        original = posttroll.get_pub_address
+        with mock.patch("posttroll.ns.get_pub_address") as outer:
+            with mock.patch("posttroll.subscriber.get_pub_address") as inner:
+                assert posttroll.ns.get_pub_address is inner
+            assert posttroll.subscriber.get_pub_address is outer
+        assert posttroll.get_pub_address is original
+
+    def test_attributes_set_and_deleted_by_hand(self):
+        posttroll.ns.of_a_test = 1
+        assert posttroll.of_a_test == 1
+        del posttroll.ns.of_a_test
+        assert not hasattr(posttroll, "of_a_test")
+
+    def test_a_user_s_module(self, tmp_path, monkeypatch):
+        """`patch("trollthing.Subscriber")` replaces it there and nowhere else."""
+        (tmp_path / "trollthing.py").write_text(
+            "from posttroll.subscriber import Subscriber, create_subscriber_from_dict_config\n"
+            "from posttroll.publisher import Publish\n"
+            "def listen(): return list(Subscriber(['tcp://localhost:9000']).recv())\n"
+            "class Mine(Subscriber):\n"
+            "    def recv(self, timeout=None): yield 'mine'\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        trollthing = importlib.import_module("trollthing")
+        with mock.patch("trollthing.Subscriber") as fake:
+            fake.return_value.recv.return_value = ["a message"]
+            assert trollthing.listen() == ["a message"]
+            assert posttroll.Subscriber is not fake
+        with mock.patch("posttroll.subscriber.Subscriber.recv", return_value=iter(["another"])):
+            assert list(trollthing.Subscriber.recv()) == ["another"]
+        mine = trollthing.Mine(["tcp://127.0.0.1:9"])
+        assert next(mine.recv()) == "mine"
+        mine.close()
+        del sys.modules["trollthing"]
+
+
+class TestSubclassesAndTypes:
+    def test_subscribe_hands_out_a_subscriber(self):
+        with posttroll.subscriber.Subscribe(addresses=["tcp://127.0.0.1:9"], nameserver=False) as sub:
+            assert type(sub) is posttroll.subscriber.Subscriber
+        with nameserver(), posttroll.subscriber.Subscribe("nobody", timeout=0) as sub:
+            assert type(sub) is posttroll.subscriber.Subscriber
+
+    def test_publish_hands_out_a_publisher(self):
+        with posttroll.publisher.Publish("a", nameservers=["localhost"]) as pub:
+            assert type(pub) is posttroll.publisher.NoisyPublisher
+        with posttroll.publisher.Publish("a", port=free_port(), nameservers=False) as pub:
+            assert type(pub) is posttroll.publisher.Publisher
+
+    def test_subclasses_of_the_documented_classes(self):
+        class MyListener(posttroll.listener.ListenerContainer):
+            def __init__(self):
+                super().__init__(addresses=[f"tcp://127.0.0.1:{pub.port_number}"], nameserver=False)
+
+        class MyPublisher(posttroll.publisher.Publisher):
+            def send(self, msg):
+                super().send(str(Message("/wrapped", "info", msg)))
+
+        with MyPublisher("tcp://*:0") as pub:
+            listener = MyListener()
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            pub.send("text")
+            message = listener.output_queue.get(timeout=DEADLINE)
+            assert (message.subject, message.data) == ("/wrapped", "text")
+            listener.stop()
+
+
+class TestSockets:
+    """What programs use of `posttroll.backends.zmq.socket`."""
+
+    def test_a_pair_over_tcp(self):
+        sockets = posttroll.backends.zmq.socket
+        server, port, authenticator = sockets.set_up_server_socket(zmq.REP, "tcp://127.0.0.1:0")
+        assert authenticator is None
+        assert 49152 <= port < 65536
+        client = sockets.set_up_client_socket(zmq.REQ, f"tcp://127.0.0.1:{port}", {zmq.LINGER: 5})
+        assert client.getsockopt(zmq.LINGER) == 5
+        receiver = sockets.SocketReceiver()
+        receiver.register(server)
+        client.send_string(str(Message("/a", "request", {"n": 1})))
+        [(message, sock)] = receiver.receive(server, timeout=DEADLINE)
+        assert (message.data, sock) == ({"n": 1}, server)
+        server.send_string(str(Message("/a", "answer", "yes")))
+        assert Message.decode(client.recv()).data == "yes"
+        with pytest.raises(TimeoutError):
+            next(receiver.receive(server, timeout=0.01))
+        receiver.unregister(server)
+        for sock in (client, server):
+            sockets.close_socket(sock)
+            assert sock.closed
+
+    def test_inproc(self):
+        sockets = posttroll.backends.zmq.socket
+        server, port, _ = sockets.set_up_server_socket(zmq.PULL, "inproc://commands")
+        assert port is None
+        client = sockets.set_up_client_socket(zmq.PUSH, "inproc://commands")
+        client.send_string(str(Message("/a", "command", "go")))
+        receiver = sockets.SocketReceiver()
+        receiver.register(server)
+        [(message, _)] = receiver.receive(server, timeout=DEADLINE)
+        assert message.data == "go"
+        sockets.close_socket(client)
+        sockets.close_socket(server)
+
+    def test_several_sockets(self):
+        sockets = posttroll.backends.zmq.socket
+        servers = [sockets.set_up_server_socket(zmq.PULL, f"inproc://{name}")[0] for name in "abc"]
+        clients = [sockets.set_up_client_socket(zmq.PUSH, f"inproc://{name}") for name in "abc"]
+        receiver = sockets.SocketReceiver()
+        for server in servers:
+            receiver.register(server)
+        for number in (0, 2):
+            clients[number].send_string(str(Message("/a", "b", number)))
+            assert servers[number].poll(DEADLINE * 1000)
+        received = [(message.data, sock) for message, sock in receiver.receive(*servers, timeout=DEADLINE)]
+        assert received == [(0, servers[0]), (2, servers[2])]
+        for sock in (*servers, *clients):
+            sockets.close_socket(sock)
+
+    def test_port_interval(self):
+        sockets = posttroll.backends.zmq.socket
+        free = free_port()
+        server, port, _ = sockets.set_up_server_socket(zmq.PUB, "tcp://*:0", port_interval=(free, free + 1))
+        assert port == free
+        with pytest.raises(zmq.ZMQError, match=str(free)):
+            sockets.set_up_server_socket(zmq.PUB, "tcp://*:0", port_interval=(free, free + 1))
+        sockets.close_socket(server)
+
+    def test_unknown_backend(self):
+        sockets = posttroll.backends.zmq.socket
+        for set_up in (sockets.set_up_client_socket, sockets.set_up_server_socket):
+            with pytest.raises(NotImplementedError, match="pigeon"):
+                set_up(zmq.SUB, "tcp://127.0.0.1:9", backend="pigeon")
+            with pytest.raises(sockets.ConfigurationError, match="secret_key_file"):
+                set_up(zmq.SUB, "tcp://127.0.0.1:9", backend="secure_zmq")
+
+    def test_context(self):
+        context = posttroll.backends.zmq.get_context()
+        assert context is posttroll.get_context()
+        posttroll.backends.zmq.destroy_context()
+        assert context.closed
+        posttroll.backends.zmq.destroy_context()
+        assert not posttroll.get_context().closed
+
+
+def answer_messages(requests: Any, answers: Any) -> None:
+    """Answer each message with one about its data, in another process."""
+    for message in iter(requests.get, None):
+        answers.put(Message("/answer", "info", {"got": message.data, "from": message.subject}))
+
+
+class TestMultiprocessing:
+    @pytest.mark.parametrize("method", ["spawn", "fork"])
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+    def test_messages_through_queues(self, method):
+        context = multiprocessing.get_context(method)
+        requests, answers = context.Queue(), context.Queue()
+        worker = context.Process(target=answer_messages, args=(requests, answers))
+        worker.start()
+        moment = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
+        requests.put(Message("/a", "info", [moment, "text"]))
+        answer = answers.get(timeout=DEADLINE)
+        requests.put(None)
+        worker.join(DEADLINE)
+        assert worker.exitcode == 0
+        assert answer.data == {"got": [moment, "text"], "from": "/a"}
+        for queue in (requests, answers):
+            queue.close()
+            queue.join_thread()
+
+
+class TestFreezegun:
+    """It reads and replaces attributes of every loaded module."""
+
+    def test_time_of_messages(self):
+        with freeze_time("2010-12-01 12:21:11"):
+            message = Message("/a", "b", {"x": 1})
+        assert message.time == dt.datetime(2010, 12, 1, 12, 21, 11, tzinfo=dt.timezone.utc)
+        assert " 2010-12-01T12:21:11+00:00 v1.2 " in message.encode()
+
+    def test_decoding_and_encoding_while_it_is_frozen(self):
+        with freeze_time("2010-12-01 12:21:11"):
+            data = {"at": dt.datetime.now(dt.timezone.utc), "then": dt.datetime(2000, 1, 1)}
+            message = Message("/a", "b", data)
+            again = Message.decode(message.encode())
+            assert again.data == data
+            assert again.time == dt.datetime.now(dt.timezone.utc)
+            assert "2010-12-01T12:21:11+00:00" in message.encode()
+
+    @staticmethod
+    def everything() -> dict[str, dict[str, int]]:
+        """Return what stands at all paths, by identity."""
+        modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "posttroll"}
+        return {
+            path: {name: id(value) for name, value in vars(module).items() if not name.startswith("__")}
+            for path, module in modules.items()
+        }
+
+    def test_all_of_it_stands_after(self):
+        assert posttroll.ns.NameServer is not None
+        before = self.everything()
+        for _ in range(2):
+            with freeze_time("2010-12-01"):
+                assert posttroll.datetime.now().year == 2010
+        assert self.everything() == before
+        assert posttroll.datetime.now().year > 2010
+
+    def test_with_a_tick_messages_go_through(self):
+        with freeze_time("2010-12-01", tick=True), posttroll.Publisher("tcp://*:0") as pub:
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(Message("/a", "b", "text"))
+                [message] = receive(sub)
+        assert message.time.year == 2010
+
+    def test_fake_publisher(self):
+        with freeze_time("2010-12-01"), posttroll.testing.patched_publisher() as published:
+            with posttroll.publisher.Publish("a_service") as pub:
+                pub.send(str(Message("/a", "b")))
+        assert "2010-12-01T00:00:00+00:00" in published[0]
+
+
+class TestVendored:
+    """The two files in a package of somebody's, under its name."""
+
+    @pytest.fixture
+    def project(self, tmp_path: Path) -> Path:
+        vendor = tmp_path / "project" / "app" / "_vendor"
+        vendor.mkdir(parents=True)
+        for directory in (vendor.parent, vendor):
+            (directory / "__init__.py").touch()
+        for file in (LIBRARY, NAMESERVER):
+            shutil.copy(file, vendor)
+        return tmp_path / "project"
+
+    @staticmethod
+    def run_in(project: Path, code: str) -> tuple[int, str, str]:
+        environment = {**os.environ, "PYTHONPATH": str(project)}
+        with python(inspect.cleandoc(code), cwd=project, env=environment) as running:
+            return finish(running)
+
+    def test_a_message_goes_through_all_of_it(self, project):
+        environment = {**os.environ, "PYTHONPATH": str(project)}
+        command = [sys.executable, "-u", "-m", "app._vendor.posttroll_ns", "--no-multicast"]
+        with process(*command, cwd=project, env=environment) as running:
+            await_line(running, "answers on port")
+            code = """
+                import sys
+                from app._vendor import posttroll
+                from app._vendor.posttroll.publisher import Publish
+                import app._vendor.posttroll.subscriber as subscriber
+                import app._vendor.posttroll.backends.zmq.socket
+                with Publish("a_service", nameservers=["localhost"]) as pub:
+                    with subscriber.Subscribe("a_service", "/a") as sub:
+                        assert pub.wait_for_subscribers(1, 20)
+                        pub.send(posttroll.Message("/a", "info", {"n": 1}))
+                        print(next(sub.recv(timeout=20)).data)
+                print(sorted(name for name in sys.modules if name.split(".")[0].startswith("posttroll")))
+                print(posttroll.Message.__module__, posttroll.ns.NameServer.__module__)
+            """
+            assert self.run_in(project, code) == (
+                0, "{'n': 1}\n[]\napp._vendor.posttroll.message app._vendor.posttroll_ns\n", "",
+            )  # fmt: skip
+            running.send_signal(signal.SIGTERM)
+            assert finish(running)[0] == 0
+
+    def test_beside_another_posttroll(self, project):
+        """A package of that name in the same process is not disturbed, and does not disturb."""
+        other = project / "posttroll"
+        (other / "backends").mkdir(parents=True)
+        (other / "__init__.py").write_text("config = 'theirs'\n")
+        (other / "publisher.py").write_text("class Publisher: pass\n")
+        (other / "backends" / "__init__.py").touch()
+        (project / "posttroll_ns.py").write_text("NameServer = 'theirs'\n")
+        imports = [
+            "import posttroll, posttroll.publisher, posttroll.backends, posttroll_ns",
+            "import app._vendor.posttroll.publisher, app._vendor.posttroll.ns as our_ns",
+        ]
+        for first, second in (imports, imports[::-1]):
+            code = (
+                "\n".join([first, second])
+                + "\n"
+                + inspect.cleandoc("""
+                from unittest import mock
+                import sys
+                ours = app._vendor.posttroll
+                assert posttroll.config == "theirs" and posttroll_ns.NameServer == "theirs"
+                assert posttroll.publisher.Publisher is not ours.publisher.Publisher
+                assert our_ns.NameServer.__module__ == "app._vendor.posttroll_ns"
+                with mock.patch("app._vendor.posttroll.publisher.Publisher") as fake:
+                    assert ours.Publisher is fake and posttroll.publisher.Publisher is not fake
+                with mock.patch("posttroll.publisher.Publisher") as fake:
+                    assert ours.Publisher is not fake
+                with ours.config.set(mc_ttl=3):
+                    assert posttroll.config == "theirs"
+                names = {name for name in sys.modules if name.split(".")[0] == "posttroll"}
+                assert names == {"posttroll", "posttroll.publisher", "posttroll.backends"}, names
+                import pickle
+                message = ours.Message("/a", "b", [1])
+                assert pickle.loads(pickle.dumps(message)).data == [1]
+            """)
+            )
+            assert self.run_in(project, code) == (0, "", "")
+
+    def test_command_line_of_the_vendored_file(self, project):
+        environment = {**os.environ, "PYTHONPATH": str(project)}
+        for command in (["-m", "app._vendor.posttroll"], ["app/_vendor/posttroll.py"]):
+            with process(sys.executable, *command, "--version", cwd=project, env=environment) as running:
+                assert finish(running)[:2] == (0, f"posttroll {posttroll.__version__}\n")
+
+    def test_the_library_alone(self, project):
+        """Without posttroll_ns.py, what is not in it says so clearly; all the rest works."""
+        (project / "app" / "_vendor" / "posttroll_ns.py").unlink()
+        code = """
+            import app._vendor.posttroll as posttroll
+            import app._vendor.posttroll.publisher
+            import app._vendor.posttroll.ns as ns
+            from app._vendor.posttroll.ns import get_pub_address
+            with posttroll.publisher.Publisher("tcp://*:0") as pub:
+                pub.send("text")
+            for name in ("NameServer", "AddressReceiver", "main"):
+                try:
+                    getattr(ns, name)
+                except AttributeError as error:
+                    print(error)
+            assert not hasattr(posttroll, "NameServer")
+            try:
+                from app._vendor.posttroll.ns import NameServer
+            except ImportError as error:
+                print(type(error).__name__)
+            for name in dir(posttroll) + dir(ns):
+                getattr(posttroll, name, None), getattr(ns, name, None)
+        """
+        status, out, err = self.run_in(project, code)
+        assert (status, err) == (0, "")
+        lines = out.splitlines()
+        assert len(lines) == 4
+        for name, line in zip(("NameServer", "AddressReceiver", "main"), lines):
+            assert line.startswith(f"{name} is in posttroll_ns.py, which cannot be imported: ")
+        assert lines[3] == "ImportError"
+
+    def test_the_nameserver_command_of_the_library_alone(self, project):
+        (project / "app" / "_vendor" / "posttroll_ns.py").unlink()
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [sys.executable, "app/_vendor/posttroll.py", "nameserver"]
+        with process(*command, cwd=project, env=environment) as running:
+            status, _, err = finish(running)
+        assert status != 0
+        assert "posttroll_ns" in err
+        assert "Traceback" not in err
+
+    def test_a_bare_copy(self, tmp_path):
+        """`python posttroll_ns.py --no-multicast` beside posttroll.py, from anywhere."""
+        for file in (LIBRARY, NAMESERVER):
+            shutil.copy(file, tmp_path)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        for command, directory in ((["posttroll_ns.py"], tmp_path), ([str(tmp_path / "posttroll_ns.py")], "/")):
+            arguments = [sys.executable, "-u", *command, "--no-multicast"]
+            with process(*arguments, cwd=directory, env=environment) as running:
+                await_line(running, "answers on port")
+                assert posttroll.get_pub_address("nobody") == []
+                running.send_signal(signal.SIGTERM)
+                assert finish(running)[0] == 0
+
+
+# ======================================================================================================================
+# 12. Command line
+# ======================================================================================================================
+
+
+def command(*args: Any, **kwargs: Any) -> Any:
+    """Run ``posttroll`` with *args* in a process, from a bare copy of the file."""
+    return process(sys.executable, "-u", LIBRARY, *args, **kwargs)
+
+
+def run_command(*args: Any, stdin: str | None = None, **kwargs: Any) -> tuple[int, str, str]:
+    """Run ``posttroll`` with *args* to its end; return status, output and errors."""
+    with command(*args, **kwargs) as running:
+        out, err = running.communicate(stdin, timeout=60)
+        return running.returncode, out, err
+
+
+@contextlib.contextmanager
+def on_terminal(*args: Any) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[str], str], int]]:
+    """Run ``posttroll`` on a pseudo-terminal; gives the process, a function that reads up to a text, and the terminal."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    running = subprocess.Popen(
+        [sys.executable, "-u", str(LIBRARY), *args], stdin=slave, stdout=slave, stderr=slave, env=environment
+    )
+    os.close(slave)
+    seen = ""
+
+    def read_to(text: str) -> str:
+        nonlocal seen
+        deadline = time.monotonic() + DEADLINE
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([master], [], [], 0.1)[0]:
+                seen += os.read(master, 4096).decode()
+        return seen
+
+    try:
+        yield running, read_to, master
+    finally:
+        if running.poll() is None:
+            running.kill()
+        running.wait()
+        os.close(master)
+
+
+class TestCommands:
+    """What holds for every command."""
+
+    @pytest.mark.parametrize(
+        "name", ["publish", "subscribe", "services", "top", "doctor", "config", "demo", "generate-keys", "logger"]
+    )
+    def test_help(self, name):
+        status, out, _ = run_command(name, "--help")
+        assert status == 0
+        assert f"posttroll {name}" in out
+        for option in ("--nameserver", "--no-color", "--set"):
+            assert option in out
+
+    def test_help_of_the_nameserver_is_its_own(self):
+        status, out, _ = run_command("nameserver", "--help")
+        assert status == 0
+        assert "--no-multicast" in out
+
+    def test_version(self):
+        assert run_command("--version") == (0, f"posttroll {posttroll.__version__}\n", "")
+
+    def test_no_command_is_an_error(self):
+        status, out, err = run_command()
+        assert (status, out) == (2, "")
+        assert "COMMAND" in err
+
+    def test_any_key_can_be_set(self):
+        status, out, _ = run_command("config", "mc_ttl", "--json", "--set", "mc_ttl=3")
+        assert status == 0
+        assert json.loads(out)[0]["value"] == 3
+
+    def test_a_wrong_value_is_one_clear_line(self):
+        status, out, err = run_command("services", "--set", "nameserver_port=abc")
+        assert (status, out) == (1, "")
+        assert err.startswith("posttroll services: posttroll configuration: nameserver_port is 'abc'")
+        assert err.count("\n") == 1
+
+
+class TestPublishAndSubscribe:
+    """From the shell into the shell."""
+
+    @pytest.mark.parametrize(
+        ("words", "data"),
+        [
+            (["disk is full"], "disk is full"),
+            (["two", "words"], "two words"),
+            ([], ""),
+            (
+                ["uri=/data/a", "size=12", "ok=true", "note=a b"],
+                {"uri": "/data/a", "size": 12, "ok": True, "note": "a b"},
+            ),
+            (["--text", "a=b"], "a=b"),
+            (["--json", '{"a": [1, {"b": null}]}'], {"a": [1, {"b": None}]}),
+        ],
+    )
+    def test_data_of_the_command_line(self, words, data):
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
+            with command("publish", "/a", "info", *words, "--port", port, "--nameservers", "none") as publish:
+                [message] = receive(subscriber)
+                assert finish(publish) == (0, "", "1 message to 1 subscriber\n")
+        assert (message.subject, message.type, message.data) == ("/a", "info", data)
+
+    def test_through_the_nameserver_as_json_lines(self):
+        with nameserver(), command("subscribe", "/log", "--json", "-n", 3, "--timeout", 30) as subscribe:
+            status, out, err = run_command(
+                "publish", "/log", "line", "-", "--lines", "--nameservers", "localhost", stdin="one\ntwo\nthree\n"
+            )
+            assert (status, out, err) == (0, "", "3 messages to 1 subscriber\n")
+            status, out, _ = finish(subscribe)
+        lines = [json.loads(line) for line in out.splitlines()]
+        assert status == 0
+        assert [line["data"] for line in lines] == ["one", "two", "three"]
+        assert {(line["subject"], line["type"]) for line in lines} == {("/log", "line")}
+
+    def test_a_file(self, tmp_path):
+        path = tmp_path / "data.json"
+        path.write_text('{"start_time": "2026-11-23T12:00:00+00:00"}\n')
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
+            arguments = ("publish", "/a", "info", "--file", path, "--json", "--port", port, "--nameservers", "none")
+            with command(*arguments) as publish:
+                [message] = receive(subscriber)
+                assert finish(publish)[0] == 0
+        assert message.data["start_time"].isoformat() == "2026-11-23T12:00:00+00:00"
+
+    def test_without_a_subscriber_nothing_is_sent(self):
+        status, out, err = run_command("publish", "/a", "info", "x", "--nameservers", "localhost", "--wait", 0.1)
+        assert (status, out) == (1, "")
+        assert "0 of 1 subscribers after 0.1 s: nothing was sent" in err
+
+    def test_without_waiting(self):
+        arguments = ("publish", "/a", "info", "x", "--nameservers", "localhost", "--subscribers", 0)
+        assert run_command(*arguments) == (0, "", "1 message to 0 subscribers\n")
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["/a"], "SUBJECT and TYPE are needed"),
+            (["/a b", "info"], "Invalid subject"),
+            (["/a", "info", "--json", "{"], "DATA is no JSON"),
+            (["/a", "info", "x", "--nameservers", "none"], "needs --port"),
+            (["/a", "info", "--file", "/nonesuch"], "/nonesuch"),
+        ],
+    )
+    def test_wrong_words(self, words, reason):
+        status, out, err = run_command("publish", *words, "--subscribers", 0)
+        assert (status, out) == (1, "")
+        assert reason in err
+        assert err.count("\n") == 1
+
+    def test_a_port_in_use(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            port = publisher.port_number
+            status, _, err = run_command("publish", "/a", "info", "--port", port, "--nameservers", "none")
+        assert status == 1
+        assert str(port) in err
+
+    def test_types_are_filtered(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            arguments = ("subscribe", "--address", address, "--type", "file", "-n", 1, "--timeout", 30)
+            with command(*arguments) as subscribe:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a", "info", "x"))
+                publisher.send(posttroll.Message("/b", "file", "y"))
+                status, out, _ = finish(subscribe)
+        assert status == 0
+        assert posttroll.Message.decode(out.rstrip("\n")).data == "y"
+
+    def test_a_timeout_without_message_is_no_success(self):
+        port = free_port()
+        status, out, err = run_command("subscribe", "--address", f"tcp://localhost:{port}", "--timeout", 0.1)
+        assert (status, out) == (1, "")
+        assert "0 of 1 messages came" in err
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_signals_end_it(self, number):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            with command("subscribe", "--address", f"tcp://localhost:{publisher.port_number}") as subscribe:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                subscribe.send_signal(number)
+                assert finish(subscribe) == (0, "", "")
+
+    def test_record_and_replay(self, tmp_path):
+        messages = [
+            posttroll.Message("/a", "info", "text"),
+            posttroll.Message("/a", "info", "two\nlines, and a \\ and \r"),
+            posttroll.Message("/a", "info", "pytroll://looks like one\npytroll://b info x"),
+            posttroll.Message("/b", "file", {"a": [1, None, "\n"]}),
+            posttroll.Message("/c", "info", b"\0\xff"),
+            posttroll.Message("/d", "info"),
+            posttroll.Message("/e", "info", "old", version="v1.01"),
+        ]
+        expected = [message.encode() for message in messages]
+        recording = tmp_path / "recording"
+        with posttroll.Publisher("tcp://*:0") as publisher, recording.open("w") as stream:
+            address = f"tcp://localhost:{publisher.port_number}"
+            with command("subscribe", "--address", address, "--raw", "-n", len(messages), stdout=stream) as subscribe:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                for text in expected:
+                    publisher.send(text)
+                assert subscribe.wait(DEADLINE) == 0
+        assert len(recording.read_text().splitlines()) == len(messages)
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
+            arguments = ("publish", "--replay", recording, "--speed", 0, "--port", port, "--nameservers", "none")
+            with command(*arguments) as publish:
+                received = receive(subscriber, len(messages))
+                assert finish(publish)[0] == 0
+        assert [message.encode() for message in received] == expected
+
+    def test_replay_keeps_the_pace(self, tmp_path):
+        start = posttroll.datetime(2026, 11, 23, 12, tzinfo=posttroll.timezone.utc)
+        recording = tmp_path / "recording"
+        with recording.open("w") as stream:
+            for seconds in (0, 20, 40):
+                message = posttroll.Message("/a", "info", seconds)
+                message.time = start.replace(second=seconds)
+                stream.write(f"{message}\n")
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
+            arguments = ("publish", "--replay", recording, "--speed", 100, "--port", port, "--nameservers", "none")
+            with command(*arguments) as publish:
+                begin = time.monotonic()
+                assert len(receive(subscriber, 3)) == 3
+                assert time.monotonic() - begin > 0.2  # 40 s at a hundred times the speed, less how late the first came
+                assert finish(publish)[0] == 0
+
+    def test_a_broken_recording_names_the_line(self, tmp_path):
+        recording = tmp_path / "recording"
+        recording.write_text(f"{posttroll.Message('/a', 'info')}\nnonsense\n")
+        status, _, err = run_command("publish", "--replay", recording, "--subscribers", 0)
+        assert status == 1
+        assert "recording, line 2" in err
+
+    def test_a_reader_that_goes_away_ends_it(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            with command("subscribe", "--address", f"tcp://localhost:{publisher.port_number}") as subscribe:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                subscribe.stdout.close()
+                subscribe.stdout = None
+
+                def ended() -> bool:
+                    publisher.send(posttroll.Message("/a", "info", "x"))
+                    return subscribe.poll() is not None
+
+                wait_for(ended)
+                assert subscribe.returncode == 0
+
+
+class TestTerminal:
+    """What people see."""
+
+    def test_subscribe_is_readable_and_coloured(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            with on_terminal("subscribe", "--address", address, "-n", "1") as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a/b", "file", {"uri": "/data/x", "evil": "\033[2J"}))
+                seen = read_to("/data/x")
+                assert running.wait(DEADLINE) == 0
+                seen = read_to("[2J")
+        assert "\033[1;32m/a/b\033[0m" in seen
+        assert "\033[2J" not in seen  # data cannot give orders to the terminal
+
+    @pytest.mark.parametrize("how", ["option", "variable"])
+    def test_no_color(self, how, monkeypatch):
+        words = ["--no-color"] if how == "option" else []
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            master, slave = pty.openpty()
+            environment = {**os.environ, **({"NO_COLOR": "1"} if how == "variable" else {})}
+            arguments = ("subscribe", "--address", address, "-n", "1", *words)
+            with command(*arguments, stdout=slave, env=environment) as running:
+                os.close(slave)
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a/b", "file", {"uri": "/data/x"}))
+                assert running.wait(DEADLINE) == 0
+                seen = os.read(master, 4096).decode()
+            os.close(master)
+        assert "/data/x" in seen
+        assert "\033" not in seen
+
+    def test_a_replay_shows_its_progress(self, tmp_path):
+        recording = tmp_path / "recording"
+        recording.write_text("".join(f"{posttroll.Message('/a', 'info', n)}\n" for n in range(4)))
+        arguments = ("publish", "--replay", str(recording), "--subscribers", "0", "--speed", "0")
+        with on_terminal(*arguments, "--nameservers", "localhost") as (running, read_to, _):
+            seen = read_to("4/4")
+            assert running.wait(DEADLINE) == 0
+        assert "[##############################] 4/4" in seen
+
+    def test_top_is_live_and_quits_on_q(self):
+        with nameserver(), posttroll.Publish("feeder", nameservers=["localhost"]) as publisher:
+            with on_terminal("top", "--interval", "0.3") as (running, read_to, terminal):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                stop = threading.Event()
+
+                def feed() -> None:
+                    while not stop.wait(0.02):
+                        publisher.send(posttroll.Message("/fed", "info", "x" * 50))
+                        publisher.heartbeat(0.1)
+
+                feeder = threading.Thread(target=feed)
+                feeder.start()
+                try:
+                    seen = read_to("/fed")
+                    seen = read_to("/heartbeat/feeder")
+                finally:
+                    stop.set()
+                    feeder.join()
+                os.write(terminal, b"q")
+                assert running.wait(DEADLINE) == 0
+        assert "\033[H\033[J" in seen
+        assert re.search(r"feeder +tcp://\S+ +/fed +[1-9]", seen)
+
+
+class TestServicesAndTop:
+    """What there is on the network."""
+
+    def test_services_as_table_and_json(self):
+        gone = posttroll.Publisher("tcp://*:0", "gone").start()
+        with nameserver(), posttroll.Publish("alive", aliases=["other"], nameservers=["localhost"]):
+            registration = posttroll.Message(
+                "/address/gone", "info", {"URI": f"tcp://127.0.0.1:{gone.port_number}", "service": ["gone"]}
+            )
+            gone.stop()
+            assert raw_request(config.get("broadcast_port"), registration.encode().encode()) == [b"ok"]
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            status, table, err = run_command("services")
+            assert (status, err) == (0, "")
+            status, out, err = run_command("services", "--json")
+            assert (status, err) == (0, "")
+            status, only, _ = run_command("services", "other", "--json")
+        rows = {row["name"]: row for row in json.loads(out)}
+        assert rows["alive"]["answers"] is True
+        assert rows["alive"]["aliases"] == ["other"]
+        assert rows["gone"]["answers"] is False
+        assert [row["name"] for row in json.loads(only)] == ["alive"]
+        lines = table.splitlines()
+        assert lines[0].split() == ["NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS"]
+        assert lines[1].startswith("alive")
+        assert lines[1].endswith("yes")
+        assert lines[2].endswith("no")
+
+    def test_services_without_a_nameserver(self):
+        status, out, err = run_command("services", "--timeout", 0.2)
+        assert (status, out) == (1, "")
+        assert "no answer from the nameserver on localhost" in err
+
+    def test_services_again_and_again(self):
+        with nameserver(), command("services", "--watch", 0.1) as watch:
+            for _ in range(3):
+                await_line(watch, "ANSWERS")
+            watch.send_signal(signal.SIGINT)
+            assert finish(watch)[0] == 130
+
+    def test_top_without_a_terminal_prints_so_many_views(self):
+        with nameserver(), posttroll.Publish("feeder", nameservers=["localhost"]) as publisher:
+            wait_for(lambda: posttroll.get_pub_address("feeder"))
+            with command("top", "--interval", 0.5, "-n", 2) as top:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                while top.poll() is None:
+                    publisher.send(posttroll.Message("/fed", "info", "x"))
+                    time.sleep(0.01)
+                status, out, _ = finish(top)
+        assert status == 0
+        assert out.count("PUBLISHER") == 2
+        assert "\033" not in out
+        assert re.search(r"feeder +tcp://\S+ +/fed +[1-9]", out)
+
+
+class TestConfigCommand:
+    """``posttroll config``."""
+
+    def test_every_key_with_its_source(self, tmp_path, monkeypatch):
+        (tmp_path / "config").mkdir()
+        (tmp_path / "config" / "a.json").write_text('{"mc_ttl": 7}')
+        status, out, err = run_command("config", "--json")
+        assert (status, err) == (0, "")
+        rows = {row["key"]: row for row in json.loads(out)}
+        assert set(posttroll.OPTIONS) <= set(rows)
+        assert rows["mc_ttl"]["source"] == str(tmp_path / "config" / "a.json")
+        assert rows["nameserver_port"]["source"] == "$POSTTROLL_NAMESERVER_PORT"
+        assert rows["backend"]["source"] == "default"
+        assert all(rows[key]["meaning"] for key in posttroll.OPTIONS)
+
+    def test_the_readme_shows_the_same_table(self):
+        text = (HERE / "README.md").read_text()
+        for key, option in posttroll.OPTIONS.items():
+            default = "" if option.default is None else f"`{option.default}`"
+            assert f"| `{key}` | {default} | {option.meaning} |" in text
+
+    def test_an_unknown_key(self):
+        status, out, err = run_command("config", "nonesuch")
+        assert (status, out) == (1, "")
+        assert "nonesuch" in err
+
+
+class TestDoctor:
+    """It names the cause."""
+
+    def test_all_is_well(self):
+        with nameserver_process("--no-multicast"):
+            status, out, err = run_command("doctor", "--no-multicast")
+        assert (status, err) == (0, "")
+        assert "FAIL" not in out
+        assert "publisher, nameserver and subscriber hear each other" in out
+
+    def test_all_is_well_with_multicast(self):
+        with nameserver_process():
+            status, out, _ = run_command("doctor")
+        assert (status, "FAIL" in out) == (0, False), out
+        assert "a datagram came back" in out
+
+    @pytest.mark.parametrize(
+        ("settings", "cause"),
+        [
+            ({"NAMESERVER_PORT": "abc"}, "nameserver_port is 'abc' (from $POSTTROLL_NAMESERVER_PORT)"),
+            ({"BACKEND": "pigeon"}, "backend is 'pigeon'"),
+            ({"MC_GROUP": "10.0.0.1"}, "Invalid multicast address '10.0.0.1'"),
+            ({"MULTICAST_INTERFACE": "nonesuch0"}, "multicast_interface 'nonesuch0' has no address here"),
+            ({}, "nobody answers at"),
+        ],
+    )
+    def test_a_wrong_setting(self, settings, cause, monkeypatch):
+        for name, value in settings.items():
+            monkeypatch.setenv("POSTTROLL_" + name, value)
+        status, out, _ = run_command("doctor")
+        assert status == 1
+        assert any(line.startswith("FAIL") and cause in line and "->" in line for line in out.splitlines()), out
+
+    def test_a_file_that_cannot_be_used(self, tmp_path):
+        (tmp_path / "config").mkdir()
+        path = tmp_path / "config" / "a.json"
+        path.write_text("{")
+        status, out, _ = run_command("doctor")
+        assert status == 1
+        assert re.search(rf"FAIL.*{re.escape(str(path))} is not used", out)
+
+    def test_a_misspelt_key(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVERPORT", "5557")
+        assert "nameserverport = 5557" in run_command("doctor")[1]
+
+    def test_another_program_on_the_port(self):
+        with socket.socket() as other:
+            other.bind(("", config.get("nameserver_port")))
+            other.listen()
+            stop = threading.Event()
+
+            def serve() -> None:
+                other.settimeout(0.1)
+                while not stop.is_set():
+                    with contextlib.suppress(OSError):
+                        connection, _ = other.accept()
+                        connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+                        connection.close()
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            try:
+                status, out, _ = run_command("doctor", "--no-multicast")
+            finally:
+                stop.set()
+                thread.join()
+        assert status == 1
+        assert re.search("FAIL  nameserver localhost: what answers .* is not ZeroMQ", out)
+        assert re.search(rf"taken by process {os.getpid()} ", out)
+
+    def test_a_nameserver_that_listens_to_multicast_only(self):
+        with nameserver_process():
+            status, out, _ = run_command("doctor", "--no-multicast")
+        assert status == 1
+        assert re.search("FAIL  round trip: .*by registration", out)
+
+    def test_a_nameserver_without_multicast(self):
+        with nameserver_process("--no-multicast"):
+            status, out, _ = run_command("doctor")
+        assert status == 1
+        assert re.search("FAIL  round trip: .*by multicast.*--no-multicast", out)
+
+    def test_another_backend(self, monkeypatch, tmp_path):
+        posttroll.write_key_pair("server", tmp_path)
+        posttroll.write_key_pair("client", tmp_path)
+        (tmp_path / "clients").mkdir()
+        (tmp_path / "clients" / "client.key").write_bytes((tmp_path / "client.key").read_bytes())
+        with nameserver_process("--no-multicast"):
+            monkeypatch.setenv("POSTTROLL_BACKEND", "secure_zmq")
+            monkeypatch.setenv("POSTTROLL_SERVER_SECRET_KEY_FILE", str(tmp_path / "server.key_secret"))
+            monkeypatch.setenv("POSTTROLL_SERVER_PUBLIC_KEY_FILE", str(tmp_path / "server.key"))
+            monkeypatch.setenv("POSTTROLL_CLIENT_SECRET_KEY_FILE", str(tmp_path / "client.key_secret"))
+            monkeypatch.setenv("POSTTROLL_CLIENTS_PUBLIC_KEYS_DIRECTORY", str(tmp_path / "clients"))
+            status, out, _ = run_command("doctor", "--no-multicast")
+        assert status == 1
+        assert "it speaks NULL, this program CURVE" in out
+
+    def test_keys(self, monkeypatch, tmp_path):
+        _, secret = posttroll.write_key_pair("server", tmp_path)
+        os.chmod(secret, 0o644)
+        (tmp_path / "clients").mkdir()
+        monkeypatch.setenv("POSTTROLL_SERVER_SECRET_KEY_FILE", secret)
+        monkeypatch.setenv("POSTTROLL_SERVER_PUBLIC_KEY_FILE", str(tmp_path / "nonesuch.key"))
+        monkeypatch.setenv("POSTTROLL_CLIENTS_PUBLIC_KEYS_DIRECTORY", str(tmp_path / "clients"))
+        _, out, _ = run_command("doctor")
+        assert f"FAIL  keys: {secret} can be read by others (mode 644)  -> chmod 600 {secret}" in out
+        assert re.search(r"FAIL  keys: server_public_key_file: cannot read a key from .*nonesuch.key", out)
+        assert re.search("FAIL  keys: 0 clients may connect", out)
+
+
+class TestDemo:
+    """``posttroll demo``."""
+
+    def test_it_succeeds(self):
+        status, out, err = run_command("demo")
+        assert (status, err) == (0, "")
+        assert out.count("received pytroll://demo/") == 3
+        assert out.splitlines()[-1] == "All 3 messages arrived: posttroll works on this machine."
+
+    def test_it_fails_if_a_message_does_not_arrive(self, tmp_path):
+        library = tmp_path / "posttroll.py"
+        text = LIBRARY.read_text().replace("for message in _demo_messages():", "for message in _demo_messages()[1:]:")
+        library.write_text(text.replace("_DEMO_SECONDS = 20", "_DEMO_SECONDS = 2"))
+        (tmp_path / "posttroll_ns.py").write_text(NAMESERVER.read_text())
+        with process(sys.executable, library, "demo") as demo:
+            status, out, err = finish(demo)
+        assert status == 1
+        assert "2 of 3 messages arrived" in err
+        assert "The demo failed" in err
+        assert "All 3 messages" not in out
+
+
+# ======================================================================================================================
+# Robustness: bad input, faults, ends, loss
+#
+# Fuzzing starts from a fixed seed.  FUZZ=20 in the environment gives twenty times as many inputs.
+# ======================================================================================================================
+
+FUZZ = int(os.environ.get("FUZZ", "1"))
+
+ANNOUNCEMENT = (
+    'pytroll://address/pub info me@host 2026-11-23T12:00:00.123456 v1.01 application/json {"URI": "%s", '
+    '"service": ["pub", "alias"], "supported_message_version": "v1.2", "backend": "unsecure_zmq"}'
+)
+LOOKUP = 'pytroll://oper/ns request me@host 2026-11-23T12:00:00 v1.01 application/json {"service": "%s"}'
+DEEP = "[" * 100000
+
+SPLICES = (
+    b"",
+    b"\x00",
+    b"\n",
+    b"\xff\xfe\x80",
+    b" ",
+    b"  ",
+    b"/",
+    b"{",
+    b"[" * 3000,
+    b'{"a":' * 2000,
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"9" * 5000,
+    b"true",
+    b'"',
+    b"\\ud800",
+    b"\\",
+    b"v9.99",
+    b"v1.01",
+    b"2026-13-99T99:99:99",
+    b"0001-01-01T00:00:00+23:59",
+    b"application/json",
+    b"binary/octet-stream",
+    b"tcp://",
+    b"tcp://*:0",
+    b"tcp://256.1.1.1:99999",
+    b"ipc://",
+    b"foo://bar",
+    b"x" * 2000,
+    b"%s%n",
+    b"pytroll:/",
+    b"/heartbeat/",
+    b"status",
+    b"service",
+)
+
+
+def mutations(seeds: list[bytes], count: int, seed: int = 1) -> Iterator[bytes]:
+    """Yield *count* broken versions of *seeds*, the same ones each time."""
+    generator = random.Random(seed)
+    for _ in range(count * FUZZ):
+        data = bytearray(generator.choice(seeds))
+        for _ in range(generator.randrange(1, 5)):
+            start = generator.randrange(len(data) + 1)
+            end = min(start + generator.randrange(12), len(data))
+            kind = generator.randrange(5)
+            if kind == 0:
+                data[start:end] = generator.choice(SPLICES)
+            elif kind == 1:
+                del data[start:end]
+            elif kind == 2:
+                data[start:start] = data[: generator.randrange(len(data) + 1)][-40:]
+            elif kind == 3:
+                del data[start:]
+            else:
+                data[start:end] = bytes(generator.randrange(256) for _ in range(generator.randrange(8)))
+        yield bytes(data)
+
+
+def memory_of(running: subprocess.Popen[str] | None = None) -> float:
+    """Return the resident memory of a process in MB, by default of this one."""
+    pid = "self" if running is None else running.pid
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def descriptors_of(running: subprocess.Popen[str] | None = None) -> int:
+    """Return how many files a process has open, by default this one."""
+    return len(os.listdir(f"/proc/{'self' if running is None else running.pid}/fd"))
+
+
+def local_address(port: int) -> str:
+    return f"tcp://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def raw_socket(kind: int, port: int | None = None) -> Iterator[Any]:
+    """Give a ZeroMQ socket that is none of ours, connected_pair to a local port, or not connected_pair."""
+    with zmq.Context() as context:
+        context.set(zmq.MAX_SOCKETS, 10000)
+        with context.socket(kind) as sock:
+            sock.linger = 0
+            sock.sndhwm = sock.rcvhwm = 0
+            if port is not None:
+                sock.connect(local_address(port))
+            yield sock
+
+
+@contextlib.contextmanager
+def connected_pair() -> Iterator[tuple[posttroll.Publisher, posttroll.Subscriber]]:
+    """Give a publisher and its subscriber, so that the first message will arrive."""
+    with posttroll.Publisher("tcp://*:0") as publisher:
+        subscriber = posttroll.Subscriber([local_address(publisher.port_number)])
+        with subscriber:
+            assert publisher.wait_for_subscribers(1, DEADLINE)
+            yield publisher, subscriber
+
+
+def tcp_connection(port: int, data: bytes = b"") -> socket.socket:
+    """Open a TCP connection to a local port, and send *data* on it."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
+    connection.sendall(data)
+    return connection
+
+
+def uris(service: str = "") -> list[str]:
+    """Return the addresses of a service that the local nameserver knows."""
+    return [entry["URI"] for entry in posttroll.get_pub_address(service, timeout=DEADLINE)]
+
+
+def register(data: str | bytes) -> bytes:
+    """Register at the local nameserver; return its answer."""
+    answer = raw_request(config.get("broadcast_port"), data.encode() if isinstance(data, str) else data)
+    assert answer is not None
+    return answer[0]
+
+
+def assert_still_serves() -> None:
+    """A nameserver without multicast takes a new registration, publishes it, and tells of it."""
+    address = local_address(free_port())
+    with raw_socket(zmq.SUB, config.get("address_publish_port")) as news:
+        news.subscribe(b"pytroll://address/survivor")
+        text = ANNOUNCEMENT.replace("/address/pub", "/address/survivor").replace('"pub"', '"survivor"')
+
+        def is_published() -> bool:
+            answer = register(text % local_address(free_port()))  # a new one each time, as the subscription takes time
+            assert answer == b"ok"
+            return bool(news.poll(100))
+
+        wait_for(is_published)
+        assert register(text % address) == b"ok"
+    assert address in uris("survivor")
+
+
+# -- lookups --
+
+BROKEN_LOOKUPS = {
+    "no UTF-8": b"\xff\xfe\xfd",
+    "empty": b"",
+    "no message": b"hello",
+    "wrong magic": LOOKUP.replace("pytroll:", "pitroll:").encode(),
+    "unknown mime type": LOOKUP.replace("application/json", "application/x-nothing").encode(),
+    "mime type without data": LOOKUP.partition(" {")[0].encode(),
+    "bad timestamp": LOOKUP.replace("2026-11-23", "2026-99-99").encode(),
+    "version above ours": LOOKUP.replace("v1.01", "v9.0").encode(),
+    "no object": LOOKUP.replace('{"service": "%s"}', '["service"]').encode(),
+    "nested deeply": LOOKUP.replace('{"service": "%s"}', DEEP).encode(),
+    "object nested deeply": LOOKUP.replace('"%s"', DEEP).encode(),
+    "no service": LOOKUP.replace("service", "sirvice").encode(),
+    "service a number": LOOKUP.replace('"%s"', "17").encode(),
+    "service a list": LOOKUP.replace('"%s"', '["a"]').encode(),
+    "service null": LOOKUP.replace('"%s"', "null").encode(),
+    "lone surrogate": LOOKUP.replace("%s", "\\ud800").encode(),
+    "huge number": LOOKUP.replace('"%s"', "9" * 10000).encode(),
+    "10 MB": b"x" * 10_000_000,
+    "10 MB of service": LOOKUP.replace("%s", "x" * 10_000_000).encode(),
+}
+
+
+class TestBrokenLookups:
+    @pytest.mark.parametrize("request_data", BROKEN_LOOKUPS.values(), ids=BROKEN_LOOKUPS.keys())
+    def test_gets_an_empty_answer(self, request_data):
+        with nameserver():
+            register(ANNOUNCEMENT % "tcp://127.0.0.1:9")
+            answer = raw_request(config.get("nameserver_port"), request_data)
+            assert answer is not None
+            message = posttroll.Message.decode(answer[0])
+            assert message.data == ""
+            assert uris("pub") == ["tcp://127.0.0.1:9"]
+
+    def test_several_frames_get_an_empty_answer(self):
+        with nameserver():
+            answer = raw_request(config.get("nameserver_port"), (LOOKUP % "pub").encode(), b"more", b"")
+            assert answer is not None
+            assert posttroll.Message.decode(answer[0]).data == ""
+            assert uris("pub") == []
+
+    def test_the_answer_to_a_broken_request_has_its_version_if_it_is_readable(self):
+        with nameserver():
+            for version in ("v1.01", "v1.2"):
+                text = LOOKUP.replace("v1.01", version).replace('"service"', '"x"')
+                answer = raw_request(config.get("nameserver_port"), text.encode())
+                assert answer is not None
+                assert posttroll.Message.decode(answer[0]).version == version
+
+    def test_more_than_the_limit_is_not_taken_and_harms_nobody(self):
+        with nameserver(), raw_socket(zmq.REQ, config.get("nameserver_port")) as sock:
+            sock.send(b"x" * (posttroll_ns._Server.MAX_REQUEST + 1))
+            assert uris() == []
+            assert not sock.poll(0)
+
+    def test_malformed_envelopes(self):
+        """A DEALER can leave out the empty frame, or send nothing but it; only whole requests are answered."""
+        with nameserver(), raw_socket(zmq.DEALER, config.get("nameserver_port")) as sock:
+            for frames in ([b"alone"], [b""], [b"", b""], [b"a", b"b"], [b"", b"a", b"", b"b"], [b"x"] * 50):
+                sock.send_multipart(frames)
+                assert uris() == []
+            sock.send_multipart([b"last", b"", (LOOKUP % "pub").encode()])
+            answers = []
+            while not answers or answers[-1][0] != b"last":
+                assert sock.poll(DEADLINE * 1000)
+                answers.append(sock.recv_multipart())
+            assert uris() == []
+
+    def test_clients_that_go_away_before_the_answer(self):
+        with nameserver():
+            for _ in range(50):
+                with raw_socket(zmq.DEALER, config.get("nameserver_port")) as sock:
+                    for _ in range(20):
+                        sock.send_multipart([b"", (LOOKUP % "").encode()])
+                    sock.poll(1, zmq.POLLIN)
+            assert uris() == []
+
+    def test_thousand_clients_at_once(self):
+        posttroll_ns._raise_descriptor_limit()
+        with nameserver_process("--no-multicast") as running, zmq.Context() as context:
+            register(ANNOUNCEMENT % "tcp://127.0.0.1:9")
+            context.set(zmq.MAX_SOCKETS, 5000)
+            clients = []
+            try:
+                for _ in range(1000):
+                    client = context.socket(zmq.REQ)
+                    client.linger = 0
+                    client.connect(local_address(config.get("nameserver_port")))
+                    clients.append(client)
+                for client in clients:
+                    client.send((LOOKUP % "alias").encode())
+                for client in clients:
+                    assert client.poll(DEADLINE * 1000)
+                    assert posttroll.Message.decode(client.recv()).data[0]["URI"] == "tcp://127.0.0.1:9"
+            finally:
+                for client in clients:
+                    client.close()
+            wait_for(lambda: descriptors_of(running) < 100)
+
+    @pytest.mark.parametrize("setting", ["nameserver_port", "broadcast_port", "address_publish_port"])
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+            b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + b"\xff" * 500,
+            random.Random(2).getrandbits(8 * 10000).to_bytes(10000, "big"),
+        ],
+        ids=["HTTP", "TLS", "half a greeting", "random"],
+    )
+    def test_other_protocols_on_the_ports(self, setting, data):
+        with nameserver():
+            connections = [tcp_connection(config.get(setting), data) for _ in range(20)]
+            assert_still_serves()
+            for connection in connections:
+                connection.close()
+            assert_still_serves()
+
+    def test_500_half_open_connections(self):
+        """Connections on which nothing comes do not keep others from being served."""
+        posttroll_ns._raise_descriptor_limit()
+        with nameserver_process("--no-multicast") as running:
+            before = descriptors_of(running)
+            ports = [config.get(name) for name in ("nameserver_port", "broadcast_port")]
+            connections = [tcp_connection(ports[i % 2], b"\xff" if i % 3 else b"") for i in range(500)]
+            wait_for(lambda: descriptors_of(running) >= before + 500)
+            assert_still_serves()
+            for connection in connections:
+                connection.close()
+            wait_for(lambda: descriptors_of(running) < before + 50)
+
+    def test_no_file_descriptors_left(self):
+        """It waits until there are some again, and serves on."""
+        import resource
+
+        def few_descriptors() -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+
+        with nameserver_process("--no-multicast", preexec_fn=few_descriptors) as running:
+            ports = [config.get(name) for name in ("nameserver_port", "broadcast_port", "address_publish_port")]
+            connections = [tcp_connection(port) for port in ports for _ in range(40)]
+            wait_for(lambda: descriptors_of(running) >= 60)
+            assert running.poll() is None
+            for connection in connections:
+                connection.close()
+            assert_still_serves()
+            running.terminate()
+            status, _, err = finish(running)
+            assert (status, err) == (0, "")
+
+    def test_fuzzed_lookups(self, tmp_path):
+        """Each of thousands of mutated requests is answered by a message, at the end it still knows what it knew."""
+        seeds = [(LOOKUP % service).encode() for service in ("pub", "", "alias")]
+        log = tmp_path / "log"
+        with running_nameserver("--no-multicast", log) as running:
+            register(ANNOUNCEMENT % "tcp://127.0.0.1:9")
+            before = memory_of(running)
+            sent = 0
+            with raw_socket(zmq.DEALER, config.get("nameserver_port")) as sock:
+                for request in mutations(seeds, 5000):
+                    sock.send_multipart([b"", request])
+                    sent += 1
+                    if sent % 100 == 0:
+                        for _ in range(100):
+                            assert sock.poll(DEADLINE * 1000)
+                            _, answer = sock.recv_multipart()
+                            assert posttroll.Message.decode(answer).subject == "/oper/ns"
+            assert uris("pub") == uris("alias") == ["tcp://127.0.0.1:9"]
+            assert memory_of(running) < before + 100
+            assert log.stat().st_size < 100_000
+
+
+@contextlib.contextmanager
+def running_nameserver(option: str | None, log: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run the nameserver with a log file; it is ready when this gives it."""
+    options = [option] if option else []
+    with process(sys.executable, NAMESERVER, *options, "-l", log) as running:
+        wait_for(lambda: log.exists() and "answers on port" in log.read_text())
+        yield running
+        assert running.poll() is None
+
+
+# -- announcements --
+
+
+def registration_of(**data: Any) -> str:
+    """Return a registration with other data; ``...`` leaves an entry out."""
+    content = {"URI": "tcp://127.0.0.1:9", "service": ["pub"], **data}
+    head, _, _ = ANNOUNCEMENT.partition("{")
+    return head + json.dumps({key: value for key, value in content.items() if value is not ...})
+
+
+BROKEN_ANNOUNCEMENTS = {
+    **{key: value.replace(b"//oper/ns request", b"//address/pub info") for key, value in BROKEN_LOOKUPS.items()},
+    "no URI": registration_of(URI=...),
+    "URI a number": registration_of(URI=9),
+    "URI null": registration_of(URI=None),
+    "URI a list": registration_of(URI=["tcp://127.0.0.1:9"]),
+    "URI foo://bar": registration_of(URI="foo://bar"),
+    "URI tcp://": registration_of(URI="tcp://"),
+    "URI empty": registration_of(URI=""),
+    "URI without port": registration_of(URI="tcp://127.0.0.1"),
+    "URI with port 0": registration_of(URI="tcp://127.0.0.1:0"),
+    "URI with port 65536": registration_of(URI="tcp://127.0.0.1:65536"),
+    "URI with a port that is no number": registration_of(URI="tcp://127.0.0.1:nine"),
+    "URI with a newline": registration_of(URI="tcp://127.0.0.1:9\n"),
+    "URI with a blank": registration_of(URI="tcp://127.0.0.1 :9"),
+    "URI of everybody": registration_of(URI="tcp://*:9"),
+    "URI too long": registration_of(URI=f"tcp://{'a.' * 5000}:9"),
+    "service a text": registration_of(service="pub"),
+    "service null": registration_of(service=None),
+    "service with numbers": registration_of(service=["pub", 17]),
+    "service an object": registration_of(service={"pub": 1}),
+    "service empty": registration_of(service=[]),
+    "service with an empty name": registration_of(service=[""]),
+    "service with a long name": registration_of(service=["x" * 10000]),
+    "too many services": registration_of(service=[str(i) for i in range(100000)]),
+    "version a number": registration_of(supported_message_version=1.2),
+    "version unknown": registration_of(supported_message_version="latest"),
+    "backend a number": registration_of(backend=1),
+    "backend unknown": registration_of(backend="carrier pigeon"),
+    "backend a list": registration_of(backend=["unsecure_zmq"]),
+    "no name": registration_of().replace("//address/pub", "//address/"),
+    "no name at all": registration_of().replace("//address/pub", "//address"),
+    "another subject": registration_of().replace("//address/pub", "//something/else"),
+    "not whole": registration_of()[:-5],
+}
+BROKEN_ANNOUNCEMENTS = {
+    key: value if isinstance(value, bytes) else value.encode() for key, value in BROKEN_ANNOUNCEMENTS.items()
+}
+
+
+class TestBrokenAnnouncements:
+    @pytest.mark.parametrize("data", BROKEN_ANNOUNCEMENTS.values(), ids=BROKEN_ANNOUNCEMENTS.keys())
+    def test_by_request_is_answered_but_not_acknowledged_stored_or_passed_on(self, data):
+        with nameserver(), raw_socket(zmq.SUB, config.get("address_publish_port")) as news:
+            news.subscribe(b"pytroll://address")
+            assert register(data).startswith(b"refused: ")
+            assert uris() == []
+            good = registration_of(URI="tcp://127.0.0.1:10")
+            assert register(good) == b"ok"
+            assert uris() == ["tcp://127.0.0.1:10"]
+            while news.poll(50):
+                assert posttroll.Message.decode(news.recv()).data["URI"] == "tcp://127.0.0.1:10"
+
+    def test_several_frames_are_refused(self):
+        with nameserver():
+            answer = raw_request(config.get("broadcast_port"), registration_of().encode(), b"more")
+            assert answer is not None
+            assert answer[0].startswith(b"refused: ")
+            assert uris() == []
+
+    def test_by_datagram(self):
+        """None of them stops the nameserver, and none is found by a lookup."""
+        with nameserver(multicast_enabled=True), multicast_sender() as send:
+            for data in BROKEN_ANNOUNCEMENTS.values():
+                if len(data) < 60000:
+                    send(data)
+            send(registration_of(URI="tcp://127.0.0.1:10"))
+            wait_for(uris)
+            assert uris() == ["tcp://127.0.0.1:10"]
+
+    def test_a_datagram_longer_than_1024_bytes_is_taken_whole(self):
+        aliases = [f"alias-{i:04}-of-many" for i in range(500)]
+        with nameserver(multicast_enabled=True), multicast_sender() as send:
+            send(registration_of(service=aliases))
+            wait_for(lambda: uris(aliases[-1]))
+            (entry,) = posttroll.get_pub_address(aliases[0])
+            assert entry["service"] == aliases
+
+    def test_a_publisher_with_many_aliases_is_found_by_all(self):
+        aliases = [f"alias-{i:04}-of-many" for i in range(500)]
+        publishing = posttroll.Publish("many", aliases=aliases, broadcast_interval=0.05)
+        with nameserver(multicast_enabled=True), publishing:
+            wait_for(lambda: uris(aliases[-1]))
+            assert uris(aliases[-1]) == uris("many")
+
+    def test_fuzzed_registrations(self, tmp_path):
+        """Each is answered; what is stored can be used."""
+        seeds = [(ANNOUNCEMENT % "tcp://127.0.0.1:9").encode(), registration_of(service=["x", "y"]).encode()]
+        log = tmp_path / "log"
+        with running_nameserver("--no-multicast", log) as running:
+            before = memory_of(running)
+            answers = []
+            with raw_socket(zmq.DEALER, config.get("broadcast_port")) as sock:
+                for number, request in enumerate(mutations(seeds, 5000), 1):
+                    sock.send_multipart([b"", request])
+                    if number % 100 == 0:
+                        for _ in range(100):
+                            assert sock.poll(DEADLINE * 1000)
+                            answers.append(sock.recv_multipart()[1])
+            assert {answer.partition(b":")[0] for answer in answers} == {b"ok", b"refused"}
+            assert all(posttroll._is_connectable(uri) for uri in uris())
+            assert_still_serves()
+            assert memory_of(running) < before + 100
+            assert log.stat().st_size < 2_000_000 * FUZZ
+
+    def test_fuzzed_datagrams(self, tmp_path):
+        seeds = [(ANNOUNCEMENT % "tcp://127.0.0.1:9").encode(), registration_of(service=["x", "y"]).encode()]
+        log = tmp_path / "log"
+        with running_nameserver(None, log) as running, multicast_sender() as send:
+            before = memory_of(running)
+            for number, data in enumerate(mutations(seeds, 5000, seed=3), 1):
+                send(data[:60000])
+                if number % 50 == 0:  # as fast as it takes them, so that the kernel drops none
+                    mark = f"mark-{number}"
+                    wait_for(lambda mark=mark: send(registration_of(service=[mark])) or uris(mark))
+            assert all(posttroll._is_connectable(uri) for uri in uris())
+            assert memory_of(running) < before + 100
+            assert log.stat().st_size < 2_000_000 * FUZZ
+
+    @pytest.mark.parametrize(
+        "count", [30_000, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
+    )
+    def test_many_made_up_services(self, tmp_path, count):
+        """Memory and log are bounded, publishers that are known stay, and lookups are answered meanwhile."""
+        log = tmp_path / "log"
+        with running_nameserver("--no-multicast", log) as running:
+            register(registration_of(URI="tcp://127.0.0.1:10", service=["real"]))
+            with raw_socket(zmq.DEALER, config.get("broadcast_port")) as sock:
+                answered = 0
+                for number in range(count):
+                    text = registration_of(
+                        URI=f"tcp://10.1.{number % 250}.1:{number // 250 + 1}", service=[f"s{number}"]
+                    )
+                    sock.send_multipart([b"", text.encode()])
+                    if number % 5000 == 4999:
+                        assert uris("real") == ["tcp://127.0.0.1:10"]
+                        while answered <= number:
+                            assert sock.poll(DEADLINE * 1000)
+                            sock.recv_multipart()
+                            answered += 1
+            assert uris("s1") == ["tcp://10.1.1.1:1"]
+            assert uris("real") == ["tcp://127.0.0.1:10"]
+            assert memory_of(running) < 250
+            assert log.stat().st_size < 6_000_000
+
+
+@contextlib.contextmanager
+def multicast_sender() -> Iterator[Callable[[str | bytes], None]]:
+    sender = posttroll.MulticastSender(config.get("broadcast_port"))
+    try:
+        yield sender
+    finally:
+        sender.close()
+
+
+# -- subscribers --
+
+
+@contextlib.contextmanager
+def raw_publisher(address: str = "tcp://127.0.0.1:*") -> Iterator[tuple[Any, str]]:
+    """Give a publisher socket that is none of ours, to send anything, and its address."""
+    with raw_socket(zmq.XPUB) as sock:
+        sock.bind(address)
+        yield sock, sock.last_endpoint.decode()
+
+
+class TestBrokenMessagesToSubscribers:
+    def test_good_ones_between_broken_ones_are_delivered(self):
+        broken = [value.replace(b"//oper/ns", b"//good") for value in BROKEN_LOOKUPS.values() if len(value) < 1000]
+        broken += [b"pytroll:/", b"pytroll://good", b"pytroll://good info me@host bad v1.01", b"pytroll://\xff\xfe"]
+        with raw_publisher() as (sock, address), posttroll.Subscriber([address]) as subscriber:
+            assert sock.poll(DEADLINE * 1000)
+            for number, data in enumerate(broken):
+                sock.send(data)
+                sock.send_multipart([posttroll.Message("/good", "number", number).encode().encode()])
+            numbers = []
+            while not numbers or numbers[-1] != len(broken) - 1:
+                (message,) = receive(subscriber)
+                if message.type == "number":
+                    numbers.append(message.data)
+            assert numbers == list(range(len(broken)))
+
+    def test_fuzzed_messages(self):
+        data = {"start_time": "2026-11-23T12:00:00", "uri": "/a/b.nc", "list": [1, 2.5, None, {"x": "y"}]}
+        seeds = [
+            posttroll.Message("/good", "info", data).encode().encode(),
+            posttroll.Message("/good", "info", "text").encode().encode(),
+            posttroll.Message("/good", "info", b"\x00\xff" * 20, binary=True).encode().encode(),
+        ]
+        count = 0
+        with raw_publisher() as (sock, address), posttroll.Subscriber([address]) as subscriber:
+            assert sock.poll(DEADLINE * 1000)
+            for data in mutations(seeds, 5000, seed=4):
+                sock.send(b"pytroll:/" + data[9:])
+                if count % 10 == 0:
+                    sock.send(posttroll.Message("/good", "number", count).encode().encode())
+                count += 1
+            numbers = []
+            while not numbers or numbers[-1] < count - 10:
+                (message,) = receive(subscriber)
+                if message.type == "number":
+                    numbers.append(message.data)
+            assert numbers == list(range(0, count, 10))
+
+    def test_several_frames(self):
+        """Frames after the first are messages of their own, as there is nothing else that they could be."""
+        with raw_publisher() as (sock, address), posttroll.Subscriber([address]) as subscriber:
+            assert sock.poll(DEADLINE * 1000)
+            good = posttroll.Message("/good", "info", 1).encode().encode()
+            sock.send_multipart([b"pytroll:/x", b"", b"\xff"])
+            sock.send_multipart([good])
+            assert [message.data for message in receive(subscriber)] == [1]
+
+    def test_an_exception_in_the_loop_leaves_the_subscriber_usable(self):
+        with connected_pair() as (publisher, subscriber):
+            publisher.send(posttroll.Message("/a", "info", 1))
+            publisher.send(posttroll.Message("/a", "info", 2))
+
+            def fail_at_the_first() -> None:
+                for message in subscriber.recv(timeout=DEADLINE):
+                    raise LookupError(message)
+
+            with pytest.raises(LookupError):
+                fail_at_the_first()
+            assert [message.data for message in receive(subscriber)] == [2]
+
+    def test_a_host_that_does_not_resolve_does_not_hold_up_the_others(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            addresses = ["tcp://no-such-host.invalid:9", local_address(publisher.port_number), "tcp://x.invalid:1"]
+            with posttroll.Subscriber(addresses) as subscriber:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a", "info", 1))
+                assert [message.data for message in receive(subscriber)] == [1]
+                assert subscriber.addresses == addresses
+        left = lambda: [thread for thread in threading.enumerate() if thread.name.startswith("resolve")]  # noqa: E731
+        wait_for(lambda: not left())
+
+    def test_a_host_is_used_once_it_resolves(self, monkeypatch):
+        real = socket.getaddrinfo
+        resolvable = threading.Event()
+
+        def lookup(host: Any, *args: Any, **kwargs: Any) -> Any:
+            if host != "late.invalid":
+                return real(host, *args, **kwargs)
+            if not resolvable.is_set():
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return real("127.0.0.1", *args, **kwargs)
+
+        monkeypatch.setattr(socket, "getaddrinfo", lookup)
+        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.05)
+        connected_pair = []
+        monkeypatch.setattr(
+            zmq.Socket, "connect", lambda sock, address, real=zmq.Socket.connect: connected_pair.append(address)
+        )
+        with posttroll.Subscriber(["tcp://late.invalid:9"]) as subscriber:
+            next(subscriber.recv(timeout=0.2))
+            assert connected_pair == []
+            resolvable.set()
+            wait_for(lambda: next(subscriber.recv(timeout=0.05)) or connected_pair)
+        assert connected_pair == ["tcp://late.invalid:9"]
+
+
+class FakeNameserver:
+    """Answers each lookup by what it is told to, and publishes anything on the address port."""
+
+    def __init__(self) -> None:
+        self.context = zmq.Context()
+        self.answer: Any = lambda request: b""
+        self.has_envelope = True
+        self.asked = 0
+        self.lookups = self.context.socket(zmq.ROUTER)
+        self.lookups.bind(local_address(config.get("nameserver_port")))
+        self.news = self.context.socket(zmq.XPUB)
+        self.news.sndhwm = 0
+        self.news.bind(local_address(config.get("address_publish_port")))
+        self.lookups.linger = self.news.linger = 0
+        self.is_stopping = False
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        while not self.is_stopping:
+            if self.lookups.poll(20):
+                *envelope, request = self.lookups.recv_multipart()
+                answer = self.answer(request)
+                self.asked += 1
+                if not self.has_envelope:
+                    envelope = envelope[:1]
+                if answer is not None:
+                    self.lookups.send_multipart([*envelope, *(answer if isinstance(answer, list) else [answer])])
+
+    def __enter__(self) -> FakeNameserver:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.is_stopping = True
+        self.thread.join()
+        self.context.destroy(0)
+
+
+def answer_of(*entries: Any) -> bytes:
+    return posttroll.Message("/oper/ns", "info", list(entries), version="v1.01").encode().encode()
+
+
+class TestBrokenAnswersToLookups:
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"",
+            b"\xff\xfe",
+            b"hello",
+            [b"", b""],
+            posttroll.Message("/oper/ns", "info", 17).encode().encode(),
+            posttroll.Message("/oper/ns", "info", {"URI": "tcp://127.0.0.1:9"}).encode().encode(),
+            answer_of(17, None, "tcp://127.0.0.1:9", {}, {"URI": 9}, {"URI": "foo://bar"}, {"URI": "tcp://x:0"}),
+            b"pytroll://oper/ns info me@host 2026-11-23T12:00:00 v1.01 application/json " + DEEP.encode(),
+            b"pytroll://oper/ns info me@host 2026-11-23T12:00:00 v9.99 application/json []",
+        ],
+    )
+    def test_nothing_is_found(self, answer):
+        with FakeNameserver() as fake:
+            fake.answer = lambda request: answer
+            assert posttroll.get_pub_address("pub", timeout=DEADLINE) == []
+
+    @pytest.mark.parametrize("faulty_hosts", ["localhost", ["localhost", "127.0.0.2"]], ids=["one", "several"])
+    def test_an_answer_without_envelope_is_none(self, faulty_hosts):
+        with FakeNameserver() as fake:
+            fake.answer = lambda request: answer_of()
+            fake.has_envelope = False
+            with pytest.raises(TimeoutError):
+                posttroll.get_pub_address("pub", timeout=0.5, nameserver=faulty_hosts)
+            assert fake.asked
+
+    def test_no_answer_is_a_timeout(self):
+        with FakeNameserver() as fake:
+            fake.answer = lambda request: None
+            with pytest.raises(TimeoutError):
+                posttroll.get_pub_address("pub", timeout=0.1)
+
+    def test_no_nameserver_is_a_timeout(self):
+        with pytest.raises(TimeoutError):
+            posttroll.get_pub_address("pub", timeout=0.1)
+
+    def test_the_good_entries_are_used(self):
+        good = {"URI": "tcp://127.0.0.1:9", "service": ["pub"]}
+        with FakeNameserver() as fake:
+            fake.answer = lambda request: answer_of(17, {"URI": "tcp://"}, good, [], {"service": ["pub"]})
+            assert posttroll.get_pub_address("pub", timeout=DEADLINE) == [good]
+
+    def test_a_subscriber_uses_the_good_entries(self):
+        with posttroll.Publisher("tcp://*:0") as publisher, FakeNameserver() as fake:
+            good = {"URI": local_address(publisher.port_number), "service": ["pub"]}
+            other = {"URI": "tcp://127.0.0.1:9", "service": ["pub"], "backend": 1}
+            fake.answer = lambda request: answer_of({"URI": "tcp://:0"}, None, good, {**good, "URI": 9}, other)
+            with posttroll.Subscribe("pub", timeout=DEADLINE) as subscriber:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a", "info", 1))
+                assert [message.data for message in receive(subscriber)] == [1]
+
+    def test_fuzzed_answers(self):
+        """Lookups return nothing but usable entries, or raise what they document."""
+        seeds = [answer_of({"URI": "tcp://127.0.0.1:9", "service": ["pub"], "backend": "unsecure_zmq"}, {"URI": "x"})]
+        answers = mutations(seeds, 2000, seed=5)
+        with FakeNameserver() as fake:
+            fake.answer = lambda request: next(answers)
+            for _ in range(2000 * FUZZ):
+                for entry in posttroll.get_pub_address("pub", timeout=DEADLINE):
+                    assert posttroll._is_connectable(entry["URI"])
+
+    def test_fuzzed_answers_and_news_to_a_running_subscriber(self):
+        """Nothing on the address port, and no answer, ends a subscriber; afterwards it still follows its service."""
+        seeds = [
+            (ANNOUNCEMENT % "tcp://127.0.0.1:9").encode(),
+            (ANNOUNCEMENT % "tcp://127.0.0.1:9").replace("}", ', "status": false}').encode(),
+        ]
+        answers = mutations([answer_of({"URI": "tcp://127.0.0.1:9", "service": ["pub"]})], 100_000, seed=6)
+        with posttroll.Publisher("tcp://*:0") as publisher, FakeNameserver() as fake:
+            fake.answer = lambda request: next(answers)
+            with posttroll.Subscribe("pub", addr_listener=True, timeout=0.1) as subscriber:
+                wait_for(lambda: next(subscriber.recv(timeout=0.01)) or fake.news.poll(0))
+                for data in mutations(seeds, 3000, seed=7):
+                    fake.news.send(b"pytroll://address" + data[17:])
+                for _ in range(50):
+                    next(subscriber.recv(timeout=0.01))
+                assert not [uri for uri in subscriber.addresses if not posttroll._is_connectable(uri)]
+                fake.news.send((ANNOUNCEMENT % local_address(publisher.port_number)).encode())
+                wait_for(lambda: next(subscriber.recv(timeout=0.01)) or publisher.subscriber_count)
+                publisher.send(posttroll.Message("/a", "info", 1))
+                assert [message.data for message in receive(subscriber)] == [1]
+        left = lambda: [thread for thread in threading.enumerate() if thread.name.startswith("resolve")]  # noqa: E731
+        wait_for(lambda: not left())
+
+
+# -- restarts --
+
+
+class TestRegistrationsAndFailingNameservers:
+    def test_a_nameserver_that_dies_before_it_acknowledges_holds_nobody_up(self):
+        port = config.get("broadcast_port")
+        context = zmq.Context()
+        dying = context.socket(zmq.ROUTER)
+        dying.bind(local_address(port))
+        try:
+            with posttroll.Publish("pub", nameservers=["localhost"], broadcast_interval=0.2):
+                assert dying.poll(DEADLINE * 1000)
+                assert b"//address/pub" in dying.recv_multipart()[-1]
+                dying.close(0)
+                context.term()
+                with nameserver():
+                    wait_for(lambda: uris("pub"))
+        finally:
+            context.destroy(0)
+
+    def test_one_that_never_answers_does_not_delay_another(self):
+        faulty_hosts = ["localhost", "127.0.0.2", "192.0.2.1"]
+        with posttroll.Publish("pub", nameservers=faulty_hosts, broadcast_interval=0.2), nameserver():
+            wait_for(lambda: uris("pub"))
+
+    @pytest.mark.parametrize("options", [["--no-multicast"], []], ids=["by request", "by multicast"])
+    def test_killed_and_restarted(self, options):
+        """Publishers are registered again, and running subscribers find new publishers."""
+        settings = {"nameservers": ["localhost"] if options else None, "broadcast_interval": 0.2}
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(posttroll.Publish("pub", **settings))
+            running = stack.enter_context(nameserver_process(*options))
+            subscriber = stack.enter_context(posttroll.Subscribe("pub", addr_listener=True, timeout=DEADLINE))
+            assert first.wait_for_subscribers(1, DEADLINE)
+            running.kill()
+            running.wait()
+            stack.enter_context(nameserver_process(*options))
+            second = stack.enter_context(posttroll.Publish("pub", **settings))
+            wait_for(lambda: len(uris("pub")) == 2)
+            wait_for(lambda: next(subscriber.recv(timeout=0.01)) or second.subscriber_count)
+            for number, publisher in enumerate((first, second)):
+                publisher.send(posttroll.Message("/a", "info", number))
+            assert sorted(message.data for message in receive(subscriber, 2)) == [0, 1]
+
+    def test_a_receiver_of_addresses_that_fails_ends_the_nameserver(self):
+        """It must not live on deaf: whoever watches over it is to start it again."""
+        code = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import posttroll_ns
+
+def fail(self, data, pub):
+    raise OSError("the disk is on fire")
+
+posttroll_ns.AddressReceiver.process_address_message = fail
+sys.exit(posttroll_ns.main(["--no-multicast"]))
+"""
+        with python(code) as running:
+            await_line(running, "answers on port")
+            with raw_socket(zmq.REQ, config.get("broadcast_port")) as sock:
+                sock.send(registration_of().encode())
+                status, _, err = finish(running)
+            assert status == 1
+            assert "the disk is on fire" in err
+
+    @pytest.mark.parametrize("no_multicast", [True, False])
+    def test_any_order(self, no_multicast):
+        """A subscriber without nameserver and publisher finds both."""
+        faulty_hosts = ["localhost"] if no_multicast else None
+        publish = posttroll.Publish("pub", nameservers=faulty_hosts, broadcast_interval=0.1)
+        with posttroll.Subscribe("pub", timeout=0, addr_listener=True) as subscriber, publish as publisher:
+            with nameserver(multicast_enabled=not no_multicast):  # the last one
+                wait_for(lambda: next(subscriber.recv(timeout=0.01)) or publisher.subscriber_count)
+            publisher.send(posttroll.Message("/a", "info", 1))
+            assert [message.data for message in receive(subscriber)] == [1]
+
+
+# -- networks that fail --
+
+PUBLISH_ALWAYS = """
+import os, sys, threading, posttroll
+publisher = posttroll.Publisher("tcp://*:9000").start()
+end = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), end.set()), daemon=True).start()
+number = 0
+while not end.wait(0.02):
+    publisher.send(posttroll.Message("/a", sys.argv[1], number))
+    number += 1
+publisher.stop()
+"""
+
+PRINT_MESSAGES = """
+import sys, posttroll
+with posttroll.Subscriber([sys.argv[1]]) as subscriber:
+    for message in subscriber.recv():
+        print(message.type, message.data, flush=True)
+"""
+
+
+class TwoHosts:
+    """Two faulty_hosts, that is network namespaces, and a cable between them."""
+
+    ADDRESSES = ("10.203.77.1", "10.203.77.2")
+
+    def __init__(self) -> None:
+        self.names = [f"posttroll{os.getpid()}{letter}" for letter in "ab"]
+        self.links = [f"pt{os.getpid() % 1000000}{letter}" for letter in "ab"]
+        for name in self.names:
+            self.ip("netns", "add", name)
+            self.ip("-n", name, "link", "set", "lo", "up")
+
+    @staticmethod
+    def ip(*args: str) -> None:
+        subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+
+    def plug_in(self) -> None:
+        ends = ["type", "veth", "peer", "name", self.links[1], "netns", self.names[1]]
+        self.ip("link", "add", self.links[0], "netns", self.names[0], *ends)
+        for name, link, address in zip(self.names, self.links, self.ADDRESSES):
+            self.ip("-n", name, "addr", "add", address + "/24", "dev", link)
+            self.ip("-n", name, "link", "set", link, "up")
+
+    def lose_power(self, host: int) -> None:
+        """Take a host away: no packet of it is seen any more, and it forgets everything."""
+        self.ip("-n", self.names[host], "link", "del", self.links[host])
+        self.ip("netns", "del", self.names[host])
+
+    def get_power(self, host: int) -> None:
+        self.names[host] += "x"
+        self.ip("netns", "add", self.names[host])
+        self.plug_in()
+
+    def python(self, host: int, code: str, *args: Any) -> Any:
+        return process("ip", "netns", "exec", self.names[host], sys.executable, "-u", "-c", code, *args)
+
+    def close(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.fixture
+def two_faulty_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoHosts]:
+    monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+    try:
+        created = TwoHosts()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot make network namespaces: {error}")
+    try:
+        yield created
+    finally:
+        created.close()
+
+
+@pytest.mark.network
+class TestNetworkFaults:
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_ZMTP_HEARTBEAT_INTERVAL", "0.3")
+        monkeypatch.setenv("POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT", "1")
+
+    def test_publisher_host_loses_power_and_comes_back_on_the_same_address(self, two_faulty_hosts):
+        two_faulty_hosts.plug_in()
+        with two_faulty_hosts.python(0, PRINT_MESSAGES, f"tcp://{two_faulty_hosts.ADDRESSES[1]}:9000") as subscriber:
+            with two_faulty_hosts.python(1, PUBLISH_ALWAYS, "before"):
+                await_line(subscriber, "before")
+                two_faulty_hosts.lose_power(1)
+            two_faulty_hosts.get_power(1)
+            with two_faulty_hosts.python(1, PUBLISH_ALWAYS, "after"):
+                await_line(subscriber, "after")
+
+    def test_silence_of_a_firewall_that_forgets(self, two_faulty_hosts):
+        """Packets vanish, both faulty_hosts live on; then there are new rules, and another publisher on the same port."""
+        two_faulty_hosts.plug_in()
+        with two_faulty_hosts.python(0, PRINT_MESSAGES, f"tcp://{two_faulty_hosts.ADDRESSES[1]}:9000") as subscriber:
+            with two_faulty_hosts.python(1, PUBLISH_ALWAYS, "before"):
+                await_line(subscriber, "before")
+                two_faulty_hosts.ip(
+                    "-n", two_faulty_hosts.names[1], "route", "add", "blackhole", two_faulty_hosts.ADDRESSES[0] + "/32"
+                )
+            with two_faulty_hosts.python(1, PUBLISH_ALWAYS, "after"):
+                two_faulty_hosts.ip(
+                    "-n", two_faulty_hosts.names[1], "route", "del", "blackhole", two_faulty_hosts.ADDRESSES[0] + "/32"
+                )
+                await_line(subscriber, "after")
+
+    @pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.long)])
+    def test_link_goes_down_and_comes_back(self, two_faulty_hosts, seconds):
+        two_faulty_hosts.plug_in()
+        subscribing = two_faulty_hosts.python(0, PRINT_MESSAGES, f"tcp://{two_faulty_hosts.ADDRESSES[1]}:9000")
+        with subscribing as subscriber, two_faulty_hosts.python(1, PUBLISH_ALWAYS, "message"):
+            await_line(subscriber, "message")
+            two_faulty_hosts.ip("-n", two_faulty_hosts.names[1], "link", "set", two_faulty_hosts.links[1], "down")
+            time.sleep(seconds)  # the duration of the fault, not a wait for something
+            two_faulty_hosts.ip("-n", two_faulty_hosts.names[1], "link", "set", two_faulty_hosts.links[1], "up")
+            sent_at_least = 50 * seconds
+            wait_for(lambda: int(await_line(subscriber, "message").split()[1]) > sent_at_least)
+
+    def test_started_before_there_is_a_network(self, two_faulty_hosts):
+        """All start without any network; then there is an address, later another one."""
+        name = two_faulty_hosts.names[0]
+        two_faulty_hosts.ip("-n", name, "link", "set", "lo", "down")
+        publish = PUBLISH_ALWAYS.replace(
+            'posttroll.Publisher("tcp://*:9000")', 'posttroll.NoisyPublisher("pub", broadcast_interval=0.2)'
+        )
+        subscribe = PRINT_MESSAGES.replace(
+            "posttroll.Subscriber([sys.argv[1]])", "posttroll.Subscribe('pub', addr_listener=True, timeout=0)"
+        )
+        listing = """
+import sys, time, posttroll
+while True:
+    try:
+        addresses = [entry["URI"] for entry in posttroll.get_pub_address("pub", 1)]
+    except TimeoutError:
+        continue
+    print(*addresses, flush=True)
+    time.sleep(0.05)
+"""
+        serve = "import sys, posttroll_ns; sys.exit(posttroll_ns.main([]))"
+        with (
+            two_faulty_hosts.python(0, serve) as server,
+            two_faulty_hosts.python(0, publish, "hello"),
+            two_faulty_hosts.python(0, subscribe) as received,
+        ):
+            await_line(server, "answers on port")
+            two_faulty_hosts.ip("-n", name, "link", "set", "lo", "up")
+            with two_faulty_hosts.python(0, listing) as known:
+                two_faulty_hosts.plug_in()
+                two_faulty_hosts.ip("-n", name, "route", "add", "default", "via", two_faulty_hosts.ADDRESSES[1])
+                await_line(known, f"tcp://{two_faulty_hosts.ADDRESSES[0]}:")
+                await_line(received, "hello")
+                two_faulty_hosts.ip("-n", name, "addr", "add", "10.203.79.1/24", "dev", two_faulty_hosts.links[0])
+                two_faulty_hosts.ip(
+                    "-n", name, "addr", "del", two_faulty_hosts.ADDRESSES[0] + "/24", "dev", two_faulty_hosts.links[0]
+                )
+                two_faulty_hosts.ip("-n", name, "route", "replace", "default", "dev", two_faulty_hosts.links[0])
+                await_line(known, "tcp://10.203.79.1:")
+
+
+# -- ends --
+
+ENDS = {
+    "nameserver": "import posttroll_ns, sys; sys.exit(posttroll_ns.main(['--no-multicast']))",
+    "publisher": """
+import time, posttroll
+with posttroll.Publish("pub", nameservers=["localhost"]) as publisher:
+    print("answers on port", flush=True)
+    while True:
+        publisher.send(posttroll.Message("/a", "info", 1))
+        time.sleep(0.05)
+""",
+    "subscriber": """
+import posttroll
+with posttroll.Subscribe("pub", addr_listener=True, timeout=0) as subscriber:
+    print("answers on port", flush=True)
+    for message in subscriber.recv():
+        print(message)
+""",
+    "subscriber of an address": """
+import posttroll
+with posttroll.Subscriber(["tcp://127.0.0.1:9"]) as subscriber:
+    print("answers on port", flush=True)
+    for message in subscriber:
+        print(message)
+""",
+    "listener": """
+import posttroll
+with posttroll.ListenerContainer(["/a"], services="pub") as listener:
+    print("answers on port", flush=True)
+    while True:
+        listener.output_queue.get()
+""",
+}
+FORGETFUL = {
+    "publisher": "publisher = posttroll.NoisyPublisher('pub', nameservers=['localhost']); publisher.start()",
+    "publisher that has sent": "publisher = posttroll.Publisher('tcp://*:0'); publisher.send('x')",
+    "subscriber": "subscriber = posttroll.Subscriber(['tcp://127.0.0.1:9', 'tcp://x.invalid:9'])",
+    "subscriber of a service": "subscriber = posttroll.NSSubscriber('pub', addr_listener=True, timeout=0).start()",
+    "iteration": "messages = posttroll.Subscriber(['tcp://127.0.0.1:9']).recv(timeout=0.01); next(messages)",
+    "listener": "listener = posttroll.ListenerContainer(['/a'], services='pub')",
+    "address receiver": "import posttroll_ns; receiver = posttroll_ns.AddressReceiver(); receiver.start()",
+    "lookup": """
+try:
+    posttroll.get_pub_address('pub', timeout=0.01)
+except TimeoutError:
+    pass
+""",
+}
+
+
+class TestEnds:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("code", ENDS.values(), ids=ENDS.keys())
+    def test_signals(self, code, number):
+        """SIGTERM of the nameserver is a clean end; elsewhere the signals mean what they mean in Python."""
+        with python(code) as running:
+            await_line(running, "answers on port")
+            running.send_signal(number)
+            status, _, err = finish(running)
+            if code is ENDS["nameserver"]:
+                assert (status, err) == (0, "")
+            elif number == signal.SIGINT:
+                assert "KeyboardInterrupt" in err
+            else:
+                assert status == -signal.SIGTERM
+
+    @pytest.mark.parametrize(
+        "ending", ["", "raise SystemExit(3)", "raise RuntimeError('oh')"], ids=["end", "exit", "error"]
+    )
+    @pytest.mark.parametrize("code", FORGETFUL.values(), ids=FORGETFUL.keys())
+    def test_forgotten_stop(self, code, ending):
+        """A program that ends or fails without stopping anything ends."""
+        with python(f"import posttroll\n{code}\n{ending}\n") as running:
+            status, _, _ = finish(running)
+            assert status == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1)
+
+    def test_fork_after_use(self):
+        """Parent and child can both work; what the parent has made stays the parent's."""
+        code = """
+import os, sys, posttroll
+from posttroll import Message
+
+def talk(publisher, subscriber, data):
+    assert publisher.wait_for_subscribers(1, 20)
+    publisher.send(Message("/a", "info", data))
+    while True:
+        message = next(subscriber.recv(timeout=20))
+        if message.data == data:
+            return
+
+publisher = posttroll.NoisyPublisher("pub", nameservers=["localhost"]).start()
+address = f"tcp://127.0.0.1:{publisher.port_number}"
+subscriber = posttroll.Subscriber([address])
+listener = posttroll.ListenerContainer(["/a"], addresses=[address], nameserver=False)
+talk(publisher, subscriber, "before")
+try:
+    posttroll.get_pub_address("pub", timeout=0.01)
+except TimeoutError:
+    pass
+child = os.fork()
+if not child:
+    for use in (lambda: publisher.send("x"), lambda: next(subscriber.recv(timeout=1))):
+        try:
+            use()
+        except RuntimeError as error:
+            assert "before the fork" in str(error)
+        else:
+            raise AssertionError("It can be used in the child")
+    with posttroll.Publisher("tcp://*:0") as own:
+        with posttroll.Subscriber([f"tcp://127.0.0.1:{own.port_number}"]) as own_subscriber:
+            talk(own, own_subscriber, "child")
+    listener.stop()
+    subscriber.close()
+    publisher.stop()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+talk(publisher, subscriber, "after")
+while listener.output_queue.get(timeout=20).data != "after":
+    pass
+listener.stop()
+subscriber.close()
+publisher.stop()
+print("done")
+"""
+        with python("import warnings; warnings.simplefilter('ignore')\n" + code) as running:
+            status, out, err = finish(running)
+            assert (status, out) == (0, "done\n"), err
+
+    def test_nothing_is_left_open_by_starting_and_stopping(self):
+        """Dozens of rounds leave no file descriptor, no thread and no socket behind."""
+
+        def once() -> None:
+            with posttroll.Publish("pub", nameservers=["localhost"]) as publisher:
+                address = local_address(publisher.port_number)
+                with posttroll.Subscriber([address]) as subscriber:
+                    publisher.wait_for_subscribers(1, DEADLINE)
+                    subscriber.add(local_address(9), ["/other"])
+                    subscriber.remove(local_address(9))
+                posttroll.ListenerContainer(["/a"], services="pub").stop()
+                posttroll.NSSubscriber("pub", timeout=0, addr_listener=True).start().close()
+            receiver = posttroll_ns.AddressReceiver().start()
+            receiver.stop()
+            with nameserver():
+                uris()
+
+        once()
+        before = descriptors_of()
+        for _ in range(20):
+            once()
+        wait_for(lambda: descriptors_of() <= before + 2)
+
+    def test_stop_does_not_wait_for_a_stuck_subscriber(self):
+        """What a subscriber does not take in time is left to the background."""
+        with posttroll.Publisher("tcp://*:0") as publisher, raw_socket(zmq.SUB) as stuck:
+            stuck.rcvhwm = 1
+            stuck.subscribe(b"")
+            stuck.connect(local_address(publisher.port_number))
+            assert publisher.wait_for_subscribers(1, DEADLINE)
+            for _ in range(20_000):
+                publisher.send("x" * 2000)
+            start = time.monotonic()
+            publisher.stop()
+            assert time.monotonic() - start < 10  # not the half minute that the rest may take
+
+
+# -- loss --
+
+
+class TestNothingIsLostInSilence:
+    def test_a_burst_to_a_busy_subscriber_arrives(self):
+        """100,000 messages of 500 bytes, none of which is taken until all are sent; memory stays bounded."""
+        count = 100_000
+        code = """
+import sys, posttroll
+publisher = posttroll.Publisher("tcp://*:0").start()
+print(publisher.port_number, flush=True)
+publisher.wait_for_subscribers(1)
+for number in range(int(sys.argv[1])):
+    publisher.send(posttroll.Message("/burst", "info", f"{number} ".ljust(420, "x")))
+print("sent", flush=True)
+sys.stdin.read()
+print(publisher.dropped)
+"""
+        before = memory_of()
+        with python(code, count) as running:
+            port = int(running.stdout.readline())
+            with posttroll.Subscriber([local_address(port)]) as subscriber:
+                await_line(running, "sent")
+                numbers = [int(message.data.split()[0]) for message in receive(subscriber, count, 60)]
+                assert numbers == list(range(count))
+                assert memory_of(running) < 300
+                assert memory_of() < before + 300
+            out, _ = running.communicate(timeout=DEADLINE)
+            assert out == "0\n"
+
+    def test_many_threads_send(self):
+        """8 threads send 40,000 messages as fast as they can: all arrive, those of a thread in their order."""
+        received: dict[int, list[int]] = {thread: [] for thread in range(8)}
+        with connected_pair() as (publisher, subscriber):
+
+            def send(thread: int) -> None:
+                for number in range(5000):
+                    publisher.send(posttroll.Message("/threads", "info", [thread, number]))
+
+            threads = [threading.Thread(target=send, args=(thread,)) for thread in range(8)]
+            for thread in threads:
+                thread.start()
+            for message in receive(subscriber, 40_000, 60):
+                received[message.data[0]].append(message.data[1])
+            for thread in threads:
+                thread.join()
+            assert publisher.dropped == 0
+        assert received == {thread: list(range(5000)) for thread in range(8)}
+
+    def test_all_that_was_sent_before_stop_arrives(self):
+        with connected_pair() as (publisher, subscriber):
+            for number in range(1000):
+                publisher.send(posttroll.Message("/a", "info", number))
+            publisher.stop()
+            assert [message.data for message in receive(subscriber, 1000)] == list(range(1000))
+
+    def test_loss_is_visible_and_only_of_the_slow(self, caplog):
+        """A subscriber that never reads: counted, logged a few times, and no loss for another one."""
+        config.set(send_high_water_mark=100)
+        count = 20_000
+        with posttroll.Publisher("tcp://*:0", name="pub") as publisher:
+            address = local_address(publisher.port_number)
+            with raw_socket(zmq.SUB) as stuck, posttroll.Subscriber([address]) as good:
+                stuck.rcvhwm = 1
+                stuck.subscribe(b"")
+                stuck.connect(address)
+                assert publisher.wait_for_subscribers(2, DEADLINE)
+                arrived = []
+                for number in range(count):
+                    publisher.send(posttroll.Message("/a", "info", f"{number} ".ljust(2000)))
+                    if number % 50 == 49:
+                        arrived += [int(message.data.split()[0]) for message in receive(good, 50)]
+                assert arrived == list(range(count))
+                assert 0 < publisher.dropped < count
+        warnings = [record for record in caplog.records if "slow subscriber" in record.getMessage()]
+        assert 0 < len(warnings) <= 5
+        assert {record.name for record in warnings} == {"posttroll.publisher"}
+
+    def test_a_busy_subscriber_is_not_taken_for_dead(self):
+        """Its queue is full for several times the time after which silent peers are given up; it gets everything."""
+        config.set(
+            zmtp_heartbeat_interval=0.1,
+            zmtp_heartbeat_timeout=0.3,
+            receive_high_water_mark=100,
+            send_high_water_mark=1_000_000,
+        )
+        with connected_pair() as (publisher, subscriber):
+            for number in range(5000):
+                publisher.send(posttroll.Message("/a", "info", f"{number} ".ljust(5000)))
+            time.sleep(1.5)  # being busy
+            arrived = [int(message.data.split()[0]) for message in receive(subscriber, 5000)]
+            assert arrived == list(range(5000))
+
+    @pytest.mark.parametrize("limit", [0, 100])
+    def test_a_publisher_that_dies_while_its_subscriber_is_busy(self, limit):
+        """The subscriber survives, and hears the next publisher on that port."""
+        config.set(zmtp_heartbeat_interval=0.1, zmtp_heartbeat_timeout=0.3, receive_high_water_mark=limit)
+        code = """
+import sys, posttroll
+publisher = posttroll.Publisher(f"tcp://*:{sys.argv[1]}").start()
+publisher.wait_for_subscribers(1)
+for number in range(5000):
+    publisher.send(posttroll.Message("/a", sys.argv[2], "x" * 5000))
+print("sent", flush=True)
+sys.stdin.read()
+"""
+        port = free_port()
+        with posttroll.Subscriber([local_address(port)]) as subscriber:
+            with python(code, port, "first") as running:
+                await_line(running, "sent")
+            time.sleep(1)  # being busy
+            with python(code, port, "second"):
+                messages = subscriber.recv(timeout=DEADLINE)
+                assert "second" in (message.type for message in messages if message is not None)
+
+    def test_memory_of_a_publisher_that_does_not_send(self):
+        """Subscribers that come and go are noted all the same."""
+        with posttroll.Publish("pub", nameservers=["localhost"], broadcast_interval=0.1) as publisher:
+            before = memory_of()
+            for _ in range(3):
+                with raw_socket(zmq.XSUB, publisher.port_number) as flood:
+                    for number in range(20_000):
+                        flood.send(b"\1pytroll://topic/%d" % number + b"x" * 100)
+                    wait_for(lambda: publisher.subscriber_count >= 20_000)
+                wait_for(lambda: publisher.subscriber_count == 0)
+            assert memory_of() < before + 200
+
+
+# ======================================================================================================================
+# Access control and keys: CURVE on every connection, allow lists, what strangers get
+# ======================================================================================================================
+
+
+LOOPBACK = "127.0.0.1"
+TEXT = "pytroll://data info a@b 2026-01-01T00:00:00 v1.01 text/ascii "
+
+
+class Keys:
+    """Keys of a server, of a client that it knows, and of a stranger; this process and its children use them."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = directory / "keys"
+        self.clients = self.directory / "clients"
+        for name in ("server", "friend", "stranger", "other_server"):
+            posttroll.write_key_pair(name, self.directory)
+        self.clients.mkdir()
+        self.admit("friend")
+        settings = {
+            "BACKEND": "secure_zmq",
+            "SERVER_SECRET_KEY_FILE": self.directory / "server.key_secret",
+            "CLIENTS_PUBLIC_KEYS_DIRECTORY": self.clients,
+            "CLIENT_SECRET_KEY_FILE": self.directory / "friend.key_secret",
+            "SERVER_PUBLIC_KEY_FILE": self.directory / "server.key",
+            # One secure port is enough, and 5558 may be in use.
+            "SECURE_ZMQ_NAMESERVER_PORT": os.environ["POSTTROLL_NAMESERVER_PORT"],
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv("POSTTROLL_" + name, str(value))
+
+    def admit(self, name: str) -> None:
+        """Put the public key of a client into the directory, in one step, as an operator should."""
+        new = self.clients / f"{name}.new"
+        new.write_bytes((self.directory / f"{name}.key").read_bytes())
+        new.rename(self.clients / f"{name}.key")
+
+    def expel(self, name: str) -> None:
+        (self.clients / f"{name}.key").unlink()
+
+    def of(self, kind: str) -> dict[str, str]:
+        """Return the settings of a client that must not get in."""
+        return {
+            "unknown key": {"client_secret_key_file": str(self.directory / "stranger.key_secret")},
+            "no CURVE": {"backend": "unsecure_zmq"},
+            "wrong server key": {"server_public_key_file": str(self.directory / "other_server.key")},
+        }[kind]
+
+
+@pytest.fixture
+def keys(isolated: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keys:
+    return Keys(tmp_path, monkeypatch)
+
+
+strangers = pytest.mark.parametrize("stranger", ["unknown key", "no CURVE", "wrong server key"])
+
+
+@contextlib.contextmanager
+def publishing(**settings: Any) -> Iterator[posttroll.Publisher]:
+    with config.set(settings):
+        publisher = posttroll.Publisher("tcp://*:0").start()
+    with publisher:
+        yield publisher
+
+
+@contextlib.contextmanager
+def subscribing(port: int | None, host: str = LOOPBACK, **settings: Any) -> Iterator[posttroll.Subscriber]:
+    with config.set(settings):
+        subscriber = posttroll.Subscriber([f"tcp://{host}:{port}"])
+    with subscriber:
+        yield subscriber
+
+
+def is_known(name: str) -> bool:
+    """Whether the nameserver knows a publisher of this name."""
+    return bool(posttroll.get_pub_address(name, DEADLINE))
+
+
+def deliver(publisher: Any, subscriber: posttroll.Subscriber, text: str, timeout: float = DEADLINE) -> bool:
+    """Send *text* again and again until the subscriber gets it; return whether it did."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        publisher.send(TEXT + text)
+        message = next(subscriber.recv(timeout=0.05))
+        if message is not None and message.data == text:
+            return True
+    return False
+
+
+def was_refused(caplog: pytest.LogCaptureFixture) -> Callable[[], bool]:
+    """Return the condition that a handshake has failed at one of our servers."""
+    return lambda: "Refused a client at" in caplog.text or "A handshake of" in caplog.text
+
+
+PUBLISHING_PROCESS = """
+import sys, posttroll
+with posttroll.Publish("chain", nameservers=sys.argv[1:] or None) as publisher:
+    print("publishing", flush=True)
+    while not publisher.wait_for_subscribers(1, 1):
+        pass
+    for word in ("one", "two", "three"):
+        publisher.send(posttroll.Message("/chain", "info", word))
+"""
+
+SUBSCRIBING_PROCESS = """
+import sys, posttroll
+with posttroll.Subscribe("chain", "/chain", addr_listener=bool(sys.argv[1:]), timeout=20) as subscriber:
+    for _, message in zip(range(3), subscriber.recv()):
+        print(message.data, flush=True)
+"""
+
+
+class TestSecureChain:
+    """Nameserver, publisher and subscriber in processes of their own, set up by the environment alone."""
+
+    @pytest.mark.parametrize("listen", [True, False], ids=["addr_listener", "lookups"])
+    @pytest.mark.parametrize("multicast", [True, False], ids=["multicast", "no-multicast"])
+    def test_messages_arrive(self, keys, multicast, listen):
+        with nameserver_process(*([] if multicast else ["--no-multicast"])):
+            with python(SUBSCRIBING_PROCESS, *(["listen"] if listen else [])) as subscriber:
+                with python(PUBLISHING_PROCESS, *([] if multicast else ["localhost"])) as publisher:
+                    assert finish(subscriber) == (0, "one\ntwo\nthree\n", "")
+                    assert finish(publisher)[0] == 0
+
+    @pytest.mark.parametrize("setting", ["BACKEND", "CLIENT_SECRET_KEY_FILE"])
+    def test_a_stranger_process_gets_nothing(self, keys, setting):
+        value = {"BACKEND": "unsecure_zmq", "CLIENT_SECRET_KEY_FILE": str(keys.directory / "stranger.key_secret")}
+        environment = {**os.environ, f"POSTTROLL_{setting}": value[setting]}
+        code = "import posttroll; print(posttroll.get_pub_address('chain', 1))"
+        with nameserver_process("--no-multicast"), python(PUBLISHING_PROCESS, "localhost"):
+            wait_for(lambda: is_known("chain"))
+            with python(code, env=environment) as stranger:
+                status, out, err = finish(stranger)
+            assert (status, out) == (1, "")
+            assert "TimeoutError" in err
+
+    def test_the_nameserver_answers_on_a_second_port_where_newer_peers_look(self, keys, monkeypatch):
+        second = free_port()
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", str(second))
+        with nameserver():
+            for port in (second, config.get("nameserver_port")):
+                with config.set(secure_zmq_nameserver_port=port):
+                    assert posttroll.get_pub_address("nobody", DEADLINE) == []
+
+    def test_an_unsecure_nameserver_with_keys_answers_secure_clients_too(self, keys, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", str(free_port()))
+        with config.set(backend="unsecure_zmq"), nameserver():
+            assert posttroll.get_pub_address("nobody", DEADLINE) == []
+            with config.set(backend="secure_zmq"):
+                assert posttroll.get_pub_address("nobody", DEADLINE) == []
+                with config.set(keys.of("unknown key")), pytest.raises(TimeoutError):
+                    posttroll.get_pub_address("nobody", 0.5)
+
+
+class TestStrangers:
+    """Clients without a key on the list, on each kind of connection, beside one that may."""
+
+    @strangers
+    def test_receive_no_messages(self, keys, stranger, caplog):
+        with publishing() as publisher, subscribing(publisher.port_number, **keys.of(stranger)) as outside:
+            wait_for(was_refused(caplog))
+            with subscribing(publisher.port_number) as inside:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(TEXT + "secret")
+                assert [message.data for message in receive(inside)] == ["secret"]
+                assert receive(outside, timeout=0.3) == []
+                assert publisher.subscriber_count == 1
+
+    @strangers
+    def test_get_no_answer_from_the_nameserver(self, keys, stranger):
+        with nameserver():
+            with config.set(keys.of(stranger)), pytest.raises(TimeoutError):
+                posttroll.get_pub_address("", 0.5)
+            assert posttroll.get_pub_address("", DEADLINE) == []
+
+    @strangers
+    def test_cannot_register(self, keys, stranger, caplog):
+        with nameserver():
+            with config.set(keys.of(stranger)):
+                outside = posttroll.NoisyPublisher("outside", nameservers=["localhost"], broadcast_interval=0.1).start()
+            try:
+                wait_for(was_refused(caplog))
+                with posttroll.Publish("inside", nameservers=["localhost"]):
+                    wait_for(lambda: is_known("inside"))
+                assert not is_known("outside")
+            finally:
+                outside.stop()
+
+    @strangers
+    def test_hear_nothing_on_the_address_port(self, keys, stranger, caplog):
+        port = config.get("address_publish_port")
+        with nameserver(), subscribing(port, **keys.of(stranger)) as outside:
+            wait_for(was_refused(caplog))
+            with subscribing(port) as inside:
+                with posttroll.Publish("service", nameservers=["localhost"]):
+                    # The first news may come before the subscription has arrived; later there is more.
+                    numbers = iter(range(1000))
+                    with contextlib.ExitStack() as stack:
+
+                        def hears_news() -> list[posttroll.Message]:
+                            name = f"service{next(numbers)}"
+                            stack.enter_context(posttroll.Publish(name, nameservers=["localhost"]))
+                            return receive(inside, timeout=0.5)
+
+                        wait_for(hears_news)
+                assert receive(outside, timeout=0.3) == []
+
+    def test_a_plain_publisher_injects_nothing_into_a_secure_subscriber(self, keys):
+        with publishing(backend="unsecure_zmq") as outside, publishing() as inside:
+            addresses = [f"tcp://{LOOPBACK}:{publisher.port_number}" for publisher in (outside, inside)]
+            with posttroll.Subscriber(addresses) as subscriber:
+                for _ in range(10):
+                    outside.send(TEXT + "injected")
+                    assert deliver(inside, subscriber, "good")
+                assert outside.subscriber_count == 0
+
+    @pytest.mark.parametrize("greeting", [b"\x01\x00", b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x02\0\0"], ids=["1.0", "2.0"])
+    def test_peers_of_old_protocols_without_security_are_disconnected(self, keys, greeting):
+        with publishing() as publisher, socket.create_connection((LOOPBACK, publisher.port_number)) as peer:
+            peer.settimeout(DEADLINE)
+            peer.sendall(greeting + b"\x01\x02\x01\x00")  # the subscription to everything, in either version
+            publisher.send(TEXT + "secret")
+            received = b""
+            with contextlib.suppress(ConnectionResetError):
+                while True:
+                    chunk = peer.recv(1000)
+                    if not chunk:
+                        break
+                    received += chunk
+                    publisher.send(TEXT + "secret")
+            assert b"secret" not in received
+
+    def test_do_not_slow_the_others_down(self, keys, caplog):
+        kinds = ["unknown key", "no CURVE", "wrong server key"] * 5
+        with publishing() as publisher, contextlib.ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(subscribing(publisher.port_number, **keys.of(kind)))
+            silent = [socket.create_connection((LOOPBACK, publisher.port_number)) for _ in range(50)]
+            try:
+                wait_for(was_refused(caplog))
+                with subscribing(publisher.port_number) as inside:
+                    assert publisher.wait_for_subscribers(1, DEADLINE)
+                    for number in range(5000):
+                        publisher.send(TEXT + str(number))
+                    assert [message.data for message in receive(inside, 5000)] == [str(n) for n in range(5000)]
+                assert publisher.dropped == 0
+            finally:
+                for connection in silent:
+                    connection.close()
+
+
+class TestKeyDirectory:
+    """The directory of the clients' keys may change at any time."""
+
+    @pytest.fixture(autouse=True)
+    def soon_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A client that was refused tries again after this time."""
+        monkeypatch.setattr(posttroll, "_HANDSHAKE_MILLISECONDS", 1000)
+
+    def test_a_client_that_waits_gets_in_when_its_key_is_added(self, keys, caplog):
+        with publishing() as publisher, subscribing(publisher.port_number, **keys.of("unknown key")) as waiting:
+            wait_for(lambda: "is not in" in caplog.text)
+            keys.admit("stranger")
+            assert deliver(publisher, waiting, "welcome", 40)
+
+    def test_without_its_key_a_client_keeps_its_connections_and_gets_no_new_ones(self, keys, caplog):
+        with publishing() as publisher, subscribing(publisher.port_number) as standing:
+            assert deliver(publisher, standing, "before")
+            keys.expel("friend")
+            with subscribing(publisher.port_number) as late:
+                wait_for(lambda: "is not in" in caplog.text)
+                assert deliver(publisher, standing, "after")
+                assert receive(late, timeout=0.3) == []
+
+    def test_a_key_that_is_exchanged_in_place_counts_at_once(self, keys, caplog):
+        with publishing() as publisher:
+            with subscribing(publisher.port_number) as friend:
+                assert deliver(publisher, friend, "friend")
+            new = keys.clients / "new"
+            new.write_bytes((keys.directory / "stranger.key").read_bytes())
+            new.rename(keys.clients / "friend.key")
+            with subscribing(publisher.port_number, **keys.of("unknown key")) as exchanged:
+                assert deliver(publisher, exchanged, "exchanged")
+            with subscribing(publisher.port_number) as friend:
+                wait_for(lambda: "is not in" in caplog.text)
+                publisher.send(TEXT + "no more")
+                assert receive(friend, timeout=0.3) == []
+
+    def test_what_is_no_key_in_the_directory_locks_nobody_out(self, keys, caplog):
+        (keys.clients / "dangling.key").symlink_to(keys.clients / "nothing")
+        (keys.clients / "directory.key").mkdir()
+        (keys.clients / "broken.key").write_text('curve\n    public-key = "too short"\n')
+        (keys.clients / "blank.key").write_text("\n" * 60000)
+        os.mkfifo(keys.clients / "pipe.key")
+        with publishing() as publisher, subscribing(publisher.port_number) as friend:
+            assert deliver(publisher, friend, "good")
+        assert f"{keys.clients / 'broken.key'} is not used" in caplog.text
+
+    def test_without_the_directory_nobody_gets_in(self, keys, caplog):
+        with publishing() as publisher:
+            keys.clients.rename(keys.directory / "moved")
+            with subscribing(publisher.port_number) as friend:
+                wait_for(lambda: "No client is let in" in caplog.text)
+                publisher.send(TEXT + "nobody")
+                assert receive(friend, timeout=0.3) == []
+                (keys.directory / "moved").rename(keys.clients)
+                assert deliver(publisher, friend, "back", 40)
+
+
+class TestHandshakeLog:
+    """Failed handshakes are logged with the address of the peer, a few times a minute."""
+
+    @strangers
+    def test_names_the_address(self, keys, stranger, caplog):
+        text = "Refused a client at 127.0.0.1" if stranger == "unknown key" else "A handshake of 127.0.0.1 failed"
+        with publishing() as publisher:
+
+            def is_logged() -> bool:
+                with subscribing(publisher.port_number, **keys.of(stranger)):
+                    wait_for(was_refused(caplog))
+                found = text in caplog.text  # one that has gone too soon has no address any more
+                caplog.clear()
+                return found
+
+            # With the limit out of the way, as a lost race for the address uses it up.
+            posttroll._authenticators[os.getpid()]._log.BURST = 1000
+            wait_for(is_logged)
+
+    def test_is_limited(self, keys, caplog):
+        with publishing() as publisher, publishing() as other:
+            for _ in range(3 * posttroll._LimitedLogger.BURST):
+                with subscribing(publisher.port_number, **keys.of("unknown key")) as outside:
+                    # Of two in a row, the first has been refused when the second has been let in.
+                    with subscribing(other.port_number) as inside:
+                        assert deliver(other, inside, "in")
+                    assert receive(outside, timeout=0.01) == []
+            lines = [record.getMessage() for record in caplog.records if "Refused a client" in record.getMessage()]
+            assert 1 <= len(lines) <= posttroll._LimitedLogger.BURST
+
+    def test_a_flood_of_broken_handshakes_leaves_nothing_behind(self, keys):
+        with publishing() as publisher, subscribing(publisher.port_number) as friend:
+            assert deliver(publisher, friend, "before")
+            descriptors = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
+            before = descriptors()
+            for _ in range(1000):
+                with socket.create_connection((LOOPBACK, publisher.port_number)) as peer:
+                    peer.sendall(b"GET / HTTP/1.0\r\n\r\n" * 5)
+            assert deliver(publisher, friend, "after")
+            wait_for(lambda: descriptors() <= before + 2)
+            service = posttroll._authenticators[os.getpid()]
+            wait_for(lambda: all(len(peers) <= 2 for peers in list(service._monitors.values())))
+
+
+class FakePublisher:
+    """A plain TCP port that speaks ZMTP without security to whoever connects, and records what it gets."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.heard: list[bytes] = []
+        self._listener = socket.socket()
+        self._listener.bind((LOOPBACK, 0))
+        self._listener.listen(100)
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection:
+                self.heard.append(self._talk(connection))
+
+    def _talk(self, connection: socket.socket) -> bytes:
+        """Offer a message; return all that the other side said until it went."""
+        heard = b""
+        message = (TEXT + "injected").encode()
+        frame = b"\x00" + bytes([len(message)]) + message
+        connection.settimeout(DEADLINE)
+        ready = b"\x05READY\x0bSocket-Type\0\0\0\x03PUB"
+        offers = {
+            "3.1": b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01NULL".ljust(64, b"\0") + b"\x04" + bytes([len(ready)]) + ready,
+            "2.0": b"\xff\0\0\0\0\0\0\0\x01\x7f\x01\x01\0\0",
+            "1.0": b"\x01\x00",
+        }
+        if self.version == "1.0":
+            frame = bytes([len(message) + 1, 0]) + message
+        with contextlib.suppress(OSError):
+            connection.sendall(offers[self.version] + frame)
+            while True:
+                chunk = connection.recv(1000)
+                if not chunk:
+                    break
+                heard += chunk
+        return heard
+
+    def __enter__(self) -> FakePublisher:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(DEADLINE)
+
+
+def announce_falsely(name: str, **data: Any) -> None:
+    """Send an announcement by multicast, as anybody can."""
+    data.setdefault("service", [name])
+    text = posttroll.Message(f"/address/{name}", "info", data, version="v1.01").encode()
+    sender = posttroll.MulticastSender(config.get("broadcast_port"))
+    try:
+        sender(text)
+    finally:
+        sender.close()
+
+
+class TestFalseAnnouncements:
+    """Anybody can send a datagram; a secure process takes nothing from where it leads."""
+
+    @pytest.mark.parametrize("version", ["3.1", "2.0", "1.0"])
+    @pytest.mark.parametrize("backend", ["unsecure_zmq", "secure_zmq", None])
+    @pytest.mark.parametrize("listen", [True, False], ids=["addr_listener", "lookups"])
+    def test_no_plain_connection_is_made(self, keys, backend, listen, version):
+        extras = {} if backend is None else {"backend": backend}
+        with nameserver(multicast_enabled=True), FakePublisher(version) as fake:
+            uri = f"tcp://{LOOPBACK}:{fake.port}"
+
+            def announced() -> bool:
+                announce_falsely("service", URI=uri, **extras)
+                return is_known("service")
+
+            wait_for(announced)
+            with posttroll.Subscribe("service", "", addr_listener=listen) as subscriber:
+
+                def has_tried() -> bool:
+                    assert next(subscriber.recv(timeout=0.05)) is None
+                    return bool(fake.heard)
+
+                wait_for(has_tried)
+                with posttroll.Publish("service") as genuine:
+                    assert deliver(genuine, subscriber, "good", 40)
+                assert receive(subscriber, timeout=0.1) == []
+        for heard in fake.heard:  # the greeting of ZMTP 3 with CURVE, or its beginning, and nothing that follows it
+            assert len(heard) <= 64
+            assert heard[12:32].rstrip(b"\0") in (b"CURVE", b"")
+
+    def test_a_false_backend_hides_no_secure_publisher(self, keys):
+        with publishing() as publisher, nameserver(multicast_enabled=True):
+            uri = f"tcp://{LOOPBACK}:{publisher.port_number}"
+
+            def announced() -> bool:
+                announce_falsely("service", URI=uri, backend="unsecure_zmq")
+                return is_known("service")
+
+            wait_for(announced)
+            with posttroll.Subscriber(posttroll.get_pub_address("service", DEADLINE)) as subscriber:
+                assert deliver(publisher, subscriber, "direct")
+            with posttroll.Subscribe("service", "") as subscriber:
+                assert deliver(publisher, subscriber, "followed")
+
+    @pytest.mark.parametrize("uri", ["inproc://commands", "ipc:///tmp/somewhere", "udp://224.0.0.1:5", "tcp://*:9000"])
+    def test_only_tcp_addresses_of_others_are_used(self, keys, uri, caplog):
+        with nameserver(multicast_enabled=True):
+
+            def refused() -> bool:
+                announce_falsely("service", URI=uri)
+                return "Refused an announcement from" in caplog.text
+
+            wait_for(refused)
+            assert not is_known("service")
+        assert posttroll._addresses_in(posttroll.Message("/a", "info", [{"URI": uri}]).encode().encode()) == []
+        with posttroll.Subscriber([]) as subscriber:
+            follower = posttroll._Follower(subscriber, ["service"], [], listen=False)
+            follower.add("localhost", {"URI": uri, "service": ["service"]})
+            assert subscriber.addresses == []
+
+    def test_the_nameserver_keeps_a_limited_number(self, keys):
+        with config.set(max_services=10), nameserver(multicast_enabled=True):
+            with posttroll.Publish("genuine", broadcast_interval=0.5):
+                wait_for(lambda: is_known("genuine"))
+                for number in range(100):
+                    announce_falsely(f"false{number}", URI=f"tcp://{LOOPBACK}:{10000 + number}")
+                wait_for(lambda: len(posttroll.get_pub_address("", DEADLINE)) == 10)
+                assert is_known("genuine")
+
+    def test_a_subscriber_connects_to_a_limited_number(self, keys, monkeypatch):
+        monkeypatch.setattr(posttroll._Follower, "LIMIT", 10)
+        with posttroll.Subscriber([]) as subscriber:
+            follower = posttroll._Follower(subscriber, [""], [], listen=False)
+            for number in range(100):
+                follower.add("localhost", {"URI": f"tcp://{LOOPBACK}:{10000 + number}", "service": ["x"]})
+            assert len(subscriber.addresses) == 10
+
+    def test_names_are_resolved_by_a_limited_number_of_threads(self, keys, monkeypatch):
+        go_on = threading.Event()
+        asked: list[str] = []
+
+        def slow_getaddrinfo(host: str, *args: Any) -> Any:
+            asked.append(host)
+            go_on.wait(DEADLINE)
+            raise socket.gaierror("unknown")
+
+        monkeypatch.setattr(socket, "getaddrinfo", slow_getaddrinfo)
+        try:
+            with posttroll.Subscriber([]) as subscriber:
+                follower = posttroll._Follower(subscriber, [""], [], listen=False)
+                for number in range(200):
+                    follower.add("localhost", {"URI": f"tcp://host{number}.example:9000", "service": ["x"]})
+                assert receive(subscriber, timeout=0.1) == []
+                assert 1 <= len(asked) <= 20
+        finally:
+            go_on.set()
+        wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("resolve")])
+
+
+# -- who may connect from where --
+
+# What a client gets on each port of a host: an answer where it asks, a finished handshake where it subscribes.
+PROBE = """
+import json, sys, time, posttroll, zmq
+from posttroll import config
+host, publisher_port, name, patience = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+uri = "tcp://%s:9999" % name
+announcement = posttroll.Message("/address/" + name, "info", {"URI": uri, "service": [name]}, version="v1.01").encode()
+ports = {
+    "lookup": (zmq.REQ, config.get("nameserver_port"), posttroll._request_for("")),
+    "registration": (zmq.REQ, config.get("broadcast_port"), announcement.encode()),
+    "news": (zmq.SUB, config.get("address_publish_port"), None),
+    "messages": (zmq.SUB, publisher_port, None),
+}
+poller, waiting = zmq.Poller(), {}
+for what, (kind, port, request) in ports.items():
+    sock = posttroll.set_up_client_socket(kind, "")
+    source = sock if request else sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    sock.connect("tcp://%s:%d" % (host, port))
+    if request:
+        sock.send(request)
+    poller.register(source, zmq.POLLIN)
+    waiting[source] = what
+    ports[what] = sock
+try:
+    sender = posttroll.MulticastSender(config.get("broadcast_port"))
+except OSError as error:
+    sender = None
+reached, deadline = [], time.monotonic() + patience
+while waiting and time.monotonic() < deadline:
+    if sender:
+        sender(announcement.replace(name, name + "_multicast"))
+    for source, _ in poller.poll(100):
+        poller.unregister(source)
+        reached.append(waiting.pop(source))
+print(json.dumps(sorted(reached)))
+posttroll.destroy_context(0)
+"""
+
+PUBLISHER = """
+import sys, posttroll
+with posttroll.Publisher("tcp://*:%s" % sys.argv[1]):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+EVERYTHING = ["lookup", "messages", "news", "registration"]
+
+
+def may_make_namespaces() -> bool:
+    """Whether this machine and user can make network namespaces."""
+    if os.name != "posix" or os.getuid() != 0:
+        return False
+    name = f"posttroll-try-{os.getpid()}"
+    try:
+        if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+            return False
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+    except OSError:
+        return False
+    return True
+
+
+class Hosts:
+    """Two network namespaces with a cable between them: *here* run the servers, *there* is another host."""
+
+    HERE, THERE = "10.213.7.1", "10.213.7.2"
+
+    def __init__(self) -> None:
+        self.here, self.there = f"posttroll-here-{os.getpid()}", f"posttroll-there-{os.getpid()}"
+        self.hosts_file = Path("/etc/netns") / self.here / "hosts"
+
+    def _ip(self, *args: str) -> None:
+        subprocess.run(["ip", *args], check=True)
+
+    def __enter__(self) -> Hosts:
+        for namespace, address in ((self.here, self.HERE), (self.there, self.THERE)):
+            self._ip("netns", "add", namespace)
+            self._ip("-n", namespace, "link", "set", "lo", "up")
+            if namespace == self.there:
+                self._ip("-n", self.here, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", self.there)
+        for namespace, address in ((self.here, self.HERE), (self.there, self.THERE)):
+            self._ip("-n", namespace, "addr", "add", address + "/24", "dev", "cable")
+            self._ip("-n", namespace, "link", "set", "cable", "up")
+        # As on hosts that share an address: whoever asks the kernel by binding is told that every address is its own.
+        self._ip("netns", "exec", self.here, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_nonlocal_bind")
+        self.hosts_file.parent.mkdir(parents=True)
+        self.hosts_file.write_text(f"127.0.0.1 localhost\n{self.THERE} neighbour\n")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.hosts_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.hosts_file.parent.rmdir()
+            self.hosts_file.parent.parent.rmdir()
+        for namespace in (self.here, self.there):
+            subprocess.run(["ip", "netns", "delete", namespace], check=False)
+
+    def run(self, namespace: str, *args: Any, **settings: str) -> Any:
+        """Run Python there, with multicast over the cable."""
+        environment = {**os.environ, **settings}
+        environment["POSTTROLL_MULTICAST_INTERFACE"] = self.HERE if namespace == self.here else self.THERE
+        return process("ip", "netns", "exec", namespace, sys.executable, "-u", *args, env=environment)
+
+    def probe(self, namespace: str, port: int, name: str, patience: float, **settings: str) -> list[str]:
+        """Return what a client in *namespace* reaches of the servers here."""
+        with self.run(namespace, "-c", PROBE, self.HERE, port, name, patience, **settings) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        return json.loads(out)
+
+    def known(self, name: str) -> bool:
+        """Whether the nameserver here knows a publisher of this name."""
+        code = "import posttroll, sys; print(len(posttroll.get_pub_address(sys.argv[1], 15)))"
+        with self.run(self.here, "-c", code, name) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        return out.strip() != "0"
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    if not may_make_namespaces():
+        pytest.skip("this needs network namespaces")
+    with Hosts() as made:
+        yield made
+
+
+@pytest.mark.network
+class TestFromElsewhere:
+    """Clients on another host, with and without a place on the list of addresses."""
+
+    @contextlib.contextmanager
+    def servers(self, hosts: Hosts, *args: str, **settings: str) -> Iterator[int]:
+        """Run a nameserver and a publisher here; give the port of the publisher."""
+        port = free_port()
+        with hosts.run(hosts.here, NAMESERVER, *args, **settings) as running:
+            await_line(running, "answers on port")
+            with hosts.run(hosts.here, "-c", PUBLISHER, port, **settings) as publisher:
+                await_line(publisher, "ready")
+                yield port
+
+    @pytest.mark.parametrize(
+        ("entries", "backend"),
+        [
+            ("10.213.7.2", "secure_zmq"),
+            ("10.213.0.0/16", "unsecure_zmq"),
+            ("nowhere.invalid neighbour", "unsecure_zmq"),
+            ("nowhere.invalid neighbour", "secure_zmq"),
+        ],
+    )
+    def test_those_on_the_list_get_in(self, keys, hosts, backend, entries, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_BACKEND", backend)
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", str(free_port()))
+        with self.servers(hosts, "--no-multicast", POSTTROLL_AUTHORIZED_CLIENT_ADDRESSES=entries) as port:
+            assert hosts.probe(hosts.there, port, "there", DEADLINE) == EVERYTHING
+
+    @pytest.mark.parametrize(
+        ("entries", "backend"),
+        [
+            ("192.0.2.0/24", "secure_zmq"),
+            ("nowhere.invalid", "unsecure_zmq"),
+            ("nowhere.invalid", "secure_zmq"),
+            ("10.213.7.2/33", "unsecure_zmq"),
+            ("[]", "unsecure_zmq"),
+        ],
+    )
+    def test_all_others_stay_out(self, keys, hosts, backend, entries, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_BACKEND", backend)
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", str(free_port()))
+        with self.servers(hosts, "--no-multicast", POSTTROLL_AUTHORIZED_CLIENT_ADDRESSES=entries) as port:
+            assert hosts.probe(hosts.here, port, "here", DEADLINE) == EVERYTHING
+            assert hosts.probe(hosts.there, port, "there", 1) == []
+            assert not hosts.known("there")
+
+    @pytest.mark.parametrize(("entries", "is_in"), [("10.213.7.0/24", True), ("nowhere.invalid", False)])
+    def test_the_list_holds_for_multicast(self, hosts, entries, is_in):
+        with self.servers(hosts, POSTTROLL_AUTHORIZED_CLIENT_ADDRESSES=entries) as port:
+            reached = hosts.probe(hosts.there, port, "there", 1)
+            assert reached == (["lookup", "messages", "news"] if is_in else [])
+            hosts.probe(hosts.here, port, "here", 1)
+            assert hosts.known("here_multicast")
+            assert hosts.known("there_multicast") == is_in
+
+    @pytest.mark.parametrize("backend", ["unsecure_zmq", "secure_zmq"])
+    @pytest.mark.parametrize("multicast", [True, False], ids=["multicast", "no-multicast"])
+    def test_local_only(self, keys, hosts, multicast, backend, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_BACKEND", backend)
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", str(free_port()))
+        arguments = ["--local-only"] + ([] if multicast else ["--no-multicast"])
+        with self.servers(hosts, *arguments) as port:
+            assert hosts.probe(hosts.there, port, "there", 1) == ["messages"]  # the publisher is not meant by it
+            expected = [what for what in EVERYTHING if what != "registration" or not multicast]
+            assert hosts.probe(hosts.here, port, "here", 1 if multicast else DEADLINE) == expected
+            assert hosts.known("here_multicast" if multicast else "here")
+            assert not hosts.known("there_multicast")
+            assert not hosts.known("there")
+
+
+class TestOwnAddresses:
+    """The host itself is never locked out, whatever the list says."""
+
+    @pytest.mark.parametrize("backend", ["unsecure_zmq", "secure_zmq"])
+    def test_a_list_of_others_lets_the_host_itself_in(self, keys, backend):
+        with config.set(backend=backend), publishing(authorized_client_addresses=["192.0.2.1"]) as publisher:
+            for host in {"localhost", LOOPBACK, "127.0.0.9", posttroll.get_own_ip()}:
+                with subscribing(publisher.port_number, host) as subscriber:
+                    assert deliver(publisher, subscriber, host)
+
+    def test_ipc_is_the_host_itself(self, tmp_path):
+        address = f"ipc://{tmp_path / 'socket'}"
+        with config.set(authorized_client_addresses=[]), posttroll.Publisher(address) as publisher:
+            with posttroll.Subscriber([address]) as subscriber:
+                assert deliver(publisher, subscriber, "here")
+
+    def test_an_address_of_another_host_is_no_own_one(self):
+        assert not posttroll._is_own_address("192.0.2.1")
+        assert not posttroll._is_own_address("::ffff:192.0.2.1")
+        assert not posttroll._is_own_address("2001:db8::1")
+        assert posttroll._is_own_address("::ffff:127.0.0.1")
+
+    def test_ipv6_mapped_addresses_are_found_on_the_list(self):
+        with config.set(authorized_client_addresses=["10.1.0.0/16", "2001:db8::/32"]):
+            rules = posttroll._AccessRules()
+        assert not rules.refuses_address("::ffff:10.1.2.3")
+        assert not rules.refuses_address("2001:db8::7")
+        assert rules.refuses_address("10.2.0.1")
+        assert rules.refuses_address("2001:db9::7")
+
+    def test_a_list_that_is_no_list_is_an_error(self):
+        with pytest.raises(posttroll.ConfigurationError, match="authorized_client_addresses"):
+            with publishing(authorized_client_addresses=7):
+                pass
+
+
+# -- keys --
+
+
+class TestGenerateKeys:
+    """``posttroll-generate-keys``."""
+
+    @staticmethod
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    @pytest.mark.parametrize("umask", [0, 0o022, 0o077, 0o777])
+    def test_modes_do_not_depend_on_the_umask(self, tmp_path, umask):
+        before = os.umask(umask)
+        try:
+            posttroll.write_key_pair("host", tmp_path)
+        finally:
+            os.umask(before)
+        assert self.mode(tmp_path / "host.key") == 0o644
+        assert self.mode(tmp_path / "host.key_secret") == 0o600
+
+    def test_a_new_directory_is_not_open_to_all(self, tmp_path):
+        before = os.umask(0)
+        try:
+            posttroll.write_key_pair("host", tmp_path / "new")
+        finally:
+            os.umask(before)
+        assert self.mode(tmp_path / "new") & 0o022 == 0
+
+    @pytest.mark.parametrize("existing", ["host.key", "host.key_secret"])
+    def test_existing_keys_are_not_overwritten(self, tmp_path, existing, capsys):
+        (tmp_path / existing).write_text("precious")
+        with pytest.raises(SystemExit, match="exists already"):
+            posttroll.generate_keys(["host", "-d", str(tmp_path)])
+        assert (tmp_path / existing).read_text() == "precious"
+        assert os.listdir(tmp_path) == [existing]
+
+    def test_force_overwrites(self, tmp_path, capsys):
+        posttroll.generate_keys(["host", "-d", str(tmp_path)])
+        old = (tmp_path / "host.key_secret").read_text()
+        (tmp_path / "host.key_secret").chmod(0o666)
+        posttroll.generate_keys(["host", "-d", str(tmp_path), "--force"])
+        assert (tmp_path / "host.key_secret").read_text() != old
+        assert self.mode(tmp_path / "host.key_secret") == 0o600
+        assert sorted(os.listdir(tmp_path)) == ["host.key", "host.key_secret"]
+
+    @pytest.mark.parametrize("force", [True, False])
+    def test_links_are_not_followed(self, tmp_path, force):
+        (tmp_path / "keys").mkdir()
+        elsewhere = tmp_path / "elsewhere"
+        (tmp_path / "keys" / "host.key_secret").symlink_to(elsewhere)
+        if force:
+            posttroll.write_key_pair("host", tmp_path / "keys", force=True)
+            assert not (tmp_path / "keys" / "host.key_secret").is_symlink()
+        else:
+            with pytest.raises(FileExistsError):
+                posttroll.write_key_pair("host", tmp_path / "keys")
+        assert not elsewhere.exists()
+
+    def test_the_script_writes_a_pair_that_fits(self, tmp_path):
+        with process(sys.executable, LIBRARY, "generate-keys", "host", "-d", tmp_path) as running:
+            status, out, _ = finish(running)
+        assert (status, out.split()) == (0, [str(tmp_path / "host.key"), str(tmp_path / "host.key_secret")])
+        keys = posttroll._read_keys(str(tmp_path / "host.key_secret"))
+        assert zmq.curve_public(keys["secret"]) == keys["public"]
+        assert posttroll._read_keys(str(tmp_path / "host.key")) == {"public": keys["public"]}
+
+    def test_a_directory_that_cannot_be_written_is_an_error(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(SystemExit, match="posttroll-generate-keys: "):
+            posttroll.generate_keys(["host", "-d", str(tmp_path / "file")])
+
+    @pytest.mark.parametrize(
+        ("mode", "is_warned_about"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)]
+    )
+    def test_a_secret_key_that_others_can_read_is_warned_about(self, keys, mode, is_warned_about, caplog):
+        path = keys.directory / "server.key_secret"
+        path.chmod(mode)
+        with publishing():
+            pass
+        assert (f"server_secret_key_file: {path} is readable by others" in caplog.text) == is_warned_about
+
+
+def start_publisher() -> None:
+    posttroll.Publisher("tcp://*:0").start().stop()
+
+
+def start_subscriber() -> None:
+    posttroll.Subscriber([f"tcp://{LOOPBACK}:9"]).close()
+
+
+def start_subscriber_by_name() -> None:
+    posttroll.Subscriber(["tcp://nowhere.invalid:9"]).close()
+
+
+def add_address() -> None:
+    with posttroll.Subscriber([]) as subscriber:
+        subscriber.add("tcp://nowhere.invalid:9")
+
+
+def subscribe() -> None:
+    posttroll.NSSubscriber("service", timeout=0).start().close()
+
+
+def look_up_service() -> None:
+    posttroll.get_pub_address("service", 1)
+
+
+def run_nameserver() -> None:
+    server = posttroll_ns.NameServer(multicast_enabled=False)
+    server.run(when_ready=server.stop)
+
+
+def register_service() -> None:
+    posttroll.NoisyPublisher("service", nameservers=["localhost"]).start().stop()
+
+
+def register_by_name() -> None:
+    posttroll.NoisyPublisher("service", nameservers=["nowhere.invalid"]).start().stop()
+
+
+SERVER_SETTINGS = ["server_secret_key_file", "clients_public_keys_directory"]
+CLIENT_SETTINGS = ["client_secret_key_file", "server_public_key_file"]
+
+
+class TestMissingKeys:
+    """What is wrong with the keys is an error of the call, which names the setting and the file."""
+
+    @pytest.mark.parametrize("fault", ["missing setting", "missing file", "unreadable", "malformed", "wrong kind"])
+    @pytest.mark.parametrize(
+        ("call", "setting"),
+        [(call, setting) for call in (start_publisher, run_nameserver) for setting in SERVER_SETTINGS]
+        + [
+            (call, setting)
+            for call in (start_subscriber, start_subscriber_by_name, add_address, subscribe, look_up_service)
+            for setting in CLIENT_SETTINGS
+        ]
+        + [
+            (call, setting)
+            for call in (register_service, register_by_name)
+            for setting in SERVER_SETTINGS + CLIENT_SETTINGS
+        ],
+    )
+    def test_is_an_error_that_names_setting_and_file(self, keys, tmp_path, monkeypatch, call, setting, fault):
+        path = tmp_path / "bad"
+        if fault == "missing setting":
+            monkeypatch.delenv("POSTTROLL_" + setting.upper())
+        else:
+            monkeypatch.setenv("POSTTROLL_" + setting.upper(), str(path))
+        if fault == "malformed":
+            path.write_text('curve\n    public-key = "{0}"\n    secret-key = "{0}"\n'.format("\\" * 40))
+        elif fault == "wrong kind":
+            path.write_text("curve\n    no-key = 7\n")
+        elif fault == "unreadable" and setting != "clients_public_keys_directory":
+            path.mkdir()
+        with pytest.raises(posttroll.ConfigurationError, match=setting) as caught:
+            call()
+        assert fault == "missing setting" or str(path) in str(caught.value)
+
+    def test_the_nameserver_script_says_so_and_ends(self, keys, monkeypatch):
+        monkeypatch.delenv("POSTTROLL_SERVER_SECRET_KEY_FILE")
+        with process(sys.executable, NAMESERVER, "--no-multicast") as running:
+            status, _, err = finish(running)
+        assert status == 1
+        assert "server_secret_key_file" in err
+
+    def test_keys_that_break_while_running_do_not_end_the_announcing(self, keys, monkeypatch, caplog):
+        monkeypatch.setattr(posttroll._NameserverTarget, "RENEWAL", 0.2)
+        publisher = posttroll.NoisyPublisher("service", nameservers=["localhost"], broadcast_interval=0.1).start()
+        try:
+            broken = keys.directory / "friend.key_secret"
+            content = broken.read_text()
+            broken.write_text("")
+            wait_for(lambda: "client_secret_key_file" in caplog.text)
+            broken.write_text(content)
+            with nameserver():
+                wait_for(lambda: is_known("service"), 40)
+        finally:
+            publisher.stop()
+
+
+# -- one authenticator for all --
+
+
+def access_control_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "posttroll access control"]
+
+
+class TestAuthenticator:
+    """One thread answers for all server sockets of the context, as long as there are any."""
+
+    def test_nothing_runs_without_need(self):
+        with publishing(), nameserver():
+            assert access_control_threads() == []
+
+    def test_it_is_shared_and_ends_with_the_last(self, keys):
+        with publishing() as first:
+            with publishing() as second, nameserver():
+                assert len(access_control_threads()) == 1
+                with subscribing(second.port_number) as subscriber:
+                    assert deliver(second, subscriber, "second")
+            with subscribing(first.port_number) as subscriber:
+                assert deliver(first, subscriber, "first")
+            assert len(access_control_threads()) == 1
+        assert access_control_threads() == []
+
+    def test_one_that_stops_takes_nothing_from_the_others(self, keys):
+        """Many times, with connections that stand and connections that fail on all of them."""
+        with publishing() as lasting:
+            for number in range(15):
+                with publishing() as passing, subscribing(passing.port_number) as subscriber:
+                    with subscribing(passing.port_number, **keys.of("no CURVE")):
+                        assert deliver(passing, subscriber, "passing")
+                with subscribing(lasting.port_number) as subscriber:
+                    assert deliver(lasting, subscriber, str(number))
+
+    def test_a_nameserver_that_stops_takes_nothing_from_the_publishers(self, keys):
+        with publishing() as publisher:
+            with nameserver():
+                assert not is_known("service")
+            with subscribing(publisher.port_number) as subscriber:
+                assert deliver(publisher, subscriber, "still here")
+
+    def test_a_new_one_works_after_all_have_stopped(self, keys):
+        for number in range(5):
+            with publishing() as publisher, subscribing(publisher.port_number) as subscriber:
+                assert deliver(publisher, subscriber, str(number))
+            assert access_control_threads() == []
+
+    def test_a_new_one_works_in_a_new_context(self, keys):
+        publisher = posttroll.Publisher("tcp://*:0").start()
+        posttroll.destroy_context(0)
+        publisher.stop()
+        with publishing() as publisher, subscribing(publisher.port_number) as subscriber:
+            assert deliver(publisher, subscriber, "new")
+
+    def test_publishers_stop_in_many_threads_at_once(self, keys):
+        with publishing() as lasting:
+            publishers = [posttroll.Publisher("tcp://*:0").start() for _ in range(8)]
+            threads = [threading.Thread(target=publisher.stop) for publisher in publishers]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(DEADLINE)
+            with subscribing(lasting.port_number) as subscriber:
+                assert deliver(lasting, subscriber, "still here")
+
+
+class TestSocketsOfTheProgram:
+    """A program's own sockets in our context behave as they do without us."""
+
+    @pytest.fixture
+    def access_control(self, keys: Keys) -> Iterator[None]:
+        with publishing():
+            yield
+
+    @staticmethod
+    def exchange(**options: Any) -> bool:
+        """Whether a client of this kind gets an answer from a server of this kind."""
+        context = posttroll.get_context()
+        public, secret = zmq.curve_keypair()
+        with context.socket(zmq.REP) as server, context.socket(zmq.REQ) as client:
+            server.linger = client.linger = 0
+            if options.pop("curve", False):
+                server.curve_server, server.curve_secretkey = True, secret
+                client.curve_serverkey = public
+                client.curve_publickey, client.curve_secretkey = zmq.curve_keypair()
+            if options.pop("plain", False):
+                server.plain_server = True
+                client.plain_username, client.plain_password = b"user", b"guess"
+            for name, value in options.items():
+                setattr(server, name, value)
+            client.connect(f"tcp://{LOOPBACK}:{server.bind_to_random_port('tcp://' + LOOPBACK)}")
+            client.send(b"question")
+            return bool(server.poll(1000))
+
+    def test_plain_ones(self, access_control):
+        assert self.exchange()
+
+    def test_plain_ones_with_a_domain(self, access_control):
+        assert self.exchange(zap_domain=b"global")
+
+    def test_curve_servers(self, access_control):
+        assert self.exchange(curve=True)
+
+    def test_passwords_that_nobody_checks_are_refused(self, access_control):
+        assert not self.exchange(plain=True, zap_domain=b"global")
+
+
+# -- the pid file of the daemon --
+
+
+class TestPidFileOfOthers:
+    """A pid file that somebody else has put into a shared directory makes nobody kill a foreign process."""
+
+    @pytest.fixture
+    def victim(self) -> Iterator[subprocess.Popen[str]]:
+        with process(sys.executable, "-c", "import sys; sys.stdin.read()") as running:
+            yield running
+
+    @staticmethod
+    def stop_daemon(path: Path) -> tuple[int, str]:
+        with process(sys.executable, NAMESERVER, "-d", "stop", "--pid-file", path) as running:
+            status, _, err = finish(running)
+        return status, err
+
+    @pytest.mark.parametrize("trick", ["writable by all", "of another user", "link"])
+    def test_stops_nothing(self, victim, tmp_path, trick):
+        if trick == "of another user" and os.getuid() != 0:
+            pytest.skip("only root can give a file away")
+        path = tmp_path / "pid"
+        path.write_text(f"{victim.pid}\n")
+        path.chmod(0o666 if trick == "writable by all" else 0o600)
+        if trick == "of another user":
+            os.chown(path, 65534, 65534)
+        if trick == "link":
+            path.rename(tmp_path / "target")
+            path.symlink_to(tmp_path / "target")
+        with path.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            status, err = self.stop_daemon(path)
+        assert status == 1
+        assert str(path) in err
+        assert victim.poll() is None
+
+
+# ======================================================================================================================
+# The documentation: every example of it runs as printed
+#
+# The texts are those of the documentation, with their indentation restored and `print` as a function.  They run in
+# processes of their own; only the port 9000, which may be taken, is replaced by a free one.
+# ======================================================================================================================
+
+
+DOCUMENTED_PUBLISHING = """
+from posttroll.publisher import Publish
+from posttroll.message import Message
+import time
+
+try:
+    with Publish("a_service", 9000) as pub:
+        counter = 0
+        while True:
+            counter += 1
+            message = Message("/counter", "info", str(counter))
+            print("publishing", message)
+            pub.send(str(message))
+            time.sleep(3)
+except KeyboardInterrupt:
+    print("terminating publisher...")
+"""
+
+DOCUMENTED_PUBLISHING_TO_NAMESERVERS = """
+from posttroll.publisher import Publish
+from posttroll.message import Message
+import time
+
+try:
+    with Publish("a_service", 9000, nameservers=['localhost']) as pub:
+        counter = 0
+        while True:
+            counter += 1
+            message = Message("/counter", "info", str(counter))
+            print("publishing", message)
+            pub.send(str(message))
+            time.sleep(3)
+except KeyboardInterrupt:
+    print("terminating publisher...")
+"""
+
+DOCUMENTED_PUBLISH_CONTEXT = """
+from posttroll.publisher import Publish
+from posttroll.message import Message
+import time
+
+try:
+    with Publish("my_service", port=9000) as pub:
+        counter = 0
+        while True:
+            counter += 1
+            message = Message("/counter", "info", str(counter))
+            print("publishing", message)
+            pub.send(message.encode())
+            time.sleep(3)
+except KeyboardInterrupt:
+    print("terminating publisher...")
+"""
+
+DOCUMENTED_PUBLISHER = """
+from posttroll.publisher import Publisher, get_own_ip
+from posttroll.message import Message
+import time
+
+pub_address = "tcp://" + str(get_own_ip()) + ":9000"
+pub = Publisher(pub_address)
+
+try:
+    counter = 0
+    while True:
+        counter += 1
+        message = Message("/counter", "info", str(counter))
+        pub.send_string(message.encode())
+        time.sleep(3)
+except KeyboardInterrupt:
+    print("terminating publisher...")
+    pub.stop()
+"""
+
+DOCUMENTED_SUBSCRIBING = """
+from posttroll.subscriber import Subscribe
+
+with Subscribe("a_service", "counter",) as sub:
+    for msg in sub.recv():
+        print(msg)
+"""
+
+DOCUMENTED_SUBSCRIBE_CONTEXT = """
+from posttroll.subscriber import Subscribe
+
+with Subscribe("a_service", "my_topic",) as sub:
+    for msg in sub.recv():
+        print(msg)
+"""
+
+DOCUMENTED_SUBSCRIBER = """
+from posttroll.subscriber import Subscriber, get_pub_address
+
+addr = get_pub_address(service, timeout=2)
+sub = Subscriber([addr], 'my_topic')
+try:
+    for msg in sub(timeout=2):
+        print("Consumer got", msg)
+except KeyboardInterrupt:
+    print("terminating consumer...")
+    sub.close()
+"""
+
+DOCUMENTED_LISTENER = """
+from posttroll.publisher import NoisyPublisher
+from posttroll.listener import ListenerContainer
+from posttroll.message import Message
+import time
+
+pub = NoisyPublisher("test")
+pub.start()
+sub = ListenerContainer(topics=["/counter"])
+# Wait that both sub and pub to register to nameserver
+time.sleep(3)
+for counter in range(5):
+    msg_out = Message("/counter", "info", str(counter))
+    pub.send(str(msg_out))
+    print("published", str(msg_out))
+    msg_in = sub.output_queue.get(True, 1)
+    print("received", str(msg_in), "")
+pub.stop()
+sub.stop()
+"""
+
+DOCUMENTED_KEEP_ALIVE = """
+import os
+os.environ["POSTTROLL_TCP_KEEPALIVE"] = "1"
+os.environ["POSTTROLL_TCP_KEEPALIVE_CNT"] = "10"
+os.environ["POSTTROLL_TCP_KEEPALIVE_IDLE"] = "1"
+os.environ["POSTTROLL_TCP_KEEPALIVE_INTVL"] = "1"
+"""
+
+DOCUMENTED_MESSAGE_VERSION = """
+from posttroll import config
+with config.set(message_version="v1.01"):
+    ...
+"""
+
+DOCUMENTED_SECURE_SETTINGS = """
+from posttroll import config
+with config.set(backend="secure_zmq", server_public_key_file="..."):
+    ...
+"""
+
+# Newer versions of argparse write "-l, --log LOG" for "-l LOG, --log LOG", older ones write "optional arguments".
+DOCUMENTED_KEY_GENERATION = """
+Create a public/secret key pair for the secure zmq backend. This will create two files (in the current directory if not
+otherwise specified) with the suffixes '.key' and '.key_secret'. The name of the files will be the one provided.
+
+positional arguments: name Name of the file.
+
+-h, --help show this help message and exit
+
+--directory DIRECTORY Directory to place the keys in.
+"""
+
+DOCUMENTED_NAMESERVER = """
+usage: nameserver [-h] [-d {start,stop,status,restart}] [-l LOG] [-v]
+
+-h, --help show this help message and exit
+
+--daemon {start,stop,status,restart} Run as a daemon
+
+--log LOG File to log to (defaults to stdout)
+
+-v, --verbose print debug messages too
+
+--no-multicast disable address broadcasting via multicasting
+"""
+
+
+def with_free_port(example: str) -> tuple[str, int]:
+    """Return the example with a free port in place of 9000, and that port."""
+    assert example.count("9000") == 1
+    port = free_port()
+    return example.replace("9000", str(port)), port
+
+
+def end_by_keyboard(running: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Press ^C; return status, the rest of the output, and errors."""
+    running.send_signal(signal.SIGINT)
+    return finish(running)
+
+
+def written_message(line: str) -> posttroll.Message:
+    """Return the message in a line of output."""
+    return posttroll.Message.decode(line[line.index("pytroll:/") :].rstrip("\n"))
+
+
+class TestDocumentedExamples:
+    """What they send arrives."""
+
+    @pytest.mark.parametrize(
+        ("example", "arguments"),
+        [(DOCUMENTED_PUBLISHING, []), (DOCUMENTED_PUBLISHING_TO_NAMESERVERS, ["--no-multicast"])],
+        ids=["multicast", "nameservers"],
+    )
+    def test_publishing_and_subscribing(self, example, arguments):
+        example, port = with_free_port(example)
+        with nameserver_process(*arguments), python(example) as publishing, python(DOCUMENTED_SUBSCRIBING) as receiving:
+            message = written_message(await_line(receiving, "pytroll:/"))
+            assert (message.subject, message.type) == ("/counter", "info")
+            assert posttroll.get_pub_address("a_service")[0]["URI"].endswith(f":{port}")
+            status, out, err = end_by_keyboard(publishing)
+        assert (status, err) == (0, "")
+        assert out.startswith("publishing pytroll://counter info ")
+        assert out.endswith("terminating publisher...\n")
+        assert message.encode() in out
+
+    def test_publish_context(self):
+        example, port = with_free_port(DOCUMENTED_PUBLISH_CONTEXT)
+        with nameserver_process(), python(example) as publishing:
+            with posttroll.Subscribe("my_service", "counter") as sub:
+                assert receive(sub)[0].subject == "/counter"
+                assert sub.addresses == [f"tcp://127.0.0.1:{port}"]
+            status, out, err = end_by_keyboard(publishing)
+        assert (status, err) == (0, "")
+        assert out.endswith("terminating publisher...\n")
+
+    def test_publisher_on_the_own_address(self):
+        example, port = with_free_port(DOCUMENTED_PUBLISHER)
+        addresses = [f"tcp://{posttroll.get_own_ip()}:{port}"]
+        with python(example) as publishing, posttroll.Subscriber(addresses, "/counter") as sub:
+            assert int(receive(sub)[0].data) > 0
+            assert end_by_keyboard(publishing) == (0, "terminating publisher...\n", "")
+
+    def test_subscriber_of_a_looked_up_address(self):
+        with nameserver(), posttroll.Publish("a_service", nameservers=["localhost"]) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            with python("service = 'a_service'\n" + DOCUMENTED_SUBSCRIBER) as consuming:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(posttroll.Message("/other_topic", "info", "not this one"))
+                pub.send(posttroll.Message("/my_topic", "info", "this one"))
+                assert written_message(await_line(consuming, "Consumer got pytroll:/")).data == "this one"
+                await_line(consuming, "Consumer got None")  # after the timeout of two seconds
+                status, out, err = end_by_keyboard(consuming)
+        assert (status, err) == (0, "")
+        assert out.endswith("terminating consumer...\n")
+
+    def test_subscriber_of_an_address_that_nobody_has(self):
+        """The nameserver knows no such service: nothing to receive, no error."""
+        with nameserver(), python("service = 'nobody'\n" + DOCUMENTED_SUBSCRIBER) as consuming:
+            await_line(consuming, "Consumer got None")
+            assert end_by_keyboard(consuming)[0] == 0
+
+    def test_subscribe_context(self):
+        with nameserver(), posttroll.Publish("a_service", nameservers=["localhost"]) as pub:
+            with python(DOCUMENTED_SUBSCRIBE_CONTEXT) as receiving:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(posttroll.Message("/counter", "info", "not this one").encode())
+                pub.send(posttroll.Message("/my_topic/sub", "info", "this one").encode())
+                assert written_message(await_line(receiving, "pytroll:/")).data == "this one"
+
+    def test_listener_container(self):
+        with nameserver_process(), python(DOCUMENTED_LISTENER) as running:
+            status, out, err = finish(running)
+        assert status == 0
+        assert err in ("", "Can't get any address for any service\n")  # it starts before its publisher is known
+        lines = out.splitlines()
+        assert [line.split()[0] for line in lines] == ["published", "received"] * 5
+        for published, received in zip(lines[::2], lines[1::2]):
+            assert written_message(published).encode() == written_message(received[:-1]).encode()
+        assert [written_message(line).data for line in lines[::2]] == list("01234")
+
+    def test_keep_alive_by_the_environment(self):
+        code = DOCUMENTED_KEEP_ALIVE + textwrap.dedent("""
+            import zmq
+            from posttroll.publisher import Publisher
+            from posttroll.subscriber import Subscriber
+            names = ["TCP_KEEPALIVE", "TCP_KEEPALIVE_CNT", "TCP_KEEPALIVE_IDLE", "TCP_KEEPALIVE_INTVL"]
+            with Publisher("tcp://*:0") as pub, Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+                assert pub.wait_for_subscribers(1, 20)
+                for sock in [pub._socket, *sub.subscribers]:
+                    print([sock.getsockopt(getattr(zmq, name)) for name in names])
+        """)
+        with python(code) as running:
+            assert finish(running) == (0, "[1, 10, 1, 1]\n[1, 10, 1, 1]\n", "")
+
+    def test_keep_alive_set_after_the_import(self):
+        code = "import posttroll.publisher, posttroll.subscriber\n" + DOCUMENTED_KEEP_ALIVE
+        code += "print(sorted(posttroll.get_tcp_keepalive_options().values()))"
+        with python(code) as running:
+            assert finish(running)[1] == "[1, 1, 1, 10]\n"
+
+    def test_message_version(self):
+        code = DOCUMENTED_MESSAGE_VERSION.replace("...", "print(Message('/a', 'b', {'at': moment}))")
+        code += "print(Message('/a', 'b', {'at': moment}))"
+        preface = "import datetime\nfrom posttroll.message import Message\n"
+        preface += "moment = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)\n"
+        with python(preface + code) as running:
+            status, out, _ = finish(running)
+        assert status == 0
+        inside, after = out.splitlines()
+        assert inside.endswith(' v1.01 application/json {"at": "2020-01-01T00:00:00"}')
+        assert after.endswith(' v1.2 application/json {"at": "2020-01-01T00:00:00+00:00"}')
+
+    def test_message_version_by_the_environment(self):
+        code = "import os\nos.environ['POSTTROLL_MESSAGE_VERSION'] = 'v1.01'\n"
+        code += "from posttroll.message import Message\nprint(Message('/a', 'b').encode())"
+        with python(code) as running:
+            assert finish(running)[1].endswith(" v1.01\n")
+
+    def test_secure_settings(self):
+        code = DOCUMENTED_SECURE_SETTINGS.replace(
+            "    ...", "    print(config.get('backend'), config.get('server_public_key_file'))"
+        )
+        with python(code) as running:
+            assert finish(running) == (0, "secure_zmq ...\n", "")
+
+
+class TestDocumentedMigration:
+    """The forms that programs of before version 0.2 were translated into."""
+
+    def test_publish_with_aliases(self):
+        with nameserver(), posttroll.publisher.Publish("a_service", 0, ["data_type1", "data_type2"], 2, ["localhost"]):
+            for name in ("a_service", "data_type1", "data_type2"):
+                assert wait_for(lambda name=name: posttroll.get_pub_address(name))[0]["name"] == "a_service"
+
+    def test_publish_with_port_and_aliases(self):
+        port = free_port()
+        aliases = ["data_type1", "data_type2"]
+        with nameserver_process(), posttroll.publisher.Publish("a_service", port, aliases) as pub:
+            assert pub.port_number == port
+            assert wait_for(lambda: posttroll.get_pub_address("data_type2"))[0]["URI"].endswith(f":{port}")
+
+    def test_subscribe_to_everything_of_a_service_or_to_a_subject(self):
+        with nameserver(), posttroll.Publish("a_service", nameservers=["localhost"]) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            everything_from = posttroll.subscriber.Subscribe("a_service")
+            with everything_from as everything, posttroll.subscriber.Subscribe("a_service", "data_type1") as one_type:
+                assert pub.wait_for_subscribers(2, DEADLINE)
+                for subject in ("/data_type2", "/data_type1/x", "/end", "/data_type1"):
+                    pub.send(posttroll.Message(subject, "info", "x").encode())
+                subjects = [message.subject for message in receive(everything, 4)]
+                assert subjects == ["/data_type2", "/data_type1/x", "/end", "/data_type1"]
+                assert [message.subject for message in receive(one_type, 2)] == ["/data_type1/x", "/data_type1"]
+
+
+class TestDocumentedCommands:
+    """The help texts of the documentation are there; ours may have more options."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "documented"),
+        [
+            (["-c", "import posttroll; posttroll.generate_keys(['-h'])"], DOCUMENTED_KEY_GENERATION),
+            ([str(NAMESERVER), "-h"], DOCUMENTED_NAMESERVER),
+        ],
+        ids=["posttroll-generate-keys", "nameserver"],
+    )
+    def test_help(self, arguments, documented):
+        with process(sys.executable, *arguments, env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}) as running:
+            status, out, _ = finish(running)
+        assert status == 0
+        for text in documented.split("\n\n"):
+            assert " ".join(text.split()) in " ".join(out.split())
+
+    def test_usage_of_key_generation(self):
+        with python("import posttroll; posttroll.generate_keys(['-h'])") as running:
+            usage = finish(running)[1].split("\n")[0]
+        assert usage.startswith("usage: posttroll-generate-keys [-h] [-d DIRECTORY] ")
+        assert usage.endswith(" name")
+
+    @pytest.mark.parametrize("directory", [None, "keys"])
+    def test_key_generation(self, tmp_path, directory):
+        code = "import posttroll, sys; posttroll.generate_keys(sys.argv[1:])"
+        arguments = ["station"] if directory is None else ["station", "-d", str(tmp_path / directory)]
+        (tmp_path / "keys").mkdir()
+        with python(code, *arguments, cwd=tmp_path) as running:
+            assert finish(running)[0] == 0
+        where = tmp_path / (directory or ".")
+        assert "public-key" in (where / "station.key").read_text()
+        assert "secret-key" in (where / "station.key_secret").read_text()
+        assert "secret-key" not in (where / "station.key").read_text()
+
+    def test_the_console_scripts_are_those_of_the_documentation(self):
+        project = (HERE / "pyproject.toml").read_text()
+        for script, function in [
+            ("posttroll", posttroll.main),
+            ("nameserver", posttroll_ns.main),
+            ("posttroll-generate-keys", posttroll.generate_keys),
+            ("pytroll-logger", posttroll.run_logger),
+        ]:
+            assert f'{script} = "{function.__module__}:{function.__name__}"' in project
+            assert len(inspect.signature(function).bind().arguments) == 0
+
+
+# ======================================================================================================================
+# The known package: the same programs, run with either library, talk to each other
+#
+# Its newest release, and 1.10.0, which knows only messages of v1.01, are installed from the registry, each into an
+# environment of its own.  POSTTROLL_TEST_PEERS names a directory that keeps these environments for the next run.
+# ======================================================================================================================
+
+
+def interpreters() -> dict[tuple[int, int], str]:
+    """Return the Python interpreters of this machine by version, the newest first."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    on_path = [shutil.which(f"python3.{minor}") for minor in range(8, 20)]
+    candidates = [sys.executable, *filter(None, on_path), *sorted(pyenv.glob("versions/*/bin/python"))]
+    code = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
+    found: dict[tuple[int, int], str] = {}
+    for candidate in candidates:
+        answer = subprocess.run([str(candidate), "-c", code], capture_output=True, text=True, check=False)
+        if answer.returncode == 0:  # else it stands for a Python that is not there, or cannot make environments
+            major, minor = map(int, answer.stdout.split())
+            found.setdefault((major, minor), str(candidate))
+    return dict(sorted(found.items(), reverse=True))
+
+
+def without_ours() -> dict[str, str]:
+    """Return the variables of the environment for a process that must not find our files."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
+    """Return the interpreter of an environment with the known package, made with the first Python that will do."""
+    python = str(directory / "bin" / "python")
+    complete = directory / "complete"
+    if complete.exists():
+        return python
+    problems = [f"no suitable Python among {interpreters()}"]
+    proof = "import posttroll, posttroll.ns; assert posttroll.__file__.endswith('__init__.py'), posttroll.__file__"
+    directory.mkdir(parents=True, exist_ok=True)
+    for interpreter in pythons:
+        for command in (
+            [interpreter, "-m", "venv", "--clear", str(directory)],
+            [python, "-m", "pip", "install", "--quiet", "setuptools<81", requirement],
+            [python, "-c", proof],
+        ):
+            result = subprocess.run(
+                command, cwd=directory, env=without_ours(), capture_output=True, text=True, check=False
+            )
+            if result.returncode:
+                problems.append(f"{' '.join(command)}:\n{(result.stderr or result.stdout)[-1500:]}")
+                break
+        else:
+            complete.touch()
+            return python
+    problem = f"Cannot install {requirement}, the known package: " + "\n".join(problems)
+    return str(pytest.fail(problem) if os.environ.get("CI") else pytest.skip(problem))
+
+
+@pytest.fixture(scope="session")
+def peers_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the environments with the known package."""
+    kept = os.environ.get("POSTTROLL_TEST_PEERS")
+    return Path(kept).resolve() if kept else tmp_path_factory.mktemp("peers")
+
+
+@pytest.fixture(scope="session")
+def newest(peers_directory: Path) -> str:
+    """Return a Python with the newest release of the known package."""
+    return install_known(peers_directory / "newest", "posttroll", list(interpreters().values()))
+
+
+@pytest.fixture(scope="session")
+def oldest(peers_directory: Path) -> str:
+    """Return a Python with the release 1.10.0 of the known package."""
+    pythons = [path for version, path in interpreters().items() if version <= (3, 9)]
+    return install_known(peers_directory / "1.10.0", "posttroll==1.10.0", pythons)
+
+
+PAYLOADS = {
+    "text": "a text, with a comma and trailing blanks  ",
+    "unicode": "é日本 \N{SATELLITE}",
+    "lines": "two\nlines\tand a tab",
+    "blanks": "  leading blanks",
+    "nothing": "",
+    "times": {
+        "aware": datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=timezone.utc),
+        "naive": datetime(2026, 1, 2, 3, 4, 5),
+        "nested": [[{"local": datetime(2026, 1, 2, tzinfo=timezone(timedelta(hours=2)))}]],
+    },
+    "times-in-list": [datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc)],
+    "nested-lists": [1, [2.5, [None, True, {"x": [[]]}]]],
+    "mapping": {"é": "日本", "uri": "/data/file.nc", "number": -12, "none": None},
+    "empty-mapping": {},
+    "empty-list": [],
+    "zero": 0,
+    "false": False,
+    "null": None,
+    "number": 1.5,
+}
+WITHOUT_TIMES = [kind for kind in PAYLOADS if "times" not in kind]
+
+
+RUN_NAMESERVER = """
+import datetime, sys
+from posttroll.ns import NameServer
+multicast, max_age = sys.argv[1:]
+NameServer(max_age=datetime.timedelta(seconds=float(max_age)), multicast_enabled=multicast == "1").run()
+"""
+
+# It sends all payloads again and again, as theirs cannot wait for subscribers.
+RUN_PUBLISHER = """
+import base64, pickle, sys, time
+from posttroll.message import Message
+from posttroll.publisher import Publish
+name, nameservers, versions, payloads = sys.argv[1:]
+payloads = pickle.loads(base64.b64decode(payloads))
+arguments = [{"version": version} if version else {} for version in versions.split(",")]
+with Publish(name, 0, [name + "-alias"], broadcast_interval=0.5, nameservers=nameservers.split() or None) as publisher:
+    while True:
+        publisher.heartbeat()
+        for version in arguments:
+            for subject, data in payloads:
+                subject = "/".join(["", name, version.get("version", "any"), subject])
+                publisher.send(str(Message(subject, "info", data, **version)))
+        time.sleep(0.05)
+"""
+
+# It tells of each subject once, of the addresses when they change, and ends when it has received nothing for a time.
+RUN_SUBSCRIBER = """
+import datetime, json, sys, time
+from posttroll.subscriber import Subscribe
+def plain(value):
+    if isinstance(value, datetime.datetime):
+        return {"datetime": value.isoformat()}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+seen, addresses, deadline = set(), None, time.time() + 30
+with Subscribe(**json.loads(sys.argv[1])) as subscriber:
+    for message in subscriber.recv(timeout=0.2):
+        if message is not None and message.subject not in seen:
+            seen.add(message.subject)
+            header = [message.type, message.version, message.sender, message.time.tzinfo is not None]
+            print(json.dumps([message.subject, header, plain(message.data)]), flush=True)
+        current = sorted(entry["URI"] if isinstance(entry, dict) else entry for entry in subscriber.addresses)
+        if current != addresses:
+            addresses = current
+            print(json.dumps(["addresses", addresses]), flush=True)
+        if time.time() > deadline:
+            break
+"""
+
+
+class Side:
+    """A library to run programs with: ours, or a release of theirs."""
+
+    def __init__(self, name: str, interpreter: str, directory: Path) -> None:
+        self.name = name
+        self.is_ours = name == "ours"
+        self._interpreter = interpreter
+        self._directory = directory / name  # a place without posttroll.py
+        self._directory.mkdir()
+        self._errors = self._directory / "errors"
+
+    @contextlib.contextmanager
+    def run(self, code: str, *args: Any) -> Iterator[subprocess.Popen[str]]:
+        """Run a program; what it writes to stderr is in a file, so that it cannot get stuck in it."""
+        environment = dict(os.environ) if self.is_ours else without_ours()
+        command = (self._interpreter, "-u", "-c", code, *args)
+        with self._errors.open("a") as errors:
+            with process(*command, stderr=errors, env=environment, cwd=self._directory) as running:
+                yield running
+
+    def errors(self) -> str:
+        """Return the end of what its programs have written to stderr."""
+        return f"{self.name}: {self._errors.read_text()[-2000:]}"
+
+    @contextlib.contextmanager
+    def nameserver(self, multicast: bool = False, max_age: float = 600) -> Iterator[None]:
+        """Run a nameserver; it answers when this starts."""
+        with self.run(RUN_NAMESERVER, int(multicast), max_age) as running:
+            wait_for(lambda: running.poll() is not None or lookup("") is not None, what="the nameserver")
+            assert running.poll() is None, self.errors()
+            yield
+            assert running.poll() is None, self.errors()
+
+    @contextlib.contextmanager
+    def publisher(
+        self, multicast: bool = False, name: str = "interop", versions: str = "", kinds: Sequence[str] = tuple(PAYLOADS)
+    ) -> Iterator[str]:
+        """Run a publisher; gives its address, once the nameserver knows it."""
+        payloads = base64.b64encode(pickle.dumps([(kind, PAYLOADS[kind]) for kind in kinds], 4)).decode()
+        with self.run(RUN_PUBLISHER, name, "" if multicast else "localhost", versions, payloads) as running:
+            wait_for(lambda: running.poll() is not None or lookup(name), what=f"the registration of {name}")
+            assert running.poll() is None, self.errors()
+            [entry] = lookup(name) or []
+            yield entry["URI"]
+            assert running.poll() is None, self.errors()
+
+    @contextlib.contextmanager
+    def subscriber(self, services: str | list[str] = "interop", **arguments: Any) -> Iterator[Report]:
+        """Run a subscriber; gives what it reports."""
+        with self.run(RUN_SUBSCRIBER, json.dumps({"services": services, **arguments})) as running:
+            yield Report(running, self)
+
+
+class Report:
+    """What a subscriber reports, as it comes."""
+
+    def __init__(self, running: subprocess.Popen[str], side: Side) -> None:
+        self._running = running
+        self._side = side
+        self.received: dict[str, tuple[list[Any], Any]] = {}
+        self.addresses: list[str] = []
+
+    def read_until(self, condition: Callable[[], Any], what: str) -> None:
+        """Read what it reports until the condition holds."""
+        while not condition():
+            if not self._read():
+                pytest.fail(f"No {what}; got {self.addresses} and {self.received}. {self._side.errors()}")
+
+    def _read(self) -> bool:
+        """Take one line of the report; return whether there was one."""
+        assert self._running.stdout is not None
+        line = self._running.stdout.readline()
+        if line:
+            subject, *rest = json.loads(line)
+            if subject == "addresses":
+                [self.addresses] = rest
+            else:
+                self.received[subject] = (rest[0], rest[1])
+        return bool(line)
+
+    def end(self) -> None:
+        """End the subscriber, and read the rest of what it has reported."""
+        assert self._running.poll() is None, self._side.errors()
+        self._running.kill()
+        while self._read():
+            pass
+
+    def await_subjects(self, *subjects: str) -> None:
+        """Read until all of the subjects have been received."""
+        self.read_until(lambda: set(subjects) <= set(self.received), f"messages of {subjects}")
+
+
+@contextlib.contextmanager
+def all_of(*contexts: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
+    """Enter the contexts one after another; gives what the last one gives."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(context) for context in contexts][-1]
+
+
+def lookup(service: str) -> list[dict[str, Any]] | None:
+    """Ask the nameserver of this host, as a third party; None if it does not answer."""
+    try:
+        return posttroll.get_pub_address(service, timeout=0.5)
+    except TimeoutError:
+        return None
+
+
+def plain(value: Any) -> Any:
+    """Return *value* as it looks after a way through JSON, with datetimes marked as such."""
+    if isinstance(value, datetime):
+        return {"datetime": value.isoformat()}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def naive(value: Any) -> Any:
+    """Return *value* with all time zones dropped."""
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=None)
+    if isinstance(value, dict):
+        return {key: naive(item) for key, item in value.items()}
+    return [naive(item) for item in value] if isinstance(value, list) else value
+
+
+def expected(kind: str, version: str, sender: Side, receiver: Side) -> Any:
+    """Return what should arrive, with the faults of theirs that ours cannot make good."""
+    data = PAYLOADS[kind]
+    if not sender.is_ours and not data:
+        return ""  # they leave out what is false
+    if version == "v1.01" and sender.name != "1.10.0":
+        data = naive(data)
+    if kind == "times-in-list" and not receiver.is_ours:
+        return [data[0].isoformat()]  # they look for datetimes in mappings only
+    return plain(data)
+
+
+def check_payloads(report: Report, sender: Side, receiver: Side, version: str, kinds: Sequence[str]) -> None:
+    """Check that the payloads arrive, in messages of *version* (empty: whatever the sender is configured for)."""
+    subjects = {kind: f"/interop/{version or 'any'}/{kind}" for kind in kinds}
+    report.await_subjects("/heartbeat/interop", *subjects.values())
+    for kind, subject in subjects.items():
+        (atype, used_version, user_and_host, is_aware), data = report.received[subject]
+        assert atype == "info"
+        assert used_version == (version or "v1.01")
+        assert is_aware == (used_version != "v1.01")
+        assert user_and_host == posttroll.Message("/a", "b").sender
+        assert data == expected(kind, used_version, sender, receiver), kind
+    assert report.received["/heartbeat/interop"][0][0] == "beat"
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Side:
+    return Side("ours", sys.executable, tmp_path)
+
+
+@pytest.fixture
+def theirs(newest: str, tmp_path: Path) -> Side:
+    return Side("newest", newest, tmp_path)
+
+
+@pytest.fixture
+def old(oldest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Side:
+    """Return 1.10.0, which has some settings by other names, and some not at all."""
+    wait_for(lambda: all(is_free(port) for port in (16543, 21200)), what="the ports that 1.10.0 has built in")
+    monkeypatch.setenv("NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
+    monkeypatch.setenv("PYTROLL_MC_GROUP", os.environ["POSTTROLL_MC_GROUP"])
+    monkeypatch.setenv("POSTTROLL_ADDRESS_PUBLISH_PORT", "16543")
+    monkeypatch.setenv("POSTTROLL_BROADCAST_PORT", "21200")
+    monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+    return Side("1.10.0", oldest, tmp_path)
+
+
+def is_free(port: int) -> bool:
+    """Tell whether nobody has the TCP port."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+both_ways = pytest.mark.parametrize("way", ["ours to theirs", "theirs to ours"])
+either_nameserver = pytest.mark.parametrize("nameserver_of", ["ours", "theirs"])
+either_registration = pytest.mark.parametrize("multicast", [True, False], ids=["multicast", "explicit"])
+
+
+@pytest.mark.interop
+class TestNewestPeer:
+    """The newest release."""
+
+    @pytest.fixture
+    def sides(self, ours: Side, theirs: Side) -> dict[str, Side]:
+        return {"ours": ours, "theirs": theirs}
+
+    @both_ways
+    @either_nameserver
+    @either_registration
+    def test_messages_arrive_as_they_were_sent(
+        self, sides: dict[str, Side], way: str, nameserver_of: str, multicast: bool
+    ) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        with all_of(
+            sides[nameserver_of].nameserver(multicast),
+            sender.publisher(multicast, versions="v1.01,v1.2"),
+            receiver.subscriber(),
+        ) as report:
+            for version in ("v1.01", "v1.2"):
+                check_payloads(report, sender, receiver, version, list(PAYLOADS))
+
+    @both_ways
+    @pytest.mark.parametrize("service", ["interop-alias", ""], ids=["alias", "all"])
+    def test_services_are_found_by_alias_and_all_at_once(self, sides: dict[str, Side], way: str, service: str) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        with receiver.nameserver(), sender.publisher(kinds=["text"]), receiver.subscriber(service) as report:
+            report.await_subjects("/interop/any/text")
+
+    @both_ways
+    def test_topics_filter(self, sides: dict[str, Side], way: str) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        with all_of(
+            sender.nameserver(),
+            sender.publisher(kinds=["text", "lines", "number"]),
+            receiver.subscriber(topics=["/interop/any/num", "interop/any/li"]),
+        ) as report:
+            report.await_subjects("/interop/any/lines", "/interop/any/number")
+            assert sorted(report.received) == ["/interop/any/lines", "/interop/any/number"]
+
+    @both_ways
+    @either_nameserver
+    @either_registration
+    def test_a_listening_subscriber_hears_of_a_new_publisher(
+        self, sides: dict[str, Side], way: str, nameserver_of: str, multicast: bool
+    ) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        kinds = ["text"]
+        with all_of(
+            sides[nameserver_of].nameserver(multicast),
+            sender.publisher(multicast, "first", kinds=kinds),
+            receiver.subscriber(["first", "second"], addr_listener=True, timeout=1),
+        ) as report:
+            report.await_subjects("/first/any/text")
+            with sender.publisher(multicast, "second", kinds=kinds):
+                report.await_subjects("/second/any/text")
+
+    @both_ways
+    @either_nameserver
+    @either_registration
+    def test_a_lost_publisher_is_removed(
+        self, sides: dict[str, Side], way: str, nameserver_of: str, multicast: bool
+    ) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        with sides[nameserver_of].nameserver(multicast, max_age=2), contextlib.ExitStack() as publisher:
+            address = publisher.enter_context(sender.publisher(multicast, kinds=["text"]))
+            with receiver.subscriber(addr_listener=True) as report:
+                report.await_subjects("/interop/any/text")
+                report.read_until(lambda: report.addresses == [address], "address")
+                publisher.close()
+                report.read_until(lambda: not report.addresses, "removal")
+                wait_for(lambda: lookup("interop") == [], what="the end of the registration")
+
+    @both_ways
+    def test_pickles_are_loaded(self, sides: dict[str, Side], way: str) -> None:
+        dump = """if True:
+            import base64, pickle, sys
+            from posttroll.message import Message
+            payloads = pickle.loads(base64.b64decode(sys.argv[1]))
+            messages = [Message("/a", "info", data, version="v1.2") for data in payloads]
+            for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+                print(base64.b64encode(pickle.dumps(messages, protocol)).decode(), str(messages[0]))
+        """
+        load = """if True:
+            import base64, pickle, sys
+            from posttroll.message import Message
+            for line in sys.stdin:
+                pickled, text = line.split(" ", 1)
+                messages = pickle.loads(base64.b64decode(pickled))
+                assert all(type(message) is Message for message in messages)
+                assert str(messages[0]) == text.rstrip("\\n"), (str(messages[0]), text)
+                print(repr([message.data for message in messages]))
+        """
+        dumper, loader = (sides[name] for name in way.split(" to "))
+        payloads = [PAYLOADS[kind] for kind in ("text", "unicode", "times", "nested-lists")]
+        with dumper.run(dump, base64.b64encode(pickle.dumps(payloads, 4)).decode()) as running:
+            status, pickles, _ = finish(running)
+        assert status == 0, dumper.errors()
+        with loader.run(load) as running:
+            loaded, _ = running.communicate(pickles, DEADLINE)
+        assert running.returncode == 0, loader.errors()
+        assert loaded.splitlines() == [repr(payloads)] * len(pickles.splitlines())
+        assert len(pickles.splitlines()) >= 5
+
+
+@pytest.mark.interop
+class TestNewestPeerWithCurve:
+    """The secure backend of the newest release.
+
+    Theirs looks up on `secure_zmq_nameserver_port`; it cannot register with listed nameservers, only by multicast.
+    """
+
+    @pytest.fixture
+    def sides(self, ours: Side, theirs: Side) -> dict[str, Side]:
+        return {"ours": ours, "theirs": theirs}
+
+    @pytest.fixture(params=["ours", "theirs"], ids=["our-keys", "their-keys"])
+    def keys(
+        self, request: pytest.FixtureRequest, newest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Make the keys with the program of either side, and configure all processes to use them."""
+        directory = tmp_path / "keys"
+        (directory / "clients").mkdir(parents=True)
+        programs = {
+            "ours": [sys.executable, str(LIBRARY), "generate-keys"],
+            "theirs": [str(Path(newest).parent / "posttroll-generate-keys")],
+        }
+        for name in ("server", "client"):
+            command = [*programs[request.param], "-d", str(directory), name]
+            subprocess.run(command, env=without_ours(), cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+            (directory / f"{name}.key_secret").chmod(0o600)
+        shutil.copy(directory / "client.key", directory / "clients")
+        for name, value in {
+            "BACKEND": "secure_zmq",
+            "SECURE_ZMQ_NAMESERVER_PORT": free_port(),
+            "SERVER_SECRET_KEY_FILE": directory / "server.key_secret",
+            "SERVER_PUBLIC_KEY_FILE": directory / "server.key",
+            "CLIENT_SECRET_KEY_FILE": directory / "client.key_secret",
+            "CLIENTS_PUBLIC_KEYS_DIRECTORY": directory / "clients",
+        }.items():
+            monkeypatch.setenv("POSTTROLL_" + name, str(value))
+
+    @pytest.mark.usefixtures("keys")
+    @both_ways
+    @either_nameserver
+    def test_messages_arrive(self, sides: dict[str, Side], way: str, nameserver_of: str) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        kinds = ["text", "times", "mapping"]
+        with all_of(
+            sides[nameserver_of].nameserver(multicast=True),
+            sender.publisher(multicast=True, versions="v1.2", kinds=kinds),
+            receiver.subscriber(),
+        ) as report:
+            check_payloads(report, sender, receiver, "v1.2", kinds)
+
+    @pytest.mark.usefixtures("keys")
+    @both_ways
+    @either_nameserver
+    def test_a_listening_subscriber_hears_of_a_new_publisher(
+        self, sides: dict[str, Side], way: str, nameserver_of: str
+    ) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        with all_of(
+            sides[nameserver_of].nameserver(multicast=True),
+            sender.publisher(True, "first", kinds=["text"]),
+            receiver.subscriber(["first", "second"], addr_listener=True, timeout=1),
+        ) as report:
+            report.await_subjects("/first/any/text")
+            with sender.publisher(True, "second", kinds=["text"]):
+                report.await_subjects("/second/any/text")
+
+    @pytest.mark.usefixtures("keys")
+    def test_their_subscriber_hears_our_publisher_without_multicast(self, sides: dict[str, Side]) -> None:
+        ours, theirs = sides["ours"], sides["theirs"]
+        with ours.nameserver(), ours.publisher(versions="v1.2", kinds=["times"]), theirs.subscriber() as report:
+            check_payloads(report, ours, theirs, "v1.2", ["times"])
+
+    @pytest.mark.usefixtures("keys")
+    @both_ways
+    @either_nameserver
+    def test_a_plain_nameserver_with_keys_serves_a_secure_pair(
+        self, sides: dict[str, Side], way: str, nameserver_of: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        with contextlib.ExitStack() as running:
+            with monkeypatch.context() as plain_backend:
+                plain_backend.setenv("POSTTROLL_BACKEND", "unsecure_zmq")
+                running.enter_context(sides[nameserver_of].nameserver(multicast=True))
+            running.enter_context(sender.publisher(multicast=True, kinds=["text"]))
+            report = running.enter_context(receiver.subscriber())
+            report.await_subjects("/interop/any/text")
+
+    @pytest.mark.usefixtures("keys")
+    @both_ways
+    def test_a_subscriber_with_an_unknown_key_receives_nothing(
+        self, sides: dict[str, Side], way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        posttroll.write_key_pair("stranger", tmp_path)
+        with contextlib.ExitStack() as running:
+            running.enter_context(sender.nameserver(multicast=True))
+            address = running.enter_context(sender.publisher(multicast=True, kinds=["text"]))
+            with monkeypatch.context() as other_key:
+                other_key.setenv("POSTTROLL_CLIENT_SECRET_KEY_FILE", str(tmp_path / "stranger.key_secret"))
+                refused = running.enter_context(receiver.subscriber(None, addresses=[address]))
+            refused.read_until(lambda: refused.addresses == [address], "address")
+            known = running.enter_context(receiver.subscriber(None, addresses=[address]))
+            known.await_subjects("/interop/any/text")
+            refused.end()
+            assert refused.received == {}
+
+
+@pytest.mark.interop
+class TestOldPeer:
+    """1.10.0, which reads and writes v1.01 only."""
+
+    @pytest.fixture
+    def sides(self, ours: Side, old: Side) -> dict[str, Side]:
+        return {"ours": ours, "theirs": old}
+
+    @either_nameserver
+    @either_registration
+    def test_it_is_heard(self, sides: dict[str, Side], nameserver_of: str, multicast: bool) -> None:
+        ours, old = sides["ours"], sides["theirs"]
+        with sides[nameserver_of].nameserver(multicast), old.publisher(multicast), ours.subscriber() as report:
+            check_payloads(report, old, ours, "", list(PAYLOADS))
+
+    @either_nameserver
+    @either_registration
+    @pytest.mark.parametrize("version", ["v1.01", "auto"])
+    def test_it_hears_us(
+        self,
+        sides: dict[str, Side],
+        nameserver_of: str,
+        multicast: bool,
+        version: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        ours, old = sides["ours"], sides["theirs"]
+        monkeypatch.setenv("POSTTROLL_MESSAGE_VERSION", version)
+        kinds = list(PAYLOADS) if version == "v1.01" else WITHOUT_TIMES
+        with all_of(
+            sides[nameserver_of].nameserver(multicast), ours.publisher(multicast, kinds=kinds), old.subscriber()
+        ) as report:
+            check_payloads(report, ours, old, "", kinds)
+
+    @either_registration
+    def test_a_pair_of_it_uses_our_nameserver(self, sides: dict[str, Side], multicast: bool) -> None:
+        ours, old = sides["ours"], sides["theirs"]
+        with all_of(
+            ours.nameserver(multicast),
+            old.publisher(multicast, "first", kinds=["text"]),
+            old.subscriber(["first", "second"], addr_listener=True, timeout=1),
+        ) as report:
+            report.await_subjects("/first/any/text")
+            with old.publisher(multicast, "second", kinds=["text"]):
+                report.await_subjects("/second/any/text")
+
+    @both_ways
+    def test_a_lost_publisher_is_removed(
+        self, sides: dict[str, Side], way: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("POSTTROLL_MESSAGE_VERSION", "v1.01")
+        sender, receiver = (sides[name] for name in way.split(" to "))
+        with sides["ours"].nameserver(max_age=2), contextlib.ExitStack() as publisher:
+            publisher.enter_context(sender.publisher(kinds=["text"]))
+            with receiver.subscriber(addr_listener=True) as report:
+                report.await_subjects("/interop/any/text")
+                publisher.close()
+                report.read_until(lambda: not report.addresses, "removal")
+
+    def test_it_reads_all_that_our_nameserver_publishes(
+        self, sides: dict[str, Side], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(posttroll_ns.AddressReceiver, "HEARTBEAT", 1.2)
+        with nameserver(max_age=2), contextlib.ExitStack() as publisher:
+            with sides["theirs"].subscriber(None, addresses=["tcp://127.0.0.1:16543"]) as report:
+                report.await_subjects("/heartbeat/address_receiver")
+                publisher.enter_context(sides["ours"].publisher(kinds=["text"]))
+                report.await_subjects("/address/interop")
+                assert [version for (_, version, *_), _ in report.received.values()] == ["v1.01", "v1.01"]
+
+    def test_its_pickles_are_loaded(self, sides: dict[str, Side]) -> None:
+        code = """if True:
+            import pickle, sys
+            from posttroll.message import Message
+            sys.stdout.buffer.write(pickle.dumps(Message("/a", "info", {"key": ["value"]})))
+        """
+        with sides["theirs"].run(code) as running:
+            assert running.stdout is not None
+            message = pickle.loads(running.stdout.buffer.read())
+        assert type(message) is posttroll.Message
+        assert (message.subject, message.type, message.data, message.version) == (
+            "/a",
+            "info",
+            {"key": ["value"]},
+            "v1.01",
+        )
+
+
+@pytest.mark.interop
+class TestVendoredBesideKnownPackage:
+    """Ours as app._vendor.posttroll, in one process with the known package under its own name."""
+
+    @pytest.fixture
+    def app(self, newest: str, tmp_path: Path) -> Callable[..., Any]:
+        """Return what runs Python with such an application."""
+        directory = tmp_path / "application"
+        vendor = directory / "app" / "_vendor"
+        vendor.mkdir(parents=True)
+        for package in (directory / "app", vendor):
+            (package / "__init__.py").touch()
+        for file in (LIBRARY, NAMESERVER):
+            shutil.copy(file, vendor)
+        return lambda *args: process(newest, "-u", *args, cwd=directory, env=without_ours())
+
+    @pytest.mark.parametrize("theirs_first", [True, False], ids=["theirs-first", "ours-first"])
+    def test_neither_disturbs_the_other(self, app: Callable[..., Any], theirs_first: bool) -> None:
+        code = """if True:
+            import json, logging, sys, threading, time
+            if sys.argv[1] == "True":
+                import posttroll.publisher, posttroll.subscriber, posttroll.ns, posttroll.message
+            import app._vendor.posttroll.publisher, app._vendor.posttroll.ns
+            from app._vendor.posttroll.message import Message
+            from app._vendor.posttroll.publisher import Publish
+            from app._vendor.posttroll.subscriber import Subscribe, Subscriber
+            import posttroll, posttroll.message, posttroll.ns, posttroll.publisher, posttroll.subscriber
+            from app._vendor import posttroll as ours
+
+            assert posttroll.__file__.endswith("__init__.py") and "_vendor" not in posttroll.__file__
+            assert "_vendor" in ours.__file__
+            assert Message is not posttroll.message.Message
+            assert posttroll.message is sys.modules["posttroll.message"] is not ours.message
+            with ours.config.set(nameserver_port=1):
+                assert posttroll.config.get("nameserver_port") != 1
+            with posttroll.config.set(nameserver_port=2):
+                assert ours.config.get("nameserver_port") != 2
+            assert ours.get_context() is not posttroll.get_context()
+
+            def send_until(done, publisher, make):
+                number = 0
+                while not done.is_set():
+                    publisher.send(str(make("/from/" + publisher_name(publisher), "info", {"n": number})))
+                    number += 1
+                    time.sleep(0.02)
+
+            def publisher_name(publisher):
+                return "theirs" if type(publisher).__module__.startswith("posttroll") else "ours"
+
+            done = threading.Event()
+            arguments = {"nameservers": ["localhost"], "broadcast_interval": 0.5}
+            KnownPublish = posttroll.publisher.Publish
+            with Publish("ours", 0, **arguments) as mine, KnownPublish("theirs", 0, **arguments) as known:
+                senders = [
+                    threading.Thread(target=send_until, args=(done, mine, Message)),
+                    threading.Thread(target=send_until, args=(done, known, posttroll.message.Message)),
+                ]
+                for sender in senders:
+                    sender.start()
+                deadline = time.monotonic() + 30
+                while not all(ours.get_pub_address(name, 1) for name in ("ours", "theirs")):
+                    assert time.monotonic() < deadline, "not registered"
+                    time.sleep(0.05)
+                for subscribe, message_class in (
+                    (Subscribe, Message),
+                    (posttroll.subscriber.Subscribe, posttroll.message.Message),
+                ):
+                    with subscribe(["ours", "theirs"]) as subscriber:
+                        seen = set()
+                        for message in subscriber.recv(timeout=1):
+                            assert time.monotonic() < deadline, seen
+                            if message is not None:
+                                assert type(message) is message_class
+                                seen.add(message.subject)
+                            if seen == {"/from/ours", "/from/theirs"}:
+                                break
+                    print(message_class.__module__, sorted(seen))
+                done.set()
+                for sender in senders:
+                    sender.join()
+        """
+        with app("-m", "app._vendor.posttroll_ns", "--no-multicast") as running:
+            await_line(running, "answers on port")
+            with app("-c", code, theirs_first) as program:
+                status, out, err = finish(program, 60)
+            assert status == 0, err
+            assert out.splitlines() == [
+                "app._vendor.posttroll.message ['/from/ours', '/from/theirs']",
+                "posttroll.message ['/from/ours', '/from/theirs']",
+            ]
+            assert running.poll() is None
