@@ -2478,6 +2478,7 @@ class MessageBroadcaster:
         self._receivers = [_nameserver_endpoint(host, port) for host in dict.fromkeys(receivers or ())]
         if not self._receivers:
             _multicast_group(None)
+        self.on_round: Callable[[], None] = lambda: None  # called after each announcement
         self._thread: threading.Thread | None = None
         self._waker: _Waker | None = None
         self._is_stopping = False
@@ -2532,6 +2533,7 @@ class MessageBroadcaster:
                     text = self._text()
                     for target in targets if text is not None else ():
                         target.announce(text)
+                    self.on_round()
                 self._wait(targets, waker, due)
         except zmq.ContextTerminated:
             _log("message_broadcaster").debug("The context was terminated")
@@ -2804,6 +2806,11 @@ class Publisher:
                 self._subscriber_count -= 1 - topics_to_come
                 self._marks.difference_update([mark[0]] if mark else [])
 
+    def tidy_up(self) -> None:
+        """Let go of subscribers that have gone; ZeroMQ keeps them in memory until the socket is used."""
+        with self._lock:
+            self._note_subscriptions()
+
     @property
     def subscriber_count(self) -> int:
         """How many subscribers are connected; one of another implementation counts for each of its topics."""
@@ -2979,6 +2986,7 @@ class NoisyPublisher:
                     self._broadcaster = AddressServiceBroadcaster(
                         self._name, f"tcp://*:{port}", self._aliases, self._broadcast_interval, self._nameservers
                     )
+                    self._broadcaster.on_round = publisher.tidy_up
                     self._broadcaster.start()
             except BaseException:
                 self._broadcaster = None

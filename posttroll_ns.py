@@ -186,6 +186,13 @@ class AddressBook:
                 self._by_service.pop(service, None)
         return entry
 
+    def retire(self, address: str, name: str) -> None:
+        """Let the publisher *name* at *address*, if it is there, expire soon."""
+        entry = self._entries.get(address)
+        if entry is not None and entry.name == name:
+            entry.heard = min(entry.heard, time.monotonic() - self.max_age + self.GRACE)
+            self._entries.move_to_end(address, last=False)
+
     def find(self, service: str = "") -> list[_Entry]:
         """Return the publishers of *service*, all with ``""``."""
         if not service:
@@ -322,7 +329,10 @@ class _Server:
         for _ in range(100):
             if not int(self.socket.get(zmq.EVENTS)) & _POLLIN:
                 return
-            frames = self.socket.recv_multipart(_NOBLOCK)
+            try:
+                frames = self.socket.recv_multipart(_NOBLOCK)
+            except zmq.Again:  # what there was is no request: ZeroMQ has skipped it
+                continue
             self.socket.send(answer(frames[0] if len(frames) == 1 else b""))
 
     def close(self) -> None:
@@ -447,6 +457,17 @@ class AddressReceiver:
         if is_new:
             self._log.log(logging.INFO, "new", "New publisher %s at %s", entry.name, entry.address)
             pub.send(self._news(entry, True))
+            self._retire_loopback(entry)
+
+    def _retire_loopback(self, entry: _Entry) -> None:
+        """Forget the loopback address of a publisher of this host that has found the host's real address meanwhile.
+
+        Who is connected to both gets every message twice; not at once, so that nobody misses one.
+        """
+        tcp = posttroll._split_tcp(entry.address)
+        if tcp is not None and tcp[0] != "127.0.0.1" and posttroll._is_own_address(tcp[0]):
+            with self._lock:
+                self._book.retire(f"tcp://127.0.0.1:{tcp[1]}", entry.name)
 
     @staticmethod
     def _news(entry: _Entry, status: bool) -> str:
