@@ -1416,7 +1416,10 @@ class _Resolution:
     """Finds out in the background whether the host of an address has a name that resolves.
 
     ZeroMQ resolves names in the thread that serves all its sockets, where one dead name server would hold up everybody.
-    So a host name is handed to it only after it has been resolved once.
+    So it is handed numbers only.
+
+    Attributes:
+        endpoint: What to connect to, the address with a number for the host; None as long as it is not known.
     """
 
     RETRY = 5.0
@@ -1424,28 +1427,32 @@ class _Resolution:
 
     def __init__(self, address: str, on_success: Callable[[], None] = lambda: None) -> None:
         tcp = _split_tcp(address)
-        self._host = tcp[0] if tcp else ""
+        self._host, self._port = tcp or ("", 0)
         self._on_success = on_success
         self._is_asking = False
         self._asked = -self.RETRY
-        self.is_done = tcp is None or self._host == "localhost" or _match_number(self._host) is not None
+        self.endpoint: str | None = None
+        if self._host == "localhost":
+            self.endpoint = f"tcp://127.0.0.1:{self._port}"
+        elif tcp is None or _match_number(self._host):
+            self.endpoint = address
 
-    def check(self) -> bool:
-        """Return whether the name has been resolved; asks (again) in the background if not."""
-        is_due = not self.is_done and not self._is_asking and time.monotonic() - self._asked > self.RETRY
+    def check(self) -> str | None:
+        """Return the endpoint; as long as it is not known, ask (again) in the background."""
+        is_due = self.endpoint is None and not self._is_asking and time.monotonic() - self._asked > self.RETRY
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
             threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
-        return self.is_done
+        return self.endpoint
 
     def _resolve(self) -> None:
         try:
-            socket.getaddrinfo(self._host, None)
+            found = socket.getaddrinfo(self._host, None, socket.AF_INET)
         except (OSError, UnicodeError) as error:
             _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self._host, error)
         else:
-            self.is_done = True
+            self.endpoint = f"tcp://{found[0][4][0]}:{self._port}"
             self._on_success()
         finally:
             self._is_asking = False
@@ -2401,11 +2408,12 @@ class _NameserverTarget:
 
     def _open(self) -> None:
         """Connect, once the host name resolves."""
-        if self.socket is None and self._resolution.check():
+        endpoint = self._resolution.check()
+        if self.socket is None and endpoint is not None:
             # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
             options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
             try:
-                self.socket = set_up_client_socket(zmq.REQ, self._endpoint, options)
+                self.socket = set_up_client_socket(zmq.REQ, endpoint, options)
             except ConfigurationError as error:  # the keys are just being replaced
                 self._log.warning("keys", "Cannot register with %s (trying again): %s", self._endpoint, error)
 
@@ -3217,7 +3225,8 @@ class Subscriber:
         self._waker = _Waker()
         self._changes: deque[Callable[[], None]] = deque()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
-        self._connected: dict[str, zmq.Socket[bytes]] = {}
+        self._connected: dict[str, tuple[zmq.Socket[bytes], str]] = {}  # address: socket and endpoint
+        self._down: dict[tuple[zmq.Socket[bytes], str], tuple[float, float]] = {}  # when to renew, and the pause after
         self._unresolved: dict[str, _Resolution] = {}
         self._groups: dict[tuple[Any, ...], zmq.Socket[bytes]] = {}
         self._hooks: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
@@ -3356,39 +3365,89 @@ class Subscriber:
 
     def _connect(self, address: str) -> None:
         """Connect to *address*, or disconnect, so that it is as wanted."""
-        wanted = self._wanted.get(address)
-        key = None if wanted is None else (*wanted, address if self._translate else None)
-        sock = None if key is None else self._groups.get(key)
+        key = self._key_of(address)
         current = self._connected.get(address)
-        if current is not None and (current is not sock or key is None):
+        if current is not None and (key is None or current[0] is not self._groups.get(key)):
             self._disconnect(address)
+            self._close_unused()
             current = None
         if key is None:
             self._unresolved.pop(address, None)
         elif current is None:
             resolution = self._unresolved.get(address) or _Resolution(address, self._waker.wake)
-            if not resolution.check():
+            endpoint = resolution.check()
+            if endpoint is None:
                 self._unresolved[address] = resolution
                 return
             self._unresolved.pop(address, None)
-            sock = sock or self._new_group(key)
-            sock.connect(address)
-            self._connected[address] = sock
+            sock = self._groups.get(key) or self._new_group(key)
+            sock.connect(endpoint)
+            self._connected[address] = (sock, endpoint)
             _warn_of_descriptors(len(self._connected))
             _log("subscriber").debug("Subscribed to %s", address)
 
     def _disconnect(self, address: str) -> None:
-        sock = self._connected.pop(address)
-        if sock in self._connected.values():
+        """Disconnect from *address*, unless another address is another name for the same endpoint."""
+        current = sock, endpoint = self._connected.pop(address)
+        if current not in self._connected.values():
+            self._down.pop(current, None)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
-                sock.disconnect(address)
-        else:
-            self._groups = {key: other for key, other in self._groups.items() if other is not sock}
-            self._poller = None
-            with suppress(zmq.ZMQError):
-                sock.disconnect(address)
-            self._unused.append(sock)  # somebody may be in the middle of receiving from it
+                sock.disconnect(endpoint)
         _log("subscriber").debug("No longer subscribed to %s", address)
+
+    def _close_unused(self) -> None:
+        """Close the sockets without a connection, later: somebody may be in the middle of receiving from one."""
+        used = {sock for sock, _ in self._connected.values()}
+        for key, sock in list(self._groups.items()):
+            if sock not in used and not any(self._key_of(address) == key for address in self._unresolved):
+                del self._groups[key]
+                self._unused.append(sock)
+                self._poller = None
+
+    def _key_of(self, address: str) -> tuple[Any, ...] | None:
+        """Return the key of the group that *address* belongs to, None if it is not wanted."""
+        wanted = self._wanted.get(address)
+        return None if wanted is None else (*wanted, address if self._translate else None)
+
+    # ZeroMQ gives a connection up for good when the other side breaks the protocol: another program on the port, for
+    # a moment, or a publisher with another backend.  So what has been down for a while is connected anew.
+
+    _RENEWAL, _LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that is down is renewed, at first and at last
+
+    def _watch(self, sock: zmq.Socket[bytes]) -> None:
+        """Take note of which connections of *sock* go down and come up."""
+        failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | failures
+        monitor = _open_monitor(sock, events)
+        self._register(monitor, partial(self._take_event, sock, monitor))
+
+    def _take_event(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes], frames: list[bytes]) -> None:
+        event, _ = struct.unpack("=HI", frames[0])
+        connection = (sock, frames[1].decode("utf-8", "replace"))
+        if event == zmq.EVENT_MONITOR_STOPPED:
+            self._unregister(monitor)
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._down.pop(connection, None)
+        elif connection in self._connected.values():
+            if event != zmq.EVENT_DISCONNECTED:
+                text = "%s does not speak our protocol, or has another backend or key (trying again)"
+                self._bad_log.warning("handshake", text, connection[1])
+            self._down.setdefault(connection, (time.monotonic() + self._RENEWAL, self._RENEWAL))
+
+    def _renew(self) -> None:
+        """Make those connections anew that have been down for a while, with host names resolved again."""
+        now = time.monotonic()
+        for connection, (due, pause) in list(self._down.items()):
+            if now < due:
+                continue
+            del self._down[connection]
+            for address in [name for name, current in self._connected.items() if current == connection]:
+                self._disconnect(address)
+                self._connect(address)
+                if address in self._connected:
+                    longer = min(2 * pause, self._LONGEST_RENEWAL)
+                    self._down[self._connected[address]] = (now + longer, longer)
+        self._close_unused()
 
     def _new_group(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
@@ -3398,6 +3457,7 @@ class Subscriber:
             sock.setsockopt(zmq.SUBSCRIBE, topic)
         self._groups[key] = sock
         self._poller = None
+        self._watch(sock)
         return sock
 
     # -- receiving --
@@ -3589,6 +3649,7 @@ class Subscriber:
             self._poller.register(self._waker.fileno(), _POLLIN)
         due = [deadline] if deadline is not None else []
         due += [timer.due for timer in self._timers]
+        due += [when for when, _ in self._down.values()]
         if self._unresolved:
             due.append(time.monotonic() + _Resolution.RETRY)
         # One millisecond more: poll rounds down, and would return just before it is due.
@@ -3609,6 +3670,8 @@ class Subscriber:
                 ready.append(item)
         for address in list(self._unresolved):
             self._connect(address)
+        if self._down:
+            self._renew()
         for timer in self._timers:
             if time.monotonic() >= timer.due:
                 timer.run()
@@ -3642,7 +3705,7 @@ class Subscriber:
         for sock in (*self._groups.values(), *self._hooks, *self._unused):
             close_socket(sock)
         self._groups, self._hooks, self._timers, self._ready, self._unused = {}, {}, [], [], []
-        self._connected, self._unresolved = {}, {}
+        self._connected, self._unresolved, self._down = {}, {}, {}
         self._poller = None
         self._waker.close()
 
@@ -3693,8 +3756,9 @@ class _Follower:
         self._services = services
         self._listen = listen
         self._address_port = address_port or config.get("address_publish_port")
-        self._resolutions = {host: _Resolution(_lookup_endpoint(host), subscriber._waker.wake) for host in nameservers}
-        self._lookups: dict[str, zmq.Socket[bytes]] = {}
+        self._resolutions = {host: self._resolution(host) for host in nameservers}
+        self._sockets: dict[str, list[zmq.Socket[bytes]]] = {}  # the first is that for lookups
+        self._last_answer: dict[str, float] = {}
         self._last_seen: dict[str, dict[str, float]] = {}  # address, nameserver: time
         self._found: set[str] = set()
         self._log = _LimitedLogger("subscriber")
@@ -3703,31 +3767,48 @@ class _Follower:
         self.due = time.monotonic() + self.SOON
 
     def open(self) -> None:
-        """Connect to those nameservers whose names resolve."""
-        for host, resolution in self._resolutions.items():
-            if host not in self._lookups and resolution.check():
-                hwm = {zmq.SNDHWM: 2 * len(self._services) + 10}
-                lookup = set_up_client_socket(zmq.DEALER, _lookup_endpoint(host), hwm)
-                self._lookups[host] = lookup
-                self._subscriber._register(lookup, partial(self._take_answer, host))
+        """Connect to those nameservers whose names resolve; anew to those that have not answered for a long time."""
+        now = time.monotonic()
+        for host in self._resolutions:
+            if host in self._sockets and now - self._last_answer[host] > self.PATIENCE * max(
+                self._interval, self.SELDOM
+            ):
+                for sock in self._sockets.pop(host):
+                    self._subscriber._unregister(sock)
+                self._resolutions[host] = self._resolution(host)
+            endpoint = self._resolutions[host].check()
+            if host not in self._sockets and endpoint is not None:
+                self._last_answer[host] = now
+                self._sockets[host] = [self._open_lookups(host, endpoint)]
                 if self._listen:
-                    self._open_news(host)
+                    self._sockets[host] += self._open_news(host, endpoint)
 
-    def _open_news(self, host: str) -> None:
-        """Listen to the address port of *host*, and to whether there is a connection."""
-        endpoint = _nameserver_endpoint(host.rpartition(":")[0] or host, self._address_port)
+    def _resolution(self, host: str) -> _Resolution:
+        return _Resolution(_lookup_endpoint(host), self._subscriber._waker.wake)
+
+    def _open_lookups(self, host: str, endpoint: str) -> zmq.Socket[bytes]:
+        """Return a socket for lookups at *host*."""
+        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
+        self._subscriber._register(lookups, partial(self._take_answer, host))
+        return lookups
+
+    def _open_news(self, host: str, endpoint: str) -> list[zmq.Socket[bytes]]:
+        """Return sockets that listen to the address port of *host*, and to whether there is a connection."""
         news = set_up_client_socket(zmq.SUB, "")
         news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
+        monitor = _open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._subscriber._register(news, partial(self._take_news, host))
-        monitor = news.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._subscriber._register(monitor, lambda frames: self._catch_up())
-        news.connect(endpoint)
+        self._subscriber._register(monitor, self._catch_up)
+        news.connect(f"{endpoint.rpartition(':')[0]}:{self._address_port}")
+        return [news, monitor]
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, frames: list[bytes]) -> None:
         """After a connection to an address port: learn by lookups what was published before.
 
         A second one follows soon, as the subscription arrives a little later than the connection.
         """
+        if struct.unpack("=HI", frames[0])[0] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            return
         self._look_up(self._services)
         self._interval = self.SOON / 2
         self.due = time.monotonic() + self._interval
@@ -3760,7 +3841,7 @@ class _Follower:
 
     def _look_up(self, services: Iterable[str]) -> None:
         """Ask the nameservers; their answers come by and by, behind the first frame of the request (not empty)."""
-        for lookup in self._lookups.values():
+        for lookup, *_ in self._sockets.values():
             for service in services:
                 with suppress(zmq.Again):  # it is down, and enough requests wait for it
                     lookup.send_multipart([b"=" + service.encode(), b"", _request_for(service)], _NOBLOCK)
@@ -3770,6 +3851,7 @@ class _Follower:
         if len(frames) != 3:
             self._log.warning("answer", "Skipped an answer of %d frames from the nameserver %s", len(frames), host)
             return
+        self._last_answer[host] = time.monotonic()
         service = frames[0][1:].decode("utf-8", "replace")
         entries = _addresses_in(frames[2])
         for entry in entries:

@@ -3439,6 +3439,44 @@ class TestListener:
                 listener.stop()
 
 
+class TestGivenUpConnections:
+    """ZeroMQ gives a connection up for good when the other side breaks the protocol."""
+
+    def test_a_publisher_is_heard_after_another_program_had_its_port(self, monkeypatch):
+        monkeypatch.setattr(posttroll.Subscriber, "_RENEWAL", 0.2)
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as subscriber:
+            with zmq.Context() as context, context.socket(zmq.REP) as other:
+                monitor = other.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                other.bind(f"tcp://*:{port}")
+                assert monitor.poll(DEADLINE * 1000)  # it has been connected, and has been given up
+                other.disable_monitor()
+            next(subscriber.recv(timeout=0.1))
+            with posttroll.Publisher(f"tcp://*:{port}") as publisher:
+
+                def is_heard() -> bool:
+                    publisher.send(posttroll.Message("/a", "info", "x"))
+                    return next(subscriber.recv(timeout=0.05)) is not None
+
+                wait_for(is_heard)
+
+    def test_a_connection_that_is_down_for_long_is_renewed_more_and_more_seldom(self, monkeypatch):
+        monkeypatch.setattr(posttroll.Subscriber, "_RENEWAL", 0.01)
+        monkeypatch.setattr(posttroll.Subscriber, "_LONGEST_RENEWAL", 0.04)
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://127.0.0.1:{publisher.port_number}"
+            with posttroll.Subscriber([address]) as subscriber:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.stop()
+
+                def pauses() -> list[float]:
+                    next(subscriber.recv(timeout=0.01))
+                    return [pause for _, pause in subscriber._down.values()]
+
+                wait_for(lambda: pauses() == [0.04])
+                assert subscriber.addresses == [address]
+
+
 # ======================================================================================================================
 # 10. Logging over messages
 # ======================================================================================================================
@@ -6014,11 +6052,15 @@ def connected_pair() -> Iterator[tuple[posttroll.Publisher, posttroll.Subscriber
             yield publisher, subscriber
 
 
-def tcp_connection(port: int, data: bytes = b"") -> socket.socket:
-    """Open a TCP connection to a local port, and send *data* on it."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
-    connection.sendall(data)
-    return connection
+@contextlib.contextmanager
+def tcp_connections(count: int, *ports: int, data: bytes = b"") -> Iterator[None]:
+    """Keep TCP connections to local ports open, on which *data* is sent, and nothing else."""
+    with contextlib.ExitStack() as stack:
+        for number in range(count):
+            address = ("127.0.0.1", ports[number % len(ports)])
+            connection = stack.enter_context(socket.create_connection(address, timeout=DEADLINE))
+            connection.sendall(data)
+        yield
 
 
 def uris(service: str = "") -> list[str]:
@@ -6164,10 +6206,8 @@ class TestBrokenLookups:
     )
     def test_other_protocols_on_the_ports(self, setting, data):
         with nameserver():
-            connections = [tcp_connection(config.get(setting), data) for _ in range(20)]
-            assert_still_serves()
-            for connection in connections:
-                connection.close()
+            with tcp_connections(20, config.get(setting), data=data):
+                assert_still_serves()
             assert_still_serves()
 
     def test_500_half_open_connections(self):
@@ -6176,11 +6216,9 @@ class TestBrokenLookups:
         with nameserver_process("--no-multicast") as running:
             before = descriptors_of(running)
             ports = [config.get(name) for name in ("nameserver_port", "broadcast_port")]
-            connections = [tcp_connection(ports[i % 2], b"\xff" if i % 3 else b"") for i in range(500)]
-            wait_for(lambda: descriptors_of(running) >= before + 500)
-            assert_still_serves()
-            for connection in connections:
-                connection.close()
+            with tcp_connections(500, *ports, data=b"\xff"):
+                wait_for(lambda: descriptors_of(running) >= before + 300)  # the kernel may keep some of them waiting
+                assert_still_serves()
             wait_for(lambda: descriptors_of(running) < before + 50)
 
     def test_no_file_descriptors_left(self):
@@ -6192,11 +6230,9 @@ class TestBrokenLookups:
 
         with nameserver_process("--no-multicast", preexec_fn=few_descriptors) as running:
             ports = [config.get(name) for name in ("nameserver_port", "broadcast_port", "address_publish_port")]
-            connections = [tcp_connection(port) for port in ports for _ in range(40)]
-            wait_for(lambda: descriptors_of(running) >= 60)
-            assert running.poll() is None
-            for connection in connections:
-                connection.close()
+            with tcp_connections(120, *ports, data=b"\xff"):
+                wait_for(lambda: descriptors_of(running) >= 60)
+                assert running.poll() is None
             assert_still_serves()
             running.terminate()
             status, _, err = finish(running)
@@ -6701,6 +6737,15 @@ sys.exit(posttroll_ns.main(["--no-multicast"]))
                 status, _, err = finish(running)
             assert status == 1
             assert "the disk is on fire" in err
+
+    def test_loopback_address_is_forgotten_when_the_real_one_is_known(self, monkeypatch):
+        """Both are the same publisher: a subscriber must not get each message twice for ten minutes."""
+        monkeypatch.setattr(posttroll_ns.AddressBook, "GRACE", 0.1)
+        with nameserver():
+            for host, port in (("127.0.0.1", 9), ("127.0.0.1", 10), ("127.0.0.2", 9)):
+                assert register(registration_of(URI=f"tcp://{host}:{port}")) == b"ok"
+            wait_for(lambda: len(uris()) == 2)
+            assert sorted(uris()) == ["tcp://127.0.0.1:10", "tcp://127.0.0.2:9"]
 
     @pytest.mark.parametrize("no_multicast", [True, False])
     def test_any_order(self, no_multicast):
