@@ -1302,6 +1302,10 @@ def destroy_context(linger: int | None = None) -> None:
     if context is not None:
         _authenticators.pop(os.getpid(), _no_authenticator).shut_down()
         _lookup_sockets.clear()
+        for sock in list(context._sockets):
+            if not sock.closed:
+                sock.monitor(None, 0)
+        _lingering_monitors.clear()
         context.destroy(linger)
 
 
@@ -1311,6 +1315,7 @@ def _renew_locks_in_child() -> None:
     _contexts_lock = threading.Lock()
     _authenticators_lock = threading.RLock()
     _Resolution._free_threads = threading.Semaphore(8)
+    _lingering_monitors.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -1750,6 +1755,36 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     return monitor
 
 
+_lingering_monitors: list[zmq.Socket[bytes]] = []
+_lingering_lock = threading.Lock()
+
+
+def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> None:
+    """Close a monitor, but not before its socket is gone: ZeroMQ's own thread would wait for ever to tell it so.
+
+    Waits up to *timeout* seconds for that; if the socket lives on, the monitor is closed by a later call.
+    """
+    if _is_over(monitor, timeout):
+        monitor.close(0)
+    with _lingering_lock:
+        for other in [other for other in _lingering_monitors if _is_over(other, 0)]:
+            other.close(0)
+            _lingering_monitors.remove(other)
+        if not monitor.closed:
+            _lingering_monitors.append(monitor)
+
+
+def _is_over(monitor: zmq.Socket[bytes], timeout: float) -> bool:
+    """Whether the socket of *monitor* is gone, or goes in *timeout* seconds."""
+    deadline = time.monotonic() + timeout
+    while not monitor.closed:
+        if not monitor.poll(max(int((deadline - time.monotonic()) * 1000), 0)):
+            return False
+        if struct.unpack("=HI", monitor.recv_multipart(_NOBLOCK)[0])[0] == zmq.EVENT_MONITOR_STOPPED:
+            return True
+    return True
+
+
 class Authenticator:
     """The access rules of one server socket; `stop` it after the socket has been closed."""
 
@@ -1846,7 +1881,7 @@ class _AuthenticatorThread:
         finally:
             self._take_new_monitors()
             for monitor in self._monitors:
-                monitor.close(0)
+                _close_monitor(monitor)
             with suppress(zmq.ZMQError):
                 self._socket.unbind(self.ENDPOINT)  # at once: closing alone frees the name some time later
             self._socket.close(0)
@@ -2076,7 +2111,7 @@ def set_up_server_socket(
             authenticator.watch(sock)
         port = _bind(sock, destination, port_interval)
     except BaseException:
-        sock.close()
+        close_socket(sock)
         if authenticator is not None:
             authenticator.stop()
         raise
@@ -2108,7 +2143,9 @@ def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | 
 
 def close_socket(sock: zmq.Socket[bytes]) -> None:
     """Close *sock* at once; what it has not sent yet is dropped."""
-    sock.close(linger=0)
+    if not sock.closed:
+        sock.monitor(None, 0)  # now, as long as there is somebody to be told that it ends
+        sock.close(linger=0)
 
 
 class SocketReceiver:
@@ -2933,9 +2970,7 @@ def _close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     """Close *sock*, and wait until what it has queued is sent, or *timeout* seconds."""
     monitor = _open_monitor(sock, 0)  # its end tells when the socket is really gone
     sock.close()
-    if monitor.poll(int(timeout * 1000)):
-        monitor.recv_multipart()
-    monitor.close(0)
+    _close_monitor(monitor, timeout)
 
 
 class NoisyPublisher:
@@ -3702,7 +3737,7 @@ class Subscriber:
                 self._lock.release()
 
     def _close_sockets(self) -> None:
-        for sock in (*self._groups.values(), *self._hooks, *self._unused):
+        for sock in (*self._groups.values(), *self._unused, *self._hooks):  # each before its monitor
             close_socket(sock)
         self._groups, self._hooks, self._timers, self._ready, self._unused = {}, {}, [], [], []
         self._connected, self._unresolved, self._down = {}, {}, {}
@@ -3714,6 +3749,11 @@ class Subscriber:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        # Not left to chance: a socket must be closed before its monitor.
+        if hasattr(self, "_waker") and not self._is_closed:
+            self.close()
 
 
 def _warn_of_descriptors(count: int) -> None:

@@ -129,7 +129,8 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     config.refresh()
     posttroll._lookup_sockets.clear()
     wait_for(lambda: set(threading.enumerate()) <= threads, what=f"the end of {set(threading.enumerate()) - threads}")
-    open_sockets = [sock for sock in posttroll.get_context()._sockets if not sock.closed]
+    expected = posttroll._lingering_monitors  # of sockets that ZeroMQ closes when the last message is out
+    open_sockets = [sock for sock in posttroll.get_context()._sockets if not sock.closed and sock not in expected]
     posttroll.destroy_context(0)
     assert open_sockets == []
 
@@ -2184,7 +2185,7 @@ class TestAddressBroadcasters:
         names[host] = "localhost"
         wait_for(lambda: target_connected)
         broadcaster.stop()
-        assert target_connected == [f"tcp://{host}:{config.get('broadcast_port')}"]
+        assert target_connected == [f"tcp://127.0.0.1:{config.get('broadcast_port')}"]
 
     @pytest.mark.parametrize("name", ["", "two words", "line\nbreak"])
     def test_a_name_that_cannot_be_announced(self, name):
@@ -6530,16 +6531,14 @@ class TestBrokenMessagesToSubscribers:
 
         monkeypatch.setattr(socket, "getaddrinfo", lookup)
         monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.05)
-        connected_pair = []
-        monkeypatch.setattr(
-            zmq.Socket, "connect", lambda sock, address, real=zmq.Socket.connect: connected_pair.append(address)
-        )
-        with posttroll.Subscriber(["tcp://late.invalid:9"]) as subscriber:
-            next(subscriber.recv(timeout=0.2))
-            assert connected_pair == []
-            resolvable.set()
-            wait_for(lambda: next(subscriber.recv(timeout=0.05)) or connected_pair)
-        assert connected_pair == ["tcp://late.invalid:9"]
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            with posttroll.Subscriber([f"tcp://late.invalid:{publisher.port_number}"]) as subscriber:
+                next(subscriber.recv(timeout=0.2))
+                assert publisher.subscriber_count == 0
+                resolvable.set()
+                wait_for(lambda: next(subscriber.recv(timeout=0.05)) or publisher.subscriber_count)
+                publisher.send(posttroll.Message("/a", "info", "x"))
+                assert receive(subscriber)[0].data == "x"
 
 
 class FakeNameserver:
