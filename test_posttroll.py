@@ -183,7 +183,16 @@ def nameserver(**kwargs: Any) -> Iterator[posttroll_ns.NameServer]:
     kwargs.setdefault("multicast_enabled", False)
     server = posttroll_ns.NameServer(**kwargs)
     ready = threading.Event()
-    thread = threading.Thread(target=server.run, kwargs={"when_ready": ready.set})
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.run(when_ready=ready.set)
+        except BaseException as error:
+            failures.append(error)
+            ready.set()
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         assert ready.wait(DEADLINE)
@@ -192,6 +201,8 @@ def nameserver(**kwargs: Any) -> Iterator[posttroll_ns.NameServer]:
         server.stop()
         thread.join(DEADLINE)
         assert not thread.is_alive()
+        for failure in failures:
+            raise failure
 
 
 def receive(subscriber: posttroll.Subscriber, count: int = 1, timeout: float = DEADLINE) -> list[posttroll.Message]:
@@ -1515,7 +1526,7 @@ class TestMulticastSockets:
             for _ in range(2):
                 sender.close()
                 receiver.close()
-            with pytest.raises(OSError, match="closed|descriptor"):
+            with pytest.raises(OSError, match=r"closed|descriptor"):
                 receiver()
 
     def test_a_taken_port_leaves_no_socket(self):
@@ -3452,6 +3463,7 @@ class TestGivenUpConnections:
                 other.bind(f"tcp://*:{port}")
                 assert monitor.poll(DEADLINE * 1000)  # it has been connected, and has been given up
                 other.disable_monitor()
+                monitor.close(0)
             next(subscriber.recv(timeout=0.1))
             with posttroll.Publisher(f"tcp://*:{port}") as publisher:
 
@@ -5201,9 +5213,9 @@ class TestMultiprocessing:
         worker.join(DEADLINE)
         assert worker.exitcode == 0
         assert answer.data == {"got": [moment, "text"], "from": "/a"}
-        for queue in (requests, answers):
-            queue.close()
-            queue.join_thread()
+        for channel in (requests, answers):
+            channel.close()
+            channel.join_thread()
 
 
 class TestFreezegun:
@@ -5419,7 +5431,7 @@ def run_command(*args: Any, stdin: str | None = None, **kwargs: Any) -> tuple[in
 
 @contextlib.contextmanager
 def on_terminal(*args: Any) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[str], str], int]]:
-    """Run ``posttroll`` on a pseudo-terminal; gives the process, a function that reads up to a text, and the terminal."""
+    """Run ``posttroll`` on a pseudo-terminal; gives the process, what reads up to a text, the terminal."""
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm"}
     environment.pop("NO_COLOR", None)
@@ -6852,7 +6864,7 @@ class TestNetworkFaults:
                 await_line(subscriber, "after")
 
     def test_silence_of_a_firewall_that_forgets(self, two_faulty_hosts):
-        """Packets vanish, both faulty_hosts live on; then there are new rules, and another publisher on the same port."""
+        """Packets vanish, both hosts live on; then there are new rules, and another publisher on the same port."""
         two_faulty_hosts.plug_in()
         with two_faulty_hosts.python(0, PRINT_MESSAGES, f"tcp://{two_faulty_hosts.ADDRESSES[1]}:9000") as subscriber:
             with two_faulty_hosts.python(1, PUBLISH_ALWAYS, "before"):
@@ -7786,7 +7798,7 @@ def may_make_namespaces() -> bool:
         return False
     name = f"posttroll-try-{os.getpid()}"
     try:
-        if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+        if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
             return False
         subprocess.run(["ip", "netns", "delete", name], check=True)
     except OSError:
@@ -7807,7 +7819,7 @@ class Hosts:
         subprocess.run(["ip", *args], check=True)
 
     def __enter__(self) -> Hosts:
-        for namespace, address in ((self.here, self.HERE), (self.there, self.THERE)):
+        for namespace in (self.here, self.there):
             self._ip("netns", "add", namespace)
             self._ip("-n", namespace, "link", "set", "lo", "up")
             if namespace == self.there:
