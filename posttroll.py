@@ -5112,7 +5112,8 @@ def _show(lines: list[str], on_terminal: bool) -> None:
         import shutil
 
         size = shutil.get_terminal_size()
-        lines = [line[: size.columns - 1] for line in lines[: size.lines - 1]]
+        width, height = size.columns or 80, size.lines or 24  # a terminal may not know its size
+        lines = [line[: width - 1] for line in lines[: height - 1]]
         print("\033[H\033[J" + "\n".join(lines), flush=True)
     else:
         print("\n".join(lines) + "\n", flush=True)
