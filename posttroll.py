@@ -4687,10 +4687,14 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("keys", nargs="*", metavar="KEY", help="only these keys")
     settings.add_argument("--json", action="store_true", help="as JSON")
 
-    demo = add("demo", _run_demo, "run a nameserver, a publisher and a subscriber on this machine")
+    demo = add(
+        "demo", _run_demo, "run a nameserver, a publisher and a subscriber on this machine", "  posttroll demo\n"
+    )
     demo.add_argument("--role", choices=["publisher", "subscriber"], help=argparse.SUPPRESS)
-    _add_key_arguments(add("generate-keys", _run_generate_keys, "make a pair of keys for the secure backend"))
-    _add_logger_arguments(add("logger", _run_logger, "log the messages of all publishers"))
+    _add_key_arguments(
+        add("generate-keys", _run_generate_keys, "make a pair of keys for the secure backend", _KEY_EXAMPLES)
+    )
+    _add_logger_arguments(add("logger", _run_logger, "log the messages of all publishers", _LOGGER_EXAMPLES))
     commands.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
     return parser
 
@@ -4729,6 +4733,13 @@ _DOCTOR_EXAMPLES = """\
   posttroll doctor
   posttroll doctor --nameserver otherhost
   POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
+"""
+_KEY_EXAMPLES = """\
+  posttroll generate-keys server -d ~/keys
+"""
+_LOGGER_EXAMPLES = """\
+  posttroll logger
+  posttroll logger -s otherhost -r /var/log/posttroll.log
 """
 _CONFIG_EXAMPLES = """\
   posttroll config

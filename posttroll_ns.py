@@ -900,7 +900,12 @@ def _parser() -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="nameserver", description="Tell subscribers where publishers are.", allow_abbrev=False
+        prog="nameserver",
+        description="Tell subscribers where publishers are.",
+        epilog="examples:\n  nameserver --no-multicast\n  nameserver -d start -l /var/log/nameserver.log\n"
+        "  nameserver --set nameserver_port=5600 --local-only\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")
     parser.add_argument("-l", "--log", help="File to log to (defaults to stdout)")
@@ -908,6 +913,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-multicast", action="store_true", help="disable address broadcasting via multicasting")
     parser.add_argument("-L", "--local-only", action="store_true", help="accept connections only from localhost")
     parser.add_argument("--pid-file", help="file with the process id of the daemon (one for each user and port)")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=posttroll._assignment,
+        help="set a configuration key",
+    )
     parser.add_argument("--version", action="version", version=f"nameserver of posttroll {posttroll.__version__}")
     return parser
 
@@ -922,6 +935,7 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status.
     """
     options = _parser().parse_args(args)
+    posttroll.config.set(dict(options.set))
     if options.log:
         options.log = os.path.abspath(options.log)
 

@@ -5469,13 +5469,21 @@ class TestCommands:
         status, out, _ = run_command(name, "--help")
         assert status == 0
         assert f"posttroll {name}" in out
-        for option in ("--nameserver", "--no-color", "--set"):
-            assert option in out
+        for text in ("--nameserver", "--no-color", "--set", "examples:"):
+            assert text in out
 
     def test_help_of_the_nameserver_is_its_own(self):
         status, out, _ = run_command("nameserver", "--help")
         assert status == 0
         assert "--no-multicast" in out
+        assert "examples:" in out
+
+    def test_keys_of_the_nameserver_can_be_set(self):
+        port = free_port()
+        with command("nameserver", "--no-multicast", "--set", f"nameserver_port={port}") as running:
+            assert str(port) in await_line(running, "answers on port")
+            running.send_signal(signal.SIGTERM)
+            assert finish(running)[0] == 0
 
     def test_version(self):
         assert run_command("--version") == (0, f"posttroll {posttroll.__version__}\n", "")
@@ -5915,6 +5923,49 @@ class TestDoctor:
             status, out, _ = run_command("doctor", "--no-multicast")
         assert status == 1
         assert "it speaks NULL, this program CURVE" in out
+
+    def test_a_clock_that_is_wrong(self):
+        with zmq.Context() as context, context.socket(zmq.REP) as late:
+            late.bind(f"tcp://*:{config.get('nameserver_port')}")
+            stop = threading.Event()
+
+            def serve() -> None:
+                while not stop.is_set():
+                    if late.poll(50):
+                        late.recv()
+                        late.send(b"pytroll://oper/ns info me@here 2020-01-01T00:00:00 v1.01")
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            try:
+                status, out, _ = run_command("doctor", "--no-multicast")
+            finally:
+                stop.set()
+                thread.join()
+        assert status == 1
+        assert re.search(r"FAIL  clocks: that of nameserver localhost differs by -\d+.* -> synchronise them", out)
+
+    def test_a_name_that_does_not_resolve(self):
+        status, out, _ = run_command("doctor", "--no-multicast", "--nameserver", "nonesuch.invalid")
+        assert status == 1
+        assert re.search("FAIL  nameserver nonesuch.invalid: the name does not resolve", out)
+
+    @pytest.mark.network
+    def test_a_host_without_a_network(self, monkeypatch):
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        namespace = f"posttroll-doctor-{os.getpid()}"
+        if not may_make_namespaces():
+            pytest.skip("this needs network namespaces")
+        subprocess.run(["ip", "netns", "add", namespace], check=True)
+        try:
+            subprocess.run(["ip", "-n", namespace, "link", "set", "lo", "up"], check=True)
+            with process("ip", "netns", "exec", namespace, sys.executable, LIBRARY, "doctor") as doctor:
+                status, out, _ = finish(doctor)
+        finally:
+            subprocess.run(["ip", "netns", "delete", namespace], check=True)
+        assert status == 1
+        assert "note  own address: 127.0.0.1: other hosts cannot reach publishers here" in out
+        assert re.search("FAIL  multicast route: .*unreachable.*-> ip route add 224.0.0.0/4 dev INTERFACE", out)
 
     def test_keys(self, monkeypatch, tmp_path):
         _, secret = posttroll.write_key_pair("server", tmp_path)
