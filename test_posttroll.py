@@ -5391,7 +5391,7 @@ class TestVendored:
     def test_the_nameserver_command_of_the_library_alone(self, project):
         (project / "app" / "_vendor" / "posttroll_ns.py").unlink()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        command = [sys.executable, "app/_vendor/posttroll.py", "nameserver"]
+        command = [sys.executable, "-m", "app._vendor.posttroll", "nameserver"]
         with process(*command, cwd=project, env=environment) as running:
             status, _, err = finish(running)
         assert status != 0
@@ -7266,14 +7266,15 @@ sys.stdin.read()
     def test_memory_of_a_publisher_that_does_not_send(self):
         """Subscribers that come and go are noted all the same."""
         with posttroll.Publish("pub", nameservers=["localhost"], broadcast_interval=0.1) as publisher:
-            before = memory_of()
-            for _ in range(3):
+            used = []
+            for _ in range(5):
                 with raw_socket(zmq.XSUB, publisher.port_number) as flood:
                     for number in range(20_000):
                         flood.send(b"\1pytroll://topic/%d" % number + b"x" * 100)
                     wait_for(lambda: publisher.subscriber_count >= 20_000)
                 wait_for(lambda: publisher.subscriber_count == 0)
-            assert memory_of() < before + 200
+                used.append(memory_of())
+            assert used[-1] < used[1] + 100  # the allocator keeps what the first rounds took
 
 
 # ======================================================================================================================
