@@ -1301,7 +1301,6 @@ def destroy_context(linger: int | None = None) -> None:
         context = _contexts.pop(os.getpid(), None)
     if context is not None:
         _authenticators.pop(os.getpid(), _no_authenticator).shut_down()
-        _lookup_sockets.clear()
         for sock in list(context._sockets):
             if not sock.closed:
                 sock.monitor(None, 0)
@@ -4611,6 +4610,11 @@ def main(args: Sequence[str] | None = None) -> int:
     return 1
 
 
+def _nameserver_module() -> Any:
+    """Return the module ``posttroll_ns``, imported when it is used for the first time."""
+    return importlib.import_module(f"{__name__}_ns")
+
+
 def _talk(text: str) -> None:
     """Tell something that is not a result."""
     print(text, file=sys.stderr, flush=True)
@@ -5568,11 +5572,6 @@ def _free_ports(count: int) -> list[int]:
 # ======================================================================================================================
 
 _NAMESERVER_NAMES = frozenset(("AddressReceiver", "getaddress", "NameServer", "get_active_address", "setup_logging"))
-
-
-def _nameserver_module() -> Any:
-    """Return the module ``posttroll_ns``, imported when it is used for the first time."""
-    return importlib.import_module(f"{__name__}_ns")
 
 
 def __getattr__(name: str) -> Any:
