@@ -844,11 +844,11 @@ def _get_sender() -> str:
     """Return ``user@host``, found out once."""
     global _sender
     if _sender is None:
-        import getpass
-
         try:
+            import getpass
+
             user = getpass.getuser()
-        except (ImportError, KeyError, OSError):  # a container whose user id has no name
+        except (ImportError, KeyError, OSError):  # a container whose user id has no name; no descriptors left
             user = str(getattr(os, "getuid", lambda: "unknown")())
         _sender = "_".join(f"{user}@{socket.gethostname() or 'localhost'}".split())
     return _sender
@@ -1623,8 +1623,8 @@ class _ClientKeys:
             _key_log.warning("directory", "No client is let in: %s", error)
             return False
         if state != self._state:
-            self._keys = frozenset(self._read(file.path) for file in files) - {b""}
             self._state = state
+            self._keys = frozenset(self._read(file.path) for file in files) - {b""}
         return key in self._keys
 
     def _read(self, path: str) -> bytes:
@@ -1632,6 +1632,8 @@ class _ClientKeys:
         try:
             return _read_keys(path)["public"]
         except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, OSError):
+                self._state = None  # no file descriptors left, or no permission yet: all are read again
             _key_log.warning(path, "The client key %s is not used: %s", path, error or "no public key in it")
             return b""
 
@@ -1917,17 +1919,15 @@ class _AuthenticatorThread:
 
     def _follow(self, monitor: zmq.Socket[bytes]) -> None:
         """Take an event of a monitor, and log the peers whose handshake failed before ZAP was asked."""
-        from zmq.utils.monitor import parse_monitor_message
-
-        event = parse_monitor_message(monitor.recv_multipart())
+        event, descriptor = struct.unpack("=Hi", monitor.recv_multipart()[0])
         peers = self._monitors[monitor]
-        if event["event"] == zmq.EVENT_MONITOR_STOPPED:
+        if event == zmq.EVENT_MONITOR_STOPPED:
             del self._monitors[monitor]
             monitor.close(0)
-        elif event["event"] == zmq.EVENT_ACCEPTED:
-            peers[event["value"]] = _peer_of(event["value"])
-        elif event["event"] == zmq.EVENT_DISCONNECTED:
-            peer = peers.pop(event["value"], "an unknown address")
+        elif event == zmq.EVENT_ACCEPTED:
+            peers[descriptor] = _peer_of(descriptor)
+        elif event == zmq.EVENT_DISCONNECTED:
+            peer = peers.pop(descriptor, "an unknown address")
             if peers.pop(-1, ""):
                 self._log.warning("handshake", "A handshake of %s failed: no CURVE, or the wrong server key", peer)
         else:
@@ -2967,7 +2967,13 @@ def _bind_address(address: str) -> str:
 
 def _close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     """Close *sock*, and wait until what it has queued is sent, or *timeout* seconds."""
-    monitor = _open_monitor(sock, 0)  # its end tells when the socket is really gone
+    try:
+        monitor = _open_monitor(sock, 0)  # its end tells when the socket is really gone
+    except zmq.ZMQError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        sock.close()  # what is queued is sent all the same, but not waited for
+        return
     sock.close()
     _close_monitor(monitor, timeout)
 

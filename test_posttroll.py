@@ -13,6 +13,7 @@ import base64
 import contextlib
 import copy
 import datetime as dt
+import errno
 import fcntl
 import importlib
 import inspect
@@ -790,6 +791,18 @@ class TestWireFormat:
         message = Message("/a", "b")
         assert message.host == socket.gethostname()
         assert message.sender == f"{message.user}@{message.host}"
+
+    @pytest.mark.skipif(os.name != "posix", reason="there is no limit on descriptors to set")
+    def test_a_process_without_file_descriptors_has_a_sender(self):
+        code = """
+import os, resource, posttroll
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+print(posttroll.Message("/a", "b").encode())
+"""
+        with python(code, cwd=HERE) as running:
+            status, out, err = finish(running)
+        assert (status, err) == (0, "")
+        assert Message.decode(out.strip()).host == socket.gethostname()
 
     def test_a_sender_without_host(self):
         message = Message.decode("pytroll://a b nobody 2020-01-01T00:00:00 v1.01")
@@ -6095,7 +6108,7 @@ def local_address(port: int) -> str:
 
 @contextlib.contextmanager
 def raw_socket(kind: int, port: int | None = None) -> Iterator[Any]:
-    """Give a ZeroMQ socket that is none of ours, connected_pair to a local port, or not connected_pair."""
+    """Give a ZeroMQ socket that is none of ours, connected to a local port, or not connected."""
     with zmq.Context() as context:
         context.set(zmq.MAX_SOCKETS, 10000)
         with context.socket(kind) as sock:
@@ -6294,9 +6307,21 @@ class TestBrokenLookups:
 
         with nameserver_process("--no-multicast", preexec_fn=few_descriptors) as running:
             ports = [config.get(name) for name in ("nameserver_port", "broadcast_port", "address_publish_port")]
-            with tcp_connections(120, *ports, data=b"\xff"):
-                wait_for(lambda: descriptors_of(running) >= 60)
-                assert running.poll() is None
+            with raw_socket(zmq.REQ, ports[0]) as lookups, raw_socket(zmq.REQ, ports[1]) as registrations:
+                for client, request in ((lookups, LOOKUP % "pub"), (registrations, "connect")):
+                    client.send_string(request)
+                    assert client.poll(DEADLINE * 1000)
+                    client.recv()
+                with tcp_connections(120, *ports, data=b"\xff"):
+                    wait_for(lambda: descriptors_of(running) >= 60)
+                    address = f"tcp://{posttroll.get_own_ip()}:9"
+                    registrations.send_string(ANNOUNCEMENT % address)  # who is connected is served on
+                    assert registrations.poll(DEADLINE * 1000)
+                    assert registrations.recv() == b"ok"
+                    lookups.send_string(LOOKUP % "pub")
+                    assert lookups.poll(DEADLINE * 1000)
+                    assert address in lookups.recv_string()
+            assert running.poll() is None
             assert_still_serves()
             running.terminate()
             status, _, err = finish(running)
@@ -7571,6 +7596,13 @@ class TestKeyDirectory:
         with publishing() as publisher, subscribing(publisher.port_number) as friend:
             assert deliver(publisher, friend, "good")
         assert f"{keys.clients / 'broken.key'} is not used" in caplog.text
+
+    def test_a_key_that_could_not_be_read_is_read_later(self, keys):
+        known = posttroll._ClientKeys("clients_public_keys_directory")
+        key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
+        with mock.patch("posttroll._read_keys", side_effect=OSError(errno.EMFILE, "Too many open files")):
+            assert key not in known
+        assert key in known
 
     def test_without_the_directory_nobody_gets_in(self, keys, caplog):
         with publishing() as publisher:
