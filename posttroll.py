@@ -35,15 +35,11 @@ from __future__ import annotations
 
 import ast
 import atexit
-import base64
 import errno
 import importlib
 import json
-import logging
 import os
-import queue
 import re
-import socket
 import struct
 import sys
 import threading
@@ -51,29 +47,67 @@ import time
 import types
 import warnings
 import weakref
-from binascii import b2a_base64
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from itertools import chain, count
 from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
-    NamedTuple,
     Union,
     cast,
 )
 
 import zmq
 
+__version__ = "2.0.0"
+
+
+class _LateModule:
+    """A module of the standard library that is imported when it is first used: a third of the time of our import."""
+
+    def __init__(self, name: str) -> None:
+        vars(self)["_name"] = name
+
+    def _import(self) -> types.ModuleType:
+        module = importlib.import_module(self._name)
+        globals()[self._name] = module  # from now on it is used directly
+        return module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._import(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._import(), name, value)
+
+
+class _LatePattern:
+    """A regular expression that is compiled when it is first used."""
+
+    def __init__(self, pattern: str | bytes, flags: int = 0) -> None:
+        self._arguments: tuple[Any, int] = (pattern, flags)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(re.compile(*self._arguments), name)
+        setattr(self, name, method)
+        return method
+
+
 if TYPE_CHECKING:
     import argparse
+    import base64
+    import binascii
+    import io
+    import logging
+    import queue
+    import socket
     from collections.abc import AsyncIterator
-
-__version__ = "2.0.0"
+else:
+    base64, binascii = _LateModule("base64"), _LateModule("binascii")
+    logging, queue, socket = _LateModule("logging"), _LateModule("queue"), _LateModule("socket")
 
 
 # ======================================================================================================================
@@ -87,13 +121,14 @@ class ConfigurationError(ValueError):
     """A setting is missing, or its value (or the file that it names) cannot be used."""
 
 
-class _Option(NamedTuple):
+class _Option:
     """A row of the table of options: what a key means and what it may hold."""
 
-    default: Any
-    kind: str  # "int", "number", "str", "path", "list", or the choices as "a|b|c"
-    meaning: str
-    old_name: str | None = None  # the environment variable of before POSTTROLL_*
+    def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
+        self.default = default
+        self.kind = kind  # "int", "number", "str", "path", "list", or the choices as "a|b|c"
+        self.meaning = meaning
+        self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
 
 OPTIONS: dict[str, _Option] = {
@@ -130,8 +165,24 @@ _UNSET: Any = object()
 
 
 def _log(path: str) -> logging.Logger:
-    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``."""
-    return logging.getLogger(f"{__name__}.{path}" if path else __name__)
+    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``, for now."""
+    name = f"{__name__}.{path}"
+    return logging.getLogger(name) if "logging" in sys.modules else cast("logging.Logger", _UnheardLogger(name))
+
+
+class _UnheardLogger:
+    """The logger of a program that has not imported `logging`: nobody can have asked for less than warnings."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def debug(self, text: str, *args: Any) -> None:
+        """Do nothing."""
+
+    info = debug
+
+    def __getattr__(self, method: str) -> Any:
+        return getattr(logging.getLogger(self._name), method)
 
 
 def _nested_get(tree: Mapping[str, Any], parts: Sequence[str]) -> Any:
@@ -540,20 +591,18 @@ class MessageError(Exception):
 
 # ISO 8601, extended form: a date, or date and time of day down to minutes, seconds or fractions, with or without zone.
 # The first pattern is what datetime.isoformat() writes, which every Python reads alike; the second is all the rest.
-_match_isoformat = re.compile(
-    r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII
-).fullmatch
-_match_datetime = re.compile(
+_ISO_FORMAT = _LatePattern(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
+_DATETIME = _LatePattern(
     r"(\d{4}-\d\d-\d\d)(?:T([01]\d|2[0-3])(:\d\d)(?:(:\d\d)(?:[.,](\d+))?)?(Z|[+-]\d\d(?::\d\d(?::\d\d(?:\.\d{6})?)?)?)?)?",
     re.ASCII,
-).fullmatch
-_find_date_in_json = re.compile(r'"\d\d\d\d-\d\d-\d\d["T]', re.ASCII).search
+)
+_JSON_DATE = _LatePattern(r'"\d\d\d\d-\d\d-\d\d["T]', re.ASCII)
 
 
 def _parse_datetime(text: str) -> datetime | None:
     """Return the datetime that *text* is in ISO 8601 extended form, None if it is none."""
-    if _match_isoformat(text) is None:
-        match = _match_datetime(text)
+    if _ISO_FORMAT.fullmatch(text) is None:
+        match = _DATETIME.fullmatch(text)
         if match is None:
             return None
         date, hours, minutes, seconds, fraction, zone = match.groups()
@@ -749,10 +798,10 @@ def _travels_as_it_is(text: str) -> bool:
 def _encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str]:
     """Return the text that stands for binary *data*: a data URL's beginning (or nothing), and the rest."""
     if not isinstance(data, str):
-        return _BYTES_URL, b2a_base64(data, newline=False).decode("ascii")
+        return _BYTES_URL, binascii.b2a_base64(data, newline=False).decode("ascii")
     if data and _travels_as_it_is(data) and not data.startswith((_BYTES_URL, _TEXT_URL)):
         return "", data
-    return _TEXT_URL, b2a_base64(data.encode("utf-8", "surrogatepass"), newline=False).decode("ascii")
+    return _TEXT_URL, binascii.b2a_base64(data.encode("utf-8", "surrogatepass"), newline=False).decode("ascii")
 
 
 def _decode_binary(text: str) -> str | bytes:
@@ -1046,7 +1095,7 @@ def _decode_json(text: str) -> Any:
         data = _from_json(text)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"Invalid JSON data: {str(error)[:200]}") from None
-    if _find_date_in_json(text) is None:
+    if _JSON_DATE.search(text) is None:
         if text.count("[") + text.count("{") > _MAX_NESTING:
             _check_nesting(data)
         return data
@@ -1078,7 +1127,10 @@ del _class
 # UDP to a multicast group (RFC 1112), or to everybody on the local network with the group 0.0.0.0.
 # ======================================================================================================================
 
-SocketTimeout = socket.timeout
+if sys.version_info >= (3, 10):
+    SocketTimeout = TimeoutError
+else:
+    SocketTimeout = socket.timeout
 
 _DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL = 49  # of Linux, see ip(7)
@@ -1327,20 +1379,29 @@ class _Waker:
     """Ends a poll from another thread or a signal handler: a descriptor to poll, and `wake`."""
 
     def __init__(self) -> None:
-        self._read_end, self._write_end = socket.socketpair()
-        self._read_end.setblocking(False)
-        self._write_end.setblocking(False)
+        self._read_end: io.RawIOBase
+        self._write_end: io.RawIOBase
+        if os.name == "posix":
+            read_end, write_end = os.pipe()
+            os.set_blocking(read_end, False)
+            os.set_blocking(write_end, False)
+            self._read_end, self._write_end = open(read_end, "rb", 0), open(write_end, "wb", 0)  # noqa: SIM115
+        else:  # only sockets can be polled
+            ends = socket.socketpair()
+            for end in ends:
+                end.setblocking(False)
+            self._read_end, self._write_end = ends[0].makefile("rb", 0), ends[1].makefile("wb", 0)
 
     def fileno(self) -> int:
         return self._read_end.fileno()
 
     def wake(self) -> None:
-        with suppress(OSError):  # full: a wake-up is on its way; closed: nobody waits
-            self._write_end.send(b"!")
+        with suppress(OSError, ValueError):  # closed: nobody waits
+            self._write_end.write(b"!")  # does nothing when the pipe is full: a wake-up is on its way
 
     def clear(self) -> None:
-        with suppress(OSError):
-            while len(self._read_end.recv(1024)) == 1024:
+        with suppress(OSError, ValueError):
+            while self._read_end.read(1024):
                 pass
 
     def close(self) -> None:
@@ -1356,7 +1417,7 @@ class _LimitedLogger:
     KINDS = 100
 
     def __init__(self, path: str) -> None:
-        self._logger = _log(path)
+        self._path = path
         self._lock = threading.Lock()
         self._kinds: dict[str, tuple[float, int]] = {}
 
@@ -1372,10 +1433,11 @@ class _LimitedLogger:
             if len(self._kinds) >= self.KINDS and kind not in self._kinds:
                 self._kinds.clear()
             self._kinds[kind] = (start, count + 1)
+        logger = _log(self._path)
         if suppressed:
-            self._logger.log(level, "%d more messages of the kind '%s' were not logged", suppressed, kind)
+            logger.log(level, "%d more messages of the kind '%s' were not logged", suppressed, kind)
         if count < self.BURST:
-            self._logger.log(level, text, *args)
+            logger.log(level, text, *args)
 
     def warning(self, kind: str, text: str, *args: Any) -> None:
         self.log(logging.WARNING, kind, text, *args)
@@ -1383,14 +1445,14 @@ class _LimitedLogger:
 
 # -- addresses --
 
-_match_tcp = re.compile(r"tcp://(\*|\[[0-9A-Za-z:.%]+\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII).fullmatch
-_match_local = re.compile(r"(?:ipc|inproc)://[^\s\x00-\x1f]{1,200}").fullmatch
-_match_number = re.compile(r"\d+(?:\.\d+){3}|\[.*\]", re.ASCII).fullmatch
+_TCP_ADDRESS = _LatePattern(r"tcp://(\*|\[[0-9A-Za-z:.%]+\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
+_LOCAL_ADDRESS = _LatePattern(r"(?:ipc|inproc)://[^\s\x00-\x1f]{1,200}")
+_NUMERIC_HOST = _LatePattern(r"\d+(?:\.\d+){3}|\[.*\]", re.ASCII)
 
 
 def _split_tcp(address: str) -> tuple[str, int] | None:
     """Return host and port of a ``tcp://`` address, None if it is something else."""
-    match = _match_tcp(address)
+    match = _TCP_ADDRESS.fullmatch(address)
     return None if match is None else (match[1], int(match[2]))
 
 
@@ -1400,7 +1462,7 @@ def _is_connectable(address: Any) -> bool:
         return False
     tcp = _split_tcp(address)
     if tcp is None:
-        return _match_local(address) is not None
+        return _LOCAL_ADDRESS.fullmatch(address) is not None
     return tcp[0] != "*" and 0 < tcp[1] < 65536
 
 
@@ -1438,7 +1500,7 @@ class _Resolution:
         self.endpoint: str | None = None
         if self._host == "localhost":
             self.endpoint = f"tcp://127.0.0.1:{self._port}"
-        elif tcp is None or _match_number(self._host):
+        elif tcp is None or _NUMERIC_HOST.fullmatch(self._host):
             self.endpoint = address
 
     def check(self) -> str | None:
@@ -1541,7 +1603,7 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
     return public_path, secret_path
 
 
-_find_key = re.compile(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE).findall
+_KEY_LINE = _LatePattern(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE)
 
 
 def _read_keys(path: str) -> dict[str, bytes]:
@@ -1550,7 +1612,7 @@ def _read_keys(path: str) -> dict[str, bytes]:
 
     with open(path, "rb") as stream:
         text = stream.read(65536)
-    keys = {kind.decode(): key for kind, key in _find_key(text)}
+    keys = {kind.decode(): key for kind, key in _KEY_LINE.findall(text)}
     for key in keys.values():
         try:
             if len(z85.decode(key)) != 32:
@@ -1641,13 +1703,13 @@ class _ClientKeys:
 # -- who may connect --
 
 
-_match_ipc_peer = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII).fullmatch  # "localhost" (or nothing), user, group, process
+_IPC_PEER = _LatePattern(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
 
 
 def _is_own_address(address: str) -> bool:
     """Whether *address* (a number) is one of this host."""
     address = address.removeprefix("::ffff:")
-    if address.startswith("127.") or address in ("::1", "") or _match_ipc_peer(address):
+    if address.startswith("127.") or address in ("::1", "") or _IPC_PEER.fullmatch(address):
         return True
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
@@ -2841,7 +2903,7 @@ class Publisher:
                 change = sock.recv(_NOBLOCK)
             except zmq.Again:
                 return
-            mark = _match_mark(change[1:])
+            mark = _SUBSCRIBER_MARK.fullmatch(change[1:])
             topics_to_come = int(mark[1]) if mark else 0
             if change[:1] == b"\x01":
                 self._subscriber_count += 1 - topics_to_come
@@ -2931,7 +2993,7 @@ class Publisher:
 # them in alphabetical order, the mark first: with 1 for each topic and 1 - n for the mark, a publisher that adds them
 # up counts the subscriber once, and only when the last of its topics has come.
 _MARK = b"posttroll-subscriber/"
-_match_mark = re.compile(_MARK + rb"[0-9a-f]{16}/(\d{1,6})").fullmatch
+_SUBSCRIBER_MARK = _LatePattern(_MARK + rb"[0-9a-f]{16}/(\d{1,6})")
 
 
 def _subscriber_mark(topics: int) -> bytes:
@@ -2960,7 +3022,7 @@ def _bind_address(address: str) -> str:
     tcp = _split_tcp(address)
     if tcp is not None and tcp[1] < 65536:
         return f"tcp://*:{tcp[1]}"
-    if tcp is None and _match_local(address):
+    if tcp is None and _LOCAL_ADDRESS.fullmatch(address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
 
@@ -4189,7 +4251,7 @@ class Listener:
         self.running = False
         self._lock = threading.RLock()
         self._is_stopped = False
-        self.logger = _log("listener.Listener")
+        self.logger = logging.getLogger(f"{__name__}.listener.Listener")
 
     def create_subscriber(self) -> None:
         """Create the subscriber; what it does not find at once, it finds while it receives."""
@@ -4272,7 +4334,7 @@ class ListenerContainer:
         nameserver: str | Sequence[str] | bool | None = "localhost",
         services: str | Sequence[str] | None = "",
     ) -> None:
-        self.logger = _log("listener.ListenerContainer")
+        self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
         self.output_queue: queue.Queue[Message] = queue.Queue()
         self.listener: Listener | None = None
         self.thread: threading.Thread | None = None
@@ -4322,69 +4384,79 @@ def _colored(text: str, color: int) -> str:
     return COLOR_SEQ % (30 + color) + text + RESET_SEQ
 
 
-class PytrollFormatter(logging.Formatter):
-    """Formats log records as messages: subject ``/log/LEVEL/NAME``, type ``log.level``, data the text.
-
-    Args:
-        fmt: The format of the text, as for `logging.Formatter`; by default the log message alone.
-        datefmt: The format of its date.
-    """
-
-    def __init__(self, fmt: str | None = None, datefmt: str | None = None) -> None:
-        super().__init__(fmt, datefmt)
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the message for *record*."""
-        text = super().format(record)
-        name = "_".join(record.name.split()) or "root"
-        return Message(f"/log/{record.levelname}/{name}", f"log.{record.levelname.lower()}", text).encode()
+PytrollFormatter: Any
+PytrollHandler: Any
+ColoredFormatter: Any
 
 
-class PytrollHandler(logging.Handler):
-    """Publishes log records.
+@cache
+def _logging_classes() -> dict[str, type]:
+    """Define the classes that derive from those of `logging`, when one of them is asked for; return them by name."""
+    global PytrollFormatter, PytrollHandler, ColoredFormatter
 
-    Args:
-        name: The name of the publisher.
-        port: Its port, 0 for a free one.
-    """
+    class PytrollFormatter(logging.Formatter):
+        """Formats log records as messages: subject ``/log/LEVEL/NAME``, type ``log.level``, data the text.
 
-    def __init__(self, name: str, port: int = 0) -> None:
-        super().__init__()
-        self._publisher = NoisyPublisher(name, port)
-        self._publisher.start()
-        self.setFormatter(PytrollFormatter())
+        Args:
+            fmt: The format of the text, as for `logging.Formatter`; by default the log message alone.
+            datefmt: The format of its date.
+        """
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Publish *record*."""
-        try:
-            self._publisher.send(self.format(record))
-        except Exception:  # a log handler must not stop the program that logs; this prints the error
-            self.handleError(record)
+        def __init__(self, fmt: str | None = None, datefmt: str | None = None) -> None:
+            super().__init__(fmt, datefmt)
 
-    def close(self) -> None:
-        """Stop the publisher."""
-        self._publisher.stop()
-        super().close()
+        def format(self, record: logging.LogRecord) -> str:
+            """Return the message for *record*."""
+            text = super().format(record)
+            name = "_".join(record.name.split()) or "root"
+            return Message(f"/log/{record.levelname}/{name}", f"log.{record.levelname.lower()}", text).encode()
 
+    class PytrollHandler(logging.Handler):
+        """Publishes log records.
 
-class ColoredFormatter(logging.Formatter):
-    """Formats log records for a terminal, the level in colour.
+        Args:
+            name: The name of the publisher.
+            port: Its port, 0 for a free one.
+        """
 
-    Args:
-        msg: The format, as for `logging.Formatter`.
-        use_color: Whether the level is coloured.
-    """
+        def __init__(self, name: str, port: int = 0) -> None:
+            super().__init__()
+            self._publisher = NoisyPublisher(name, port)
+            self._publisher.start()
+            self.setFormatter(PytrollFormatter())
 
-    def __init__(self, msg: str, use_color: bool = True) -> None:
-        super().__init__(msg)
-        self.use_color = use_color
+        def emit(self, record: logging.LogRecord) -> None:
+            """Publish *record*."""
+            try:
+                self._publisher.send(self.format(record))
+            except Exception:  # a log handler must not stop the program that logs; this prints the error
+                self.handleError(record)
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the text for *record*."""
-        if self.use_color and record.levelname in COLORS:
-            record = logging.makeLogRecord(record.__dict__)
-            record.levelname = _colored(record.levelname, COLORS[record.levelname])
-        return super().format(record)
+        def close(self) -> None:
+            """Stop the publisher."""
+            self._publisher.stop()
+            super().close()
+
+    class ColoredFormatter(logging.Formatter):
+        """Formats log records for a terminal, the level in colour.
+
+        Args:
+            msg: The format, as for `logging.Formatter`.
+            use_color: Whether the level is coloured.
+        """
+
+        def __init__(self, msg: str, use_color: bool = True) -> None:
+            super().__init__(msg)
+            self.use_color = use_color
+
+        def format(self, record: logging.LogRecord) -> str:
+            """Return the text for *record*."""
+            if self.use_color and record.levelname in COLORS:
+                record = logging.makeLogRecord(record.__dict__)
+                record.levelname = _colored(record.levelname, COLORS[record.levelname])
+            return super().format(record)
+
+    return {each.__name__: each for each in (PytrollFormatter, PytrollHandler, ColoredFormatter)}
 
 
 class Logger:
@@ -4463,6 +4535,7 @@ def _run_logger(options: argparse.Namespace) -> int:
         handler: logging.Handler = TimedRotatingFileHandler(options.rotated, when="midnight", backupCount=7)
         handler.setFormatter(logging.Formatter(text))
     else:
+        _logging_classes()
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(ColoredFormatter(text, use_color=_wants_color(sys.stdout)))
     root = logging.getLogger()
@@ -5581,6 +5654,8 @@ _NAMESERVER_NAMES = frozenset(("AddressReceiver", "getaddress", "NameServer", "g
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("PytrollFormatter", "PytrollHandler", "ColoredFormatter"):
+        return globals().setdefault(name, _logging_classes()[name])
     if name not in _NAMESERVER_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
