@@ -893,11 +893,11 @@ def _get_sender() -> str:
     """Return ``user@host``, found out once."""
     global _sender
     if _sender is None:
-        try:
-            import getpass
+        import getpass
 
+        try:
             user = getpass.getuser()
-        except (ImportError, KeyError, OSError):  # a container whose user id has no name; no descriptors left
+        except (ImportError, KeyError, OSError):  # a container whose user id has no name
             user = str(getattr(os, "getuid", lambda: "unknown")())
         _sender = "_".join(f"{user}@{socket.gethostname() or 'localhost'}".split())
     return _sender
@@ -3740,7 +3740,14 @@ class Subscriber:
                 return
 
     def _prepare(self, deadline: float | None) -> int:
-        """Set up the poller; return how many milliseconds it may wait."""
+        """Do all that is due before a poll, so that nothing holds up what it finds; return its milliseconds."""
+        for timer in self._timers:
+            if time.monotonic() >= timer.due:
+                timer.run()
+        for address in list(self._unresolved):
+            self._connect(address)
+        if self._down:
+            self._renew()
         self._apply_changes()
         while self._unused:
             close_socket(self._unused.pop())
@@ -3770,13 +3777,6 @@ class Subscriber:
                 self._waker.clear()
             else:
                 ready.append(item)
-        for address in list(self._unresolved):
-            self._connect(address)
-        if self._down:
-            self._renew()
-        for timer in self._timers:
-            if time.monotonic() >= timer.due:
-                timer.run()
 
     @property
     def running(self) -> bool:
@@ -4699,10 +4699,25 @@ def _talk(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return what formats help, with the width given: to find it, argparse imports more than it is itself."""
+    import argparse
+
+    try:
+        width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+    except (ValueError, OSError):  # no number, no terminal
+        width = 0
+    return argparse.RawDescriptionHelpFormatter(prog, width=(width or 80) - 2)
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    parser = argparse.ArgumentParser(prog="posttroll", description="Messages between programs over ZeroMQ.")
+    parser = argparse.ArgumentParser(
+        prog="posttroll",
+        description="Messages between programs over ZeroMQ.",
+        formatter_class=_help_formatter,
+    )
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -4712,7 +4727,7 @@ def _parser() -> argparse.ArgumentParser:
             help=help_text,
             description=help_text[0].upper() + help_text[1:] + ".",
             epilog="examples:\n" + examples if examples else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_help_formatter,
         )
         command.add_argument("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost)")
         command.add_argument("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")

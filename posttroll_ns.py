@@ -326,14 +326,16 @@ class _Server:
 
     def answer_all(self, answer: Callable[[bytes], bytes]) -> None:
         """Answer the requests that have come, but not so many that others have to wait."""
+        sock = self.socket
         for _ in range(100):
-            if not int(self.socket.get(zmq.EVENTS)) & _POLLIN:
-                return
             try:
-                frames = self.socket.recv_multipart(_NOBLOCK)
+                frames = sock.recv_multipart(_NOBLOCK)
             except zmq.Again:  # what there was is no request: ZeroMQ has skipped it
-                continue
-            self.socket.send(answer(frames[0] if len(frames) == 1 else b""))
+                pass
+            else:
+                sock.send(answer(frames[0] if len(frames) == 1 else b""))
+            if not int(sock.get(zmq.EVENTS)) & _POLLIN:
+                return
 
     def close(self) -> None:
         """Close the socket."""
@@ -390,6 +392,7 @@ class AddressReceiver:
             return self
         self._is_stopping = False
         self.failure = None
+        posttroll._get_sender()  # what is imported for it needs file descriptors, which clients may have used up later
         source = self.set_up_address_receiver(self._port)
         publisher = None
         try:
@@ -481,15 +484,32 @@ class AddressReceiver:
         return posttroll.Message("/heartbeat/address_receiver", "beat", data, version="v1.01").encode()
 
     def _run(self, source: Any, publisher: Any, waker: posttroll._Waker) -> None:
+        def handle(data: bytes) -> None:
+            self.process_address_message(data, publisher)
+
         try:
-            next_beat = time.monotonic()
+            poller = zmq.Poller()
+            poller.register(waker, _POLLIN)
+            polled = None
+            next_beat = time.monotonic() if self._do_heartbeat else float("inf")
             while not self._is_stopping:
-                if self._do_heartbeat and time.monotonic() >= next_beat:
+                pollable = source.pollable()
+                if pollable != polled:
+                    if polled is not None:
+                        poller.unregister(polled)
+                    if pollable is not None:
+                        poller.register(pollable, _POLLIN)
+                    polled = pollable
+                for item, _ in poller.poll(self._milliseconds(next_beat, source.retry)):
+                    if item == pollable:
+                        source.receive(handle)
+                    else:
+                        waker.clear()
+                now = time.monotonic()
+                if now >= next_beat:
                     publisher.send(self._beat())
-                    next_beat = time.monotonic() + self.HEARTBEAT
+                    next_beat = now + self.HEARTBEAT
                 self._expire(publisher)
-                if self._wait(source, waker, next_beat if self._do_heartbeat else None):
-                    source.receive(lambda data: self.process_address_message(data, publisher))
         except zmq.ContextTerminated:
             posttroll._log("address_receiver").debug("The context was terminated")
         except Exception as error:
@@ -509,22 +529,15 @@ class AddressReceiver:
             self._log.log(logging.INFO, "lost", "Lost publisher %s at %s", entry.name, entry.address)
             publisher.send(self._news(entry, False))
 
-    def _wait(self, source: Any, waker: posttroll._Waker, next_beat: float | None) -> bool:
-        """Wait for announcements, or until there is something else to do; return whether there are some."""
-        poller = zmq.Poller()
-        poller.register(waker, _POLLIN)
-        pollable = source.pollable()
-        if pollable is not None:
-            poller.register(pollable, _POLLIN)
-        now = time.monotonic()
+    def _milliseconds(self, next_beat: float, retry: float | None) -> int | None:
+        """Return how long to wait for announcements until there is something else to do, None for ever."""
         with self._lock:
-            dues = [next_beat, self._book.next_expiry()]
-        dues.append(now + source.retry if source.retry is not None else None)
-        waits = [due - now for due in dues if due is not None]
-        ready = dict(poller.poll(max(int(min(waits) * 1000) + 1, 0) if waits else None))
-        if waker.fileno() in ready:
-            waker.clear()
-        return pollable in ready
+            expiry = self._book.next_expiry()
+        due = next_beat if expiry is None else min(next_beat, expiry)
+        now = time.monotonic()
+        wait = due - now if retry is None else min(due - now, retry)
+        # One millisecond more: poll rounds down, and would return just before it is due.
+        return None if wait == float("inf") else max(int(wait * 1000) + 1, 0)
 
 
 getaddress = AddressReceiver
@@ -636,17 +649,21 @@ class NameServer:
     def _serve(
         self, servers: Sequence[_Server], address_receiver: Any, own_receiver: Any, waker: posttroll._Waker
     ) -> None:
+        def answer(request: bytes) -> bytes:
+            return self._answer(request, address_receiver)
+
         poller = zmq.Poller()
         poller.register(waker, _POLLIN)
         for server in servers:
             poller.register(server.socket, _POLLIN)
+        by_socket = {server.socket: server for server in servers}
         while not self._is_stopping:
-            ready = dict(poller.poll(posttroll._LONGEST_POLL))
-            if waker.fileno() in ready:
-                waker.clear()
-            for server in servers:
-                if server.socket in ready:
-                    server.answer_all(lambda request: self._answer(request, address_receiver))
+            for item, _ in poller.poll(posttroll._LONGEST_POLL):
+                asked = by_socket.get(item)
+                if asked is None:
+                    waker.clear()
+                else:
+                    asked.answer_all(answer)
             failure = None if own_receiver is None else own_receiver.failure
             if isinstance(failure, BaseException):  # a class that tests put in its place may have anything there
                 raise failure
@@ -904,7 +921,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Tell subscribers where publishers are.",
         epilog="examples:\n  nameserver --no-multicast\n  nameserver -d start -l /var/log/nameserver.log\n"
         "  nameserver --set nameserver_port=5600 --local-only\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=posttroll._help_formatter,
         allow_abbrev=False,
     )
     parser.add_argument("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")
