@@ -83,6 +83,9 @@ class _LateModule:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._import(), name, value)
 
+    def __delattr__(self, name: str) -> None:
+        delattr(self._import(), name)
+
 
 class _LatePattern:
     """A regular expression that is compiled when it is first used."""

@@ -978,10 +978,13 @@ class Side:
             process.stdout.readline()
         return process
 
-    def nameserver(self, multicast: bool = False) -> subprocess.Popen[str]:
-        """Start the nameserver of this side; return when it answers."""
+    def nameserver(self, multicast: bool = False, max_age: float | None = None) -> subprocess.Popen[str]:
+        """Start the nameserver of this side, with *max_age* one that forgets sooner; return when it answers."""
         if self.name == "floor":
             process = self.program("-c", FLOOR_PROGRAM + f"floor_nameserver({multicast})\n", ready=None)
+        elif max_age is not None:
+            code = f"from posttroll.ns import NameServer; NameServer({max_age}, multicast_enabled={multicast}).run()"
+            process = self.program("-c", code, ready=None)
         else:
             arguments = [] if multicast else ["--no-multicast"]  # started as the installed script `nameserver` does it
             process = self.program("-c", "from posttroll.ns import main; main()", *arguments, ready=None)
@@ -1390,8 +1393,26 @@ def measure_memory(bench: Bench) -> None:
         side.close()
 
 
+def measure_dead_nameservers(bench: Bench) -> None:
+    """What a publisher costs whose nameservers are down: nothing while it sends, a little for each attempt."""
+    seconds = 5 if bench.quick else 20
+    side = bench.sides[1]
+    for count in (1, 10, 100):
+        cpu = bench.row(f"idle publisher, {count} nameservers down: CPU", "ms/s")
+        woken = bench.row("  wake-ups", "1/s", 3, absolute=True)
+        hosts = [f"127.0.1.{number}" for number in range(1, count + 1)]
+        pid = side.program("-c", PUBLISHER[side.kind].replace('["localhost"]', repr(hosts))).pid
+        time.sleep(3)
+        before = cpu_seconds(pid), wake_ups(pid)
+        time.sleep(seconds)
+        cpu.add(side.name, (cpu_seconds(pid) - before[0]) * 1e3 / seconds)
+        woken.add(side.name, (wake_ups(pid) - before[1]) / seconds)
+        side.close()
+
+
 def measure_growth(bench: Bench) -> None:
-    """What more addresses cost; the lookup section tells the same of services."""
+    """What more addresses cost, and nameservers that are down; the lookup section tells the same of services."""
+    measure_dead_nameservers(bench)
     for count in (1, 1000, 4000) if bench.quick else (1, 10, 100, 1000, 2000, 4000):
         row = bench.row(f"{count:,} addresses, one busy at a time: CPU of the subscriber", "us/msg")
         for name, _, cpu in measure_sources(bench, count, 1000, (11, 5), 10000):
@@ -1431,11 +1452,15 @@ def usage(pid: int) -> dict[str, float]:
 
 
 def soak(side: Side, seconds: float, rate: float = 5000, publishers: int = 5) -> bool:
-    """Run for a long time with publishers that come and go; return whether nothing grew and nothing was lost."""
+    """Run for a long time with publishers that come and go; return whether nothing grew and nothing was lost.
+
+    A publisher that has gone is remembered, and its subscriber keeps trying to reach it, for the nameserver's max_age.
+    Here that is half a minute instead of ten, so that what is there after a minute is all that there will be.
+    """
     global DEADLINE
     DEADLINE = seconds + 60
     try:
-        server, subscriber, publisher = side.nameserver(), side.worker(), side.worker()
+        server, subscriber, publisher = side.nameserver(max_age=30), side.worker(), side.worker()
         subscriber.ask("follow", "soak")
         subscriber.tell("soak_receive")
         publisher.tell("soak_publish", seconds, rate, publishers)
