@@ -35,6 +35,8 @@ from __future__ import annotations
 
 import ast
 import atexit
+import base64
+import binascii
 import errno
 import importlib
 import json
@@ -101,15 +103,12 @@ class _LatePattern:
 
 if TYPE_CHECKING:
     import argparse
-    import base64
-    import binascii
     import io
     import logging
     import queue
     import socket
     from collections.abc import AsyncIterator
 else:
-    base64, binascii = _LateModule("base64"), _LateModule("binascii")
     logging, queue, socket = _LateModule("logging"), _LateModule("queue"), _LateModule("socket")
 
 
@@ -165,6 +164,7 @@ OPTIONS: dict[str, _Option] = {
 }
 
 _UNSET: Any = object()
+_WARNING = 30  # logging.WARNING
 
 
 def _log(path: str) -> logging.Logger:
@@ -185,7 +185,13 @@ class _UnheardLogger:
     info = debug
 
     def __getattr__(self, method: str) -> Any:
-        return getattr(logging.getLogger(self._name), method)
+        try:
+            return getattr(logging.getLogger(self._name), method)
+        except OSError:  # no file descriptors left to import it: the program goes on all the same
+            return self._print
+
+    def _print(self, *args: Any) -> None:
+        print(self._name, *args, file=sys.stderr)
 
 
 def _nested_get(tree: Mapping[str, Any], parts: Sequence[str]) -> Any:
@@ -1443,7 +1449,7 @@ class _LimitedLogger:
             logger.log(level, text, *args)
 
     def warning(self, kind: str, text: str, *args: Any) -> None:
-        self.log(logging.WARNING, kind, text, *args)
+        self.log(_WARNING, kind, text, *args)
 
 
 # -- addresses --

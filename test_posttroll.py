@@ -250,7 +250,7 @@ from posttroll.subscriber import Subscriber
 with Publisher("tcp://127.0.0.1:0", "early") as publisher:
     with Subscriber([f"tcp://127.0.0.1:{publisher.port_number}"], "") as subscriber:
         publisher.wait_for_subscribers()
-print(sorted({"argparse", "asyncio", "base64", "logging", "queue", "socket"} & set(sys.modules)))
+print(sorted({"argparse", "asyncio", "logging", "queue", "socket"} & set(sys.modules)))
 """
         with python(code) as running:
             needed = [] if sys.version_info >= (3, 10) else ["socket"]  # whose timeout is an exception of its own there
@@ -269,6 +269,15 @@ posttroll._log("publisher").info("%s heard", "second")
 """
         with python(code) as running:
             assert finish(running) == (0, "", "first heard\nposttroll.publisher second heard\n")
+
+    def test_a_warning_without_file_descriptors(self):
+        code = """
+import resource, posttroll
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+posttroll._LimitedLogger("publisher").warning("full", "%d lost", 3)
+"""
+        with python(code) as running:
+            assert finish(running) == (0, "", "posttroll.publisher 30 %d lost 3\n")
 
     def test_modules_are_the_real_ones(self):
         code = """
