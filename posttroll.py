@@ -1404,6 +1404,9 @@ class _Waker:
     def fileno(self) -> int:
         return self._read_end.fileno()
 
+    def write_fileno(self) -> int:
+        return self._write_end.fileno()
+
     def wake(self) -> None:
         with suppress(OSError, ValueError):  # closed: nobody waits
             self._write_end.write(b"!")  # does nothing when the pipe is full: a wake-up is on its way
@@ -1465,24 +1468,15 @@ def _split_tcp(address: str) -> tuple[str, int] | None:
     return None if match is None else (match[1], int(match[2]))
 
 
-def _is_connectable(address: Any) -> bool:
-    """Whether a client socket could connect to *address*."""
-    if not isinstance(address, str):
-        return False
-    tcp = _split_tcp(address)
-    if tcp is None:
-        return _LOCAL_ADDRESS.fullmatch(address) is not None
-    return tcp[0] != "*" and 0 < tcp[1] < 65536
-
-
 def _is_remote(address: Any) -> bool:
     """Whether *address* may come from others: only TCP, as inproc and ipc lead into this process and this host."""
-    return _is_connectable(address) and _split_tcp(address) is not None
+    tcp = _split_tcp(address) if isinstance(address, str) else None
+    return tcp is not None and tcp[0] != "*" and 0 < tcp[1] < 65536
 
 
 def _check_connectable(address: Any) -> str:
-    """Return *address*; raises ValueError if no socket could connect to it."""
-    if not _is_connectable(address):
+    """Return *address*; raises ValueError if no client socket could connect to it."""
+    if not (_is_remote(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
         raise ValueError(f"Cannot connect to {address!r}: an address looks like 'tcp://hostname:9000'.")
     return cast(str, address)
 
@@ -4554,9 +4548,8 @@ def _run_logger(options: argparse.Namespace) -> int:
     try:
         logger.start()
         waker = _Waker()
-        with _signals_call(waker.wake):
-            while not zmq.select([waker.fileno()], [], [], _LONGEST_POLL / 1000)[0]:
-                pass
+        with _signals_call(waker.wake), _signals_wake(waker):
+            zmq.select([waker.fileno()], [], [])
         waker.close()
     finally:
         logger.stop()
@@ -4568,6 +4561,21 @@ def _run_logger(options: argparse.Namespace) -> int:
 def _wants_color(stream: Any) -> bool:
     """Whether to colour what goes to *stream*: it is a terminal, and NO_COLOR (https://no-color.org) is not set."""
     return bool(not os.environ.get("NO_COLOR") and hasattr(stream, "isatty") and stream.isatty())
+
+
+@contextmanager
+def _signals_wake(waker: _Waker) -> Iterator[None]:
+    """Have every signal wake *waker*: one that comes just before a poll begins (on Windows: any) does not end it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread handles signals
+        return
+    import signal
+
+    previous = signal.set_wakeup_fd(waker.write_fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
 
 
 @contextmanager

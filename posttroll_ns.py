@@ -108,8 +108,8 @@ class AddressBook:
         Raises:
             AnnouncementError: Something in it could not be used; the error says what.
         """
-        _, address_word, name, *rest = [*message.subject.split("/"), "", ""]
-        if address_word != "address" or not name or any(rest[:-2]):
+        prefix, name = message.subject[:9], message.subject[9:].rstrip("/")
+        if prefix != "/address/" or not name or "/" in name:
             raise AnnouncementError(f"its subject {message.subject[:80]!r} is not '/address/NAME'")
         data = message.data
         if not isinstance(data, dict):
@@ -118,7 +118,7 @@ class AddressBook:
         if not posttroll._is_remote(address) or len(cast(str, address)) > self.MAX_TEXT:
             raise AnnouncementError(f"its URI {str(address)[:80]!r} is no TCP address to connect to")
         services = data.get("service", [name])
-        if not isinstance(services, list) or not all(self._is_text(service) for service in services) or not services:
+        if not isinstance(services, list) or not all(map(self._is_text, services)) or not services:
             raise AnnouncementError("its service is no list of names")
         if len(services) > self.MAX_SERVICES:
             raise AnnouncementError(f"it has more than {self.MAX_SERVICES} services")
@@ -135,7 +135,7 @@ class AddressBook:
             if backend not in ("unsecure_zmq", "secure_zmq"):
                 raise AnnouncementError(f"its backend {str(backend)[:80]!r} is not known")
             extras["backend"] = backend
-        interned = tuple(sys.intern(service) for service in services)
+        interned = tuple(map(sys.intern, services))
         return _Entry(cast(str, address), name, interned, {key: sys.intern(value) for key, value in extras.items()})
 
     def _is_text(self, value: Any) -> bool:
@@ -445,7 +445,8 @@ class AddressReceiver:
 
         Args:
             data: The announcement, an encoded message.
-            pub: The publisher, anything with the method ``send``.
+            pub: The publisher, anything with the method ``send``; or a list, to which what is new is added: to publish
+                that when the sender has its answer.
 
         Raises:
             AnnouncementError: The announcement cannot be used.
@@ -458,9 +459,15 @@ class AddressReceiver:
         with self._lock:
             is_new = self._book.add(entry)
         if is_new:
-            self._log.log(logging.INFO, "new", "New publisher %s at %s", entry.name, entry.address)
-            pub.send(self._news(entry, True))
-            self._retire_loopback(entry)
+            if isinstance(pub, list):
+                pub.append(entry)
+            else:
+                self._publish_new(entry, pub)
+
+    def _publish_new(self, entry: _Entry, pub: Any) -> None:
+        self._log.log(logging.INFO, "new", "New publisher %s at %s", entry.name, entry.address)
+        pub.send(self._news(entry, True))
+        self._retire_loopback(entry)
 
     def _retire_loopback(self, entry: _Entry) -> None:
         """Forget the loopback address of a publisher of this host that has found the host's real address meanwhile.
@@ -484,8 +491,10 @@ class AddressReceiver:
         return posttroll.Message("/heartbeat/address_receiver", "beat", data, version="v1.01").encode()
 
     def _run(self, source: Any, publisher: Any, waker: posttroll._Waker) -> None:
+        fresh: list[_Entry] = []
+
         def handle(data: bytes) -> None:
-            self.process_address_message(data, publisher)
+            self.process_address_message(data, fresh)
 
         try:
             poller = zmq.Poller()
@@ -503,6 +512,9 @@ class AddressReceiver:
                 for item, _ in poller.poll(self._milliseconds(next_beat, source.retry)):
                     if item == pollable:
                         source.receive(handle)
+                        for entry in fresh:
+                            self._publish_new(entry, publisher)
+                        fresh.clear()
                     else:
                         waker.clear()
                 now = time.monotonic()
@@ -623,7 +635,8 @@ class NameServer:
                 receiver.start()
             if when_ready is not None:
                 when_ready()
-            self._serve(servers, address_receiver, receiver, waker)
+            with posttroll._signals_wake(waker):
+                self._serve(servers, address_receiver, receiver, waker)
         finally:
             if receiver is not None:
                 receiver.stop()
@@ -658,7 +671,7 @@ class NameServer:
             poller.register(server.socket, _POLLIN)
         by_socket = {server.socket: server for server in servers}
         while not self._is_stopping:
-            for item, _ in poller.poll(posttroll._LONGEST_POLL):
+            for item, _ in poller.poll():
                 asked = by_socket.get(item)
                 if asked is None:
                     waker.clear()

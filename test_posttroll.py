@@ -6522,7 +6522,7 @@ class TestBrokenAnnouncements:
                             assert sock.poll(DEADLINE * 1000)
                             answers.append(sock.recv_multipart()[1])
             assert {answer.partition(b":")[0] for answer in answers} == {b"ok", b"refused"}
-            assert all(posttroll._is_connectable(uri) for uri in uris())
+            assert all(posttroll._is_remote(uri) for uri in uris())
             assert_still_serves()
             assert memory_of(running) < before + 100
             assert log.stat().st_size < 2_000_000 * FUZZ
@@ -6537,7 +6537,7 @@ class TestBrokenAnnouncements:
                 if number % 50 == 0:  # as fast as it takes them, so that the kernel drops none
                     mark = f"mark-{number}"
                     wait_for(lambda mark=mark: send(registration_of(service=[mark])) or uris(mark))
-            assert all(posttroll._is_connectable(uri) for uri in uris())
+            assert all(posttroll._is_remote(uri) for uri in uris())
             assert memory_of(running) < before + 100
             assert log.stat().st_size < 2_000_000 * FUZZ
 
@@ -6787,7 +6787,7 @@ class TestBrokenAnswersToLookups:
             fake.answer = lambda request: next(answers)
             for _ in range(2000 * FUZZ):
                 for entry in posttroll.get_pub_address("pub", timeout=DEADLINE):
-                    assert posttroll._is_connectable(entry["URI"])
+                    assert posttroll._is_remote(entry["URI"])
 
     def test_fuzzed_answers_and_news_to_a_running_subscriber(self):
         """Nothing on the address port, and no answer, ends a subscriber; afterwards it still follows its service."""
@@ -6804,7 +6804,7 @@ class TestBrokenAnswersToLookups:
                     fake.news.send(b"pytroll://address" + data[17:])
                 for _ in range(50):
                     next(subscriber.recv(timeout=0.01))
-                assert not [uri for uri in subscriber.addresses if not posttroll._is_connectable(uri)]
+                assert not [uri for uri in subscriber.addresses if not posttroll._is_remote(uri)]
                 fake.news.send((ANNOUNCEMENT % local_address(publisher.port_number)).encode())
                 wait_for(lambda: next(subscriber.recv(timeout=0.01)) or publisher.subscriber_count)
                 publisher.send(posttroll.Message("/a", "info", 1))

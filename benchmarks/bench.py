@@ -403,24 +403,36 @@ class Worker:
                 raise AssertionError(f"{service} has {len(found)} publishers")
         return times
 
-    def register(self, first: int, count: int) -> dict[str, float]:
-        """Register services by requests to the nameserver, made before; all sides send the same."""
-        sock = floor_socket(zmq.REQ)
-        sock.connect(f"tcp://localhost:{port_of('BROADCAST_PORT')}")
+    def register(self, first: int, count: int, each_connects: bool = False) -> dict[str, float]:
+        """Register services by requests to the nameserver, made before; all sides send the same.
+
+        With *each_connects* over a new request socket each time, as different publishers do; else over one.
+        """
+        sock = self._registration_socket()
         announcements = [
             floor_announcement(f"service_{i}", f"tcp://127.0.0.1:{1024 + i}").replace(" v1.2 ", " v1.01 ").encode()
             for i in range(first, first + count)
         ]
-        sock.setsockopt(zmq.RCVTIMEO, int(DEADLINE * 1000))
 
         def work() -> None:
+            nonlocal sock
             for announcement in announcements:
+                if each_connects:
+                    sock.close()
+                    sock = self._registration_socket()
                 sock.send(announcement)
                 sock.recv()
 
         result = measured(work)
         sock.close()
         return result
+
+    @staticmethod
+    def _registration_socket() -> zmq.Socket[bytes]:
+        sock = floor_socket(zmq.REQ)
+        sock.connect(f"tcp://localhost:{port_of('BROADCAST_PORT')}")
+        sock.rcvtimeo = int(DEADLINE * 1000)
+        return sock
 
     def time_to_first(self, name: str, counter: str) -> float:
         """Start a publisher and send until a message has arrived; return when it began."""
@@ -1263,15 +1275,18 @@ def measure_lookup(bench: Bench) -> None:
 
 def measure_register(bench: Bench) -> None:
     """Registrations of new services, until there are 10,000."""
-    rate = bench.row("registering up to 10,000 services", "1/s", 0.95, higher_is_better=True)
+    connecting = bench.row("registering up to 10,000 services, each over a new socket", "1/s", 0.95, True)
     memory = bench.row("  memory of the nameserver a service", "bytes", 1000, absolute=True)
-    for _ in range(1 if bench.quick else 3):
+    connected = bench.row("registering up to 10,000 services, all over one socket", "1/s", higher_is_better=True)
+    for _, (rate, each_connects) in itertools.product(
+        range(1 if bench.quick else 3), ((connecting, True), (connected, False))
+    ):
         servers = {side.name: side.nameserver() for side in bench.sides}
         clients = {side.name: side.worker() for side in bench.sides}
         before = {name: resident_memory(server.pid) for name, server in servers.items()}
         for first in range(0, 10000, 500):
             for side in bench.sides:
-                rate.add(side.name, 500 / clients[side.name].ask("register", first, 500)["seconds"])
+                rate.add(side.name, 500 / clients[side.name].ask("register", first, 500, each_connects)["seconds"])
         for name, server in servers.items():
             memory.add(name, (resident_memory(server.pid) - before[name]) * 1024 / 10000)
         for side in bench.sides:
