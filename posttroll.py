@@ -814,7 +814,7 @@ def _encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str
 
 
 def _decode_binary(text: str) -> str | bytes:
-    """Return the data that `_encode_binary` made *text* of; another sender's text is returned as it is."""
+    """Return the data that `_encode_binary` made the URL *text* of; another sender's is returned as it is."""
     if not text.startswith((_BYTES_URL, _TEXT_URL)):
         return text
     try:
@@ -1077,7 +1077,7 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
         message.data = _decode_json(text)
     elif mime == "binary/octet-stream":
         message.binary = True
-        message.data = _decode_binary(text)
+        message.data = _decode_binary(text) if text.startswith("data:") else text
     else:
         raise MessageError(f"Unknown mime type: {mime[:80]!r}")
 

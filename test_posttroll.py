@@ -5521,6 +5521,28 @@ class TestAddressReceiver:
                 receiver.process_address_message(broken, Collecting)
         assert len(sent) == 1
 
+    def test_what_is_new_is_published_when_its_sender_has_the_answer(self):
+        order: list[str] = []
+
+        class Telling(posttroll_ns._Server):
+            def answer_all(self, answer: Any) -> None:
+                super().answer_all(answer)
+                order.append("answered")
+
+        def publish_new(receiver: Any, entry: Any, publisher: Any) -> None:
+            order.append(f"published {entry.address}")
+
+        with mock.patch("posttroll_ns._Server", Telling):
+            with mock.patch("posttroll_ns.AddressReceiver._publish_new", publish_new):
+                receiver = posttroll_ns.AddressReceiver(multicast_enabled=False).start()
+                try:
+                    answer = raw_request(config.get("broadcast_port"), announcement().encode().encode())
+                    wait_for(lambda: len(order) == 2)
+                finally:
+                    receiver.stop()
+        assert answer == [b"ok"]
+        assert order == ["answered", "published tcp://h:1"]
+
     @pytest.mark.parametrize("taken", ["broadcast_port", "address_publish_port"])
     def test_a_port_in_use(self, taken):
         receiver = posttroll_ns.AddressReceiver(multicast_enabled=False)
@@ -7126,6 +7148,27 @@ class TestEnds:
                 assert "KeyboardInterrupt" in err
             else:
                 assert status == -signal.SIGTERM
+
+    def test_a_signal_that_does_not_end_the_poll(self):
+        """One that another thread gets, or that comes just before the poll."""
+        code = """
+import logging, signal, sys, threading, posttroll_ns
+
+def signal_myself():
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+class Logger(logging.Logger):
+    def info(self, text, *args):
+        if "answers" in text:
+            threading.Timer(0.2, signal_myself).start()
+
+before = signal.set_wakeup_fd(-1)
+status = posttroll_ns.run(posttroll_ns.NameServer(multicast_enabled=False), Logger("test"))
+assert signal.set_wakeup_fd(-1) == before
+sys.exit(status)
+"""
+        with python(code, cwd=HERE) as running:
+            assert finish(running) == (0, "", "")
 
     @pytest.mark.parametrize(
         "ending", ["", "raise SystemExit(3)", "raise RuntimeError('oh')"], ids=["end", "exit", "error"]
