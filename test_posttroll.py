@@ -18,6 +18,7 @@ import fcntl
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging.handlers
 import multiprocessing
@@ -6373,6 +6374,23 @@ print(receiver._beat())
             line = await_line(running, "beat")
         assert Message.decode(line.strip()).host == socket.gethostname()
 
+    def test_no_file_descriptors_left_at_the_end(self):
+        """What has been sent still arrives."""
+        port = free_port()
+        code = f"""
+import resource, posttroll
+publisher = posttroll.Publisher("tcp://*:{port}").start()
+assert publisher.wait_for_subscribers(1, {DEADLINE})
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+for number in range(1000):
+    publisher.send(posttroll.Message("/a", "info", number))
+publisher.stop()
+"""
+        with posttroll.Subscriber([local_address(port)], "") as subscriber, python(code, cwd=HERE) as running:
+            messages = itertools.islice(subscriber.recv(timeout=DEADLINE), 1000)
+            assert [message and message.data for message in messages] == list(range(1000))
+            assert finish(running) == (0, "", "")
+
     def test_no_file_descriptors_left(self):
         """It waits until there are some again, and serves on."""
         import resource
@@ -7160,7 +7178,7 @@ def signal_myself():
 class Logger(logging.Logger):
     def info(self, text, *args):
         if "answers" in text:
-            threading.Timer(0.2, signal_myself).start()
+            threading.Timer(0.2, signal_myself).start()  # it polls by then; before that, it would end in any case
 
 before = signal.set_wakeup_fd(-1)
 status = posttroll_ns.run(posttroll_ns.NameServer(multicast_enabled=False), Logger("test"))

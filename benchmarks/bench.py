@@ -1275,9 +1275,10 @@ def measure_lookup(bench: Bench) -> None:
 
 def measure_register(bench: Bench) -> None:
     """Registrations of new services, until there are 10,000."""
-    connecting = bench.row("registering up to 10,000 services, each over a new socket", "1/s", 0.95, True)
+    what = "registering up to 10,000 services"
+    connecting = bench.row(f"{what}, each over a new socket", "1/s", 0.95, higher_is_better=True)
     memory = bench.row("  memory of the nameserver a service", "bytes", 1000, absolute=True)
-    connected = bench.row("registering up to 10,000 services, all over one socket", "1/s", higher_is_better=True)
+    connected = bench.row(f"{what}, all over one socket", "1/s", higher_is_better=True)
     for _, (rate, each_connects) in itertools.product(
         range(1 if bench.quick else 3), ((connecting, True), (connected, False))
     ):
