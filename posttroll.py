@@ -158,6 +158,10 @@ OPTIONS: dict[str, _Option] = {
     "receive_high_water_mark": _Option(
         200000, "int", "the same in a busy subscriber, for each publisher; 0 for no limit"
     ),
+    "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
+    "history_bytes": _Option(4194304, "int", "bytes that they may take"),
+    "history_seconds": _Option(600, "number", "how old they may be"),
+    "discovery_seconds": _Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
     "max_services": _Option(20000, "int", "publishers that the nameserver keeps at most"),
     "client_secret_key_file": _Option(None, "path", "CURVE: this host's secret key when it connects"),
     "server_public_key_file": _Option(None, "path", "CURVE: the public key that servers prove to have"),
@@ -167,7 +171,6 @@ OPTIONS: dict[str, _Option] = {
 }
 
 _UNSET: Any = object()
-_WARNING = 30  # logging.WARNING
 
 
 def _log(path: str) -> logging.Logger:
@@ -1134,6 +1137,366 @@ del _class
 
 
 # ======================================================================================================================
+# 3. The loop
+#
+# All waiting is done here: for sockets and descriptors, for times, and for calls from other threads and signal handlers.
+# ======================================================================================================================
+
+
+class LimitedLogger:
+    """Logs the first few messages of a kind in each minute, and then how many more there were.
+
+    Args:
+        path: The documented import path that the logger is named after, such as ``publisher``.
+    """
+
+    BURST = 5
+    PERIOD = 60.0
+    KINDS = 100
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._kinds: dict[str, tuple[float, int]] = {}
+
+    def log(self, level: int, kind: str, text: str, *args: Any, exc_info: bool = False) -> None:
+        """Log *text* with *args*, unless there has been enough of this *kind*."""
+        now = time.monotonic()
+        with self._lock:
+            start, count = self._kinds.get(kind, (now, 0))
+            suppressed = 0
+            if now - start > self.PERIOD:
+                suppressed = max(count - self.BURST, 0)
+                start, count = now, 0
+            if len(self._kinds) >= self.KINDS and kind not in self._kinds:
+                self._kinds.clear()
+            self._kinds[kind] = (start, count + 1)
+        if suppressed:
+            _log(self._path).log(level, "%d more messages of the kind '%s' were not logged", suppressed, kind)
+        if count < self.BURST:
+            _log(self._path).log(level, text, *args, exc_info=exc_info)
+
+    def warning(self, kind: str, text: str, *args: Any) -> None:
+        """Log a warning, unless there has been enough of this *kind*."""
+        self.log(logging.WARNING, kind, text, *args)
+
+
+class _Waker:
+    """Ends a poll from another thread or a signal handler: a descriptor to poll, and `wake`."""
+
+    def __init__(self) -> None:
+        self._read_end: io.RawIOBase
+        self._write_end: io.RawIOBase
+        if os.name == "posix":
+            read_end, write_end = os.pipe()
+            os.set_blocking(read_end, False)
+            os.set_blocking(write_end, False)
+            self._read_end, self._write_end = open(read_end, "rb", 0), open(write_end, "wb", 0)  # noqa: SIM115
+        else:  # only sockets can be polled
+            ends = socket.socketpair()
+            for end in ends:
+                end.setblocking(False)
+            self._read_end, self._write_end = ends[0].makefile("rb", 0), ends[1].makefile("wb", 0)
+
+    def fileno(self) -> int:
+        return self._read_end.fileno()
+
+    def write_fileno(self) -> int:
+        return self._write_end.fileno()
+
+    def wake(self) -> None:
+        with suppress(OSError, ValueError):  # closed: nobody waits
+            self._write_end.write(b"!")  # does nothing when the pipe is full: a wake-up is on its way
+
+    def clear(self) -> None:
+        with suppress(OSError, ValueError):
+            while self._read_end.read(1024):
+                pass
+
+    def close(self) -> None:
+        self._read_end.close()
+        self._write_end.close()
+
+
+class Timer:
+    """A call at a time, as `Loop.at` returns it."""
+
+    __slots__ = ("callback", "number", "when")
+    _numbers = count()
+
+    def __init__(self, when: float, callback: Callable[[], object]) -> None:
+        self.when = when
+        self.callback: Callable[[], object] | None = callback
+        self.number = next(self._numbers)
+
+    def __lt__(self, other: Timer) -> bool:
+        return (self.when, self.number) < (other.when, other.number)
+
+    def cancel(self) -> None:
+        """Let it not be called; one that has been is left alone."""
+        self.callback = None
+
+
+class Loop:
+    """Waits for sockets, times and calls at once, and calls what belongs to each.
+
+    Whoever runs the loop, by `turn` or `run`, is the only one to call `watch`, `unwatch` and `at`; others hand it what
+    is to be done with `call`.  A callback that raises is logged, and ends neither the loop nor its other callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: dict[Any, Callable[[], object]] = {}
+        self._poller = zmq.Poller()
+        self._timers: list[Timer] = []
+        self._calls: deque[Callable[[], object]] = deque()
+        self._waker = _Waker()
+        self._poller.register(self._waker.fileno(), _POLLIN)
+        self._log = LimitedLogger("backends.zmq")
+        self.is_stopped = False
+
+    def watch(self, item: Any, callback: Callable[[], object], events: int = _POLLIN) -> None:
+        """Have *callback* called whenever *item*, a socket or a descriptor, is ready for *events*."""
+        self._callbacks[item] = callback
+        self._poller.register(item, events)
+
+    def unwatch(self, item: Any) -> None:
+        """Watch *item* no longer; one that is not watched is ignored."""
+        if self._callbacks.pop(item, None) is not None:
+            self._poller.unregister(item)
+
+    def at(self, when: float, callback: Callable[[], object]) -> Timer:
+        """Have *callback* called at *when*, a time of `time.monotonic`."""
+        timer = Timer(when, callback)
+        heappush(self._timers, timer)
+        return timer
+
+    def call(self, callback: Callable[[], object]) -> None:
+        """Have *callback* called soon; may be used in any thread and in signal handlers."""
+        self._calls.append(callback)
+        self._waker.wake()
+
+    def wake(self) -> None:
+        """End a wait; may be used in any thread and in signal handlers."""
+        self._waker.wake()
+
+    def stop(self) -> None:
+        """End `run`; may be used in any thread and in signal handlers."""
+        self.is_stopped = True
+        self._waker.wake()
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while not self.is_stopped:
+            self.turn()
+
+    def settle(self) -> None:
+        """Call what has been handed over until now."""
+        for _ in range(len(self._calls)):  # what these hand over has its turn later
+            self._guard(self._calls.popleft())
+
+    def turn(self, deadline: float | None = None) -> None:
+        """Call what is due, wait until something is ready, at most until *deadline*, and serve it."""
+        self._dispatch(self._poller.poll(self._prepare(deadline)))
+
+    async def turn_async(self, deadline: float | None = None) -> None:
+        """Do what `turn` does, in an asyncio program.
+
+        Raises:
+            RuntimeError: The event loop cannot wait for descriptors (the default one of Windows).
+        """
+        import zmq.asyncio  # asyncio takes as long to import as all the rest of a small program
+
+        poller: Any = zmq.asyncio.Poller()
+        milliseconds = self._prepare(deadline)
+        for item, events in self._poller.sockets:
+            poller.register(item, events)
+        try:
+            ready = await poller.poll(milliseconds)
+        except NotImplementedError:
+            raise RuntimeError(
+                "This event loop cannot wait for sockets: on Windows, first call "
+                "asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())."
+            ) from None
+        self._dispatch(ready)
+
+    def _prepare(self, deadline: float | None) -> int | None:
+        """Call what is due, and return for how many milliseconds to wait, None for ever."""
+        self.settle()
+        now = time.monotonic()
+        while self._timers and (self._timers[0].callback is None or self._timers[0].when <= now):
+            callback = heappop(self._timers).callback
+            if callback is not None:
+                self._guard(callback)
+        if self._calls or self.is_stopped:
+            return 0
+        due = [when for when in (deadline, self._timers[0].when if self._timers else None) if when is not None]
+        # One millisecond more: poll rounds down, and would return just before it is due.
+        return max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+
+    def _dispatch(self, ready: Iterable[tuple[Any, int]]) -> None:
+        for item, _ in ready:
+            callback = self._callbacks.get(item)
+            if callback is not None:
+                self._guard(callback)
+            elif isinstance(item, int):
+                self._waker.clear()
+
+    def _guard(self, callback: Callable[[], object]) -> None:
+        try:
+            callback()
+        except zmq.ContextTerminated:
+            raise
+        except Exception as error:  # whatever it is, the others must be served
+            self._log.log(logging.ERROR, repr(error), "A callback has failed: %s", error, exc_info=True)
+
+    def close(self) -> None:
+        """Let go of everything, and close the sockets that are watched."""
+        self.is_stopped = True
+        for item in self._callbacks:
+            if isinstance(item, zmq.Socket) and not item.closed:
+                item.close(0)
+        self._callbacks, self._timers = {}, []
+        self._calls.clear()
+        self._waker.close()
+
+
+class Background:
+    """The loop that serves all publishers of this process, in a thread that lives as long as it has duties."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._duties: list[object] = []
+        self._loop: Loop | None = None
+        self._thread: threading.Thread | None = None
+
+    def join(self, duty: object) -> Loop:
+        """Return the loop, which runs until *duty* leaves it."""
+        with self._lock:
+            if self._loop is None or self._thread is None or not self._thread.is_alive():
+                self._duties = []
+                self._loop = loop = Loop()
+                self._thread = threading.Thread(target=self._run, args=(loop,), name="posttroll loop", daemon=True)
+                self._thread.start()
+            self._duties.append(duty)
+            return self._loop
+
+    def leave(self, duty: object, loop: Loop) -> None:
+        """Let the loop end with its last duty; it is waited for, but not by its own thread."""
+        with self._lock:
+            if loop is not self._loop or duty not in self._duties:
+                return
+            self._duties.remove(duty)
+            if self._duties:
+                return
+            thread, self._loop = self._thread, None
+        loop.stop()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(5)
+
+    def finish(self, callback: Callable[[], object], loop: Loop) -> None:
+        """Have *callback* called in the thread of *loop*, and wait until it has been; at once if the loop is over."""
+        done = threading.Event()
+
+        def call() -> None:
+            try:
+                callback()
+            finally:
+                done.set()
+
+        thread = self._thread
+        if thread is threading.current_thread() or loop is not self._loop or thread is None:
+            call()
+            return
+        loop.call(call)
+        while not done.wait(0.05) and thread.is_alive():
+            pass
+        if not done.is_set():
+            call()
+
+    def shut_down(self) -> None:
+        """End the loop, whatever duties it has."""
+        with self._lock:
+            loop, thread, self._loop, self._duties = self._loop, self._thread, None, []
+        if loop is not None and thread is not None:
+            loop.stop()
+            if thread is not threading.current_thread():
+                thread.join(5)
+
+    @staticmethod
+    def _run(loop: Loop) -> None:
+        try:
+            loop.run()
+        except zmq.ContextTerminated:
+            _log("backends.zmq").debug("The context was terminated")
+        finally:
+            loop.close()
+
+
+_background = Background()
+
+
+def _renew_background_in_child() -> None:
+    global _background
+    _background = Background()  # the thread runs in the parent only, and may have held the lock
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_background_in_child)
+
+
+# -- signals --
+
+
+@contextmanager
+def signals_wake(loop: Loop) -> Iterator[None]:
+    """Have every signal wake *loop*: one that comes just before a poll begins (on Windows: any) does not end it.
+
+    In other threads than the main thread, which do not get signals, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.set_wakeup_fd(loop._waker.write_fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+
+
+@contextmanager
+def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM call *callback*, so that a loop over messages ends cleanly::
+
+        with Subscribe("a_service") as subscriber, call_on_signals(subscriber.stop):
+            for message in subscriber.recv():
+                ...
+
+    A second such signal is treated as it was before: in general, it ends the program at once.
+
+    Args:
+        callback: What to call; it must be safe to call in a signal handler, as `Subscriber.stop`, `Subscriber.close`
+            and `Publisher.stop` are.  In other threads than the main thread it is never called.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        restore()
+        callback()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()
+
+
+# ======================================================================================================================
 # 3. Multicast sockets
 #
 # UDP to a multicast group (RFC 1112), or to everybody on the local network with the group 0.0.0.0.
@@ -1329,17 +1692,17 @@ def get_own_ip() -> str:
 # Access control (ZAP, https://rfc.zeromq.org/spec/27) runs in one thread, only while a server socket needs it.
 # ======================================================================================================================
 
-_NOBLOCK = int(zmq.NOBLOCK)
-_POLLIN = int(zmq.POLLIN)
-_POLLOUT = int(zmq.POLLOUT)
-
-# Milliseconds.  A signal that arrives just before a poll begins does not end it, and on Windows none does: without an
-# end of its own, the handler (Ctrl-C, SIGTERM) would be called when the next message comes, perhaps never.
-_LONGEST_POLL = 900
-
 # -- contexts --
 
-_contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
+class _Context(zmq.Context[zmq.Socket[bytes]] if TYPE_CHECKING else zmq.Context):  # type: ignore[misc]
+    """A context that ends although request sockets are kept for the next lookup."""
+
+    def term(self) -> None:
+        _idle_sockets.clear()
+        super().term()
+
+
+_contexts: dict[int, _Context] = {}
 _contexts_lock = threading.Lock()
 
 
@@ -1349,7 +1712,7 @@ def get_context() -> zmq.Context[zmq.Socket[bytes]]:
     with _contexts_lock:
         context = _contexts.get(pid)
         if context is None or context.closed:
-            context = _contexts[pid] = zmq.Context()
+            context = _contexts[pid] = _Context()
             context.set(zmq.MAX_SOCKETS, context.get(zmq.SOCKET_LIMIT))
             _log("backends.zmq").debug("New ZeroMQ context for process %d", pid)
         return context
@@ -1364,7 +1727,7 @@ def destroy_context(linger: int | None = None) -> None:
     with _contexts_lock:
         context = _contexts.pop(os.getpid(), None)
     if context is not None:
-        _authenticators.pop(os.getpid(), _no_authenticator).shut_down()
+        _background.shut_down()
         for sock in list(context._sockets):
             if not sock.closed:
                 sock.monitor(None, 0)
@@ -1372,90 +1735,61 @@ def destroy_context(linger: int | None = None) -> None:
         context.destroy(linger)
 
 
+class _IdleSockets:
+    """Request sockets that wait for the next request: connecting anew takes longer than asking."""
+
+    LIMIT = 4
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[tuple[tuple[Any, ...], zmq.Socket[bytes]]] = []
+
+    def take(self, key: tuple[Any, ...]) -> zmq.Socket[bytes] | None:
+        """Return an idle socket that was put under *key*, if there is one."""
+        with self._lock:
+            for index, (idle_key, sock) in enumerate(self._idle):
+                if idle_key == key and not sock.closed:
+                    del self._idle[index]
+                    return sock
+        return None
+
+    def put(self, key: tuple[Any, ...], sock: zmq.Socket[bytes]) -> None:
+        """Keep *sock*, whose last request has been answered, under *key*."""
+        with self._lock:
+            self._idle.append((key, sock))
+            surplus = [self._idle.pop(0)[1] for _ in range(len(self._idle) - self.LIMIT)]
+        for old in surplus:
+            close_socket(old)
+
+    def clear(self) -> None:
+        """Close the sockets of this process; those of a parent are forgotten."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for key, sock in idle:
+            if key[0] == os.getpid():
+                close_socket(sock)
+
+    @staticmethod
+    def key(endpoint: str) -> tuple[Any, ...]:
+        """Return all that makes a connection to *endpoint* what it is."""
+        settings = ("backend", "client_secret_key_file", "server_public_key_file")
+        return (os.getpid(), endpoint, *map(config.get, settings))
+
+
+_idle_sockets = _IdleSockets()
+
+
 def _renew_locks_in_child() -> None:
     """Replace what another thread of the parent may have held at the time of a fork."""
-    global _contexts_lock, _authenticators_lock
-    _contexts_lock = threading.Lock()
-    _authenticators_lock = threading.RLock()
+    global _contexts_lock, _access_lock, _access_control, _idle_sockets
+    _contexts_lock, _access_lock, _access_control = threading.Lock(), threading.RLock(), None
+    _idle_sockets = _IdleSockets()
     _Resolution._free_threads = threading.Semaphore(8)
     _lingering_monitors.clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks_in_child)
-
-# -- small tools for threads that wait on sockets --
-
-
-class _Waker:
-    """Ends a poll from another thread or a signal handler: a descriptor to poll, and `wake`."""
-
-    def __init__(self) -> None:
-        self._read_end: io.RawIOBase
-        self._write_end: io.RawIOBase
-        if os.name == "posix":
-            read_end, write_end = os.pipe()
-            os.set_blocking(read_end, False)
-            os.set_blocking(write_end, False)
-            self._read_end, self._write_end = open(read_end, "rb", 0), open(write_end, "wb", 0)  # noqa: SIM115
-        else:  # only sockets can be polled
-            ends = socket.socketpair()
-            for end in ends:
-                end.setblocking(False)
-            self._read_end, self._write_end = ends[0].makefile("rb", 0), ends[1].makefile("wb", 0)
-
-    def fileno(self) -> int:
-        return self._read_end.fileno()
-
-    def write_fileno(self) -> int:
-        return self._write_end.fileno()
-
-    def wake(self) -> None:
-        with suppress(OSError, ValueError):  # closed: nobody waits
-            self._write_end.write(b"!")  # does nothing when the pipe is full: a wake-up is on its way
-
-    def clear(self) -> None:
-        with suppress(OSError, ValueError):
-            while self._read_end.read(1024):
-                pass
-
-    def close(self) -> None:
-        self._read_end.close()
-        self._write_end.close()
-
-
-class _LimitedLogger:
-    """Logs the first few messages of a kind in each minute, and then how many more there were."""
-
-    BURST = 5
-    PERIOD = 60.0
-    KINDS = 100
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._kinds: dict[str, tuple[float, int]] = {}
-
-    def log(self, level: int, kind: str, text: str, *args: Any) -> None:
-        """Log *text* with *args*, unless there has been enough of this *kind*."""
-        now = time.monotonic()
-        with self._lock:
-            start, count = self._kinds.get(kind, (now, 0))
-            suppressed = 0
-            if now - start > self.PERIOD:
-                suppressed = max(count - self.BURST, 0)
-                start, count = now, 0
-            if len(self._kinds) >= self.KINDS and kind not in self._kinds:
-                self._kinds.clear()
-            self._kinds[kind] = (start, count + 1)
-        if suppressed:
-            _log(self._path).log(level, "%d more messages of the kind '%s' were not logged", suppressed, kind)
-        if count < self.BURST:
-            _log(self._path).log(level, text, *args)
-
-    def warning(self, kind: str, text: str, *args: Any) -> None:
-        self.log(_WARNING, kind, text, *args)
-
 
 # -- addresses --
 
@@ -1504,18 +1838,23 @@ class _Resolution:
         self._asked = -self.RETRY
         self.endpoint: str | None = None
         if self._host == "localhost":
-            self.endpoint = f"tcp://127.0.0.1:{self._port}"
+            self._host, self.endpoint = "", f"tcp://127.0.0.1:{self._port}"
         elif tcp is None or _NUMERIC_HOST.fullmatch(self._host):
-            self.endpoint = address
+            self._host, self.endpoint = "", address
 
     def check(self) -> str | None:
         """Return the endpoint; as long as it is not known, ask (again) in the background."""
-        is_due = self.endpoint is None and not self._is_asking and time.monotonic() - self._asked > self.RETRY
+        if self.endpoint is None:
+            self.ask()
+        return self.endpoint
+
+    def ask(self) -> None:
+        """Ask (again) in the background, unless it was just done; a number needs no answer."""
+        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= self.RETRY
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
             threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
-        return self.endpoint
 
     def _resolve(self) -> None:
         try:
@@ -1523,14 +1862,16 @@ class _Resolution:
         except (OSError, UnicodeError) as error:
             _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self._host, error)
         else:
-            self.endpoint = f"tcp://{found[0][4][0]}:{self._port}"
-            self._on_success()
+            endpoint = f"tcp://{found[0][4][0]}:{self._port}"
+            if endpoint != self.endpoint:
+                self.endpoint = endpoint
+                self._on_success()
         finally:
             self._is_asking = False
             self._free_threads.release()
 
 
-_resolution_log = _LimitedLogger("backends.zmq")
+_resolution_log = LimitedLogger("backends.zmq")
 
 # -- keys --
 
@@ -1665,7 +2006,7 @@ def _load_client_keys(backend: str | None = None) -> dict[str, bytes]:
     return {"curve_secretkey": secret, "curve_publickey": zmq.curve_public(secret), "curve_serverkey": server}
 
 
-_key_log = _LimitedLogger("backends.zmq.socket")
+_key_log = LimitedLogger("backends.zmq.socket")
 
 
 class _ClientKeys:
@@ -1827,12 +2168,13 @@ _lingering_monitors: list[zmq.Socket[bytes]] = []
 _lingering_lock = threading.Lock()
 
 
-def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> None:
+def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> bool:
     """Close a monitor, but not before its socket is gone: ZeroMQ's own thread would wait for ever to tell it so.
 
-    Waits up to *timeout* seconds for that; if the socket lives on, the monitor is closed by a later call.
+    Waits up to *timeout* seconds for that, and returns whether it is; if not, the monitor is closed by a later call.
     """
-    if _is_over(monitor, timeout):
+    is_over = _is_over(monitor, timeout)
+    if is_over:
         monitor.close(0)
     with _lingering_lock:
         for other in [other for other in _lingering_monitors if _is_over(other, 0)]:
@@ -1840,6 +2182,7 @@ def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> None:
             _lingering_monitors.remove(other)
         if not monitor.closed:
             _lingering_monitors.append(monitor)
+    return is_over
 
 
 def _is_over(monitor: zmq.Socket[bytes], timeout: float) -> bool:
@@ -1856,21 +2199,21 @@ def _is_over(monitor: zmq.Socket[bytes], timeout: float) -> bool:
 class Authenticator:
     """The access rules of one server socket; `stop` it after the socket has been closed."""
 
-    def __init__(self, service: _AuthenticatorThread, domain: bytes) -> None:
-        self._service = service
+    def __init__(self, control: _AccessControl, domain: bytes) -> None:
+        self._control = control
         self.domain = domain
 
     def watch(self, sock: zmq.Socket[bytes]) -> None:
         """Log the handshakes that fail on *sock*, until it is closed."""
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        self._service.watch(_open_monitor(sock, events | zmq.EVENT_DISCONNECTED))
+        self._control.watch(_open_monitor(sock, events | zmq.EVENT_DISCONNECTED))
 
     def stop(self) -> None:
-        """Drop the rules; the thread ends with the last ones."""
-        self._service.release(self.domain)
+        """Drop the rules."""
+        self._control.release(self.domain)
 
 
-class _AuthenticatorThread:
+class _AccessControl:
     """Answers the questions of ZeroMQ (ZAP 1.0) whether a client may connect, for all server sockets of a context."""
 
     ENDPOINT = "inproc://zeromq.zap.01"
@@ -1879,22 +2222,18 @@ class _AuthenticatorThread:
     def __init__(self) -> None:
         self._rules: dict[bytes, _AccessRules] = {}
         self._monitors: dict[zmq.Socket[bytes], dict[int, str]] = {}  # the addresses of the peers, by descriptor
-        self._new_monitors: deque[zmq.Socket[bytes]] = deque()
         self._count = 0
-        self._waker = _Waker()
-        self._log = _LimitedLogger("backends.zmq.socket")
+        self._log = LimitedLogger("backends.zmq.socket")
         self._context = get_context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REP)
         try:
             self._socket.linger = 0
             self._socket.bind(self.ENDPOINT)
+            self._loop = _background.join(self)
         except BaseException:
             self._socket.close()
-            self._waker.close()
             raise
-        self._is_running = True
-        self._thread = threading.Thread(target=self._run, name="posttroll access control", daemon=True)
-        self._thread.start()
+        self._loop.call(partial(self._loop.watch, self._socket, self._take_requests))
 
     def add(self, rules: _AccessRules) -> Authenticator:
         """Start to apply *rules* to the sockets of a new domain."""
@@ -1905,59 +2244,44 @@ class _AuthenticatorThread:
 
     def release(self, domain: bytes) -> None:
         """Stop to apply the rules of *domain*, and end with the last one."""
-        with _authenticators_lock:
-            if self._rules.pop(domain, None) is None:
+        global _access_control
+        with _access_lock:
+            if self._rules.pop(domain, None) is None or self._rules:
                 return
-            if not self._rules:
-                if _authenticators.get(os.getpid()) is self:
-                    del _authenticators[os.getpid()]
-                self.shut_down()
-
-    def shut_down(self) -> None:
-        """End the thread, and wait for it."""
-        self._is_running = False
-        self._waker.wake()
-        if self._thread is not threading.current_thread():
-            self._thread.join(5)
+            if _access_control is self:
+                _access_control = None
+            # Still under the lock: the next one can bind the endpoint only when this one has let go of it.
+            _background.finish(self._close, self._loop)
+        _background.leave(self, self._loop)
 
     @property
     def is_alive(self) -> bool:
         """Whether it answers, in the context in use."""
-        return self._context is get_context() and self._thread.is_alive()
+        return self._context is get_context() and not self._socket.closed
 
     def watch(self, monitor: zmq.Socket[bytes]) -> None:
-        """Follow what happens to the connections of a socket; its *monitor* now belongs to the thread."""
-        self._new_monitors.append(monitor)
-        self._waker.wake()
+        """Follow what happens to the connections of a socket; its *monitor* now belongs to the loop."""
 
-    def _run(self) -> None:
-        try:
-            while self._is_running:
-                poller = zmq.Poller()
-                for item in (self._waker, self._socket, *self._monitors):
-                    poller.register(item, _POLLIN)
-                for ready, _ in poller.poll():
-                    if ready is self._socket:
-                        self._answer(self._socket.recv_multipart())
-                    elif ready in self._monitors:
-                        self._follow(cast("zmq.Socket[bytes]", ready))
-                self._waker.clear()
-                self._take_new_monitors()
-        except zmq.ZMQError as error:
-            if self._is_running and error.errno not in (zmq.ETERM, zmq.ENOTSOCK):
-                raise
-        finally:
-            self._take_new_monitors()
-            for monitor in self._monitors:
-                _close_monitor(monitor)
+        def begin() -> None:
+            self._monitors[monitor] = {}
+            self._loop.watch(monitor, partial(self._follow, monitor))
+
+        self._loop.call(begin)
+
+    def _close(self) -> None:
+        for sock in (self._socket, *self._monitors):
+            self._loop.unwatch(sock)
+        for monitor in self._monitors:
+            _close_monitor(monitor)
+        if not self._socket.closed:
             with suppress(zmq.ZMQError):
                 self._socket.unbind(self.ENDPOINT)  # at once: closing alone frees the name some time later
             self._socket.close(0)
-            self._waker.close()
 
-    def _take_new_monitors(self) -> None:
-        while self._new_monitors:
-            self._monitors[self._new_monitors.popleft()] = {}
+    def _take_requests(self) -> None:
+        with suppress(zmq.Again):
+            for _ in range(100):
+                self._answer(self._socket.recv_multipart(_NOBLOCK))
 
     def _answer(self, request: list[bytes]) -> None:
         """Answer a question: version, request id, domain, address, routing id, mechanism, credentials."""
@@ -1966,13 +2290,15 @@ class _AuthenticatorThread:
             return
         _, request_id, domain, address_bytes, _, mechanism, *credentials = request
         address = address_bytes.decode("utf-8", "replace")
-        reason = self._refusal(domain, address, mechanism, credentials)
+        reason = "an error, see the log"
+        try:
+            reason = self._refusal(domain, address, mechanism, credentials)
+        finally:  # whatever happens: a question without an answer would hold up all that follow
+            # 300: it is told nothing, and tries again later.  After a 400 it would never come back by itself.
+            verdict = [b"300", b"Refused"] if reason else [b"200", b"OK"]
+            self._socket.send_multipart([b"1.0", request_id, *verdict, b"", b""])
         if reason:
             self._log.warning("refused " + address, "Refused a client at %s: %s", address, reason)
-            # 300: it is told nothing, and tries again later.  After a 400 it would never come back by itself.
-            self._socket.send_multipart([b"1.0", request_id, b"300", b"Refused", b"", b""])
-        else:
-            self._socket.send_multipart([b"1.0", request_id, b"200", b"OK", b"", b""])
 
     def _refusal(self, domain: bytes, address: str, mechanism: bytes, credentials: Sequence[bytes]) -> str:
         """Return why a client is not let in, empty if it is."""
@@ -1990,6 +2316,7 @@ class _AuthenticatorThread:
         peers = self._monitors[monitor]
         if event == zmq.EVENT_MONITOR_STOPPED:
             del self._monitors[monitor]
+            self._loop.unwatch(monitor)
             monitor.close(0)
         elif event == zmq.EVENT_ACCEPTED:
             peers[descriptor] = _peer_of(descriptor)
@@ -2019,25 +2346,19 @@ def _peer_of(descriptor: int) -> str:
         os.close(duplicate)
 
 
-class _NoAuthenticator:
-    def shut_down(self) -> None:
-        """Nothing runs."""
-
-
-_no_authenticator = _NoAuthenticator()
-_authenticators: dict[int, Any] = {}
-_authenticators_lock = threading.RLock()
+_access_control: _AccessControl | None = None
+_access_lock = threading.RLock()
 
 
 def _apply_access_rules(sock: zmq.Socket[bytes], rules: _AccessRules) -> Authenticator | None:
     """Let only those connect to *sock* whom *rules* let in, before it is bound."""
+    global _access_control
     if rules.lets_everybody_in:
         return None
-    with _authenticators_lock:
-        service = _authenticators.get(os.getpid())
-        if service is None or not service.is_alive:
-            service = _authenticators[os.getpid()] = _AuthenticatorThread()
-        authenticator: Authenticator = service.add(rules)
+    with _access_lock:
+        if _access_control is None or not _access_control.is_alive:
+            _access_control = _AccessControl()
+        authenticator = _access_control.add(rules)
     sock.setsockopt(zmq.ZAP_DOMAIN, authenticator.domain)
     sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody gets in while nobody answers
     return authenticator
@@ -2301,58 +2622,14 @@ def _addresses_in(answer: bytes) -> list[dict[str, Any]]:
     return good
 
 
-_lookup_log = _LimitedLogger("ns")
-
-
-class _LookupSockets:
-    """Request sockets that wait for the next lookup: connecting anew takes longer than asking."""
-
-    LIMIT = 4
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[tuple[tuple[Any, ...], zmq.Socket[bytes]]] = []
-
-    def take(self, key: tuple[Any, ...]) -> zmq.Socket[bytes] | None:
-        """Return an idle socket that was put under *key*, if there is one."""
-        with self._lock:
-            for index, (idle_key, sock) in enumerate(self._idle):
-                if idle_key == key and not sock.closed:
-                    del self._idle[index]
-                    return sock
-        return None
-
-    def put(self, key: tuple[Any, ...], sock: zmq.Socket[bytes]) -> None:
-        """Keep *sock*, whose last request has been answered, under *key*."""
-        with self._lock:
-            self._idle.append((key, sock))
-            surplus = [self._idle.pop(0)[1] for _ in range(len(self._idle) - self.LIMIT)]
-        for old in surplus:
-            close_socket(old)
-
-    def clear(self) -> None:
-        """Close the sockets of this process; those of a parent are forgotten."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for key, sock in idle:
-            if key[0] == os.getpid():
-                close_socket(sock)
-
-    @staticmethod
-    def key(endpoint: str) -> tuple[Any, ...]:
-        """Return all that makes a connection to *endpoint* what it is."""
-        settings = ("backend", "client_secret_key_file", "server_public_key_file")
-        return (os.getpid(), endpoint, *map(config.get, settings))
-
-
-_lookup_sockets = _LookupSockets()
+_lookup_log = LimitedLogger("ns")
 
 
 def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
     """Return the answer to *request*, None if there is none in *timeout* seconds."""
     deadline = time.monotonic() + timeout
-    key = _lookup_sockets.key(endpoint)
-    sock = _lookup_sockets.take(key)
+    key = _idle_sockets.key(endpoint)
+    sock = _idle_sockets.take(key)
     is_fresh = sock is None
     while True:
         if sock is None:
@@ -2361,7 +2638,7 @@ def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
         patience = deadline - time.monotonic() if is_fresh else min(timeout / 2, 1.0)
         answer = _answer_on(sock, request, patience)
         if answer is not None:
-            _lookup_sockets.put(key, sock)
+            _idle_sockets.put(key, sock)
             return answer
         close_socket(sock)
         if is_fresh:
@@ -2460,9 +2737,10 @@ def get_pub_addresses(
 
 
 # ======================================================================================================================
-# 6. Announcing an address
+# 8. Announcing an address
 #
-# A publisher tells where it is, again and again: by multicast to all nameservers, or by request to listed ones.
+# A publisher tells where it is, again and again: by multicast to all nameservers, or by request to listed ones.  When
+# it stops, it tells that too.  All of it runs in the background loop.
 # ======================================================================================================================
 
 
@@ -2471,19 +2749,27 @@ class _MulticastTarget:
 
     def __init__(self, port: int) -> None:
         self._port = port
+        self._group = _multicast_group(None)  # a wrong group is an error now, a missing network is not
         self._sender: MulticastSender | None = None
-        self._log = _LimitedLogger("message_broadcaster")
-        _multicast_group(None)  # a wrong group is an error now, a missing network is not
+        self._log = LimitedLogger("message_broadcaster")
+
+    def open(self, loop: Loop) -> None:
+        """Do nothing: the socket is opened when it is used."""
 
     def announce(self, text: str) -> None:
         """Send *text* to the multicast group."""
         try:
             if self._sender is None:
-                self._sender = MulticastSender(self._port)
+                self._sender = MulticastSender(self._port, self._group)
             self._sender(text)
         except OSError as error:
             self._log.warning("send", "Cannot announce by multicast (trying again): %s", error)
             self.close()
+
+    def say_goodbye(self, text: str, when_done: Callable[[], None]) -> None:
+        """Send *text* as the last thing."""
+        self.announce(text)
+        when_done()
 
     def close(self) -> None:
         """Close the socket."""
@@ -2497,58 +2783,73 @@ class _NameserverTarget:
 
     RENEWAL = 30.0  # seconds without an answer, after which the connection is made anew
 
-    def __init__(self, endpoint: str, on_resolved: Callable[[], None]) -> None:
+    def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
-        self._on_resolved = on_resolved
-        self._log = _LimitedLogger("message_broadcaster")
+        self._log = LimitedLogger("message_broadcaster")
         self._is_registered = False
-        self.pending: bytes | None = None
-        self.socket: zmq.Socket[bytes] | None = None
-        self._resolution = _Resolution(endpoint, on_resolved)
+        self._pending: bytes | None = None
+        self._when_done: Callable[[], None] | None = None  # set once there is a last request
+        self._socket: zmq.Socket[bytes] | None = None
         self._last_sign = time.monotonic()
-        _load_client_keys()  # what is wrong with them is an error now, not in the thread
-        self._open()
+        _load_client_keys()  # what is wrong with them is an error now, not in the loop
 
-    def _open(self) -> None:
-        """Connect, once the host name resolves."""
+    def open(self, loop: Loop) -> None:
+        """Use *loop*, and connect once the host name resolves."""
+        self._loop = loop
+        self._resolution = _Resolution(self._endpoint, partial(loop.call, self._connect))
+        self._connect()
+
+    def _connect(self) -> None:
         endpoint = self._resolution.check()
-        if self.socket is None and endpoint is not None:
+        if self._socket is None and endpoint is not None:
             # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
             options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
             try:
-                self.socket = set_up_client_socket(zmq.REQ, endpoint, options)
-            except ConfigurationError as error:  # the keys are just being replaced
-                self._log.warning("keys", "Cannot register with %s (trying again): %s", self._endpoint, error)
+                self._socket = set_up_client_socket(zmq.REQ, endpoint, options)
+            except (ConfigurationError, zmq.ZMQError) as error:  # the keys are being replaced, or no descriptors left
+                self._log.warning("open", "Cannot register with %s (trying again): %s", self._endpoint, error)
+                return
+            self._watch()
+
+    def _watch(self) -> None:
+        if self._socket is not None:
+            self._loop.watch(self._socket, self._serve, _POLLIN if self._pending is None else _POLLIN | _POLLOUT)
 
     def announce(self, text: str) -> None:
         """Have *text* sent as soon as there is a connection."""
         if time.monotonic() - self._last_sign > self.RENEWAL:
             self._log.warning("silence", "No answer from the nameserver at %s, trying again", self._endpoint)
             self.close()
-            self._resolution = _Resolution(self._endpoint, self._on_resolved)
             self._last_sign = time.monotonic()
-        self._open()
-        self.pending = text.encode()
+            self._resolution = _Resolution(self._endpoint, partial(self._loop.call, self._connect))
+        self._pending = text.encode()
+        self._connect()
+        self._watch()
 
-    @property
-    def events(self) -> int:
-        """What to poll the socket for."""
-        return _POLLIN if self.pending is None else _POLLIN | _POLLOUT
+    def say_goodbye(self, text: str, when_done: Callable[[], None]) -> None:
+        """Send *text* as the last thing, and call *when_done* when it has been answered; now if nobody knows of us."""
+        if self._is_registered and self._socket is not None:
+            self._when_done = when_done
+            self.announce(text)
+        else:
+            when_done()
 
-    def handle(self, events: int) -> None:
+    def _serve(self) -> None:
         """Take an answer, send a request."""
-        assert self.socket is not None
-        if events & _POLLIN:
+        sock = cast("zmq.Socket[bytes]", self._socket)
+        with suppress(zmq.Again):
+            self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
+        if self._pending is not None:
             with suppress(zmq.Again):
-                self._take_answer(self.socket.recv_multipart(_NOBLOCK)[0])
-        if self.pending is not None:
-            with suppress(zmq.Again):
-                self.socket.send(self.pending, _NOBLOCK)
-                self.pending = None
+                sock.send(self._pending, _NOBLOCK)
+                self._pending = None
+                self._watch()
 
     def _take_answer(self, answer: bytes) -> None:
         self._last_sign = time.monotonic()
-        if answer == b"ok":
+        if self._when_done is not None and self._pending is None:
+            self._when_done()
+        elif answer == b"ok":
             if not self._is_registered:
                 _log("message_broadcaster").debug("Registered with the nameserver at %s", self._endpoint)
             self._is_registered = True
@@ -2559,13 +2860,14 @@ class _NameserverTarget:
 
     def close(self) -> None:
         """Close the socket."""
-        if self.socket is not None:
-            close_socket(self.socket)
-            self.socket = None
+        if self._socket is not None:
+            self._loop.unwatch(self._socket)
+            close_socket(self._socket)
+            self._socket = None
 
 
 class MessageBroadcaster:
-    """Sends a message again and again, in a thread of its own.
+    """Sends a message again and again, in the background.
 
     Args:
         msg: The message, as text.
@@ -2579,6 +2881,8 @@ class MessageBroadcaster:
         ValueError: A receiver is no host name.
     """
 
+    _GOODBYE_SECONDS = 1.0  # that nameservers have to answer the last message
+
     def __init__(
         self, msg: Any, port: int, interval: float, designated_receivers: str | Iterable[str] | None = None
     ) -> None:
@@ -2589,96 +2893,73 @@ class MessageBroadcaster:
         self._receivers = [_nameserver_endpoint(host, port) for host in dict.fromkeys(receivers or ())]
         if not self._receivers:
             _multicast_group(None)
-        self.on_round: Callable[[], None] = lambda: None  # called after each announcement
-        self._thread: threading.Thread | None = None
-        self._waker: _Waker | None = None
-        self._is_stopping = False
+        self._targets: list[Any] = []
+        self._loop: Loop | None = None
+        self._timer: Timer | None = None
+        self._pid = 0
         self._lock = threading.RLock()
 
     def is_running(self) -> bool:
         """Whether messages are being sent."""
-        return self._thread is not None and self._thread.is_alive()
+        loop = self._loop
+        return loop is not None and not loop.is_stopped and self._pid == os.getpid()
 
     def start(self) -> MessageBroadcaster:
         """Start the broadcasting."""
         with self._lock:
             if self._interval > 0 and not self.is_running():
-                self._is_stopping = False
-                self._waker = waker = _Waker()
-                targets: list[Any] = []
-                try:
-                    for endpoint in self._receivers:
-                        targets.append(_NameserverTarget(endpoint, waker.wake))
-                    if not targets:
-                        targets.append(_MulticastTarget(self._port))
-                except BaseException:
-                    self._close(targets, waker)
-                    raise
-                arguments = (targets, waker)
-                self._thread = threading.Thread(
-                    target=self._run, args=arguments, name="posttroll announce", daemon=True
-                )
-                self._thread.start()
+                targets: list[Any] = [_NameserverTarget(endpoint) for endpoint in self._receivers]
+                self._targets = targets or [_MulticastTarget(self._port)]
+                self._pid = os.getpid()
+                self._loop = loop = _background.join(self)
+                loop.call(partial(self._begin, loop))
         return self
+
+    def _begin(self, loop: Loop) -> None:
+        for target in self._targets:
+            target.open(loop)
+        self._announce(loop)
+
+    def _announce(self, loop: Loop) -> None:
+        self._timer = loop.at(time.monotonic() + self._interval, partial(self._announce, loop))
+        text = self._text()
+        for target in self._targets:
+            target.announce(text)
+
+    def _text(self) -> str:
+        """Return what to send now."""
+        return self._message
+
+    def _goodbye(self) -> str | None:
+        """Return what to send as the last thing, if anything."""
+        return None
 
     def stop(self) -> MessageBroadcaster:
         """Stop the broadcasting, and wait until it has ended."""
-        self._is_stopping = True
-        thread, waker = self._thread, self._waker
-        if waker is not None:
-            waker.wake()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(5)
+        with self._lock:
+            loop, self._loop = self._loop, None
+            if loop is None or self._pid != os.getpid():
+                return self
+        goodbye = self._goodbye()
+        if goodbye is not None and not loop.is_stopped and threading.current_thread().name != loop.name:
+            done = [threading.Event() for _ in self._targets]
+            loop.call(lambda: [each.say_goodbye(goodbye, event.set) for each, event in zip(self._targets, done)])
+            deadline = time.monotonic() + self._GOODBYE_SECONDS
+            all(event.wait(max(deadline - time.monotonic(), 0)) for event in done)
+        _background.finish(self._end, loop)
+        _background.leave(self, loop)
         return self
 
-    def _text(self) -> str | None:
-        """Return what to send now, None for nothing."""
-        return self._message
-
-    def _run(self, targets: list[Any], waker: _Waker) -> None:
-        try:
-            due = time.monotonic()
-            while not self._is_stopping:
-                if time.monotonic() >= due:
-                    due = time.monotonic() + self._interval
-                    text = self._text()
-                    for target in targets if text is not None else ():
-                        target.announce(text)
-                    self.on_round()
-                self._wait(targets, waker, due)
-        except zmq.ContextTerminated:
-            _log("message_broadcaster").debug("The context was terminated")
-        finally:
-            self._close(targets, waker)
-
-    @staticmethod
-    def _wait(targets: list[Any], waker: _Waker, due: float) -> None:
-        """Handle the answers that come until something is *due*."""
-        poller = zmq.Poller()
-        poller.register(waker, _POLLIN)
-        by_socket = {}
-        for target in targets:
-            if isinstance(target, _NameserverTarget):
-                target._open()
-                if target.socket is not None:
-                    poller.register(target.socket, target.events)
-                    by_socket[target.socket] = target
-        # One millisecond more: poll rounds down, and would return just before it is due.
-        ready = poller.poll(max(int((due - time.monotonic()) * 1000) + 1, 0))
-        waker.clear()
-        for sock, events in ready:
-            if sock in by_socket:
-                by_socket[cast("zmq.Socket[bytes]", sock)].handle(events)
-
-    @staticmethod
-    def _close(targets: list[Any], waker: _Waker) -> None:
-        for target in targets:
+    def _end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for target in self._targets:
             target.close()
-        waker.close()
+        self._targets = []
 
 
 class AddressBroadcaster(MessageBroadcaster):
-    """Announces the address of a publisher, in a thread of its own.
+    """Announces the address of a publisher, in the background.
 
     Args:
         name: The name of the publisher.
@@ -2695,7 +2976,7 @@ class AddressBroadcaster(MessageBroadcaster):
     ) -> None:
         self._name = name
         self._address = address
-        self._text()  # a name that cannot be announced is an error now, not in the thread
+        self._text()  # a name that cannot be announced is an error now, not in the loop
         super().__init__("", config.get("broadcast_port"), interval, nameservers)
 
     def _content(self) -> dict[str, Any]:
@@ -2704,9 +2985,16 @@ class AddressBroadcaster(MessageBroadcaster):
         uri = self._address if tcp is None or tcp[0] != "*" else f"tcp://{get_own_ip()}:{tcp[1]}"
         return {"URI": uri}
 
-    def _text(self) -> str | None:
+    def _text(self) -> str:
+        return self._encoded(self._content())
+
+    def _goodbye(self) -> str | None:
+        # No services: so a nameserver that does not know of goodbyes lists it for none either.
+        return self._encoded({**self._content(), "service": [], "status": False})
+
+    def _encoded(self, content: Any) -> str:
         # Every nameserver, however old, must be able to read it: v1.01.
-        return Message(f"/address/{self._name}", "info", self._content(), version="v1.01").encode()
+        return Message(f"/address/{self._name}", "info", content, version="v1.01").encode()
 
 
 class AddressServiceBroadcaster(AddressBroadcaster):
@@ -2748,48 +3036,495 @@ sendaddressservice = AddressServiceBroadcaster
 
 
 # ======================================================================================================================
-# 7. Publishing
+# 9. Publishing
 #
-# XPUB sockets: unlike PUB they tell who subscribes, and (XPUB_NODROP) that a queue is full.
+# XPUB sockets: unlike PUB they tell who subscribes, and (XPUB_NODROP) that a queue is full.  With XPUB_MANUAL it is we
+# who apply the subscriptions, so that it is certain what comes before and after them.
+#
+# Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
+# mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
+#
+#     hello      H <instance> <number> <ends> <name>         the mark has arrived; all after number will come
+#     caught up  C <instance> <number>\0<message>            a message of the past
+#     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
+#     position   P <instance> <number> <ends> <sent>         all up to number has been sent
+#
+# ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many are
+# not in the history any more.  So a subscriber knows what it has, and asks for what it has not.  It answers a hello by a
+# request, a subscription to <mark>/<instance>/n<number>,<until>/<topics> (what follows that number) or
+# <mark>/<instance>/a<milliseconds>,<until>/<topics> (what is not older), until: the number of the hello.
 # ======================================================================================================================
+
+_MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
+_MARK_PATTERN = re.compile(
+    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/([na])(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?", re.DOTALL
+)
+
+
+class PublisherStoppedError(RuntimeError, zmq.ZMQError):
+    """Sending with a publisher that has been stopped."""
+
+    def __init__(self, text: str) -> None:
+        zmq.ZMQError.__init__(self, zmq.ENOTSOCK, text)
+
+
+class History:
+    """The newest messages of a publisher: at most so many, of so many bytes, and not older.
+
+    Args:
+        messages: How many messages to keep; 0 in any of the three for none.
+        size: How many bytes they may take.
+        seconds: How old they may be.
+    """
+
+    OVERHEAD = 170  # bytes that a message takes besides its own
+
+    def __init__(self, messages: int, size: int, seconds: float) -> None:
+        self._messages = messages if size and seconds else 0
+        self._size_limit = size
+        self._seconds = seconds
+        self._entries: deque[tuple[float, bytes]] = deque()
+        self.number = 0  # of the newest message
+        self.size = 0
+        self._newest_gone = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def first(self) -> int:
+        """The number of the oldest message that is kept."""
+        return self.number - len(self._entries) + 1
+
+    def append(self, data: bytes, now: float) -> None:
+        """Keep a message, which was sent *now*."""
+        self.number += 1
+        if self._messages:
+            self._entries.append((now, data))
+            self.size += len(data) + self.OVERHEAD
+            while self.size > self._size_limit or len(self._entries) > self._messages:
+                self._drop()
+        else:
+            self._newest_gone = now
+
+    def expire(self, now: float) -> float | None:
+        """Forget what is too old; return when the next message is, None if there is none."""
+        while self._entries and self._entries[0][0] < now - self._seconds:
+            self._drop()
+        return self._entries[0][0] + self._seconds if self._entries else None
+
+    def _drop(self) -> None:
+        self._newest_gone, data = self._entries.popleft()
+        self.size -= len(data) + self.OVERHEAD
+
+    def after(self, number: int, count: int) -> list[tuple[int, bytes]]:
+        """Return at most *count* messages after the one with *number*, oldest first, with their numbers."""
+        start = max(number + 1 - self.first, 0)
+        entries = islice(self._entries, start, start + count)
+        return [(self.first + start + index, data) for index, (_, data) in enumerate(entries)]
+
+    def last_before(self, when: float) -> int:
+        """Return the number of the last message that was sent before *when*."""
+        return self.number - sum(1 for _ in takewhile(lambda entry: entry[0] >= when, reversed(self._entries)))
+
+    def has_lost_since(self, when: float) -> bool:
+        """Whether a message that was sent since *when* is not kept any more."""
+        return self._newest_gone >= when
+
+
+class _Peer:
+    """A subscriber of ours, as its publisher sees it."""
+
+    def __init__(self, mark: bytes, topics: int) -> None:
+        self.mark = mark
+        self.topics = topics
+        self.connections = 0
+        self.greeted: float | None = None  # when, until it has asked for what it has not
+        self.prefixes: tuple[bytes, ...] = (b"",)
+        self.told = 0  # the number that the last position has told
+        self.begin()
+        self.ends = 0
+
+    def begin(self) -> None:
+        """Be up to date: there is nothing to be caught up."""
+        self.after: int | None = None  # the number after which to catch up, None: it is up to date
+        self.until: int | None = 0  # the last number to catch up, None: as many as there are by then
+        self.sent = self.gone = 0
+
+    def fall_behind(self, after: int, until: int | None) -> None:
+        """Take note of what is to be caught up."""
+        self.after = after if self.after is None else min(self.after, after)
+        self.until = None if until is None or self.until is None else max(self.until, until)
+
+
+class _Audience:
+    """The socket of a publisher and those who listen to it: who they are, what they have, what they missed.
+
+    The background loop serves them, and so does whoever sends; the lock says whose turn it is.
+    """
+
+    PEERS = 10000
+    CHUNK = 200  # messages that one subscriber catches up before the next has its turn
+    LOOK_MESSAGES, LOOK_SECONDS = 256, 0.25  # after which subscribers are told what they should have
+
+    def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str) -> None:
+        settings = (config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds"))
+        self.history = History(*settings)
+        self.lock = lock
+        self.socket = sock
+        self.instance = os.urandom(8).hex().encode()
+        self.started = time.monotonic()
+        self.dropped = 0
+        self.peers: dict[bytes, _Peer] = {}
+        self._topics = 0
+        self._name = "_".join(name.split()).encode() or b"-"
+        self._next_look = 0.0
+        self._timers: dict[Callable[[], None], Timer | None] = {}
+        self._waiting: list[tuple[int, Callable[[], object]]] = []
+        self._log = LimitedLogger("publisher")
+        self._descriptor = int(cast(int, sock.get(zmq.FD)))
+        self.loop = _background.join(self)
+        self.loop.call(partial(self.loop.watch, self._descriptor, self._take_turn))
+
+    # -- sending --
+
+    def send(self, data: bytes) -> None:
+        """Send a message to those who have subscribed to it."""
+        now = time.monotonic()
+        if now > self._next_look or not self.history.number % self.LOOK_MESSAGES:
+            self.look(now)
+        self.history.append(data, now)
+        try:
+            self.socket.send(data, _NOBLOCK)
+        except zmq.Again:
+            self._send_around_full_queues(data)
+
+    def _send_around_full_queues(self, data: bytes) -> None:
+        """Send to those whose queue is not full, and count the others.
+
+        Subscribers of ours are asked one by one, by their marks; those that miss it catch up when there is room.
+        Strangers have no mark: it goes to all at once, and ZeroMQ drops it in silence where a queue is full, as it does
+        what follows until half of that queue is read.  So what they miss is counted only once each time that their
+        queue fills up.
+        """
+        self._take_subscriptions()
+        number, missed = self.history.number, 0
+        if self.strangers:
+            for peer in self.peers.values():  # it may be dropped for them too, and what follows it
+                peer.fall_behind(number - 1, None)
+            self.socket.setsockopt(zmq.XPUB_NODROP, 0)
+            self.socket.send(data, _NOBLOCK)
+            self.socket.setsockopt(zmq.XPUB_NODROP, 1)
+            missed = 1
+        else:
+            for peer in self.peers.values():
+                if peer.after is None and self._send_to(peer, b"C %s %d\0%s" % (self.instance, number, data)):
+                    peer.sent += 1
+                else:
+                    peer.fall_behind(number - 1, None)
+                    missed += 1
+        self._catch_up_soon(0.02)
+        if missed:
+            self.dropped += missed
+            text = "Publisher %s: the queue of a slow subscriber is full, it misses messages (%d so far)"
+            self._log.warning("full", text, self._name.decode(), self.dropped)
+
+    def _send_to(self, peer: _Peer, content: bytes) -> bool:
+        """Send to one subscriber of ours alone; return False if its queue is full."""
+        try:
+            self.socket.send(peer.mark + b"\0" + content, _NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    # -- who listens --
+
+    @property
+    def strangers(self) -> int:
+        """How many topics others than subscribers of ours have subscribed to."""
+        return max(self._topics - sum(peer.topics * peer.connections for peer in self.peers.values()), 0)
+
+    @property
+    def count(self) -> int:
+        """How many subscribers there are now; one of another implementation counts for each of its topics."""
+        self._take_subscriptions()
+        return len(self.peers) + self.strangers
+
+    def when_there_are(self, count: int, callback: Callable[[], object]) -> Callable[[], None]:
+        """Have *callback* called once there are *count* subscribers; return what cancels that."""
+        waiting = (count, callback)
+
+        def cancel() -> None:
+            with suppress(ValueError):
+                self._waiting.remove(waiting)
+
+        self._waiting.append(waiting)
+        self._tell_waiting()
+        return cancel
+
+    def _tell_waiting(self) -> None:
+        if self._waiting:
+            found = self.count
+            for waiting in [waiting for waiting in self._waiting if waiting[0] <= found]:
+                with suppress(ValueError):
+                    self._waiting.remove(waiting)
+                waiting[1]()
+
+    def _take_turn(self) -> None:
+        """Do what the socket has to be done; called by the loop."""
+        with self.lock:
+            if not self.socket.closed:
+                self._take_subscriptions()
+                self._tell_waiting()
+
+    def _take_subscriptions(self) -> None:
+        """Apply the subscriptions and the ends of subscriptions that have come."""
+        sock = self.socket
+        while True:
+            try:
+                change = sock.recv(_NOBLOCK)
+            except zmq.Again:
+                return
+            sign, topic = change[:1], change[1:]
+            if sign not in (b"\0", b"\1"):
+                continue  # a message of an XSUB socket
+            option = zmq.SUBSCRIBE if sign == b"\1" else zmq.UNSUBSCRIBE
+            if topic.startswith(_MARK):
+                match = _MARK_PATTERN.fullmatch(topic)
+                if match is not None and match[3] is None:
+                    self._take_mark(topic, int(match[2]), option)
+                elif match is not None and sign == b"\1":
+                    self._take_request(topic[: match.end(2)], match)
+                continue
+            self._topics += 1 if sign == b"\1" else -1
+            if not topic:  # all messages, but not what is sent under the marks of others
+                sock.setsockopt(option, _MAGICK.encode())
+            elif not _MARK.startswith(topic):
+                sock.setsockopt(option, topic)
+
+    def _take_mark(self, mark: bytes, topics: int, option: int) -> None:
+        """Take note that a subscriber of ours has come (again), or gone."""
+        peer = self.peers.get(mark)
+        if option == zmq.UNSUBSCRIBE:
+            if peer is not None:
+                peer.connections -= 1
+                if peer.connections <= 0:
+                    del self.peers[mark]
+            return
+        if peer is None:
+            if len(self.peers) >= self.PEERS:
+                self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
+                return
+            peer = self.peers[mark] = _Peer(mark, topics)
+        peer.connections += 1
+        peer.begin()  # it will ask for what it has not
+        self.socket.setsockopt(option, mark)
+        peer.greeted = time.monotonic()
+        self._send_to(peer, b"H %s %d %d %s" % (self.instance, self.history.number, peer.ends, self._name))
+
+    # -- catching up --
+
+    def look(self, now: float) -> None:
+        """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
+        self._next_look = now + self.LOOK_SECONDS
+        self._take_subscriptions()
+        self._tell_positions()
+        if self._look_again not in self._timers:
+            self._later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
+
+    def _tell_positions(self) -> None:
+        number = self.history.number
+        for peer in self.peers.values():
+            if peer.told != number and peer.after is None:
+                if self._send_to(peer, b"P %s %d %d %d" % (self.instance, number, peer.ends, peer.sent)):
+                    peer.told = number
+
+    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Have *callback* called by the loop under the lock, unless it is to be already."""
+
+        def call() -> None:
+            with self.lock:
+                del self._timers[callback]
+                if not self.socket.closed:
+                    callback()
+
+        def schedule() -> None:
+            self._timers[callback] = self.loop.at(time.monotonic() + seconds, call)
+
+        if callback not in self._timers:
+            self._timers[callback] = None
+            self.loop.call(schedule)
+
+    def _look_again(self) -> None:
+        if any(peer.told != self.history.number for peer in self.peers.values()):
+            self.look(time.monotonic())
+        self._expire()
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        due = self.history.expire(now)
+        if due is not None:
+            self._later(max(due - now, 10), self._expire)  # many at once
+
+    def _take_request(self, mark: bytes, match: re.Match[bytes]) -> None:
+        """Let a subscriber of ours catch up with what it asks for."""
+        peer, history = self.peers.get(mark), self.history
+        if peer is None or match[3] != self.instance:
+            return  # somebody else is asked
+        amount, until = int(match[5]), min(int(match[6]), history.number)
+        if match[4] == b"n":
+            after = amount
+        else:
+            since = time.monotonic() - amount / 1000
+            after = history.last_before(since)
+            if history.has_lost_since(since):
+                after = 0 if self.started >= since else history.first - 2
+        peer.greeted = None
+        peer.fall_behind(min(after, until), until)
+        peer.prefixes = tuple(match[7].split(b"\n"))
+        self._catch_up_soon(0)
+
+    def _catch_up_soon(self, seconds: float) -> None:
+        self._later(seconds, self._catch_up)
+
+    def _catch_up(self) -> None:
+        """Send to each subscriber a part of what it has to catch up."""
+        behind = [peer for peer in self.peers.values() if peer.after is not None]
+        are_served = [self._send_past(peer) for peer in behind]
+        if any(peer.after is not None for peer in behind):
+            self._catch_up_soon(0 if any(are_served) else 0.02)
+
+    def _send_past(self, peer: _Peer) -> bool:
+        """Send a part of what *peer* has to catch up; return False if its queue is full."""
+        history = self.history
+        after = cast(int, peer.after)
+        until = history.number if peer.until is None else peer.until
+        lost = max(min(history.first - 1, until) - after, 0)
+        peer.gone += lost
+        peer.after = after + lost
+        for number, data in history.after(peer.after, self.CHUNK):
+            if number > until:
+                break
+            if data.startswith(peer.prefixes):
+                if not self._send_to(peer, b"C %s %d\0%s" % (self.instance, number, data)):
+                    return False
+                peer.sent += 1
+            peer.after = number
+        if peer.after < until:
+            return True
+        if not self._send_to(peer, b"E %s %d %d %d %d" % (self.instance, until, peer.ends + 1, peer.sent, peer.gone)):
+            return False
+        peer.ends += 1
+        peer.begin()
+        return True
+
+    # -- the end --
+
+    def unserved(self) -> list[tuple[bytes, int | None]]:
+        """Return who has to catch up, from where, and who has come so recently that its request is on its way."""
+        with self.lock:
+            now = time.monotonic()
+            are_new = {mark: now - (peer.greeted or now) < 0.5 and bool(peer.greeted) for mark, peer in self.peers.items()}
+            peers = list(self.peers.items())
+        return [(mark, peer.after) for mark, peer in peers if peer.after is not None or are_new[mark]]
+
+    def release_waiting(self) -> None:
+        """Call all that waits for subscribers: there will not be any more."""
+        waiting, self._waiting = self._waiting, []
+        for _, callback in waiting:
+            callback()
+
+    def close(self, linger: int) -> None:
+        """Close the socket; what is queued may still take *linger* milliseconds."""
+        _background.finish(partial(self._close, linger), self.loop)
+        _background.leave(self, self.loop)
+
+    def abandon(self, linger: int, authenticator: Authenticator | None) -> None:
+        """Do what `close` does, without waiting for it: this thread may hold the lock of another publisher."""
+
+        def close() -> None:
+            self._close(linger)
+            if authenticator is not None:
+                authenticator.stop()
+            _background.leave(self, self.loop)
+
+        self.loop.call(close)
+
+    def _close(self, linger: int) -> None:
+        self.loop.unwatch(self._descriptor)
+        with self.lock:
+            for timer in self._timers.values():
+                if timer is not None:
+                    timer.cancel()
+            if not self.socket.closed:
+                self.socket.close(linger)
+
+    def measure_left(self) -> int:
+        """Return how many messages are queued for the slowest subscriber of ours: try how many it has room for."""
+        worst = 0
+        with self.lock:
+            for peer in self.peers.values():
+                low, high = 0, max(self.history.number, 1)
+                while low < high:
+                    middle = (low + high) // 2
+                    self.socket.setsockopt(zmq.SNDHWM, middle + 1)
+                    if self._send_to(peer, b"P %s 0 0 0" % self.instance):
+                        high = middle
+                    else:
+                        low = middle + 1
+                behind = 0 if peer.after is None else self.history.number - peer.after
+                worst = max(worst, low + behind)
+        return worst
+
+
+def _unsent_bytes(port: int | None) -> list[str] | None:
+    """Return what the system has queued for the connections of a port, None where it does not tell."""
+    queues = []
+    try:
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            if os.path.exists(table):
+                with open(table) as lines:
+                    for fields in (line.split() for line in lines):
+                        is_established = fields[3] == "01" and int(fields[1].rpartition(":")[2], 16) == port
+                        if is_established and not fields[4].startswith("00000000"):
+                            queues.append(f"{fields[2]} {fields[4][:8]}")
+    except (OSError, ValueError, IndexError):
+        return None
+    return queues if os.path.exists("/proc/net/tcp") else None
 
 
 class Publisher:
     """Publishes messages on an address.
 
     Args:
-        address: The address, for example ``tcp://localhost:9000``.  A TCP port is bound on all interfaces of the host
-            whatever host it names; port 0 is a free one.
+        address: The address, for example ``tcp://localhost:9000``; port 0 is a free one.  The address of this host that
+            it names is bound; ``*``, and a name or address that is not this host's, stand for all its interfaces.
         name: The name of the publisher.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
-    It binds at `start`, or else when it is used for the first time.  Sending is thread-safe and never waits.
-
-    Attributes:
-        dropped: How many messages subscribers missed because their queues were full.
+    It binds at `start`, or else when it is used for the first time.  Sending is thread-safe and never waits.  Its newest
+    messages are kept (see the configuration's ``history_messages``), for subscribers that were away.
     """
 
-    _FLUSH_SECONDS = 0.5  # that stop() waits until everything is sent
-    _LINGER_SECONDS = 30.0  # that the rest may take in the background
+    LINGER_SECONDS = 30.0  # that `stop` waits without progress
 
     def __init__(self, address: str, name: str = "", min_port: int | None = None, max_port: int | None = None) -> None:
         self._name = name
         self._address = _bind_address(address)
+        _backend()  # an unknown one is an error now
         self._port_interval = (min_port, max_port)
         self._local_only = False
-        self._socket: zmq.Socket[bytes] | None = None
+        self._is_announced = False
+        self._audience: _Audience | None = None
         self._port: int | None = None
         self._authenticator: Authenticator | None = None
         self._is_stopped = False
         self._lock = threading.RLock()
+        self._uses = 0  # of the socket, by this thread while it holds the lock
         self._last_beat: float | None = None
-        self._subscriber_count = 0
-        self._marks: set[bytes] = set()
-        self._sends = 0
         self._pid = os.getpid()
-        self._loss_log = _LimitedLogger("publisher")
-        self.dropped = 0
+        self._dropped = 0
 
     def start(self) -> Publisher:
         """Start the publisher: bind its address.
@@ -2799,11 +3534,10 @@ class Publisher:
             ConfigurationError: The secure backend is not set up.
         """
         with self._lock:
-            if self._socket is None:
+            if self._audience is None:
                 options = {
-                    zmq.XPUB_VERBOSER: 1,
+                    zmq.XPUB_MANUAL: 1,
                     zmq.XPUB_NODROP: 1,
-                    zmq.LINGER: int(self._LINGER_SECONDS * 1000),
                     zmq.RCVHWM: 0,
                     # A subscriber too busy to answer is not dead; to give it up would lose all that is queued for it.
                     zmq.HEARTBEAT_TIMEOUT: 0,
@@ -2812,36 +3546,37 @@ class Publisher:
                 sock, self._port, self._authenticator = set_up_server_socket(
                     zmq.XPUB, self._address, options, self._port_interval, local_only=self._local_only
                 )
-                self._socket = sock
+                self._audience = _Audience(sock, self._lock, self._name or self._address)
                 self._pid = os.getpid()
                 self._is_stopped = False
                 _live_publishers.add(self)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
 
-    def _open_socket(self) -> zmq.Socket[bytes]:
-        """Return the bound socket."""
-        sock = self._socket
-        if sock is None or self._pid != os.getpid():
+    def _open_audience(self) -> _Audience:
+        """Return those who listen, after a start if there was none."""
+        audience = self._audience
+        if audience is None or self._pid != os.getpid():
             if self._is_stopped:
-                raise RuntimeError(f"Cannot send: the publisher {self._name or self._address} has been stopped.")
-            if sock is not None:
+                text = f"Cannot send: the publisher {self._name or self._address} has been stopped."
+                raise PublisherStoppedError(text)
+            if audience is not None:
                 raise RuntimeError("Cannot send: the publisher was started before the fork, by the parent process.")
             self.start()
-            sock = cast("zmq.Socket[bytes]", self._socket)
-        return sock
+            audience = cast(_Audience, self._audience)
+        return audience
 
     def send(self, msg: str | bytes | Message) -> None:
         """Send a message.
 
         A subscriber whose queue is full (see `send_high_water_mark`) misses it; that is counted in `dropped`, and
-        logged.  The other subscribers get it.
+        logged; one of ours catches up when it has room.  The other subscribers get it.
 
         Args:
             msg: An encoded message as str or bytes, or a `Message`.
 
         Raises:
-            RuntimeError: The publisher has been stopped.
+            PublisherStoppedError: The publisher has been stopped; it is a RuntimeError and a zmq.ZMQError.
             TypeError: *msg* is something else.
             MessageError: A `Message` that cannot be encoded.
         """
@@ -2854,43 +3589,18 @@ class Publisher:
         else:
             raise TypeError(f"send() takes str, bytes or a Message, not {type(msg).__name__}")
         with self._lock:
-            sock = self._socket
-            if sock is None or self._pid != os.getpid():
-                sock = self._open_socket()
-            self._sends += 1
-            if not self._sends & 0xFF:
-                self._note_subscriptions()
+            audience = self._audience
+            if audience is None or self._pid != os.getpid():
+                audience = self._open_audience()
+            self._uses += 1
             try:
-                sock.send(data, _NOBLOCK)
-            except zmq.Again:
-                self._send_one_by_one(sock, data)
+                audience.send(data)
+            finally:
+                self._uses -= 1
+        if self._is_stopped:
+            self.stop()  # a signal handler wanted it, in the middle of the above
 
     send_string = send
-
-    def _send_one_by_one(self, sock: zmq.Socket[bytes], data: bytes) -> None:
-        """Send to those subscribers whose queue is not full, and count the others.
-
-        A message that begins with the mark of a subscriber goes to that one alone.  Strangers have no mark: with one of
-        them it goes to all at once, and ZeroMQ drops it in silence where a queue is full, as it does what follows until
-        half of that queue is read.  So what they miss is counted only once each time that their queue fills up.
-        """
-        self._note_subscriptions()
-        missed = 0
-        if self._subscriber_count == len(self._marks):
-            for mark in self._marks:
-                try:
-                    sock.send(mark + b"\0" + data, _NOBLOCK)
-                except zmq.Again:
-                    missed += 1
-        else:
-            sock.setsockopt(zmq.XPUB_NODROP, 0)
-            sock.send(data, _NOBLOCK)
-            sock.setsockopt(zmq.XPUB_NODROP, 1)
-            missed = 1
-        if missed:
-            self.dropped += missed
-            text = "Publisher %s: the queue of a slow subscriber is full, it misses messages (%d so far)"
-            self._loss_log.warning("full", text, self._name or self._address, self.dropped)
 
     def heartbeat(self, min_interval: float = 0) -> None:
         """Send a heartbeat, but only if *min_interval* seconds have passed since the last one."""
@@ -2900,34 +3610,39 @@ class Publisher:
             _log("publisher").debug("Publish heartbeat (min_interval is %.1f sec)", min_interval)
             self.send(Message(f"/heartbeat/{self._name}", "beat", {"min_interval": min_interval}).encode())
 
-    def _note_subscriptions(self) -> None:
-        """Take note of who has subscribed and unsubscribed since the last time."""
-        sock = self._socket
-        while sock is not None and not sock.closed:
-            try:
-                change = sock.recv(_NOBLOCK)
-            except zmq.Again:
-                return
-            mark = _SUBSCRIBER_MARK.fullmatch(change[1:])
-            topics_to_come = int(mark[1]) if mark else 0
-            if change[:1] == b"\x01":
-                self._subscriber_count += 1 - topics_to_come
-                self._marks.update([mark[0]] if mark else [])
-            elif change[:1] == b"\x00":
-                self._subscriber_count -= 1 - topics_to_come
-                self._marks.difference_update([mark[0]] if mark else [])
+    # -- who listens --
 
-    def tidy_up(self) -> None:
-        """Let go of subscribers that have gone; ZeroMQ keeps them in memory until the socket is used."""
-        with self._lock:
-            self._note_subscriptions()
+    @property
+    def dropped(self) -> int:
+        """How many times a message found the queue of a subscriber full, or was still queued when `stop` gave up."""
+        audience = self._audience
+        return self._dropped + (0 if audience is None else audience.dropped)
+
+    @property
+    def history_length(self) -> int:
+        """How many messages are kept for subscribers that were away."""
+        audience = self._audience
+        return 0 if audience is None else len(audience.history)
 
     @property
     def subscriber_count(self) -> int:
-        """How many subscribers are connected; one of another implementation counts for each of its topics."""
+        """How many subscribers are connected now; one of another implementation counts for each of its topics."""
+        if self._audience is None or self._pid != os.getpid():
+            return 0
+        return cast(int, self._use(lambda audience: audience.count))
+
+    def _use(self, function: Callable[[_Audience], Any]) -> Any:
+        """Return what *function* does under the lock; a signal handler that stops meanwhile does so after it."""
         with self._lock:
-            self._note_subscriptions()
-            return max(self._subscriber_count, 0)
+            audience = self._open_audience()
+            self._uses += 1
+            try:
+                result = function(audience)
+            finally:
+                self._uses -= 1
+        if self._is_stopped:
+            self.stop()
+        return result
 
     def wait_for_subscribers(self, count: int = 1, timeout: float | None = None) -> bool:
         """Wait until subscribers are connected, so that they get the next message.
@@ -2939,37 +3654,112 @@ class Publisher:
         Returns:
             Whether there are as many now.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            self._open_socket()
-        pause = 0.001
-        while self.subscriber_count < count:
-            left = pause if deadline is None else min(deadline - time.monotonic(), pause)
-            if left <= 0 or self._is_stopped:
-                return False
-            time.sleep(left)  # the socket may be polled only under the lock, which senders need
-            pause = min(pause * 1.5, 0.02)
-        return True
+        found = threading.Event()
+        cancel = self._use(lambda audience: audience.when_there_are(count, found.set))
+        try:
+            found.wait(timeout)
+        finally:
+            cancel()
+        return self.subscriber_count >= count
+
+    async def wait_for_subscribers_async(self, count: int = 1, timeout: float | None = None) -> bool:
+        """Do what `wait_for_subscribers` does, in an asyncio program."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        found = asyncio.Event()
+        there_are = partial(loop.call_soon_threadsafe, found.set)
+        cancel = self._use(lambda audience: audience.when_there_are(count, there_are))
+        try:
+            await asyncio.wait_for(found.wait(), timeout)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            cancel()
+        return self.subscriber_count >= count
+
+    # -- the end --
 
     def stop(self) -> None:
-        """Stop the publisher; what has been sent until now still arrives."""
+        """Stop the publisher; what has been sent until now still arrives.
+
+        It waits as long as the queues drain, and in the first seconds of a publisher's life (`discovery_seconds`) for
+        subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress is counted in
+        `dropped`, and logged.
+        """
+        if self._pid != os.getpid():
+            self._audience, self._is_stopped = None, True  # the parent stops its own; its locks are of no use here
+            return
         with self._lock:
-            sock, self._socket = self._socket, None
             self._is_stopped = True
-            _live_publishers.discard(self)
+            if self._uses:
+                return  # in a signal handler, in the middle of something that stops it then
+            audience, self._audience = self._audience, None
             authenticator, self._authenticator = self._authenticator, None
-            self._subscriber_count = 0
-            self._marks.clear()
-            if sock is None or sock.closed or self._pid != os.getpid():
-                return
-        _close_flushed(sock, self._FLUSH_SECONDS)
+        _live_publishers.discard(self)
+        if audience is None:
+            return
+        audience.release_waiting()
+        try:
+            left = self._drain(audience)
+        except BaseException:  # Control-C, once more
+            audience.close(0)
+            raise
+        self._dropped += audience.dropped + left
         if authenticator is not None:
             authenticator.stop()
         _log("publisher").debug("Publisher for %s stopped", self._address)
 
+    def _drain(self, audience: _Audience) -> int:
+        """Close the socket when all is sent; return how many messages are left if nothing goes on any more."""
+        if audience.socket.closed:
+            audience.close(0)
+            return 0
+        young_until = audience.started + (config.get("discovery_seconds") if self._is_announced else 0)
+        while audience.history.number and time.monotonic() < young_until:
+            time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
+        state: Any = None
+        since = time.monotonic()
+        while True:
+            before, state = state, self._state_of(audience)
+            if not (state or before):
+                break  # twice nothing: what was sent last has come as far as the system's queue
+            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
+            if state != before:
+                since = time.monotonic()
+            elif time.monotonic() - since > self.LINGER_SECONDS:
+                return self._give_up(audience)
+        monitor = None
+        with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
+            monitor = _open_monitor(audience.socket, 0)  # its end tells when the socket is really gone
+        audience.close(int(self.LINGER_SECONDS * 1000))
+        if monitor is not None and not _close_monitor(monitor, self.LINGER_SECONDS):
+            _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name or self._address)
+        return 0
+
+    def _state_of(self, audience: _Audience) -> Any:
+        """Return what changes as long as the queues drain, something empty when they are."""
+        behind = audience.unserved()
+        unsent = _unsent_bytes(self._port) if self._port else None
+        return (behind, unsent) if behind or unsent else None
+
+    def _give_up(self, audience: _Audience) -> int:
+        left = audience.measure_left()
+        text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
+        number = left or "the last"
+        _log("publisher").warning(text, self._name or self._address, self.LINGER_SECONDS, number)
+        audience.close(0)
+        return left or 1
+
     def close(self) -> None:
         """Alias for stop."""
         self.stop()
+
+    def __del__(self) -> None:
+        # Nobody waits for what is queued, but it has its time.
+        audience = getattr(self, "_audience", None)
+        if audience is not None and self._pid == os.getpid():
+            audience.abandon(int(self.LINGER_SECONDS * 1000), self._authenticator)
 
     @property
     def name(self) -> str:
@@ -2993,17 +3783,18 @@ class Publisher:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
+    async def __aenter__(self) -> Publisher:
+        return self.start()
 
-# A subscriber also subscribes to a mark, which no message begins with; it says how many topics follow.  ZeroMQ sends
-# them in alphabetical order, the mark first: with 1 for each topic and 1 - n for the mark, a publisher that adds them
-# up counts the subscriber once, and only when the last of its topics has come.
-_MARK = b"posttroll-subscriber/"
-_SUBSCRIBER_MARK = _LatePattern(_MARK + rb"[0-9a-f]{16}/(\d{1,6})")
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.stop)
 
 
-def _subscriber_mark(topics: int) -> bytes:
-    """Return what a subscriber of so many *topics* subscribes to, so that publishers can count it."""
-    return _MARK + f"{os.urandom(8).hex()}/{topics}".encode()
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    """Await the end of *function* in another thread."""
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(None, function)
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
@@ -3082,6 +3873,7 @@ class NoisyPublisher:
         self.max_port = max_port
         self._publisher: Publisher | None = None
         self._broadcaster: AddressServiceBroadcaster | None = None
+        self._dropped = 0
 
     def start(self) -> NoisyPublisher:
         """Start the publisher, and to announce it.
@@ -3094,6 +3886,7 @@ class NoisyPublisher:
         if self._publisher is None:
             address = f"tcp://*:{self._port}"
             publisher = Publisher(address, name=self._name, min_port=self.min_port, max_port=self.max_port)
+            publisher._is_announced = True
             try:
                 publisher.start()
                 port = publisher.port_number
@@ -3101,7 +3894,6 @@ class NoisyPublisher:
                     self._broadcaster = AddressServiceBroadcaster(
                         self._name, f"tcp://*:{port}", self._aliases, self._broadcast_interval, self._nameservers
                     )
-                    self._broadcaster.on_round = publisher.tidy_up
                     self._broadcaster.start()
             except BaseException:
                 self._broadcaster = None
@@ -3130,13 +3922,17 @@ class NoisyPublisher:
         return self._started().wait_for_subscribers(count, timeout)
 
     def stop(self) -> None:
-        """Stop to announce it, and stop the publisher."""
-        broadcaster, self._broadcaster = self._broadcaster, None
+        """Stop the publisher, as `Publisher.stop` does, and then tell the nameservers that it is gone."""
         publisher, self._publisher = self._publisher, None
-        if broadcaster is not None:
-            broadcaster.stop()
-        if publisher is not None:
-            publisher.stop()
+        broadcaster, self._broadcaster = self._broadcaster, None
+        try:
+            if publisher is not None:
+                self._dropped = 0
+                publisher.stop()
+                self._dropped = publisher.dropped
+        finally:
+            if broadcaster is not None:
+                broadcaster.stop()
 
     def close(self) -> None:
         """Alias for stop."""
@@ -3154,8 +3950,8 @@ class NoisyPublisher:
 
     @property
     def dropped(self) -> int:
-        """How many messages a subscriber missed because its queue was full."""
-        return self._started().dropped
+        """How many messages subscribers missed, as `Publisher.dropped`; after `stop` it tells the last number."""
+        return self._dropped if self._publisher is None else self._publisher.dropped
 
     @property
     def subscriber_count(self) -> int:
@@ -3257,10 +4053,407 @@ def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublish
 
 
 # ======================================================================================================================
-# 8. Subscribing
+# 10. Connections
 #
-# Addresses with the same topics share one SUB socket, so a message costs the same however many publishers there are.
-# All sockets of a subscriber, and those by which it follows its services, are served by whoever receives.
+# Which addresses are wanted, resolved, connected, alive, and over which socket.  Addresses with the same topics share one
+# SUB socket, so a message costs the same however many publishers there are.  And what a subscriber has of each publisher.
+# ======================================================================================================================
+
+
+class _Link:
+    """A connection to an endpoint over a socket.
+
+    ZeroMQ itself connects again, but for good gives up a connection whose other side breaks the protocol: another
+    program on the port, for a moment, or a publisher with another backend.
+    """
+
+    def __init__(self, pause: float, begin: float) -> None:
+        self.is_up = False
+        self.is_tried = True  # by ZeroMQ itself
+        self.changed = time.monotonic()
+        self.pause = pause  # seconds until it is made anew
+        self.begin = begin
+        self.is_greeted = False
+
+
+class _Connections:
+    """Keeps connected what is wanted.
+
+    Args:
+        loop: The loop to use; whoever runs it is the only one to call the methods.
+        open_socket: Called with the key of a group of addresses; returns a new SUB socket for them.
+        read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
+        on_down: Called with a socket of which a connection has gone down.
+    """
+
+    RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
+
+    def __init__(
+        self,
+        loop: Loop,
+        open_socket: Callable[[Any], Any],
+        read_all: Callable[[Any], None],
+        on_down: Callable[[Any], None],
+    ) -> None:
+        self._on_down = on_down
+        self._loop = loop
+        self._open_socket = open_socket
+        self._read_all = read_all
+        self._wanted: dict[str, tuple[Any, float]] = {}
+        self._connected: dict[str, tuple[zmq.Socket[bytes], str]] = {}  # address: socket and endpoint
+        self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
+        self._names: dict[str, _Resolution] = {}  # of the addresses that are not numbers
+        self.sockets: dict[Any, zmq.Socket[bytes]] = {}
+        self._log = LimitedLogger("subscriber")
+        self._timer: Timer | None = None
+
+    def want(self, address: str, key: Any, begin: float) -> None:
+        """Connect to *address* over the socket of the group *key*; its messages are wanted since *begin*."""
+        self._wanted[address] = (key, begin)
+        current = self._connected.get(address)
+        if current is not None and current[0] is not self.sockets.get(key):
+            self._disconnect(address)
+        self._connect(address)
+        self._close_unused()
+
+    def drop(self, address: str) -> None:
+        """Disconnect from *address*."""
+        self._wanted.pop(address, None)
+        self._names.pop(address, None)
+        if address in self._connected:
+            self._disconnect(address)
+        self._close_unused()
+
+    def is_up(self, address: str) -> bool:
+        """Whether *address* is connected, or was until a moment ago: what it sent last may still be on its way."""
+        link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
+        return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
+
+    def greet(self, sock: zmq.Socket[bytes], default: float) -> float:
+        """Return since when the messages are wanted of the publisher that has just greeted us on *sock*."""
+        new = [
+            (link.changed, link)
+            for (other, _), link in self._links.items()
+            if other is sock and link.is_up and not link.is_greeted and time.monotonic() - link.changed < 5
+        ]
+        if not new:
+            return default
+        link = min(new, key=lambda item: item[0])[1]
+        link.is_greeted = True
+        return link.begin
+
+    def _connect(self, address: str) -> None:
+        """Connect to *address*, or, if its name has moved, to its new endpoint."""
+        if address not in self._wanted:
+            return
+        key, begin = self._wanted[address]
+        resolution = self._names.get(address)
+        if resolution is None:
+            resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect, address)))
+            self._names[address] = resolution
+        endpoint = resolution.check()
+        before = self._connected.get(address)
+        if endpoint is not None and (before is None or before[1] != endpoint):
+            try:
+                sock = self.sockets.get(key) or self._new_socket(key)
+                sock.connect(endpoint)
+            except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
+                self._log.warning("connect", "Cannot connect to %s (trying again): %s", address, error)
+                self._tend_later()
+                return
+            if before is not None:
+                self._disconnect(address)
+            self._connected[address] = (sock, endpoint)
+            self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
+            _warn_of_descriptors(len(self._connected))
+            _log("subscriber").debug("Subscribed to %s", address)
+        self._tend_later()
+
+    def _disconnect(self, address: str) -> None:
+        """Disconnect from *address*, unless another address is another name for the same endpoint."""
+        current = sock, endpoint = self._connected.pop(address)
+        if current not in self._connected.values():
+            del self._links[current]
+            self._read_all(sock)
+            with suppress(zmq.ZMQError):  # it may be gone already (inproc)
+                sock.disconnect(endpoint)
+        _log("subscriber").debug("No longer subscribed to %s", address)
+
+    def _close_unused(self) -> None:
+        """Close the sockets of which no address is left."""
+        used = {key for key, _ in self._wanted.values()}
+        for key in [key for key in self.sockets if key not in used]:
+            sock = self.sockets.pop(key)
+            self._loop.unwatch(sock)
+            close_socket(sock)
+
+    def _new_socket(self, key: Any) -> zmq.Socket[bytes]:
+        sock = cast("zmq.Socket[bytes]", self._open_socket(key))
+        self.sockets[key] = sock
+        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
+        failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        monitor = _open_monitor(sock, events | failures)
+        self._loop.watch(monitor, partial(self._take_events, sock, monitor))
+        return sock
+
+    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        """Take note of which connections of *sock* go down and come up."""
+        for _ in range(100):
+            try:
+                data, endpoint = monitor.recv_multipart(_NOBLOCK)
+            except zmq.Again:
+                return
+            event = struct.unpack("=HI", data)[0]
+            if event == zmq.EVENT_MONITOR_STOPPED:
+                self._loop.unwatch(monitor)
+                monitor.close(0)
+                return
+            link = self._links.get((sock, endpoint.decode("utf-8", "replace")))
+            if link is not None:
+                was_up = link.is_up
+                self._take_event(link, event, endpoint.decode("utf-8", "replace"))
+                if was_up and not link.is_up:
+                    self._on_down(sock)
+
+    def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
+        if event == zmq.EVENT_CONNECT_RETRIED:
+            link.is_tried = True
+            return
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            link.is_up = link.is_tried = True
+            link.pause = self.RENEWAL
+            link.changed = time.monotonic()
+            return
+        if event != zmq.EVENT_DISCONNECTED:
+            text = "%s does not speak our protocol, or has another backend or key (trying again)"
+            self._log.warning("handshake", text, endpoint)
+        if link.is_up or link.is_tried:
+            link.changed = time.monotonic()
+        link.is_up = link.is_tried = link.is_greeted = False
+        self._tend_later()
+
+    def _tend_later(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.at(time.monotonic() + self.RENEWAL, self._tend)
+
+    def _tend(self) -> None:
+        """Renew connections that ZeroMQ gave up, and ask again for the names of those that are down."""
+        self._timer = None
+        now = time.monotonic()
+        for address in list(self._wanted):
+            current = self._connected.get(address)
+            if current is None:
+                self._connect(address)
+                continue
+            sock, endpoint = current
+            link = self._links[current]
+            if link.is_up:
+                continue
+            self._tend_later()
+            self._names[address].ask()  # a number has no answer but itself
+            if not link.is_tried and now - link.changed >= link.pause:
+                link.changed = now
+                link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
+                self._read_all(sock)
+                with suppress(zmq.ZMQError):
+                    sock.disconnect(endpoint)
+                sock.connect(endpoint)
+
+    def close(self) -> None:
+        """Close all sockets."""
+        for sock in self.sockets.values():
+            close_socket(sock)
+        self._wanted, self._connected, self._links, self.sockets = {}, {}, {}, {}
+
+
+def _warn_of_descriptors(count: int) -> None:
+    """Say what to do when so many connections come near the limit on open files."""
+    if count % 100:
+        return
+    try:
+        import resource
+    except ImportError:  # not on Windows, which has no such limit
+        return
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and count > 0.8 * limit:
+        text = "%d connections, but at most %d open files: raise the limit (ulimit -n, LimitNOFILE= in systemd)"
+        _key_log.warning("descriptors", text, count, limit)
+
+
+class _Source:
+    """What a subscriber has of a publisher of ours."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
+        self.known: set[int] = set()  # numbers behind the position that came under the mark
+        self.index = 0  # how many messages had come live when the position was told
+        self.begin(0, 0, 0)
+
+    def begin(self, hello: int, ends: int, index: int) -> None:
+        """Begin anew after a hello: what comes under the mark is counted from here."""
+        self.hello = hello
+        self.hello_index = index
+        self.ends = ends
+        self.is_asked = True
+        self.asked = time.monotonic()
+        self.came: set[int] = set()  # numbers that came under the mark since the last end
+        self.counted = 0  # those before the last position
+        self.unconfirmed: Counter[int] = Counter()  # digests of messages behind the position, which came live
+
+    def advance(self, number: int, index: int) -> None:
+        """Take note that all messages up to *number* are here, *index* messages having come live."""
+        self.position = max(number, self.position or 0)
+        self.index = index
+        self.known = {other for other in self.known if other > self.position}
+
+
+class _CatchUp:
+    """What one SUB socket has of the publishers of ours that it hears, and what it asks them for (see 9).
+
+    Args:
+        sock: The socket.
+        prefixes: What it has subscribed to.
+        since: Called for a publisher that has just been found; returns since when its messages are wanted.
+        on_gone: Called with the name of a publisher and how many of its messages are gone.
+    """
+
+    RECENT = 16384  # live messages that are recognised when they come once more
+    SOURCES = 20000
+
+    def __init__(
+        self,
+        sock: zmq.Socket[bytes],
+        prefixes: Sequence[bytes],
+        since: Callable[[], float],
+        on_gone: Callable[[str, int], None],
+    ) -> None:
+        self._socket = sock
+        self._prefixes = tuple(prefixes)
+        self._since = since
+        self._on_gone = on_gone
+        self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
+        for topic in (*prefixes, self._mark):
+            sock.setsockopt(zmq.SUBSCRIBE, topic)
+        self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
+        self._sources: OrderedDict[bytes, _Source] = OrderedDict()
+        self._requests: dict[bytes, bytes] = {}
+        self._recent: deque[int] = deque(maxlen=self.RECENT)  # digests of what came live
+        self._frozen: deque[tuple[int, int]] = deque(maxlen=4 * self.RECENT)  # with their numbers, before an outage
+        self._index = 0  # of what comes live next
+
+    def note(self, raw: bytes) -> None:
+        """Take note of a message that came live."""
+        self._index += 1
+        self._recent.append(hash(raw))
+
+    def freeze(self) -> None:
+        """Remember what came until now, as a connection is down: its end may not have been confirmed."""
+        first = self._index - len(self._recent)
+        start = max(self._frozen[-1][0] + 1 - first, 0) if self._frozen else 0
+        self._frozen.extend((first + start + i, digest) for i, digest in enumerate(islice(self._recent, start, None)))
+
+    def _unconfirmed(self, source: _Source) -> Counter[int]:
+        """Return the digests of what came live since the position of *source* was told."""
+        self.freeze()
+        return Counter(digest for index, digest in self._frozen if index >= source.index)
+
+    def take(self, raw: bytes) -> bytes | None:
+        """Take what came under the mark; return the message in it, if it is one that is not here yet."""
+        head, _, content = raw.removeprefix(self._mark + b"\0").partition(b"\0")
+        try:
+            kind, instance, *fields = head.split(b" ")
+            if len(instance) == 16 and kind in (b"H", b"C", b"E", b"P"):
+                name = fields.pop().decode("utf-8", "replace") if kind == b"H" else ""
+                numbers = [int(field) for field in fields]
+                source = self._source(instance) if kind == b"H" else self._sources.get(instance)
+                if source is None:
+                    return None
+                if kind == b"C":
+                    return self._take_past(source, *numbers, content)
+                if kind == b"H":
+                    self._take_hello(instance, source, name, *numbers)
+                else:
+                    (self._take_end if kind == b"E" else self._take_position)(instance, source, *numbers)
+        except (ValueError, TypeError) as error:
+            _catch_up_log.warning("mark", "Skipped something broken sent to us alone: %s", error)
+        return None
+
+    def _source(self, instance: bytes) -> _Source:
+        source = self._sources.setdefault(instance, _Source())
+        self._sources.move_to_end(instance)
+        if len(self._sources) > self.SOURCES:
+            self._sources.popitem(last=False)
+        return source
+
+    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int) -> None:
+        source.name = name
+        source.begin(number, ends, self._index)
+        self._ask(instance, source)
+
+    def _ask(self, instance: bytes, source: _Source) -> None:
+        """Ask for what is missing up to the hello."""
+        self._cancel_request(instance)
+        if source.position is None:
+            what = b"a%d" % max(int((time.monotonic() - self._since()) * 1000), 0)
+        else:
+            what = b"n%d" % source.position
+            source.unconfirmed = self._unconfirmed(source)
+        request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
+        self._requests[instance] = request
+        self._socket.setsockopt(zmq.SUBSCRIBE, request)
+
+    def _cancel_request(self, instance: bytes) -> None:
+        request = self._requests.pop(instance, None)
+        if request is not None:
+            self._socket.setsockopt(zmq.UNSUBSCRIBE, request)
+
+    def _take_past(self, source: _Source, number: int, content: bytes) -> bytes | None:
+        source.came.add(number)
+        if number <= (source.position or 0) or number in source.known or not content.startswith(self._prefixes):
+            return None
+        source.known.add(number)
+        digest = hash(content)
+        if source.unconfirmed[digest] > 0:
+            source.unconfirmed[digest] -= 1
+            return None
+        return content
+
+    def _take_end(self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int) -> None:
+        if ends <= source.ends:
+            return  # the same over a second connection
+        is_whole = sent == source.counted + len(source.came)
+        if is_whole:
+            source.advance(number, source.hello_index if number <= source.hello else self._index)
+        source.begin(number, ends, self._index)
+        if not is_whole:
+            self._ask(instance, source)
+            return
+        source.is_asked = False
+        self._cancel_request(instance)
+        if gone > 0:
+            self._on_gone(source.name, gone)
+
+    def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
+        if not number or (source.is_asked and time.monotonic() - source.asked < 5):
+            return
+        if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
+            source.advance(number, self._index)
+            source.counted += len(source.came)
+            source.came.clear()
+        else:  # something was dropped on the way, because a queue was full
+            source.begin(number, ends, self._index)
+            source.counted = sent
+            self._ask(instance, source)
+
+
+_catch_up_log = LimitedLogger("subscriber")
+
+
+# ======================================================================================================================
+# 11. Subscribing
+#
+# All that a subscriber has, sockets, connections, and what follows its services, is served by whoever receives from it.
 # ======================================================================================================================
 
 
@@ -3300,6 +4493,18 @@ def _backend_towards(announced: Any) -> str | None:
     return "secure_zmq" if announced == "secure_zmq" and has_keys else None
 
 
+class _Receiver:
+    """Somebody who receives from a subscriber, until the next `Subscriber.stop`."""
+
+    def __init__(self, subscriber: Subscriber) -> None:
+        self._subscriber = subscriber
+        self._stops = subscriber._stops
+
+    @property
+    def is_on(self) -> bool:
+        return self._stops == self._subscriber._stops and not self._subscriber._is_closed
+
+
 class Subscriber:
     """Subscribes to message streams.
 
@@ -3308,15 +4513,23 @@ class Subscriber:
         topics: The beginnings of the subjects to subscribe to; by default everything.
         message_filter: Called with each message; those for which it returns a false value are skipped.
         translate: Put the host of the publisher's address in place of the host of the sender.
+        since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
+            last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
+
+    Attributes:
+        missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
+            keep.  Each time that is also logged as a warning.
 
     Raises:
         ValueError: An address cannot be used.
 
     It can be iterated over, also with ``async for``, and is a context manager that closes it.  `stop` and `close` may
-    be called from other threads and from signal handlers, `add`, `remove` and `update` from other threads.
+    be called from other threads and from signal handlers, `add`, `remove` and `update` from other threads.  What a
+    publisher of ours has sent while there was no connection to it comes as soon as there is one again.
     """
 
-    _BATCH = 1000  # messages from one socket until the others have their turn
+    _BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
+    _LONGEST_WAIT = 0.9  # a signal that arrives just before a poll begins does not end it, and on Windows none does
 
     def __init__(
         self,
@@ -3324,33 +4537,38 @@ class Subscriber:
         topics: str | Iterable[str] | None = "",
         message_filter: Callable[[Message], Any] | None = None,
         translate: bool = False,
+        since: float | timedelta | datetime | None = None,
     ) -> None:
         self._topics = _topic_prefixes(topics)
         self._filter = message_filter
         self._translate = translate
-        self._lock = threading.RLock()  # whoever holds it may use the sockets
-        self._waker = _Waker()
-        self._changes: deque[Callable[[], None]] = deque()
+        self._begin = time.monotonic() - _seconds_since(since)
+        self._is_begun = False
+        self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
+        self._owner = 0  # the thread that receives just now
+        self._loop = Loop()
+        self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_outage)
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
-        self._connected: dict[str, tuple[zmq.Socket[bytes], str]] = {}  # address: socket and endpoint
-        self._down: dict[tuple[zmq.Socket[bytes], str], tuple[float, float]] = {}  # when to renew, and the pause after
-        self._unresolved: dict[str, _Resolution] = {}
-        self._groups: dict[tuple[Any, ...], zmq.Socket[bytes]] = {}
-        self._hooks: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
-        self._timers: list[_Follower] = []
+        self._catch_ups: dict[zmq.Socket[bytes], _CatchUp] = {}
+        self._origins: dict[zmq.Socket[bytes], str] = {}
+        self._backlog: deque[tuple[bytes, zmq.Socket[bytes]]] = deque()  # read, but not handed out
         self._ready: list[zmq.Socket[bytes]] = []
-        self._unused: list[zmq.Socket[bytes]] = []
-        self._poller: zmq.Poller | None = None
-        self._bad_log = _LimitedLogger("subscriber")
-        self._is_receiving = False
-        self._is_awaited = False  # an asyncio loop waits on the sockets: only it may close them
+        self._batch_end = 0.0
+        self._bad_log = LimitedLogger("subscriber")
+        self._receivers: list[_Receiver] = []
+        self._turning: Any = None  # the asyncio task that waits for all who await
+        self._failure: BaseException | None = None  # of that task
+        self._stops = 0
         self._is_closed = False
         self._pid = os.getpid()
+        self.missed = 0
         try:
+            _backend()  # an unknown one is an error now
             self.update(addresses)
         except BaseException:
             self.close()
             raise
+        self._is_begun = True
 
     # -- addresses --
 
@@ -3365,6 +4583,9 @@ class Subscriber:
             ValueError: The address cannot be used.
             ConfigurationError: The secure backend is not set up.
         """
+        self._add(address, topics, time.monotonic() if self._is_begun else self._begin)
+
+    def _add(self, address: Any, topics: str | Iterable[str] | None, begin: float) -> None:
         announced = address.get("backend") if isinstance(address, Mapping) else None
         address = _check_connectable(address.get("URI") if isinstance(address, Mapping) else address)
         backend = _backend_towards(announced)
@@ -3372,15 +4593,17 @@ class Subscriber:
             raise ValueError(f"{address} uses the backend {announced!r}, this program {_backend()!r}: not connected.")
         prefixes = self._topics if topics is None else _topic_prefixes(topics)
         if self._wanted.get(address) != (prefixes, backend):
-            _load_client_keys(backend)  # what is wrong with them is an error now, not where the messages are received
+            if not address.startswith("inproc:"):
+                _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
             self._wanted[address] = (prefixes, backend)
-            self._change(lambda: self._connect(address))
+            key = (prefixes, backend, address if self._translate else None)
+            self._change(partial(self._connections.want, address, key, begin))
 
     def remove(self, address: Any) -> None:
-        """Remove an address; one that is not there is ignored."""
+        """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
         address = address.get("URI") if isinstance(address, Mapping) else address
         if self._wanted.pop(address, None) is not None:
-            self._change(lambda: self._connect(address))
+            self._change(partial(self._connections.drop, address))
 
     def update(self, addresses: str | Iterable[Any]) -> bool:
         """Subscribe to *addresses*, and no longer to others; return whether anything changed."""
@@ -3402,7 +4625,7 @@ class Subscriber:
     @property
     def subscribers(self) -> list[zmq.Socket[bytes]]:
         """The sockets that messages come from; many addresses share one."""
-        return list(self._groups.values())
+        return list(self._connections.sockets.values())
 
     def add_hook_sub(self, address: str, topics: str | Iterable[str], callback: Callable[[Message], Any]) -> None:
         """Subscribe to *address*, and have *callback* called with its messages, in the thread that receives.
@@ -3438,134 +4661,52 @@ class Subscriber:
             sock = set_up_client_socket(kind, address)
             for topic in topics:
                 sock.setsockopt(zmq.SUBSCRIBE, topic.encode())
-            self._register(sock, handle)
+            self._loop.watch(sock, partial(_take_frames, sock, handle))
 
         self._change(open_socket)
 
     # -- sockets: whoever calls these holds the lock --
 
     def _change(self, change: Callable[[], None]) -> None:
-        """Apply *change* to the sockets: now if nobody waits on them, else by who does."""
-        self._changes.append(change)
-        if self._lock.acquire(blocking=False):
+        """Apply *change* to the sockets: now if nobody else waits on them, else by who does."""
+        if self._turning is None and self._lock.acquire(blocking=False):
             try:
-                self._apply_changes()
+                self._loop.settle()
+                if not self._is_closed:
+                    change()
             finally:
                 self._lock.release()
         else:
-            self._waker.wake()
+            self._loop.call(change)
 
-    def _apply_changes(self) -> None:
-        while self._changes and not self._is_closed:
-            self._changes.popleft()()
-
-    def _register(self, sock: zmq.Socket[bytes], callback: Callable[[list[bytes]], None]) -> None:
-        """Have *callback* called with what comes on *sock*."""
-        self._hooks[sock] = callback
-        self._poller = None
-
-    def _unregister(self, sock: zmq.Socket[bytes]) -> None:
-        """Close a socket that was registered."""
-        if self._hooks.pop(sock, None) is not None:
-            self._poller = None
-            close_socket(sock)
-
-    def _connect(self, address: str) -> None:
-        """Connect to *address*, or disconnect, so that it is as wanted."""
-        key = self._key_of(address)
-        current = self._connected.get(address)
-        if current is not None and (key is None or current[0] is not self._groups.get(key)):
-            self._disconnect(address)
-            self._close_unused()
-            current = None
-        if key is None:
-            self._unresolved.pop(address, None)
-        elif current is None:
-            resolution = self._unresolved.get(address) or _Resolution(address, self._waker.wake)
-            endpoint = resolution.check()
-            if endpoint is None:
-                self._unresolved[address] = resolution
-                return
-            self._unresolved.pop(address, None)
-            sock = self._groups.get(key) or self._new_group(key)
-            sock.connect(endpoint)
-            self._connected[address] = (sock, endpoint)
-            _warn_of_descriptors(len(self._connected))
-            _log("subscriber").debug("Subscribed to %s", address)
-
-    def _disconnect(self, address: str) -> None:
-        """Disconnect from *address*, unless another address is another name for the same endpoint."""
-        current = sock, endpoint = self._connected.pop(address)
-        if current not in self._connected.values():
-            self._down.pop(current, None)
-            with suppress(zmq.ZMQError):  # it may be gone already (inproc)
-                sock.disconnect(endpoint)
-        _log("subscriber").debug("No longer subscribed to %s", address)
-
-    def _close_unused(self) -> None:
-        """Close the sockets without a connection, later: somebody may be in the middle of receiving from one."""
-        used = {sock for sock, _ in self._connected.values()}
-        for key, sock in list(self._groups.items()):
-            if sock not in used and not any(self._key_of(address) == key for address in self._unresolved):
-                del self._groups[key]
-                self._unused.append(sock)
-                self._poller = None
-
-    def _key_of(self, address: str) -> tuple[Any, ...] | None:
-        """Return the key of the group that *address* belongs to, None if it is not wanted."""
-        wanted = self._wanted.get(address)
-        return None if wanted is None else (*wanted, address if self._translate else None)
-
-    # ZeroMQ gives a connection up for good when the other side breaks the protocol: another program on the port, for
-    # a moment, or a publisher with another backend.  So what has been down for a while is connected anew.
-
-    _RENEWAL, _LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that is down is renewed, at first and at last
-
-    def _watch(self, sock: zmq.Socket[bytes]) -> None:
-        """Take note of which connections of *sock* go down and come up."""
-        failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | failures
-        monitor = _open_monitor(sock, events)
-        self._register(monitor, partial(self._take_event, sock, monitor))
-
-    def _take_event(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes], frames: list[bytes]) -> None:
-        event, _ = struct.unpack("=HI", frames[0])
-        connection = (sock, frames[1].decode("utf-8", "replace"))
-        if event == zmq.EVENT_MONITOR_STOPPED:
-            self._unregister(monitor)
-        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._down.pop(connection, None)
-        elif connection in self._connected.values():
-            if event != zmq.EVENT_DISCONNECTED:
-                text = "%s does not speak our protocol, or has another backend or key (trying again)"
-                self._bad_log.warning("handshake", text, connection[1])
-            self._down.setdefault(connection, (time.monotonic() + self._RENEWAL, self._RENEWAL))
-
-    def _renew(self) -> None:
-        """Make those connections anew that have been down for a while, with host names resolved again."""
-        now = time.monotonic()
-        for connection, (due, pause) in list(self._down.items()):
-            if now < due:
-                continue
-            del self._down[connection]
-            for address in [name for name, current in self._connected.items() if current == connection]:
-                self._disconnect(address)
-                self._connect(address)
-                if address in self._connected:
-                    longer = min(2 * pause, self._LONGEST_RENEWAL)
-                    self._down[self._connected[address]] = (now + longer, longer)
-        self._close_unused()
-
-    def _new_group(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
+    def _open_socket(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
-        prefixes, backend, _ = key
+        prefixes, backend, origin = key
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
-        for topic in (_subscriber_mark(len(prefixes)), *map(str.encode, prefixes)):
-            sock.setsockopt(zmq.SUBSCRIBE, topic)
-        self._groups[key] = sock
-        self._poller = None
-        self._watch(sock)
+        topics = [prefix.encode() for prefix in prefixes]
+        since = partial(self._connections.greet, sock, self._begin)
+        self._catch_ups[sock] = _CatchUp(sock, topics, since, self._note_missed)
+        self._origins[sock] = origin or ""
+        self._loop.watch(sock, partial(self._note_ready, sock))
         return sock
+
+    def _note_ready(self, sock: zmq.Socket[bytes]) -> None:
+        if sock not in self._ready:
+            self._ready.append(sock)
+
+    def _note_outage(self, sock: zmq.Socket[bytes]) -> None:
+        self._catch_ups[sock].freeze()
+
+    def _note_missed(self, publisher: str, count: int) -> None:
+        self.missed += count
+        text = "%d messages of %s are gone: it keeps less than it sent while there was no connection"
+        _log("subscriber").warning(text, count, publisher)
+
+    def _read_all(self, sock: zmq.Socket[bytes]) -> None:
+        """Read what lies unread in *sock*, to be handed out later."""
+        with suppress(zmq.Again):
+            while True:
+                self._backlog.append((sock.recv(_NOBLOCK), sock))
 
     # -- receiving --
 
@@ -3578,57 +4719,49 @@ class Subscriber:
         Yields:
             The messages; None each time that *timeout* has passed without one.
         """
-        self._check_process()
-        lock = self._lock
-        accept = self._accept
-        deadline = None  # it holds until something is yielded: refused and broken messages do not put it off
-        lock.acquire()
-        self._is_receiving = not self._is_closed
-        try:
-            while self._is_receiving:
-                if timeout is not None and deadline is None:
-                    deadline = time.monotonic() + timeout
-                self._wait(deadline)
-                for sock in self._ready:
-                    receive = sock.recv
-                    for _ in range(self._BATCH):
-                        try:
-                            raw = receive(_NOBLOCK)
-                        except zmq.Again:
-                            break
-                        message = accept(raw, sock)
-                        if message is None:
-                            continue
-                        deadline = None
-                        lock.release()
-                        try:
-                            yield message
-                        finally:
-                            lock.acquire()
-                        if not self._is_receiving:
-                            break
-                    if not self._is_receiving:
-                        break
-                if self._is_receiving and deadline is not None and time.monotonic() >= deadline:
-                    deadline = None
-                    lock.release()
-                    try:
-                        yield None
-                    finally:
-                        lock.acquire()
-        except zmq.ZMQError:
-            if not self._is_closed:  # by a signal handler, say
-                raise
-        finally:
-            self._is_receiving = False
-            if self._is_closed:
-                self._close_sockets()
-            lock.release()
+        with self._receiving() as receiver:
+            while True:
+                message = self._next(receiver, None if timeout is None else time.monotonic() + timeout)
+                if message is None and not receiver.is_on:
+                    return
+                yield message
 
-    def _check_process(self) -> None:
-        """Raise RuntimeError in a forked child: a ZeroMQ socket works only in the process that made it."""
+    @contextmanager
+    def _receiving(self) -> Iterator[_Receiver]:
+        """The time in which somebody receives."""
         if self._pid != os.getpid():
             raise RuntimeError("Cannot receive: the subscriber was made before the fork, by the parent process.")
+        receiver = _Receiver(self)
+        self._receivers.append(receiver)
+        try:
+            yield receiver
+        finally:
+            self._receivers.remove(receiver)
+            if not self._receivers and self._turning is not None:
+                self._turning.cancel()
+            if self._is_closed:
+                self.close()
+
+    def _next(self, receiver: _Receiver, deadline: float | None) -> Message | None:
+        """Return the next message; None at the *deadline*, or when the receiver is to end."""
+        with self._lock:
+            if self._turning is not None:
+                raise RuntimeError("An asyncio program receives from this subscriber: it cannot be done in a thread too.")
+            self._owner = threading.get_ident()
+            try:
+                has_waited = False
+                while receiver.is_on:
+                    message = self._take()
+                    now = time.monotonic()
+                    if message is not None or (has_waited and deadline is not None and now >= deadline):
+                        return message
+                    longest = now + self._LONGEST_WAIT
+                    self._loop.turn(now if self._ready else longest if deadline is None else min(deadline, longest))
+                    self._batch_end = time.monotonic() + self._BATCH_SECONDS
+                    has_waited = True
+            finally:
+                self._owner = 0
+        return None
 
     def __call__(self, **kwargs: Any) -> Iterator[Message | None]:
         """Receive, as `recv` does."""
@@ -3645,154 +4778,110 @@ class Subscriber:
 
         Returns:
             The message; None after *timeout*, or when the subscriber is stopped.
+
+        Raises:
+            RuntimeError: The event loop cannot wait for sockets (the default one of Windows); it says what to do.
         """
-        with self._receiving():
-            return await self._receive(None if timeout is None else time.monotonic() + timeout)
+        with self._receiving() as receiver:
+            return await self._next_async(receiver, None if timeout is None else time.monotonic() + timeout)
 
     async def __aiter__(self) -> AsyncIterator[Message]:
-        with self._receiving():
+        with self._receiving() as receiver:
             while True:
-                message = await self._receive(None)
+                message = await self._next_async(receiver, None)
                 if message is None:
                     return
                 yield message
 
-    @contextmanager
-    def _receiving(self) -> Iterator[None]:
-        """The time during which an asyncio program receives."""
-        self._check_process()
-        self._is_receiving = not self._is_closed
-        try:
-            yield
-        finally:
-            self._is_receiving = False
-            if self._is_closed:
-                with self._lock:
-                    self._close_sockets()
+    async def _next_async(self, receiver: _Receiver, deadline: float | None) -> Message | None:
+        """Do what `_next` does, in an asyncio program; all who await share one task that waits."""
+        import asyncio
 
-    async def _receive(self, deadline: float | None) -> Message | None:
-        """Return the next message, None at the *deadline* or when the subscriber is stopped."""
-        import zmq.asyncio
-
-        while self._is_receiving:
+        has_waited = False
+        while receiver.is_on:
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
             with self._lock:
                 message = self._take()
-                if message is not None:
-                    return message
-                milliseconds = self._prepare(deadline)
-                poller: Any = zmq.asyncio.Poller()
-                for item, events in cast(zmq.Poller, self._poller).sockets:
-                    poller.register(item, events)
-                self._is_awaited = True
-            try:
-                found = await poller.poll(milliseconds)
-            finally:
-                self._is_awaited = False
-            with self._lock:
-                if self._is_receiving:
-                    self._dispatch(found)
-                    if deadline is not None and time.monotonic() >= deadline:
-                        return self._take()
+            now = time.monotonic()
+            if message is not None or (has_waited and deadline is not None and now >= deadline):
+                return message
+            if self._turning is None:
+                self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
+                self._turning.add_done_callback(self._end_turning)
+            await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
+            self._batch_end = time.monotonic() + self._BATCH_SECONDS
+            has_waited = True
         return None
 
+    def _end_turning(self, turning: Any) -> None:
+        self._turning = None
+        if not turning.cancelled() and turning.exception() is not None:
+            self._failure = turning.exception()
+        if self._is_closed and not self._receivers:
+            self.close()
+
     def _take(self) -> Message | None:
-        """Return the next message of the ready sockets, without waiting."""
-        while self._ready:
-            try:
-                raw = self._ready[0].recv(_NOBLOCK)
-            except zmq.Again:
-                self._ready.pop(0)
-                continue
-            message = self._accept(raw, self._ready[0])
+        """Return the next message of those that are there; None also if all else is to have its turn."""
+        while time.monotonic() < self._batch_end:
+            if self._backlog:
+                raw, sock = self._backlog.popleft()
+            elif self._ready:
+                sock = self._ready[-1]
+                try:
+                    raw = sock.recv(_NOBLOCK)
+                except zmq.Again:
+                    self._ready.pop()
+                    continue
+                except zmq.ZMQError:  # closed meanwhile
+                    self._ready.pop()
+                    continue
+            else:
+                return None
+            message = self._accept(raw, sock)
             if message is not None:
                 return message
+        self._ready.reverse()
         return None
 
     def _accept(self, raw: bytes, sock: zmq.Socket[bytes]) -> Message | None:
         """Return the message in *raw*, None if it is none, or not wanted."""
+        catch_up = self._catch_ups[sock]
+        if raw.startswith(_MARK):
+            past = catch_up.take(raw)
+            if past is None:
+                return None
+            raw = past
+        else:
+            catch_up.note(raw)
         try:
             message = Message.decode(raw)
         except MessageError as error:
-            if raw.startswith(_MARK):
-                return self._accept_personal(raw, sock)
             self._bad_log.warning("message", "Skipped a bad message: %s", error)
             return None
         if self._translate:
-            self._translate_sender(message, sock)
+            self._translate_sender(message, self._origins[sock])
         if self._filter is not None and not self._filter(message):
             return None
         return message
 
-    def _accept_personal(self, raw: bytes, sock: zmq.Socket[bytes]) -> Message | None:
-        """Return the message behind our mark, sent to us alone whatever our topics are; None if it is not wanted."""
-        content = raw.partition(b"\0")[2]
-        topics = chain.from_iterable(key[0] for key, other in self._groups.items() if other is sock)
-        return self._accept(content, sock) if content.startswith(tuple(map(str.encode, topics))) else None
-
-    def _translate_sender(self, message: Message, sock: zmq.Socket[bytes]) -> None:
-        """Put the host that the message came from in place of the one that its sender says."""
-        for (_, _, address), other in self._groups.items():
-            tcp = _split_tcp(address) if other is sock else None
-            if tcp is not None:
-                message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
-
-    def _wait(self, deadline: float | None) -> None:
-        """Serve hooks and changes until there is something to receive, or the *deadline* has passed."""
-        while True:
-            milliseconds = self._prepare(deadline)
-            self._dispatch(cast(zmq.Poller, self._poller).poll(milliseconds))
-            if self._ready or not self._is_receiving or (deadline is not None and time.monotonic() >= deadline):
-                return
-
-    def _prepare(self, deadline: float | None) -> int:
-        """Do all that is due before a poll, so that nothing holds up what it finds; return its milliseconds."""
-        for timer in self._timers:
-            if time.monotonic() >= timer.due:
-                timer.run()
-        for address in list(self._unresolved):
-            self._connect(address)
-        if self._down:
-            self._renew()
-        self._apply_changes()
-        while self._unused:
-            close_socket(self._unused.pop())
-        if self._poller is None:
-            self._poller = zmq.Poller()
-            for sock in (*self._groups.values(), *self._hooks):
-                self._poller.register(sock, _POLLIN)
-            self._poller.register(self._waker.fileno(), _POLLIN)
-        due = [deadline] if deadline is not None else []
-        due += [timer.due for timer in self._timers]
-        due += [when for when, _ in self._down.values()]
-        if self._unresolved:
-            due.append(time.monotonic() + _Resolution.RETRY)
-        # One millisecond more: poll rounds down, and would return just before it is due.
-        milliseconds = int((min(due) - time.monotonic()) * 1000) + 1 if due else _LONGEST_POLL
-        return min(max(milliseconds, 0), _LONGEST_POLL)
-
-    def _dispatch(self, events: Iterable[tuple[Any, int]]) -> None:
-        """Serve what a poll found: collect the sockets that have messages, call the hooks of the others."""
-        self._ready = ready = []
-        for item, _ in events:
-            callback = self._hooks.get(item)
-            if callback is not None:
-                with suppress(zmq.Again):
-                    callback(item.recv_multipart(_NOBLOCK))
-            elif isinstance(item, int):
-                self._waker.clear()
-            else:
-                ready.append(item)
+    def _translate_sender(self, message: Message, address: str) -> None:
+        """Put the host of *address*, which the message came from, in place of the one that its sender says."""
+        tcp = _split_tcp(address)
+        if tcp is not None:
+            message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
 
     @property
     def running(self) -> bool:
         """Whether somebody is receiving."""
-        return self._is_receiving
+        return any(receiver.is_on for receiver in self._receivers)
 
     def stop(self) -> None:
-        """End the receiving."""
-        self._is_receiving = False
+        """End the receiving of all who receive now."""
+        self._stops += 1
         if self._pid == os.getpid():
-            self._waker.wake()
+            self._loop.wake()
 
     def close(self) -> None:
         """End the receiving, and close the sockets."""
@@ -3800,21 +4889,16 @@ class Subscriber:
         if self._pid != os.getpid():
             return  # they belong to the parent, whose thread may have held the lock at the time of the fork
         self.stop()
+        if self._owner == threading.get_ident() or self._turning is not None:
+            return  # in a signal handler or a callback: who receives closes them
         # Whoever receives in another thread closes them; this thread waits for it, but not for ever.
         if self._lock.acquire(timeout=1):
             try:
-                if not self._is_awaited:
-                    self._close_sockets()
+                self._connections.close()
+                self._loop.close()
+                self._ready, self._backlog = [], deque()
             finally:
                 self._lock.release()
-
-    def _close_sockets(self) -> None:
-        for sock in (*self._groups.values(), *self._unused, *self._hooks):  # each before its monitor
-            close_socket(sock)
-        self._groups, self._hooks, self._timers, self._ready, self._unused = {}, {}, [], [], []
-        self._connected, self._unresolved, self._down = {}, {}, {}
-        self._poller = None
-        self._waker.close()
 
     def __enter__(self) -> Subscriber:
         return self
@@ -3822,24 +4906,43 @@ class Subscriber:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Subscriber:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
     def __del__(self) -> None:
         # Not left to chance: a socket must be closed before its monitor.
-        if hasattr(self, "_waker") and not self._is_closed:
+        if hasattr(self, "_is_closed") and not self._is_closed:
             self.close()
 
 
-def _warn_of_descriptors(count: int) -> None:
-    """Say what to do when so many connections come near the limit on open files."""
-    if count % 100:
-        return
-    try:
-        import resource
-    except ImportError:  # not on Windows, which has no such limit
-        return
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and count > 0.8 * limit:
-        text = "%d connections, but at most %d open files: raise the limit (ulimit -n, LimitNOFILE= in systemd)"
-        _key_log.warning("descriptors", text, count, limit)
+def _take_frames(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object]) -> None:
+    """Call *handle* with the frames of the next messages of *sock*, but not so many that others have to wait."""
+    with suppress(zmq.Again):
+        for _ in range(100):
+            handle(sock.recv_multipart(_NOBLOCK))
+
+
+def _seconds_since(since: float | timedelta | datetime | None) -> float:
+    """Return how many seconds ago *since* is; raises ValueError if it is no such time."""
+    if isinstance(since, datetime):
+        return max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
+    seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
+    if not 0 <= seconds < 1e9:
+        raise ValueError(f"since is a number of seconds, a timedelta or a datetime of the past, not {since!r}.")
+    return seconds
+
+
+class _Publisher:
+    """A publisher that a subscriber follows: which of its services, and which nameservers know it."""
+
+    def __init__(self) -> None:
+        self.services: set[str] = set()
+        self.hosts: set[str] = set()
+        self.is_ours = False  # we have added it, not the program
+        self.denials: dict[str, list[float]] = {}  # when a nameserver that knew it first said no, and how many times
 
 
 class _Follower:
@@ -3847,13 +4950,14 @@ class _Follower:
 
     With *listen* it hears of new and lost publishers on the nameservers' address ports.  Lookups fill the gaps: soon
     again while a service has no publisher, when the connection to an address port has been made (anew), and now and
-    then.  All of it runs in the thread that receives.
+    then.  A publisher is let go when all nameservers that knew it have said no, several times and over some time (one
+    that has just started knows nothing yet), and when there is no connection to it either.
     """
 
     SOON = 2.0  # seconds until the next lookup while something is missing
-    SELDOM = 10.0  # otherwise, without listening
+    SELDOM = 10.0  # otherwise, without listening, or while a publisher is in doubt
     RARELY = 60.0  # otherwise
-    PATIENCE = 3  # lookups without a publisher until it is taken for lost
+    PATIENCE = 3  # answers without a publisher until it is taken for lost
     LIMIT = 20000  # addresses
 
     def __init__(
@@ -3865,28 +4969,35 @@ class _Follower:
         address_port: int | None = None,
     ) -> None:
         self._subscriber = subscriber
+        self._loop = subscriber._loop
         self._services = services
         self._listen = listen
         self._address_port = address_port or config.get("address_publish_port")
         self._resolutions = {host: self._resolution(host) for host in nameservers}
         self._sockets: dict[str, list[zmq.Socket[bytes]]] = {}  # the first is that for lookups
         self._last_answer: dict[str, float] = {}
-        self._last_seen: dict[str, dict[str, float]] = {}  # address, nameserver: time
-        self._found: set[str] = set()
-        self._log = _LimitedLogger("subscriber")
+        self._known: dict[str, _Publisher] = {}
+        self._log = LimitedLogger("subscriber")
         self._has_warned = False
-        self._interval = 0.0
-        self.due = time.monotonic() + self.SOON
+        self._interval = self.SOON
 
-    def open(self) -> None:
+    def begin(self) -> None:
+        """Start to follow."""
+        self._open()
+        if self.missing:
+            self._run()
+        else:
+            self._loop.at(time.monotonic() + self.SOON, self._run)
+
+    def _open(self) -> None:
         """Connect to those nameservers whose names resolve; anew to those that have not answered for a long time."""
         now = time.monotonic()
         for host in self._resolutions:
-            if host in self._sockets and now - self._last_answer[host] > self.PATIENCE * max(
-                self._interval, self.SELDOM
-            ):
+            patience = self.PATIENCE * max(self._interval, self.SELDOM)
+            if host in self._sockets and now - self._last_answer[host] > patience:
                 for sock in self._sockets.pop(host):
-                    self._subscriber._unregister(sock)
+                    self._loop.unwatch(sock)
+                    close_socket(sock)
                 self._resolutions[host] = self._resolution(host)
             endpoint = self._resolutions[host].check()
             if host not in self._sockets and endpoint is not None:
@@ -3896,12 +5007,16 @@ class _Follower:
                     self._sockets[host] += self._open_news(host, endpoint)
 
     def _resolution(self, host: str) -> _Resolution:
-        return _Resolution(_lookup_endpoint(host), self._subscriber._waker.wake)
+        return _Resolution(_lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
+
+    def _open_and_look_up(self) -> None:
+        self._open()
+        self._look_up(self._services)
 
     def _open_lookups(self, host: str, endpoint: str) -> zmq.Socket[bytes]:
         """Return a socket for lookups at *host*."""
         lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
-        self._subscriber._register(lookups, partial(self._take_answer, host))
+        self._loop.watch(lookups, partial(_take_frames, lookups, partial(self._take_answer, host)))
         return lookups
 
     def _open_news(self, host: str, endpoint: str) -> list[zmq.Socket[bytes]]:
@@ -3909,8 +5024,8 @@ class _Follower:
         news = set_up_client_socket(zmq.SUB, "")
         news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
         monitor = _open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._subscriber._register(news, partial(self._take_news, host))
-        self._subscriber._register(monitor, self._catch_up)
+        self._loop.watch(news, partial(_take_frames, news, partial(self._take_news, host)))
+        self._loop.watch(monitor, partial(_take_frames, monitor, self._catch_up))
         news.connect(f"{endpoint.rpartition(':')[0]}:{self._address_port}")
         return [news, monitor]
 
@@ -3919,23 +5034,23 @@ class _Follower:
 
         A second one follows soon, as the subscription arrives a little later than the connection.
         """
-        if struct.unpack("=HI", frames[0])[0] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            return
-        self._look_up(self._services)
-        self._interval = self.SOON / 2
-        self.due = time.monotonic() + self._interval
+        if struct.unpack("=HI", frames[0])[0] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._look_up(self._services)
+            self._loop.at(time.monotonic() + self.SOON / 2, partial(self._look_up, self._services))
 
-    def run(self) -> None:
-        """Look up what is missing or may have changed; called when it is `due`."""
-        self.open()
+    def _run(self) -> None:
+        """Look up what is missing or may have changed, again and again."""
         missing = self.missing
+        is_in_doubt = any(publisher.denials for publisher in self._known.values())
+        self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
+        self._loop.at(time.monotonic() + self._interval, self._run)
+        self._open()
         if missing and not self._has_warned and self._interval == self.SOON:
             self.warn_of_missing()
         wants_all = "" in self._services
         if missing or self._listen or not wants_all:
             self._look_up(missing if wants_all and not self._listen else self._services)
-        self._interval = self.SOON if missing else self.RARELY if self._listen else self.SELDOM
-        self.due = time.monotonic() + self._interval
+        self._let_go_of_lost()
 
     def warn_of_missing(self) -> None:
         """Warn, once, of services without a publisher; they are looked for all the same."""
@@ -3946,10 +5061,8 @@ class _Follower:
     @property
     def missing(self) -> list[str]:
         """The services that have no publisher yet."""
-        return [service for service in self._services if not self._has_publisher(service)]
-
-    def _has_publisher(self, service: str) -> bool:
-        return bool(self._last_seen) if service == "" else service in self._found
+        found: set[str] = set().union(*(publisher.services for publisher in self._known.values()))
+        return [service for service in self._services if service not in found]
 
     def _look_up(self, services: Iterable[str]) -> None:
         """Ask the nameservers; their answers come by and by, behind the first frame of the request (not empty)."""
@@ -3967,17 +5080,12 @@ class _Follower:
         service = frames[0][1:].decode("utf-8", "replace")
         entries = _addresses_in(frames[2])
         for entry in entries:
-            self.add(host, entry)
-        if service in self._services and not entries:
-            self._found.discard(service)
-        self._forget_lost(host)
-
-    def _forget_lost(self, host: str) -> None:
-        """Remove the addresses that *host* has not mentioned for a long time."""
-        oldest = time.monotonic() - self.PATIENCE * max(self.SELDOM, self._interval)
-        for address, seen in list(self._last_seen.items()):
-            if host in seen and seen[host] < oldest:
-                self._remove(host, address)
+            self.add(host, entry, service)
+        found = {entry["URI"] for entry in entries}
+        for address, publisher in self._known.items():
+            if host in publisher.hosts and service in publisher.services and address not in found:
+                self._note_denial(publisher, host)
+        self._let_go_of_lost()
 
     def _take_news(self, host: str, frames: list[bytes]) -> None:
         """Take what a nameserver publishes: a new publisher, or one that is lost."""
@@ -3990,45 +5098,60 @@ class _Follower:
         if not isinstance(entry, dict) or not isinstance(entry.get("service"), list):
             self._log.warning("news", "Skipped an announcement without service: %.200r", entry)
             return
-        if "" in self._services or any(service in self._services for service in entry["service"]):
-            if entry.get("status", True):
-                self.add(host, entry)
-            else:
-                self._remove(host, entry.get("URI"))
+        publisher = self._known.get(str(entry.get("URI")))
+        if entry.get("status", True):
+            wanted = [service for service in self._services if service in ("", *entry["service"])]
+            for service in wanted:
+                self.add(host, entry, service)
+        elif publisher is not None and host in publisher.hosts:
+            publisher.denials[host] = [float("-inf"), self.PATIENCE]  # it is sure
+            self._loop.at(time.monotonic() + 1.2, self._let_go_of_lost)  # its last messages have come by then
+            self._let_go_of_lost()
 
-    def add(self, host: str, entry: Mapping[str, Any]) -> None:
-        """Connect the subscriber to a publisher that *host* told of."""
+    def add(self, host: str, entry: Mapping[str, Any], service: str) -> None:
+        """Connect the subscriber to a publisher of *service* that *host* told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
         if not _is_remote(address) or _backend_towards(backend) is None:
             self._log.warning("address", "Skipped the address %.200r with the backend %.200r", address, backend)
             return
         assert isinstance(address, str)
-        services = entry.get("service")
-        self._found.update(item for item in services if isinstance(item, str)) if isinstance(services, list) else None
-        if address not in self._last_seen:
-            if len(self._last_seen) >= self.LIMIT:
+        publisher = self._known.get(address)
+        if publisher is None:
+            if len(self._known) >= self.LIMIT:
                 self._log.warning("limit", "More than %d publishers: %s is not used", self.LIMIT, address)
                 return
-            if address in self._subscriber.addresses:
-                return  # one that the program itself has added, and may remove
-            try:
-                self._subscriber.add({"URI": address, "backend": backend})
-            except ConfigurationError as error:  # the keys are just being replaced
-                self._log.warning("keys", "Cannot connect to %s (trying again): %s", address, error)
-                return
-            _log("subscriber").info("New publisher at %s", address)
-        self._last_seen.setdefault(address, {})[host] = time.monotonic()
+            publisher = _Publisher()
+            if address not in self._subscriber.addresses:  # else the program itself has added it, and may remove it
+                try:
+                    self._subscriber._add({"URI": address, "backend": backend}, None, self._subscriber._begin)
+                except ConfigurationError as error:  # the keys are just being replaced
+                    self._log.warning("keys", "Cannot connect to %s (trying again): %s", address, error)
+                    return
+                publisher.is_ours = True
+                _log("subscriber").info("New publisher at %s", address)
+            self._known[address] = publisher
+        announced = entry.get("service")
+        services = announced if isinstance(announced, list) else []
+        publisher.services.update([service], (each for each in self._services if each in services))
+        publisher.hosts.add(host)
+        publisher.denials.pop(host, None)
 
-    def _remove(self, host: str, address: Any) -> None:
-        """Take note that *host* no longer knows *address*, and remove it if nobody does."""
-        if not isinstance(address, str):
-            return
-        seen = self._last_seen.get(address)
-        if seen is not None and seen.pop(host, None) is not None and not seen:
-            del self._last_seen[address]
-            _log("subscriber").info("The publisher at %s is gone", address)
-            self._subscriber.remove(address)
+    def _note_denial(self, publisher: _Publisher, host: str) -> None:
+        denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
+        denial[1] += 1
+
+    def _let_go_of_lost(self) -> None:
+        """Remove the publishers that no nameserver knows any more, if they are not connected either."""
+        long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
+        for address, publisher in list(self._known.items()):
+            denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
+            is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
+            if publisher.denials and is_lost and not self._subscriber._connections.is_up(address):
+                del self._known[address]
+                if publisher.is_ours:
+                    _log("subscriber").info("The publisher at %s is gone", address)
+                    self._subscriber.remove(address)
 
 
 class NSSubscriber:
@@ -4057,7 +5180,9 @@ class NSSubscriber:
         translate: bool = False,
         nameserver: str | Sequence[str] = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
+        since: float | timedelta | datetime | None = None,
     ) -> None:
+        self._since = since
         self._services = [services] if isinstance(services, str) else list(services or [])
         self._topics = topics
         self._addr_listener = addr_listener
@@ -4082,7 +5207,7 @@ class NSSubscriber:
         if self._subscriber is None:
             _log("subscriber").debug("Subscribing to topics %s", self._topics)
             subscriber = Subscriber(
-                self._addresses, self._topics, message_filter=self._filter, translate=self._translate
+                self._addresses, self._topics, self._filter, self._translate, since=self._since
             )
             try:
                 if self._services and self._nameserver:
@@ -4104,9 +5229,7 @@ class NSSubscriber:
                 try:
                     left = max(deadline - time.monotonic(), 0.001)
                     for entry in get_pub_addresses([service], left, self._nameserver):
-                        follower.add(hosts[0], entry)
-                        if service:
-                            follower._found.add(service)
+                        follower.add(hosts[0], entry, service)
                 except TimeoutError as error:
                     _log("subscriber").warning("%s", error)
                     break
@@ -4114,10 +5237,7 @@ class NSSubscriber:
                 time.sleep(max(min(0.1, deadline - time.monotonic()), 0))
         if self._timeout > 0:
             follower.warn_of_missing()
-        follower.open()
-        if follower.missing:
-            follower.run()
-        subscriber._timers.append(follower)
+        subscriber._change(follower.begin)
 
     def stop(self) -> None:
         """Stop the subscriber."""
@@ -4563,38 +5683,6 @@ def _run_logger(options: argparse.Namespace) -> int:
 def _wants_color(stream: Any) -> bool:
     """Whether to colour what goes to *stream*: it is a terminal, and NO_COLOR (https://no-color.org) is not set."""
     return bool(not os.environ.get("NO_COLOR") and hasattr(stream, "isatty") and stream.isatty())
-
-
-@contextmanager
-def _signals_wake(waker: _Waker) -> Iterator[None]:
-    """Have every signal wake *waker*: one that comes just before a poll begins (on Windows: any) does not end it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread handles signals
-        return
-    import signal
-
-    previous = signal.set_wakeup_fd(waker.write_fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(previous)
-
-
-@contextmanager
-def _signals_call(end: Callable[[], None]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM call *end*, which must be safe to call from a signal handler."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can handle signals
-        return
-    import signal
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: end()) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # ======================================================================================================================
