@@ -33,15 +33,24 @@ Copy it into any package; the only dependency is pyzmq.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import atexit
 import base64
 import binascii
 import errno
+import getpass
 import importlib
+import io
+import ipaddress
 import json
+import logging
 import os
+import queue
+import random
 import re
+import signal
+import socket
 import struct
 import sys
 import threading
@@ -50,69 +59,20 @@ import types
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from itertools import chain, count
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Union,
-    cast,
-)
+from typing import Any, Callable, Union, cast
 
 import zmq
+from zmq.utils import z85
+
+if sys.platform != "win32":
+    import pwd
 
 __version__ = "2.0.0"
-
-
-class _LateModule:
-    """A module of the standard library that is imported when it is first used.
-
-    Three of them took more than half of the time of our own import.
-    """
-
-    def __init__(self, name: str) -> None:
-        vars(self)["_name"] = name
-
-    def _import(self) -> types.ModuleType:
-        module = importlib.import_module(self._name)
-        globals()[self._name] = module  # from now on it is used directly
-        return module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._import(), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._import(), name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._import(), name)
-
-
-class _LatePattern:
-    """A regular expression that is compiled when it is first used."""
-
-    def __init__(self, pattern: str | bytes, flags: int = 0) -> None:
-        self._arguments: tuple[Any, int] = (pattern, flags)
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(re.compile(*self._arguments), name)
-        setattr(self, name, method)
-        return method
-
-
-if TYPE_CHECKING:
-    import argparse
-    import io
-    import logging
-    import queue
-    import socket
-    from collections.abc import AsyncIterator
-else:
-    logging, queue, socket = _LateModule("logging"), _LateModule("queue"), _LateModule("socket")
 
 
 # ======================================================================================================================
@@ -167,34 +127,11 @@ OPTIONS: dict[str, _Option] = {
 }
 
 _UNSET: Any = object()
-_WARNING = 30  # logging.WARNING
 
 
 def _log(path: str) -> logging.Logger:
-    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``, for now."""
-    name = f"{__name__}.{path}"
-    return logging.getLogger(name) if "logging" in sys.modules else cast("logging.Logger", _UnheardLogger(name))
-
-
-class _UnheardLogger:
-    """The logger of a program that has not imported `logging`: nobody can have asked for less than warnings."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def debug(self, text: str, *args: Any) -> None:
-        """Do nothing."""
-
-    info = debug
-
-    def __getattr__(self, method: str) -> Any:
-        try:
-            return getattr(logging.getLogger(self._name), method)
-        except OSError:  # no file descriptors left to import it: the program goes on all the same
-            return self._print
-
-    def _print(self, *args: Any) -> None:
-        print(self._name, *args, file=sys.stderr)
+    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``."""
+    return logging.getLogger(f"{__name__}.{path}")
 
 
 def _nested_get(tree: Mapping[str, Any], parts: Sequence[str]) -> Any:
@@ -603,12 +540,12 @@ class MessageError(Exception):
 
 # ISO 8601, extended form: a date, or date and time of day down to minutes, seconds or fractions, with or without zone.
 # The first pattern is what datetime.isoformat() writes, which every Python reads alike; the second is all the rest.
-_ISO_FORMAT = _LatePattern(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
-_DATETIME = _LatePattern(
+_ISO_FORMAT = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
+_DATETIME = re.compile(
     r"(\d{4}-\d\d-\d\d)(?:T([01]\d|2[0-3])(:\d\d)(?:(:\d\d)(?:[.,](\d+))?)?(Z|[+-]\d\d(?::\d\d(?::\d\d(?:\.\d{6})?)?)?)?)?",
     re.ASCII,
 )
-_JSON_DATE = _LatePattern(r'"\d\d\d\d-\d\d-\d\d["T]', re.ASCII)
+_JSON_DATE = re.compile(r'"\d\d\d\d-\d\d-\d\d["T]', re.ASCII)
 
 
 def _parse_datetime(text: str) -> datetime | None:
@@ -902,15 +839,16 @@ _sender: str | None = None
 
 
 def _get_sender() -> str:
-    """Return ``user@host``, found out once."""
+    """Return ``user@host``, found out once: the account of the process, whatever the environment says it is."""
     global _sender
     if _sender is None:
-        import getpass
-
-        try:
+        if sys.platform == "win32":
             user = getpass.getuser()
-        except (ImportError, KeyError, OSError):  # a container whose user id has no name
-            user = str(getattr(os, "getuid", lambda: "unknown")())
+        else:
+            try:
+                user = pwd.getpwuid(os.getuid()).pw_name
+            except KeyError:  # a container whose user id has no name
+                user = str(os.getuid())
         _sender = "_".join(f"{user}@{socket.gethostname() or 'localhost'}".split())
     return _sender
 
@@ -1139,10 +1077,7 @@ del _class
 # UDP to a multicast group (RFC 1112), or to everybody on the local network with the group 0.0.0.0.
 # ======================================================================================================================
 
-if sys.version_info >= (3, 10):
-    SocketTimeout = TimeoutError
-else:
-    SocketTimeout = socket.timeout
+SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 
 _DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL = 49  # of Linux, see ip(7)
@@ -1454,14 +1389,14 @@ class _LimitedLogger:
             _log(self._path).log(level, text, *args)
 
     def warning(self, kind: str, text: str, *args: Any) -> None:
-        self.log(_WARNING, kind, text, *args)
+        self.log(logging.WARNING, kind, text, *args)
 
 
 # -- addresses --
 
-_TCP_ADDRESS = _LatePattern(r"tcp://(\*|\[[0-9A-Za-z:.%]+\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
-_LOCAL_ADDRESS = _LatePattern(r"(?:ipc|inproc)://[^\s\x00-\x1f]{1,200}")
-_NUMERIC_HOST = _LatePattern(r"\d+(?:\.\d+){3}|\[.*\]", re.ASCII)
+_TCP_ADDRESS = re.compile(r"tcp://(\*|\[[0-9A-Za-z:.%]+\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
+_LOCAL_ADDRESS = re.compile(r"(?:ipc|inproc)://[^\s\x00-\x1f]{1,200}")
+_NUMERIC_HOST = re.compile(r"\d+(?:\.\d+){3}|\[.*\]", re.ASCII)
 
 
 def _split_tcp(address: str) -> tuple[str, int] | None:
@@ -1541,8 +1476,6 @@ def generate_keys(args: Sequence[str] | None = None) -> None:
     Args:
         args: The command-line arguments; by default those of the process.
     """
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="posttroll-generate-keys",
         description="Create a public/secret key pair for the secure zmq backend. This will create two files (in the "
@@ -1608,13 +1541,11 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
     return public_path, secret_path
 
 
-_KEY_LINE = _LatePattern(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE)
+_KEY_LINE = re.compile(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE)
 
 
 def _read_keys(path: str) -> dict[str, bytes]:
     """Return the keys ``public`` and ``secret`` of a certificate; raises ValueError or OSError."""
-    from zmq.utils import z85
-
     with open(path, "rb") as stream:
         text = stream.read(65536)
     keys = {kind.decode(): key for kind, key in _KEY_LINE.findall(text)}
@@ -1708,7 +1639,7 @@ class _ClientKeys:
 # -- who may connect --
 
 
-_IPC_PEER = _LatePattern(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
+_IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
 
 
 def _is_own_address(address: str) -> bool:
@@ -1731,8 +1662,6 @@ class _AddressList:
     REFRESH = 30.0
 
     def __init__(self, entries: Sequence[str]) -> None:
-        import ipaddress
-
         self._parse = ipaddress.ip_address
         self._networks = []
         self._names = []
@@ -1799,8 +1728,6 @@ class _AccessRules:
             return ""
         if mechanism != b"CURVE" or len(credentials) != 1 or len(credentials[0]) != 32:
             return "it does not use CURVE"
-        from zmq.utils import z85
-
         key = z85.encode(credentials[0])
         return "" if key in self._keys else f"its public key {key.decode()} is not in {self._keys.directory}"
 
@@ -2194,8 +2121,6 @@ def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | 
     high = config.get("pub_max_port") if port_interval[1] is None else port_interval[1]
     if not 0 < low < high <= 65536:
         raise ConfigurationError(f"No port from {low} up to (not including) {high}: see pub_min_port and pub_max_port.")
-    import random
-
     start = random.randrange(low, high)
     for port in chain(range(start, high), range(low, start)):
         try:
@@ -2998,7 +2923,7 @@ class Publisher:
 # them in alphabetical order, the mark first: with 1 for each topic and 1 - n for the mark, a publisher that adds them
 # up counts the subscriber once, and only when the last of its topics has come.
 _MARK = b"posttroll-subscriber/"
-_SUBSCRIBER_MARK = _LatePattern(_MARK + rb"[0-9a-f]{16}/(\d{1,6})")
+_SUBSCRIBER_MARK = re.compile(_MARK + rb"[0-9a-f]{16}/(\d{1,6})")
 
 
 def _subscriber_mark(topics: int) -> bytes:
@@ -4389,79 +4314,69 @@ def _colored(text: str, color: int) -> str:
     return COLOR_SEQ % (30 + color) + text + RESET_SEQ
 
 
-PytrollFormatter: Any
-PytrollHandler: Any
-ColoredFormatter: Any
+class PytrollFormatter(logging.Formatter):
+    """Formats log records as messages: subject ``/log/LEVEL/NAME``, type ``log.level``, data the text.
+
+    Args:
+        fmt: The format of the text, as for `logging.Formatter`; by default the log message alone.
+        datefmt: The format of its date.
+    """
+
+    def __init__(self, fmt: str | None = None, datefmt: str | None = None) -> None:
+        super().__init__(fmt, datefmt)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message for *record*."""
+        text = super().format(record)
+        name = "_".join(record.name.split()) or "root"
+        return Message(f"/log/{record.levelname}/{name}", f"log.{record.levelname.lower()}", text).encode()
 
 
-@cache
-def _logging_classes() -> dict[str, type]:
-    """Define the classes that derive from those of `logging`, when one of them is asked for; return them by name."""
-    global PytrollFormatter, PytrollHandler, ColoredFormatter
+class PytrollHandler(logging.Handler):
+    """Publishes log records.
 
-    class PytrollFormatter(logging.Formatter):
-        """Formats log records as messages: subject ``/log/LEVEL/NAME``, type ``log.level``, data the text.
+    Args:
+        name: The name of the publisher.
+        port: Its port, 0 for a free one.
+    """
 
-        Args:
-            fmt: The format of the text, as for `logging.Formatter`; by default the log message alone.
-            datefmt: The format of its date.
-        """
+    def __init__(self, name: str, port: int = 0) -> None:
+        super().__init__()
+        self._publisher = NoisyPublisher(name, port)
+        self._publisher.start()
+        self.setFormatter(PytrollFormatter())
 
-        def __init__(self, fmt: str | None = None, datefmt: str | None = None) -> None:
-            super().__init__(fmt, datefmt)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Publish *record*."""
+        try:
+            self._publisher.send(self.format(record))
+        except Exception:  # a log handler must not stop the program that logs; this prints the error
+            self.handleError(record)
 
-        def format(self, record: logging.LogRecord) -> str:
-            """Return the message for *record*."""
-            text = super().format(record)
-            name = "_".join(record.name.split()) or "root"
-            return Message(f"/log/{record.levelname}/{name}", f"log.{record.levelname.lower()}", text).encode()
+    def close(self) -> None:
+        """Stop the publisher."""
+        self._publisher.stop()
+        super().close()
 
-    class PytrollHandler(logging.Handler):
-        """Publishes log records.
 
-        Args:
-            name: The name of the publisher.
-            port: Its port, 0 for a free one.
-        """
+class ColoredFormatter(logging.Formatter):
+    """Formats log records for a terminal, the level in colour.
 
-        def __init__(self, name: str, port: int = 0) -> None:
-            super().__init__()
-            self._publisher = NoisyPublisher(name, port)
-            self._publisher.start()
-            self.setFormatter(PytrollFormatter())
+    Args:
+        msg: The format, as for `logging.Formatter`.
+        use_color: Whether the level is coloured.
+    """
 
-        def emit(self, record: logging.LogRecord) -> None:
-            """Publish *record*."""
-            try:
-                self._publisher.send(self.format(record))
-            except Exception:  # a log handler must not stop the program that logs; this prints the error
-                self.handleError(record)
+    def __init__(self, msg: str, use_color: bool = True) -> None:
+        super().__init__(msg)
+        self.use_color = use_color
 
-        def close(self) -> None:
-            """Stop the publisher."""
-            self._publisher.stop()
-            super().close()
-
-    class ColoredFormatter(logging.Formatter):
-        """Formats log records for a terminal, the level in colour.
-
-        Args:
-            msg: The format, as for `logging.Formatter`.
-            use_color: Whether the level is coloured.
-        """
-
-        def __init__(self, msg: str, use_color: bool = True) -> None:
-            super().__init__(msg)
-            self.use_color = use_color
-
-        def format(self, record: logging.LogRecord) -> str:
-            """Return the text for *record*."""
-            if self.use_color and record.levelname in COLORS:
-                record = logging.makeLogRecord(record.__dict__)
-                record.levelname = _colored(record.levelname, COLORS[record.levelname])
-            return super().format(record)
-
-    return {each.__name__: each for each in (PytrollFormatter, PytrollHandler, ColoredFormatter)}
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text for *record*."""
+        if self.use_color and record.levelname in COLORS:
+            record = logging.makeLogRecord(record.__dict__)
+            record.levelname = _colored(record.levelname, COLORS[record.levelname])
+        return super().format(record)
 
 
 class Logger:
@@ -4518,8 +4433,6 @@ def run_logger(args: Sequence[str] | None = None) -> int:
     Args:
         args: The command-line arguments; by default those of the process.
     """
-    import argparse
-
     parser = argparse.ArgumentParser(prog="pytroll-logger", description="Log the messages of all publishers.")
     _add_logger_arguments(parser)
     return _run_logger(parser.parse_args(args))
@@ -4540,7 +4453,6 @@ def _run_logger(options: argparse.Namespace) -> int:
         handler: logging.Handler = TimedRotatingFileHandler(options.rotated, when="midnight", backupCount=7)
         handler.setFormatter(logging.Formatter(text))
     else:
-        _logging_classes()
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(ColoredFormatter(text, use_color=_wants_color(sys.stdout)))
     root = logging.getLogger()
@@ -4571,8 +4483,6 @@ def _signals_wake(waker: _Waker) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread handles signals
         return
-    import signal
-
     previous = signal.set_wakeup_fd(waker.write_fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -4586,8 +4496,6 @@ def _signals_call(end: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can handle signals
         return
-    import signal
-
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, lambda *_: end()) for number in numbers}
     try:
@@ -5688,8 +5596,6 @@ _NAMESERVER_NAMES = frozenset(("AddressReceiver", "getaddress", "NameServer", "g
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("PytrollFormatter", "PytrollHandler", "ColoredFormatter"):
-        return globals().setdefault(name, _logging_classes()[name])
     if name not in _NAMESERVER_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -392,7 +392,7 @@ class AddressReceiver:
             return self
         self._is_stopping = False
         self.failure = None
-        posttroll._get_sender()  # what is imported for it needs file descriptors, which clients may have used up later
+        posttroll._get_sender()  # reads a file, and clients may have used up all file descriptors later
         source = self.set_up_address_receiver(self._port)
         publisher = None
         try:

@@ -26,6 +26,7 @@ import os
 import pickle
 import pickletools
 import pty
+import pwd
 import queue
 import random
 import re
@@ -238,59 +239,6 @@ def write(directory: Path, name: str, content: str) -> Path:
     path = directory / name
     path.write_text(content)
     return path
-
-
-class TestLateImports:
-    """What a program does not need is not imported at its start."""
-
-    def test_a_publisher_and_a_subscriber(self):
-        code = """
-import sys
-from posttroll.publisher import Publisher
-from posttroll.subscriber import Subscriber
-with Publisher("tcp://127.0.0.1:0", "early") as publisher:
-    with Subscriber([f"tcp://127.0.0.1:{publisher.port_number}"], "") as subscriber:
-        publisher.wait_for_subscribers()
-print(sorted({"argparse", "asyncio", "logging", "queue", "socket"} & set(sys.modules)))
-"""
-        with python(code) as running:
-            needed = [] if sys.version_info >= (3, 10) else ["socket"]  # whose timeout is an exception of its own there
-            assert finish(running) == (0, f"{needed}\n", "")
-
-    def test_what_is_said_before_the_program_imports_logging(self):
-        """A warning is heard as it always is; less than that is heard by nobody."""
-        code = """
-import sys, posttroll
-posttroll._log("publisher").info("not heard")
-assert "logging" not in sys.modules
-posttroll._log("publisher").warning("%s heard", "first")
-import logging
-logging.basicConfig(format="%(name)s %(message)s", level=logging.INFO)
-posttroll._log("publisher").info("%s heard", "second")
-"""
-        with python(code) as running:
-            assert finish(running) == (0, "", "first heard\nposttroll.publisher second heard\n")
-
-    def test_a_warning_without_file_descriptors(self):
-        code = """
-import resource, posttroll
-resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-posttroll._LimitedLogger("publisher").warning("full", "%d lost", 3)
-"""
-        with python(code) as running:
-            assert finish(running) == (0, "", "posttroll.publisher 30 %d lost 3\n")
-
-    def test_modules_are_the_real_ones(self):
-        code = """
-import posttroll
-from unittest.mock import patch
-with patch("posttroll.socket.gethostname", return_value="elsewhere"):
-    assert posttroll.Message("/a", "b").host == "elsewhere"
-import socket
-assert posttroll.socket is socket and socket.gethostname() != "elsewhere"
-"""
-        with python(code) as running:
-            assert finish(running) == (0, "", "")
 
 
 class TestConfigLayers:
@@ -974,16 +922,23 @@ class TestHeaderFields:
             assert [field for field in self.BROKEN if check(field)] == []
 
     def test_a_stranger_s_sender_is_made_one_field(self):
-        code = "import getpass; getpass.getuser = lambda: 'John Q. Public'\n"
+        code = "import pwd; pwd.getpwuid = lambda uid: pwd.struct_passwd(('John Q. Public', '', uid, 0, '', '', ''))\n"
         code += "import posttroll; print(posttroll.Message('/a', 'b').user)"
         with python(code) as running:
             assert finish(running)[1] == "John_Q._Public\n"
 
+    def test_the_sender_is_the_account_of_the_process(self, monkeypatch):
+        """After `sudo` or in a service, the variables name somebody else."""
+        for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            monkeypatch.setenv(name, "somebody_else")
+        with python("import posttroll; print(posttroll.Message('/a', 'b').user)") as running:
+            assert finish(running)[1] == f"{pwd.getpwuid(os.getuid()).pw_name}\n"
+
     def test_a_user_id_without_a_name(self):
-        code = "import getpass\ndef getuser(): raise KeyError('uid not found: 12345')\ngetpass.getuser = getuser\n"
-        code += "import os, posttroll; print(posttroll.Message('/a', 'b').user == str(os.getuid()))"
+        unnamed = next(uid for uid in range(54321, 60000) if uid not in {entry.pw_uid for entry in pwd.getpwall()})
+        code = f"import os; os.getuid = lambda: {unnamed}\nimport posttroll; print(posttroll.Message('/a', 'b').user)"
         with python(code) as running:
-            assert finish(running)[1] == "True\n"
+            assert finish(running)[1] == f"{unnamed}\n"
 
 
 class TestBrokenMessages:
