@@ -205,6 +205,9 @@ class Config:
     A key is a name such as ``nameserver_port``; ``-`` and ``_`` are alike, and ``"a.b"`` (in keyword arguments and
     the environment ``a__b``) is key ``b`` in the mapping ``a``.  The environment variable of a key is
     ``POSTTROLL_<KEY>``; its value is read as a Python literal if it is one, and it is read when the key is asked for.
+
+    Files are read once, when the first key is asked for.  If one of them cannot be used, every use of any key raises
+    `ConfigurationError` until `refresh` has read them again: what they might say must not be taken for not said.
     """
 
     def __init__(self, name: str = "posttroll", options: Mapping[str, _Option] = OPTIONS) -> None:
@@ -212,9 +215,11 @@ class Config:
         self._options = options
         self._prefix = name.upper() + "_"
         self._lock = threading.RLock()
-        self._assigned: dict[str, Any] = {}
+        self._changes: list[_Change] = []  # of code, the oldest first
+        self._assigned: dict[str, Any] = {}  # what they make together
         self._defaults: dict[str, Any] = {key: option.default for key, option in options.items()}
         self._file_layers: list[tuple[str, dict[str, Any]]] | None = None
+        self._file_error = ""
         self._cache: dict[str, tuple[Any, Any, Any, Any]] = {}  # what was found, as long as the environment is the same
 
     # -- reading --
@@ -229,7 +234,8 @@ class Config:
 
         Raises:
             KeyError: No layer has the key, and there is no *default*.
-            ConfigurationError: The value is of the wrong type; the error names the key, the value and its source.
+            ConfigurationError: The value is of the wrong type; the error names the key, the value and its source.  Or a
+                configuration file cannot be used; the error names the file and the reason.
         """
         if override_with is not None:
             return override_with
@@ -257,13 +263,15 @@ class Config:
             check: Whether a value of the wrong type is an error; else it is returned as it is.
 
         Raises:
-            ConfigurationError: The value is of the wrong type.
+            ConfigurationError: The value is of the wrong type, or a configuration file cannot be used.
         """
         key = key.replace("-", "_")
         option = self._options.get(key)
         variable = self._prefix + key.upper().replace(".", "__")
-        text = os.environ.get(variable)
-        value, source = self._find(key, variable, text, option)
+        cache = self._cache  # before anything is read: if something changes meanwhile, this one is not in use any more
+        raw_variable = _raw_variable(variable)
+        raw_text = _raw_environment().get(raw_variable)
+        value, source = self._find(key, variable, os.environ.get(variable), option)
         if option is None or not check:
             return value, source
         if value is not None or option.default is not None:
@@ -271,13 +279,13 @@ class Config:
                 value = _as_kind(value, option.kind)
             except ValueError as expected:
                 raise _wrong_value(self.name, key, value, source, option, str(expected)) from None
-        raw_variable = _raw_variable(variable)
         old_variable = _raw_variable(option.old_name or "")  # there is never one without a name
-        self._cache[key] = (raw_variable, _raw_environment().get(raw_variable), old_variable, value)
+        cache[key] = (raw_variable, raw_text, old_variable, value)
         return value, source
 
     def _find(self, key: str, variable: str, text: str | None, option: _Option | None) -> tuple[Any, str]:
         """Return the unchecked value of *key* from the first layer that has it."""
+        files = self._files()
         parts = key.split(".")
         value = _nested_get(self._assigned, parts)
         if value is not _UNSET and not isinstance(value, Mapping):
@@ -291,7 +299,7 @@ class Config:
                 return _literal(old_text), f"${option.old_name}"
         found: Any = _UNSET
         source = "default"
-        layers = [("default", self._defaults), *self._files()]
+        layers = [("default", self._defaults), *files]
         if option is None:  # an option is no mapping, of which variables could set a part
             layers.append(("environment", self._environment(variable)))
         for origin, layer in layers:
@@ -325,7 +333,7 @@ class Config:
         return isinstance(key, str) and self.lookup(key, check=False)[0] not in (_UNSET, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all keys with the values in force."""
+        """Return all keys with the values in force; raises ConfigurationError if a file cannot be used."""
         keys = set(self._defaults) | set(self._assigned)
         for _, layer in self._files():
             keys |= set(layer)
@@ -344,33 +352,40 @@ class Config:
     # -- changing --
 
     def set(self, mapping: Mapping[str, Any] | None = None, **kwargs: Any) -> _Assignment:
-        """Set values from code; used as a context manager, it restores what was there before.
+        """Set values from code; used as a context manager, it takes them back at the end.
+
+        Then its keys have the values of before; but what somebody else has set meanwhile stays.
 
         Args:
             mapping: Keys and values, ``{"a.b": 1}`` or ``{"a": {"b": 1}}``.
             **kwargs: The same, with ``__`` for a dot: ``a__b=1``.
         """
-        changes = dict(mapping or {})
-        changes.update({key.replace("__", "."): value for key, value in kwargs.items()})
+        values = {**(mapping or {}), **{key.replace("__", "."): value for key, value in kwargs.items()}}
+        assignment = _Assignment(self)
+        owner = weakref.ref(assignment)
+        new = [(owner, tuple(key.replace("-", "_").split(".")), _normalised(value)) for key, value in values.items()]
         with self._lock:
-            before = self._assigned
-            after = before
-            for key, value in changes.items():
-                after = _assigned(after, key.replace("-", "_").split("."), value)
-            self._change(after)
-        return _Assignment(self, before)
+            self._change([*_without_hidden(self._changes), *new])
+        return assignment
 
-    def _change(self, assigned: dict[str, Any]) -> None:
+    def _take_back(self, assignment: _Assignment) -> None:
         with self._lock:
+            self._change([change for change in self._changes if change[0]() is not assignment])
+
+    def _change(self, changes: list[_Change]) -> None:
+        assigned: dict[str, Any] = {}
+        for _, path, value in changes:
+            assigned = _assigned(assigned, path, value)
+        with self._lock:
+            self._changes = changes
             self._assigned = assigned
-            self._cache = {}
+            self._cache = {}  # last: who looks a value up just now fills the one of before
 
     def update(self, new: Mapping[str, Any], priority: str = "new") -> None:
         """Merge *new* into what was set in code; with priority ``"old"``, only keys that have no value yet."""
         if priority == "old":
             new = {key: value for key, value in new.items() if key not in self}
-        with self._lock:
-            self._change(_merged(self._assigned, new))
+        self.set(_flattened(new))
 
     def merge(self, *mappings: Mapping[str, Any]) -> None:
         """Merge mappings into what was set in code, the last one wins."""
@@ -386,14 +401,14 @@ class Config:
     def clear(self) -> None:
         """Forget what was set in code and read from files; environment and defaults stay."""
         with self._lock:
-            self._file_layers = []
-            self._change({})
+            self._file_layers, self._file_error = [], ""
+            self._change([])
 
     def refresh(self) -> None:
         """Forget what was set in code and read the files again."""
         with self._lock:
-            self._file_layers = None
-            self._change({})
+            self._file_layers, self._file_error = None, ""
+            self._change([])
 
     # -- files --
 
@@ -405,32 +420,63 @@ class Config:
             os.path.join(sys.prefix, "etc", self.name),
             os.path.join(os.path.expanduser("~"), ".config", self.name),
         ]
-        if self._prefix + "CONFIG" in os.environ:
-            paths.append(os.environ[self._prefix + "CONFIG"])
-        return paths
+        own = os.environ.get(self._prefix + "CONFIG")
+        return [*paths, own] if own else paths
 
     def _files(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return the contents of the files, read at the first use."""
+        """Return the contents of the files, read at the first use; raises ConfigurationError if one cannot be used."""
         with self._lock:
             if self._file_layers is None:
-                self._file_layers = []
-                for path in dict.fromkeys(self.paths):
-                    self._file_layers += _read_config_path(path)
+                self._file_layers = self._read_files()
             return self._file_layers
+
+    def _read_files(self) -> list[tuple[str, dict[str, Any]]]:
+        if not self._file_error:
+            try:
+                own = os.environ.get(self._prefix + "CONFIG")
+                if own and not os.path.exists(own):
+                    raise ConfigurationError(f"${self._prefix}CONFIG names {own}, but there is no such file.")
+                return [layer for path in dict.fromkeys(self.paths) for layer in _read_config_path(path)]
+            except ConfigurationError as error:
+                self._file_error = str(error)
+        raise ConfigurationError(self._file_error)
 
 
 class _Assignment:
-    """What `Config.set` returns: leaving it as a context restores the values of before."""
+    """What `Config.set` returns: leaving it as a context takes back what it has set."""
 
-    def __init__(self, configuration: Config, before: dict[str, Any]) -> None:
+    def __init__(self, configuration: Config) -> None:
         self._configuration = configuration
-        self._before = before
 
     def __enter__(self) -> Config:
         return self._configuration
 
     def __exit__(self, *exc_info: object) -> None:
-        self._configuration._change(self._before)
+        self._configuration._take_back(self)
+
+
+# Whose assignment it is, the path of the key, its value.  One whose assignment nobody holds any more is there to stay.
+_Change = tuple["weakref.ref[_Assignment]", tuple[str, ...], Any]
+
+
+def _without_hidden(changes: Sequence[_Change]) -> list[_Change]:
+    """Return *changes* without those that can never be seen again, behind a later one that is there to stay."""
+    lasting: set[tuple[str, ...]] = set()
+    kept = []
+    for owner, path, value in reversed(changes):
+        if not any(path[:length] in lasting for length in range(1, len(path) + 1)):
+            kept.append((owner, path, value))
+            if owner() is None:
+                lasting.add(path)
+    return kept[::-1]
+
+
+def _flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one of dotted keys to what are no mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
 
 
 def _raw_environment() -> Mapping[Any, Any]:
@@ -462,22 +508,18 @@ def _wrong_value(name: str, key: str, value: Any, source: str, option: _Option, 
 
 
 def _read_config_path(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """Read a file, or the files of a directory in alphabetical order; what cannot be used is a warning."""
-    if os.path.isdir(path):
-        try:
-            names = sorted(os.listdir(path))
-        except OSError as error:
-            warnings.warn(f"Configuration directory {path} is not used: {error}", RuntimeWarning, 2)
-            return []
-        files = [os.path.join(path, name) for name in names if name.endswith((".json", ".toml", ".yaml", ".yml"))]
-    else:
-        files = [path] if os.path.exists(path) else []
+    """Read a file, or the files of a directory in alphabetical order; raises ConfigurationError if one is unusable."""
     layers = []
-    for file in files:
-        try:
+    file = path
+    try:
+        files = [path] if os.path.exists(path) else []
+        if os.path.isdir(path):
+            names = sorted(os.listdir(path))
+            files = [os.path.join(path, name) for name in names if name.endswith((".json", ".toml", ".yaml", ".yml"))]
+        for file in files:
             layers.append((file, _normalised(_read_config_file(file))))
-        except Exception as error:  # each parser has errors of its own, and a file must never stop a program
-            warnings.warn(f"Configuration file {file} is not used: {error}", RuntimeWarning, 2)
+    except Exception as error:  # each parser has errors of its own
+        raise ConfigurationError(f"The configuration in {file} cannot be used: {error}") from None
     return layers
 
 
@@ -507,6 +549,36 @@ def _read_config_file(file: str) -> Mapping[str, Any]:
 
 
 config = Config()
+if hasattr(os, "register_at_fork"):  # another thread of the parent may have held it
+    os.register_at_fork(after_in_child=lambda: setattr(config, "_lock", threading.RLock()))
+
+# -- defaults and ports, by the names that existing programs know --
+
+DEFAULT_MC_GROUP = OPTIONS["mc_group"].default
+DEFAULT_BROADCAST_PORT = OPTIONS["broadcast_port"].default
+DEFAULT_ADDRESS_PUBLISH_PORT = OPTIONS["address_publish_port"].default
+DEFAULT_UNSECURE_ZMQ_NAMESERVER_PORT = OPTIONS["nameserver_port"].default
+DEFAULT_SECURE_ZMQ_NAMESERVER_PORT = 5558
+
+
+def get_configured_broadcast_port() -> int:
+    """Return the port of announcements: the configured `broadcast_port`, else 21200."""
+    return cast(int, config.get("broadcast_port"))
+
+
+def get_configured_address_port() -> int:
+    """Return the port on which nameservers publish addresses: the configured `address_publish_port`, else 16543."""
+    return cast(int, config.get("address_publish_port"))
+
+
+def get_configured_unsecure_zmq_nameserver_port() -> int:
+    """Return the port on which nameservers answer lookups: the configured `nameserver_port`, else 5557."""
+    return cast(int, config.get("nameserver_port"))
+
+
+def get_configured_secure_zmq_nameserver_port() -> int:
+    """Return the port of lookups with CURVE: the configured `secure_zmq_nameserver_port`, else 5558."""
+    return cast(int, config.get("secure_zmq_nameserver_port") or DEFAULT_SECURE_ZMQ_NAMESERVER_PORT)
 
 
 # ======================================================================================================================
@@ -2184,9 +2256,7 @@ class SocketReceiver:
 # ======================================================================================================================
 
 
-def get_configured_nameserver_port() -> int:
-    """Return the port on which nameservers answer lookups: the configured `nameserver_port`, else 5557."""
-    return cast(int, config.get("nameserver_port"))
+get_configured_nameserver_port = get_configured_unsecure_zmq_nameserver_port
 
 
 def _nameserver_endpoint(nameserver: str, port: int) -> str:
@@ -2699,6 +2769,7 @@ class Publisher:
     _LINGER_SECONDS = 30.0  # that the rest may take in the background
 
     def __init__(self, address: str, name: str = "", min_port: int | None = None, max_port: int | None = None) -> None:
+        _backend()  # an unknown one is an error now
         self._name = name
         self._address = _bind_address(address)
         self._port_interval = (min_port, max_port)
@@ -3250,6 +3321,7 @@ class Subscriber:
         message_filter: Callable[[Message], Any] | None = None,
         translate: bool = False,
     ) -> None:
+        _backend()  # an unknown one is an error now
         self._topics = _topic_prefixes(topics)
         self._filter = message_filter
         self._translate = translate
@@ -4728,7 +4800,9 @@ def _assignment(text: str) -> tuple[str, Any]:
     """Return key and value of ``key=value``, for argparse."""
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    if key.replace("-", "_") not in OPTIONS:
+        raise argparse.ArgumentTypeError(f"there is no key {key!r}; 'posttroll config' shows all")
     return key, _literal(value)
 
 

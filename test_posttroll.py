@@ -114,6 +114,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(("POSTTROLL_", "PYTROLL_"))]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("NAMESERVER_PORT", raising=False)
+    (tmp_path / "config").mkdir()
     settings = {
         "ROOT_CONFIG": str(tmp_path / "etc"),
         "CONFIG": str(tmp_path / "config"),
@@ -464,6 +465,112 @@ class TestConfigSet:
         config.pprint(stream=stream)
         assert stream.getvalue() == printed
 
+    def test_a_context_takes_back_its_own_keys_only(self):
+        config.set(mc_ttl=1, broadcast_port=1)
+        with config.set(mc_ttl=2):
+            config.set(broadcast_port=3, own=3)
+            config.update({"nameserver_port": 3})
+        keys = ("mc_ttl", "broadcast_port", "own", "nameserver_port")
+        assert [config[key] for key in keys] == [1, 3, 3, 3]
+
+    def test_a_context_leaves_what_others_have_set_meanwhile(self):
+        config.set(mc_ttl=1)
+        with config.set(mc_ttl=2):
+            config.set(mc_ttl=3)
+        assert config["mc_ttl"] == 3
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+    def test_overlapping_contexts_may_end_in_any_order(self, order):
+        """As those of threads do: what stays is the newest of those that have not ended."""
+        config.set(mc_ttl=10, sub={"a": 10, "b": 10})
+        contexts = [config.set({"mc_ttl": number, "sub.a": number}) for number in range(3)]
+        open_ones = [0, 1, 2]
+        for context in contexts:
+            context.__enter__()
+        for number in order:
+            assert config["mc_ttl"] == config["sub.a"] == max(open_ones)
+            contexts[number].__exit__(None, None, None)
+            open_ones.remove(number)
+        assert config["mc_ttl"] == 10
+        assert config["sub"] == {"a": 10, "b": 10}
+
+    def test_nested_keys_of_overlapping_contexts(self):
+        outer = config.set({"a.b": 1})
+        inner = config.set(a={"c": 2})
+        config.set({"a.d": 3})
+        assert config["a"] == {"c": 2, "d": 3}
+        with inner:
+            pass
+        assert config["a"] == {"b": 1, "d": 3}
+        with outer:
+            pass
+        assert config["a"] == {"d": 3}
+
+    def test_contexts_in_many_threads_leave_nothing(self):
+        """Each sees its own key as it has set it, and the backend as somebody has."""
+        seen = []
+
+        def work(number: int) -> None:
+            for turn in range(100):
+                with config.set({"backend": "secure_zmq", f"own{number}": turn}):
+                    seen.append((config.get("backend"), config[f"own{number}"] == turn))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(seen) == {("secure_zmq", True)}
+        assert config.get("backend") == "unsecure_zmq"
+        assert [key for key in config.to_dict() if key.startswith("own")] == []
+
+    def test_a_value_looked_up_while_it_is_set_does_not_stay(self, monkeypatch):
+        """Whoever is in the middle of looking a key up, with the old value in hand, must not keep it for others."""
+        own = posttroll.Config()
+        find = own._find
+
+        def find_slowly(*args: Any) -> Any:
+            found = find(*args)
+            monkeypatch.setattr(own, "_find", find)
+            own.set(backend="secure_zmq")  # what another thread does meanwhile
+            return found
+
+        monkeypatch.setattr(own, "_find", find_slowly)
+        assert own.get("backend") == "unsecure_zmq"
+        assert own.get("backend") == "secure_zmq"
+
+    def test_setting_the_same_keys_again_and_again_takes_no_memory(self):
+        with config.set(own=0):
+            for number in range(1000):
+                config.set({"mc_ttl": number % 9, "sub.a": number})
+                with config.set(mc_ttl=3):
+                    pass
+            assert len(config._changes) < 10
+        assert (config["mc_ttl"], config["sub.a"]) == (999 % 9, 999)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_child_can_use_it_whatever_another_thread_did_at_the_fork(self):
+        code = """
+import os, threading, posttroll
+held, leave = threading.Event(), threading.Event()
+def hold():
+    with posttroll.config._lock:
+        held.set()
+        leave.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if not child:
+    posttroll.config.set(mc_ttl=3)
+    os._exit(posttroll.config.get("mc_ttl"))
+leave.set()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+        with python(code, stderr=subprocess.DEVNULL) as running:  # newer Pythons warn of forks with threads
+            assert finish(running)[:2] == (0, "3\n")
+
     def test_settings_made_in_many_threads_all_stand(self):
         def work(number):
             for key in range(50):
@@ -478,7 +585,7 @@ class TestConfigSet:
 
 
 class TestConfigFiles:
-    """JSON always, TOML from Python 3.11 on, YAML if PyYAML is there; what cannot be used is a warning."""
+    """JSON always, TOML from Python 3.11 on, YAML if PyYAML is there; with a file that cannot be used, nothing goes."""
 
     def test_json_in_both_directories(self, tmp_path):
         write(tmp_path / "etc", "a.json", '{"own-a": 1, "own_b": 1}')
@@ -518,11 +625,11 @@ class TestConfigFiles:
         assert config["chain.step_name"] == "x"
 
     @pytest.mark.skipif(sys.version_info >= (3, 11), reason="there is tomllib")
-    def test_toml_without_a_reader_is_a_warning(self, tmp_path):
+    def test_toml_without_a_reader(self, tmp_path):
         path = write(tmp_path / "config", "a.toml", "mc_ttl = 3\n")
         config.refresh()
-        with pytest.warns(RuntimeWarning, match=rf"{path} is not used: TOML needs Python 3.11"):
-            assert config["mc_ttl"] == 31
+        with pytest.raises(ConfigurationError, match=rf"{path} cannot be used: TOML needs Python 3.11"):
+            config.get("mc_ttl")
 
     def test_yaml_if_there_is_a_reader(self, tmp_path, monkeypatch):
         try:
@@ -539,26 +646,70 @@ class TestConfigFiles:
         finally:
             sys.modules.pop("yaml", None)
 
-    def test_yaml_without_a_reader_is_a_warning(self, tmp_path, monkeypatch):
+    def test_yaml_without_a_reader(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "yaml", None)
-        path = write(tmp_path / "config", "a.yaml", "mc_ttl: 3\n")
+        path = write(tmp_path / "config", "a.yaml", "backend: secure_zmq\n")
         config.refresh()
-        with pytest.warns(RuntimeWarning, match=rf"{path} is not used: YAML needs PyYAML"):
-            assert config["mc_ttl"] == 31
+        with pytest.raises(ConfigurationError, match=rf"{path} cannot be used: YAML needs PyYAML"):
+            config.get("backend")
 
     @pytest.mark.parametrize(
         "content",
         [b"{", b"[1, 2]", b"3", b"\xff\xfe", b"[" * 100_000, b'"text"'],
         ids=lambda content: repr(content[:9]),
     )
-    def test_a_broken_file_is_a_warning_and_the_others_are_used(self, tmp_path, content):
+    def test_with_a_broken_file_every_use_of_a_key_is_an_error_until_it_is_mended(self, tmp_path, content):
         write(tmp_path / "config", "a.json", '{"own": 1}')
         broken = write(tmp_path / "config", "b.json", "")
         broken.write_bytes(content)
         config.refresh()
-        with pytest.warns(RuntimeWarning, match=rf"Configuration file {broken} is not used: ."):
-            assert config["own"] == 1
-        assert config["own"] == 1  # said once, not at each look-up
+        config.set(of_code=1)
+        uses: list[Callable[[], Any]] = [
+            lambda: config.get("own"),
+            lambda: config.get("of_code"),
+            lambda: config.get("nonesuch", 5),
+            lambda: config["nameserver_port"],  # the environment has it
+            lambda: "own" in config,
+            config.to_dict,
+            config.pprint,
+            lambda: config.lookup("own", check=False),
+        ]
+        for use in uses * 2:
+            with pytest.raises(ConfigurationError, match=rf"{broken} cannot be used: ."):
+                use()
+        broken.write_text('{"other": 2}')
+        with pytest.raises(ConfigurationError):
+            config.get("own")
+        config.refresh()
+        assert (config["own"], config["other"]) == (1, 2)
+
+    def test_a_file_that_breaks_later_is_noticed_when_the_files_are_read_again(self, tmp_path):
+        path = write(tmp_path / "config", "a.json", '{"own": 1}')
+        config.refresh()
+        assert config["own"] == 1
+        path.write_text("{")
+        assert config["own"] == 1
+        config.refresh()
+        with pytest.raises(ConfigurationError):
+            config["own"]
+        config.clear()  # nothing of files is asked for any more
+        assert config.get("own", None) is None
+
+    def test_a_variable_that_names_nothing(self, tmp_path, monkeypatch):
+        missing = tmp_path / "mine.json"
+        monkeypatch.setenv("POSTTROLL_CONFIG", str(missing))
+        config.refresh()
+        with pytest.raises(ConfigurationError, match=rf"\$POSTTROLL_CONFIG names {missing}, but there is no such file"):
+            config.get("backend")
+        monkeypatch.setenv("POSTTROLL_CONFIG", "")  # as good as not set
+        config.refresh()
+        assert config.get("backend") == "unsecure_zmq"
+
+    def test_a_link_to_nothing_is_an_error(self, tmp_path):
+        (tmp_path / "config" / "a.json").symlink_to(tmp_path / "gone.json")
+        config.refresh()
+        with pytest.raises(ConfigurationError, match=r"config/a\.json cannot be used: .*No such file"):
+            config.get("backend")
 
     def test_an_empty_file_of_nothing_is_fine(self, tmp_path):
         write(tmp_path / "config", "a.json", "null")
@@ -571,14 +722,77 @@ class TestConfigFiles:
         config.refresh()
         assert config["mc_ttl"] == 31
 
-    def test_a_broken_file_does_not_stop_a_program(self, tmp_path):
-        """Not at import, nor later; the warning names the file."""
+    def test_a_broken_file_does_not_stop_the_import(self, tmp_path):
+        """A program that needs no key runs; one that does has the error there."""
         broken = write(tmp_path / "config", "b.json", "{")
-        code = "import posttroll; print(posttroll.config['mc_ttl'])"
+        code = "import posttroll; print(1); posttroll.Publisher('tcp://127.0.0.1:0')"
         with python(code) as running:
             status, out, err = finish(running)
-        assert (status, out) == (0, "31\n")
-        assert str(broken) in err
+        assert (status, out) == (1, "1\n")
+        assert f"ConfigurationError: The configuration in {broken} cannot be used: " in err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["posttroll.py", "publish", "/a", "info", "x", "--wait", "0"],
+            ["posttroll.py", "subscribe", "--timeout", "1"],
+            ["posttroll.py", "services"],
+            ["posttroll.py", "config"],
+            ["posttroll.py", "config", "--set", "mc_ttl=3"],
+            ["posttroll.py", "top", "-n", "1"],
+            ["posttroll.py", "logger"],
+            ["posttroll.py", "nameserver"],
+            ["posttroll_ns.py", "--no-multicast"],
+            ["posttroll_ns.py", "-d", "start"],
+            ["posttroll_ns.py", "-d", "restart", "--pid-file", "{tmp}/pid"],
+        ],
+        ids=" ".join,
+    )
+    def test_commands_refuse_to_start(self, tmp_path, command):
+        """In a world with everything else in order: other files, keys in the environment."""
+        write(tmp_path / "config", "a.json", '{"mc_ttl": 3}')
+        broken = write(tmp_path / "config", "b.json", '{"backend": "secure_zmq",}')
+        write(tmp_path / "config", "c.json", '{"pub_min_port": 50000}')
+        script, *args = [word.format(tmp=tmp_path) for word in command]
+        with process(sys.executable, HERE / script, *args) as running:
+            status, out, err = finish(running)
+        assert (status, out, len(err.splitlines())) == (1, "", 1), err
+        assert f"The configuration in {broken} cannot be used: " in err
+
+    def test_a_daemon_with_a_broken_file_is_not_restarted_but_can_be_stopped(self, tmp_path):
+        def daemon(action: str) -> tuple[int, str, str]:
+            words = ["-d", action, "--no-multicast", "--pid-file", tmp_path / "pid", "-l", tmp_path / "log"]
+            with process(sys.executable, NAMESERVER, *words) as running:
+                return finish(running)
+
+        assert daemon("start")[0] == 0
+        try:
+            pid = (tmp_path / "pid").read_text()
+            write(tmp_path / "config", "a.json", "{")
+            status, _, err = daemon("restart")
+            assert status == 1
+            assert "a.json cannot be used" in err
+            assert daemon("status") == (0, f"nameserver: running (process {pid.strip()})\n", "")
+        finally:
+            assert daemon("stop")[0] == 0
+        assert not (tmp_path / "pid").exists()
+
+    @pytest.mark.parametrize("script", [LIBRARY, NAMESERVER], ids=lambda path: path.stem)
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("nameserver_prot=5600", "there is no key 'nameserver_prot'"),
+            ("backend.x=secure_zmq", "there is no key 'backend.x'"),
+            ("backend", "'backend' is not KEY=VALUE"),
+            ("=1", "'=1' is not KEY=VALUE"),
+        ],
+    )
+    def test_an_unknown_key_for_a_command_is_refused(self, script, text, said):
+        words = ["--set", text] if script is NAMESERVER else ["config", "--set", text]
+        with process(sys.executable, script, *words) as running:
+            status, out, err = finish(running)
+        assert (status, out) == (2, "")
+        assert said in err
 
     def test_a_wrong_value_in_a_file_names_the_file(self, tmp_path):
         path = write(tmp_path / "config", "a.json", '{"mc_ttl": "far"}')
@@ -656,6 +870,29 @@ class TestConfigOldNamesAndWrongValues:
     def test_an_unknown_backend_is_not_implemented(self):
         with config.set(backend="carrier_pigeon"), pytest.raises(NotImplementedError, match="carrier_pigeon"):
             config.get("backend")
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: posttroll.Publisher("tcp://127.0.0.1:0"),
+            lambda: posttroll.Subscriber([]),
+            lambda: posttroll.Subscriber(["tcp://127.0.0.1:9"]),
+            posttroll_ns.NameServer,
+        ],
+    )
+    def test_an_unknown_backend_is_an_error_of_the_constructors(self, make):
+        with config.set(backend="carrier_pigeon"), pytest.raises(NotImplementedError, match="carrier_pigeon"):
+            make()
+
+    @pytest.mark.parametrize(
+        "command", [["posttroll.py", "subscribe"], ["posttroll_ns.py"], ["posttroll_ns.py", "-d", "start"]]
+    )
+    def test_an_unknown_backend_ends_a_command_with_one_line(self, command):
+        script, *args = command
+        with process(sys.executable, HERE / script, *args, "--set", "backend=carrier_pigeon") as running:
+            status, out, err = finish(running)
+        assert (status, out, len(err.splitlines())) == (1, "", 1), err
+        assert "carrier_pigeon" in err
 
     def test_a_wrong_value_shows_in_to_dict_all_the_same(self):
         with config.set(mc_ttl="far"):
@@ -4125,7 +4362,6 @@ class TestConfigCommand:
     """``posttroll config``."""
 
     def test_every_key_with_its_source(self, tmp_path, monkeypatch):
-        (tmp_path / "config").mkdir()
         (tmp_path / "config" / "a.json").write_text('{"mc_ttl": 7}')
         status, out, err = run_command("config", "--json")
         assert (status, err) == (0, "")
@@ -4182,12 +4418,11 @@ class TestDoctor:
         assert any(line.startswith("FAIL") and cause in line and "->" in line for line in out.splitlines()), out
 
     def test_a_file_that_cannot_be_used(self, tmp_path):
-        (tmp_path / "config").mkdir()
         path = tmp_path / "config" / "a.json"
         path.write_text("{")
         status, out, _ = run_command("doctor")
         assert status == 1
-        assert re.search(rf"FAIL.*{re.escape(str(path))} is not used", out)
+        assert re.search(rf"FAIL  configuration: .*{re.escape(str(path))} cannot be used: ", out)
 
     def test_a_misspelt_key(self, monkeypatch):
         monkeypatch.setenv("POSTTROLL_NAMESERVERPORT", "5557")
