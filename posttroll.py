@@ -61,7 +61,8 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
+from datetime import time as time_of_day
 from functools import partial
 from itertools import chain, count
 from typing import Any, Callable, Union, cast
@@ -610,28 +611,35 @@ class MessageError(Exception):
 
 # -- datetimes --
 
-# ISO 8601, extended form: a date, or date and time of day down to minutes, seconds or fractions, with or without zone.
-# The first pattern is what datetime.isoformat() writes, which every Python reads alike; the second is all the rest.
+# ISO 8601: date and time of day down to minutes, seconds or fractions, with or without zone, in extended or basic form
+# with T or a blank between them; or a date alone in extended form.  The first pattern is what datetime.isoformat()
+# writes, which every Python reads alike; in the second, what is separated in the date is separated in the rest too.
 _ISO_FORMAT = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
 _DATETIME = re.compile(
-    r"(\d{4}-\d\d-\d\d)(?:T([01]\d|2[0-3])(:\d\d)(?:(:\d\d)(?:[.,](\d+))?)?(Z|[+-]\d\d(?::\d\d(?::\d\d(?:\.\d{6})?)?)?)?)?",
+    r"(\d{4})(?P<dash>-)?(\d\d)(?(dash)-)(\d\d)"
+    r"(?:[T ]([01]\d|2[0-3])(?(dash):)(\d\d)(?:(?(dash):)(\d\d)(?:[.,](\d+))?)?"
+    r"(?:(Z)|([+-]\d\d)(?:(?(dash):)(\d\d)(?:(?(dash):)(\d\d(?:\.\d{6})?))?)?)?)?",
     re.ASCII,
 )
-_JSON_DATE = re.compile(r'"\d\d\d\d-\d\d-\d\d["T]', re.ASCII)
+_JSON_DATE = re.compile(r'"\d\d\d\d-?\d\d-?\d\d["T ]', re.ASCII)  # what may be one, quickly found
 
 
 def _parse_datetime(text: str) -> datetime | None:
-    """Return the datetime that *text* is in ISO 8601 extended form, None if it is none."""
+    """Return the datetime that *text* is in ISO 8601, None if it is none."""
     if _ISO_FORMAT.fullmatch(text) is None:
         match = _DATETIME.fullmatch(text)
         if match is None:
             return None
-        date, hours, minutes, seconds, fraction, zone = match.groups()
-        text = f"{date}T{hours or '00'}{minutes or ':00'}{seconds or ':00'}"
+        year, dash, month, day, hour, minute, second, fraction, is_utc, zone, zone_minutes, zone_seconds = (
+            match.groups()
+        )
+        if not (dash or hour):  # digits alone are as often a number
+            return None
+        text = f"{year}-{month}-{day}T{hour or '00'}:{minute or '00'}:{second or '00'}"
         if fraction:
             text += "." + fraction[:6].ljust(6, "0")
-        if zone:
-            text += "+00:00" if zone == "Z" else zone + (":00" if len(zone) == 3 else "")
+        if is_utc or zone:
+            text += f"{zone or '+00'}:{zone_minutes or '00'}" + (f":{zone_seconds}" if zone_seconds else "")
     try:
         return datetime.fromisoformat(text)
     except ValueError:  # the 31st of February, an offset of 99 hours
@@ -656,7 +664,7 @@ def datetime_decoder(dct: Any) -> Any:
             for key, value in container.items() if type(container) is dict else enumerate(container):
                 kind = type(value)
                 if kind is str:
-                    if len(value) > 9 and value[4] == "-" and value[7] == "-":
+                    if "0" <= value < ":" and len(value) > 9 and (value[4] == "-" or value[8] in "T "):
                         moment = _parse_datetime(value)
                         if moment is not None:
                             container[key] = moment
@@ -683,15 +691,13 @@ def datetime_encoder(obj: Any, encoder: Callable[[Any], str]) -> str:
 
 
 def _isoformat(obj: Any) -> str:
-    if isinstance(obj, datetime):
+    if isinstance(obj, (date, time_of_day)):  # a datetime is a date
         return obj.isoformat()
     raise TypeError(f"{type(obj).__name__} is not JSON serializable")
 
 
 def _isoformat_without_timezone(obj: Any) -> str:
-    if isinstance(obj, datetime):
-        return obj.replace(tzinfo=None).isoformat()
-    raise TypeError(f"{type(obj).__name__} is not JSON serializable")
+    return _isoformat(obj.replace(tzinfo=None) if isinstance(obj, (datetime, time_of_day)) else obj)
 
 
 def create_datetime_encoder_for_version(version: str = "v1.2") -> Callable[[Any], str]:
@@ -742,11 +748,13 @@ _from_json = json.JSONDecoder().decode
 
 
 class _DatetimeFoundError(Exception):
-    """There is a datetime in data that are encoded without one."""
+    """There is a datetime, or a time of day with a time zone, in data that are encoded without one."""
 
 
-def _refuse_datetime(obj: Any) -> Any:
-    raise _DatetimeFoundError if isinstance(obj, datetime) else TypeError(f"{type(obj).__name__} is no JSON")
+def _refuse_datetime(obj: Any) -> str:
+    if isinstance(obj, datetime) or (isinstance(obj, time_of_day) and obj.tzinfo):
+        raise _DatetimeFoundError
+    return _isoformat(obj)
 
 
 _to_json_without_datetime = json.JSONEncoder(check_circular=False, default=_refuse_datetime).encode
@@ -777,7 +785,7 @@ def _check_nesting(data: Any) -> None:
     raise _nested_too_deep()
 
 
-_ATOMS = frozenset((str, int, float, bool, type(None), datetime))
+_ATOMS = frozenset((str, int, float, bool, type(None), datetime, date, time_of_day))
 
 
 def _is_plainly_json(data: Any, depth: int = _MAX_DEPTH) -> bool:
@@ -842,6 +850,8 @@ def _encode_data(data: Any, binary: bool, version: str) -> tuple[str, str, str]:
     Raises:
         MessageError: The data cannot be encoded, or the version is not known.
     """
+    if type(data) is not str and isinstance(data, str):
+        data = str.__str__(data)  # a text may be an enum, whose name is what it would be formatted as
     if isinstance(data, str) and not binary:
         if not data:
             return "", "", _lowest(version)
@@ -1026,6 +1036,7 @@ class Message:
         are_texts = type(subject) is type(atype) is type(sender) is str
         if not (are_texts and subject in _checked_fields and atype in _checked_fields and sender in _checked_fields):
             _check_header(subject, atype, sender)
+            subject, atype, sender = map(str.__str__, (subject, atype, sender))
         if not _keeps_timezone(version):
             moment = moment.replace(tzinfo=None)
         return f"{_MAGICK}{subject} {atype} {sender} {moment.isoformat()} {version}{prefix}{text}"

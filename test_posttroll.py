@@ -13,6 +13,7 @@ import base64
 import contextlib
 import copy
 import datetime as dt
+import enum
 import errno
 import fcntl
 import importlib
@@ -979,6 +980,31 @@ class TestWireFormat:
         assert message.head == f"{HEADER}+00:00 v1.2"
         assert str(message) == repr(message) == message.encode()
 
+    @pytest.mark.parametrize("binary", [False, True])
+    def test_text_of_other_classes_is_sent_as_its_text(self, binary):
+        """Also that of an enum, which newer Pythons format as its name."""
+
+        class Platform(str, enum.Enum):
+            METOP = "Metop-C"
+
+        class Odd(str):
+            __slots__ = ()
+
+            def __str__(self) -> str:
+                return "odd"
+
+            def __format__(self, spec: str) -> str:
+                return "odd"
+
+        for text in (Platform.METOP, Odd("Metop-C")):
+            mime = "binary/octet-stream" if binary else "text/ascii"
+            message = message_of(text, binary=binary)
+            assert message.encode() == f"{HEADER}+00:00 v1.2 {mime} Metop-C"
+            nested = message_of({"a": text, text: [text]}).encode()
+            assert nested == HEADER + '+00:00 v1.2 application/json {"a": "Metop-C", "Metop-C": ["Metop-C"]}'
+            message.subject = message.type = message.sender = text
+            assert message.head == f"pytroll:/Metop-C Metop-C Metop-C {NOON.isoformat()} v1.2"
+
     def test_the_documented_message(self):
         raw = 'pytroll://DC/juhu info henry@prodsat 2010-12-01T12:21:11.123456 v1.01 application/json "jhuuuu !!!"'
         message = Message.decode(raw)
@@ -1253,7 +1279,7 @@ class TestBrokenMessages:
 class TestDataThatCannotBeEncoded:
     @pytest.mark.parametrize(
         "data",
-        [object(), {1, 2}, {"a": object()}, [1j], {(1, 2): 3}, {"a": b"bytes"}, dt.date(2020, 1, 1), Message],
+        [object(), {1, 2}, {"a": object()}, [1j], {(1, 2): 3}, {"a": b"bytes"}, dt.timedelta(1), Message],
         ids=lambda data: repr(data)[:40],
     )
     def test_refused_by_constructor_and_encode(self, data):
@@ -1343,7 +1369,7 @@ class TestChangedAfterConstruction:
 
 
 class TestIsoForms:
-    """ISO 8601 date-times in extended form in JSON come back as datetimes, on every Python alike."""
+    """ISO 8601 date-times in JSON come back as datetimes, on every Python alike."""
 
     @pytest.mark.parametrize(
         ("text", "moment"),
@@ -1360,6 +1386,15 @@ class TestIsoForms:
             ("2010-12-01T12:21+01", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(dt.timedelta(hours=1)))),
             ("2010-12-01T12:21-01:30:15.000001", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(-ODD_OFFSET))),
             ("2010-12-01T12:21-01:30", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(-dt.timedelta(hours=1.5)))),
+            ("2010-12-01 12:21:11", dt.datetime(2010, 12, 1, 12, 21, 11)),
+            ("2010-12-01 12:21:11.123456Z", NOON),
+            ("20101201T122111", dt.datetime(2010, 12, 1, 12, 21, 11)),
+            ("20101201 122111", dt.datetime(2010, 12, 1, 12, 21, 11)),
+            ("20101201T1221", dt.datetime(2010, 12, 1, 12, 21)),
+            ("20101201T122111.123456789Z", NOON),
+            ("20101201T122111,5", dt.datetime(2010, 12, 1, 12, 21, 11, 500000)),
+            ("20101201T122111+0130", dt.datetime(2010, 12, 1, 12, 21, 11, tzinfo=dt.timezone(dt.timedelta(hours=1.5)))),
+            ("20101201T122111-01", dt.datetime(2010, 12, 1, 12, 21, 11, tzinfo=dt.timezone(-dt.timedelta(hours=1)))),
             ("2010-12-01", dt.datetime(2010, 12, 1)),
             ("0001-01-01T00:00:00", dt.datetime(1, 1, 1)),
             ("9999-12-31T23:59:59.999999", dt.datetime.max),
@@ -1374,12 +1409,26 @@ class TestIsoForms:
         "text",
         [
             "20101201",
-            "20101201T122111",
+            "20101201122111",
+            "20101201 ",
+            "20101201T",
+            "20101201T12",
+            "20101201T12211",
+            "20101201T12:21:11",
+            "20101201T122111+01:00",
+            "20101301T122111",
+            "20101201T242111",
+            "20101201T122111.",
+            "20101201  122111",
+            "1201T1221",
+            "12345678 items",
             "2010-W48-3",
             "2010-335",
             "2010-12",
             "2010-12-1",
-            "2010-12-01 12:21:11",
+            "2010-12-01 122111",
+            "2010-12-01  12:21:11",
+            "2010-1201T12:21:11",
             "2010-12-01T",
             "2010-12-01T12",
             "2010-12-01t12:21:11",
@@ -1404,6 +1453,38 @@ class TestIsoForms:
         message = Message.decode(f"{HEADER} v1.2 application/json {json.dumps([text, {'a': text}])}")
         assert message.data == [text, {"a": text}]
         assert Message.decode(f"{HEADER} v1.2 application/json {json.dumps(text)}").data == text
+
+    def test_all_forms_among_others(self):
+        """The first form in the text alone must not decide what is looked for."""
+        data = {
+            "basic": ["20240419T111411", "x"],
+            "deep": {"blank": "2024-04-19 11:14:11", "number": "20240419", "day": "2024-04-19"},
+            "text": "segment 20240419T111411",
+        }
+        moment = dt.datetime(2024, 4, 19, 11, 14, 11)
+        assert Message.decode(f"{HEADER} v1.2 application/json {json.dumps(data)}").data == {
+            "basic": [moment, "x"],
+            "deep": {"blank": moment, "number": "20240419", "day": dt.datetime(2024, 4, 19)},
+            "text": "segment 20240419T111411",
+        }
+
+    @pytest.mark.parametrize("version", ["v1.2", "v1.01", "auto"])
+    def test_dates_and_times_of_day_are_sent_in_iso_form(self, version):
+        zone = dt.timezone(dt.timedelta(hours=2))
+        data = {"day": dt.date(2024, 4, 19), "times": [dt.time(11, 14), dt.time(11, 14, 11, 5, tzinfo=zone)]}
+        text = message_of(data, version=version).encode()
+        offset = "" if version == "v1.01" else "+02:00"  # auto: the lowest version that loses nothing
+        assert text.split(" ")[4] == ("v1.2" if version == "auto" else version)
+        assert text.endswith(f'{{"day": "2024-04-19", "times": ["11:14:00", "11:14:11.000005{offset}"]}}')
+        assert Message.decode(text).data == {
+            "day": dt.datetime(2024, 4, 19),
+            "times": ["11:14:00", f"11:14:11.000005{offset}"],
+        }
+        assert posttroll.message.is_valid_data(data)
+
+    def test_dates_and_times_without_zone_lose_nothing_in_the_lowest_version(self):
+        text = message_of([dt.date(2024, 4, 19), dt.time(11, 14)], version="auto").encode()
+        assert text.endswith(' v1.01 application/json ["2024-04-19", "11:14:00"]')
 
     def test_keys_stay_text(self):
         raw = f'{HEADER} v1.2 application/json {{"2010-12-01": 1}}'
