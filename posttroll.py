@@ -33,15 +33,24 @@ Copy it into any package; the only dependency is pyzmq.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import atexit
 import base64
 import binascii
 import errno
+import getpass
 import importlib
+import io
+import ipaddress
 import json
+import logging
 import os
+import queue
+import random
 import re
+import signal
+import socket
 import struct
 import sys
 import threading
@@ -49,70 +58,23 @@ import time
 import types
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
-from functools import cache, partial
-from itertools import chain, count
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Union,
-    cast,
-)
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as time_of_day
+from functools import partial
+from heapq import heappop, heappush
+from itertools import chain, count, islice, takewhile
+from typing import Any, Callable, Union, cast
 
 import zmq
+from zmq.utils import z85
+
+if sys.platform != "win32":
+    import pwd
 
 __version__ = "2.0.0"
-
-
-class _LateModule:
-    """A module of the standard library that is imported when it is first used.
-
-    Three of them took more than half of the time of our own import.
-    """
-
-    def __init__(self, name: str) -> None:
-        vars(self)["_name"] = name
-
-    def _import(self) -> types.ModuleType:
-        module = importlib.import_module(self._name)
-        globals()[self._name] = module  # from now on it is used directly
-        return module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._import(), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._import(), name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._import(), name)
-
-
-class _LatePattern:
-    """A regular expression that is compiled when it is first used."""
-
-    def __init__(self, pattern: str | bytes, flags: int = 0) -> None:
-        self._arguments: tuple[Any, int] = (pattern, flags)
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(re.compile(*self._arguments), name)
-        setattr(self, name, method)
-        return method
-
-
-if TYPE_CHECKING:
-    import argparse
-    import io
-    import logging
-    import queue
-    import socket
-    from collections.abc import AsyncIterator
-else:
-    logging, queue, socket = _LateModule("logging"), _LateModule("queue"), _LateModule("socket")
 
 
 # ======================================================================================================================
@@ -174,30 +136,8 @@ _UNSET: Any = object()
 
 
 def _log(path: str) -> logging.Logger:
-    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``, for now."""
-    name = f"{__name__}.{path}"
-    return logging.getLogger(name) if "logging" in sys.modules else cast("logging.Logger", _UnheardLogger(name))
-
-
-class _UnheardLogger:
-    """The logger of a program that has not imported `logging`: nobody can have asked for less than warnings."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def debug(self, text: str, *args: Any) -> None:
-        """Do nothing."""
-
-    info = debug
-
-    def __getattr__(self, method: str) -> Any:
-        try:
-            return getattr(logging.getLogger(self._name), method)
-        except OSError:  # no file descriptors left to import it: the program goes on all the same
-            return self._print
-
-    def _print(self, *args: Any) -> None:
-        print(self._name, *args, file=sys.stderr)
+    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``."""
+    return logging.getLogger(f"{__name__}.{path}")
 
 
 def _nested_get(tree: Mapping[str, Any], parts: Sequence[str]) -> Any:
@@ -271,6 +211,9 @@ class Config:
     A key is a name such as ``nameserver_port``; ``-`` and ``_`` are alike, and ``"a.b"`` (in keyword arguments and
     the environment ``a__b``) is key ``b`` in the mapping ``a``.  The environment variable of a key is
     ``POSTTROLL_<KEY>``; its value is read as a Python literal if it is one, and it is read when the key is asked for.
+
+    Files are read once, when the first key is asked for.  If one of them cannot be used, every use of any key raises
+    `ConfigurationError` until `refresh` has read them again: what they might say must not be taken for not said.
     """
 
     def __init__(self, name: str = "posttroll", options: Mapping[str, _Option] = OPTIONS) -> None:
@@ -278,9 +221,11 @@ class Config:
         self._options = options
         self._prefix = name.upper() + "_"
         self._lock = threading.RLock()
-        self._assigned: dict[str, Any] = {}
+        self._changes: list[_Change] = []  # of code, the oldest first
+        self._assigned: dict[str, Any] = {}  # what they make together
         self._defaults: dict[str, Any] = {key: option.default for key, option in options.items()}
         self._file_layers: list[tuple[str, dict[str, Any]]] | None = None
+        self._file_error = ""
         self._cache: dict[str, tuple[Any, Any, Any, Any]] = {}  # what was found, as long as the environment is the same
 
     # -- reading --
@@ -295,7 +240,8 @@ class Config:
 
         Raises:
             KeyError: No layer has the key, and there is no *default*.
-            ConfigurationError: The value is of the wrong type; the error names the key, the value and its source.
+            ConfigurationError: The value is of the wrong type; the error names the key, the value and its source.  Or a
+                configuration file cannot be used; the error names the file and the reason.
         """
         if override_with is not None:
             return override_with
@@ -323,13 +269,15 @@ class Config:
             check: Whether a value of the wrong type is an error; else it is returned as it is.
 
         Raises:
-            ConfigurationError: The value is of the wrong type.
+            ConfigurationError: The value is of the wrong type, or a configuration file cannot be used.
         """
         key = key.replace("-", "_")
         option = self._options.get(key)
         variable = self._prefix + key.upper().replace(".", "__")
-        text = os.environ.get(variable)
-        value, source = self._find(key, variable, text, option)
+        cache = self._cache  # before anything is read: if something changes meanwhile, this one is not in use any more
+        raw_variable = _raw_variable(variable)
+        raw_text = _raw_environment().get(raw_variable)
+        value, source = self._find(key, variable, os.environ.get(variable), option)
         if option is None or not check:
             return value, source
         if value is not None or option.default is not None:
@@ -337,13 +285,13 @@ class Config:
                 value = _as_kind(value, option.kind)
             except ValueError as expected:
                 raise _wrong_value(self.name, key, value, source, option, str(expected)) from None
-        raw_variable = _raw_variable(variable)
         old_variable = _raw_variable(option.old_name or "")  # there is never one without a name
-        self._cache[key] = (raw_variable, _raw_environment().get(raw_variable), old_variable, value)
+        cache[key] = (raw_variable, raw_text, old_variable, value)
         return value, source
 
     def _find(self, key: str, variable: str, text: str | None, option: _Option | None) -> tuple[Any, str]:
         """Return the unchecked value of *key* from the first layer that has it."""
+        files = self._files()
         parts = key.split(".")
         value = _nested_get(self._assigned, parts)
         if value is not _UNSET and not isinstance(value, Mapping):
@@ -357,7 +305,7 @@ class Config:
                 return _literal(old_text), f"${option.old_name}"
         found: Any = _UNSET
         source = "default"
-        layers = [("default", self._defaults), *self._files()]
+        layers = [("default", self._defaults), *files]
         if option is None:  # an option is no mapping, of which variables could set a part
             layers.append(("environment", self._environment(variable)))
         for origin, layer in layers:
@@ -391,7 +339,7 @@ class Config:
         return isinstance(key, str) and self.lookup(key, check=False)[0] not in (_UNSET, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all keys with the values in force."""
+        """Return all keys with the values in force; raises ConfigurationError if a file cannot be used."""
         keys = set(self._defaults) | set(self._assigned)
         for _, layer in self._files():
             keys |= set(layer)
@@ -410,33 +358,40 @@ class Config:
     # -- changing --
 
     def set(self, mapping: Mapping[str, Any] | None = None, **kwargs: Any) -> _Assignment:
-        """Set values from code; used as a context manager, it restores what was there before.
+        """Set values from code; used as a context manager, it takes them back at the end.
+
+        Then its keys have the values of before; but what somebody else has set meanwhile stays.
 
         Args:
             mapping: Keys and values, ``{"a.b": 1}`` or ``{"a": {"b": 1}}``.
             **kwargs: The same, with ``__`` for a dot: ``a__b=1``.
         """
-        changes = dict(mapping or {})
-        changes.update({key.replace("__", "."): value for key, value in kwargs.items()})
+        values = {**(mapping or {}), **{key.replace("__", "."): value for key, value in kwargs.items()}}
+        assignment = _Assignment(self)
+        owner = weakref.ref(assignment)
+        new = [(owner, tuple(key.replace("-", "_").split(".")), _normalised(value)) for key, value in values.items()]
         with self._lock:
-            before = self._assigned
-            after = before
-            for key, value in changes.items():
-                after = _assigned(after, key.replace("-", "_").split("."), value)
-            self._change(after)
-        return _Assignment(self, before)
+            self._change([*_without_hidden(self._changes), *new])
+        return assignment
 
-    def _change(self, assigned: dict[str, Any]) -> None:
+    def _take_back(self, assignment: _Assignment) -> None:
         with self._lock:
+            self._change([change for change in self._changes if change[0]() is not assignment])
+
+    def _change(self, changes: list[_Change]) -> None:
+        assigned: dict[str, Any] = {}
+        for _, path, value in changes:
+            assigned = _assigned(assigned, path, value)
+        with self._lock:
+            self._changes = changes
             self._assigned = assigned
-            self._cache = {}
+            self._cache = {}  # last: who looks a value up just now fills the one of before
 
     def update(self, new: Mapping[str, Any], priority: str = "new") -> None:
         """Merge *new* into what was set in code; with priority ``"old"``, only keys that have no value yet."""
         if priority == "old":
             new = {key: value for key, value in new.items() if key not in self}
-        with self._lock:
-            self._change(_merged(self._assigned, new))
+        self.set(_flattened(new))
 
     def merge(self, *mappings: Mapping[str, Any]) -> None:
         """Merge mappings into what was set in code, the last one wins."""
@@ -452,14 +407,14 @@ class Config:
     def clear(self) -> None:
         """Forget what was set in code and read from files; environment and defaults stay."""
         with self._lock:
-            self._file_layers = []
-            self._change({})
+            self._file_layers, self._file_error = [], ""
+            self._change([])
 
     def refresh(self) -> None:
         """Forget what was set in code and read the files again."""
         with self._lock:
-            self._file_layers = None
-            self._change({})
+            self._file_layers, self._file_error = None, ""
+            self._change([])
 
     # -- files --
 
@@ -471,32 +426,63 @@ class Config:
             os.path.join(sys.prefix, "etc", self.name),
             os.path.join(os.path.expanduser("~"), ".config", self.name),
         ]
-        if self._prefix + "CONFIG" in os.environ:
-            paths.append(os.environ[self._prefix + "CONFIG"])
-        return paths
+        own = os.environ.get(self._prefix + "CONFIG")
+        return [*paths, own] if own else paths
 
     def _files(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return the contents of the files, read at the first use."""
+        """Return the contents of the files, read at the first use; raises ConfigurationError if one cannot be used."""
         with self._lock:
             if self._file_layers is None:
-                self._file_layers = []
-                for path in dict.fromkeys(self.paths):
-                    self._file_layers += _read_config_path(path)
+                self._file_layers = self._read_files()
             return self._file_layers
+
+    def _read_files(self) -> list[tuple[str, dict[str, Any]]]:
+        if not self._file_error:
+            try:
+                own = os.environ.get(self._prefix + "CONFIG")
+                if own and not os.path.exists(own):
+                    raise ConfigurationError(f"${self._prefix}CONFIG names {own}, but there is no such file.")
+                return [layer for path in dict.fromkeys(self.paths) for layer in _read_config_path(path)]
+            except ConfigurationError as error:
+                self._file_error = str(error)
+        raise ConfigurationError(self._file_error)
 
 
 class _Assignment:
-    """What `Config.set` returns: leaving it as a context restores the values of before."""
+    """What `Config.set` returns: leaving it as a context takes back what it has set."""
 
-    def __init__(self, configuration: Config, before: dict[str, Any]) -> None:
+    def __init__(self, configuration: Config) -> None:
         self._configuration = configuration
-        self._before = before
 
     def __enter__(self) -> Config:
         return self._configuration
 
     def __exit__(self, *exc_info: object) -> None:
-        self._configuration._change(self._before)
+        self._configuration._take_back(self)
+
+
+# Whose assignment it is, the path of the key, its value.  One whose assignment nobody holds any more is there to stay.
+_Change = tuple["weakref.ref[_Assignment]", tuple[str, ...], Any]
+
+
+def _without_hidden(changes: Sequence[_Change]) -> list[_Change]:
+    """Return *changes* without those that can never be seen again, behind a later one that is there to stay."""
+    lasting: set[tuple[str, ...]] = set()
+    kept = []
+    for owner, path, value in reversed(changes):
+        if not any(path[:length] in lasting for length in range(1, len(path) + 1)):
+            kept.append((owner, path, value))
+            if owner() is None:
+                lasting.add(path)
+    return kept[::-1]
+
+
+def _flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one of dotted keys to what are no mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
 
 
 def _raw_environment() -> Mapping[Any, Any]:
@@ -528,22 +514,18 @@ def _wrong_value(name: str, key: str, value: Any, source: str, option: _Option, 
 
 
 def _read_config_path(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """Read a file, or the files of a directory in alphabetical order; what cannot be used is a warning."""
-    if os.path.isdir(path):
-        try:
-            names = sorted(os.listdir(path))
-        except OSError as error:
-            warnings.warn(f"Configuration directory {path} is not used: {error}", RuntimeWarning, 2)
-            return []
-        files = [os.path.join(path, name) for name in names if name.endswith((".json", ".toml", ".yaml", ".yml"))]
-    else:
-        files = [path] if os.path.exists(path) else []
+    """Read a file, or the files of a directory in alphabetical order; raises ConfigurationError if one is unusable."""
     layers = []
-    for file in files:
-        try:
+    file = path
+    try:
+        files = [path] if os.path.exists(path) else []
+        if os.path.isdir(path):
+            names = sorted(os.listdir(path))
+            files = [os.path.join(path, name) for name in names if name.endswith((".json", ".toml", ".yaml", ".yml"))]
+        for file in files:
             layers.append((file, _normalised(_read_config_file(file))))
-        except Exception as error:  # each parser has errors of its own, and a file must never stop a program
-            warnings.warn(f"Configuration file {file} is not used: {error}", RuntimeWarning, 2)
+    except Exception as error:  # each parser has errors of its own
+        raise ConfigurationError(f"The configuration in {file} cannot be used: {error}") from None
     return layers
 
 
@@ -573,6 +555,36 @@ def _read_config_file(file: str) -> Mapping[str, Any]:
 
 
 config = Config()
+if hasattr(os, "register_at_fork"):  # another thread of the parent may have held it
+    os.register_at_fork(after_in_child=lambda: setattr(config, "_lock", threading.RLock()))
+
+# -- defaults and ports, by the names that existing programs know --
+
+DEFAULT_MC_GROUP = OPTIONS["mc_group"].default
+DEFAULT_BROADCAST_PORT = OPTIONS["broadcast_port"].default
+DEFAULT_ADDRESS_PUBLISH_PORT = OPTIONS["address_publish_port"].default
+DEFAULT_UNSECURE_ZMQ_NAMESERVER_PORT = OPTIONS["nameserver_port"].default
+DEFAULT_SECURE_ZMQ_NAMESERVER_PORT = 5558
+
+
+def get_configured_broadcast_port() -> int:
+    """Return the port of announcements: the configured `broadcast_port`, else 21200."""
+    return cast(int, config.get("broadcast_port"))
+
+
+def get_configured_address_port() -> int:
+    """Return the port on which nameservers publish addresses: the configured `address_publish_port`, else 16543."""
+    return cast(int, config.get("address_publish_port"))
+
+
+def get_configured_unsecure_zmq_nameserver_port() -> int:
+    """Return the port on which nameservers answer lookups: the configured `nameserver_port`, else 5557."""
+    return cast(int, config.get("nameserver_port"))
+
+
+def get_configured_secure_zmq_nameserver_port() -> int:
+    """Return the port of lookups with CURVE: the configured `secure_zmq_nameserver_port`, else 5558."""
+    return cast(int, config.get("secure_zmq_nameserver_port") or DEFAULT_SECURE_ZMQ_NAMESERVER_PORT)
 
 
 # ======================================================================================================================
@@ -604,28 +616,35 @@ class MessageError(Exception):
 
 # -- datetimes --
 
-# ISO 8601, extended form: a date, or date and time of day down to minutes, seconds or fractions, with or without zone.
-# The first pattern is what datetime.isoformat() writes, which every Python reads alike; the second is all the rest.
-_ISO_FORMAT = _LatePattern(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
-_DATETIME = _LatePattern(
-    r"(\d{4}-\d\d-\d\d)(?:T([01]\d|2[0-3])(:\d\d)(?:(:\d\d)(?:[.,](\d+))?)?(Z|[+-]\d\d(?::\d\d(?::\d\d(?:\.\d{6})?)?)?)?)?",
+# ISO 8601: date and time of day down to minutes, seconds or fractions, with or without zone, in extended or basic form
+# with T or a blank between them; or a date alone in extended form.  The first pattern is what datetime.isoformat()
+# writes, which every Python reads alike; in the second, what is separated in the date is separated in the rest too.
+_ISO_FORMAT = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
+_DATETIME = re.compile(
+    r"(\d{4})(?P<dash>-)?(\d\d)(?(dash)-)(\d\d)"
+    r"(?:[T ]([01]\d|2[0-3])(?(dash):)(\d\d)(?:(?(dash):)(\d\d)(?:[.,](\d+))?)?"
+    r"(?:(Z)|([+-]\d\d)(?:(?(dash):)(\d\d)(?:(?(dash):)(\d\d(?:\.\d{6})?))?)?)?)?",
     re.ASCII,
 )
-_JSON_DATE = _LatePattern(r'"\d\d\d\d-\d\d-\d\d["T]', re.ASCII)
+_JSON_DATE = re.compile(r'"\d\d\d\d-?\d\d-?\d\d["T ]', re.ASCII)  # what may be one, quickly found
 
 
 def _parse_datetime(text: str) -> datetime | None:
-    """Return the datetime that *text* is in ISO 8601 extended form, None if it is none."""
+    """Return the datetime that *text* is in ISO 8601, None if it is none."""
     if _ISO_FORMAT.fullmatch(text) is None:
         match = _DATETIME.fullmatch(text)
         if match is None:
             return None
-        date, hours, minutes, seconds, fraction, zone = match.groups()
-        text = f"{date}T{hours or '00'}{minutes or ':00'}{seconds or ':00'}"
+        year, dash, month, day, hour, minute, second, fraction, is_utc, zone, zone_minutes, zone_seconds = (
+            match.groups()
+        )
+        if not (dash or hour):  # digits alone are as often a number
+            return None
+        text = f"{year}-{month}-{day}T{hour or '00'}:{minute or '00'}:{second or '00'}"
         if fraction:
             text += "." + fraction[:6].ljust(6, "0")
-        if zone:
-            text += "+00:00" if zone == "Z" else zone + (":00" if len(zone) == 3 else "")
+        if is_utc or zone:
+            text += f"{zone or '+00'}:{zone_minutes or '00'}" + (f":{zone_seconds}" if zone_seconds else "")
     try:
         return datetime.fromisoformat(text)
     except ValueError:  # the 31st of February, an offset of 99 hours
@@ -650,7 +669,7 @@ def datetime_decoder(dct: Any) -> Any:
             for key, value in container.items() if type(container) is dict else enumerate(container):
                 kind = type(value)
                 if kind is str:
-                    if len(value) > 9 and value[4] == "-" and value[7] == "-":
+                    if "0" <= value < ":" and len(value) > 9 and (value[4] == "-" or value[8] in "T "):
                         moment = _parse_datetime(value)
                         if moment is not None:
                             container[key] = moment
@@ -677,15 +696,13 @@ def datetime_encoder(obj: Any, encoder: Callable[[Any], str]) -> str:
 
 
 def _isoformat(obj: Any) -> str:
-    if isinstance(obj, datetime):
+    if isinstance(obj, (date, time_of_day)):  # a datetime is a date
         return obj.isoformat()
     raise TypeError(f"{type(obj).__name__} is not JSON serializable")
 
 
 def _isoformat_without_timezone(obj: Any) -> str:
-    if isinstance(obj, datetime):
-        return obj.replace(tzinfo=None).isoformat()
-    raise TypeError(f"{type(obj).__name__} is not JSON serializable")
+    return _isoformat(obj.replace(tzinfo=None) if isinstance(obj, (datetime, time_of_day)) else obj)
 
 
 def create_datetime_encoder_for_version(version: str = "v1.2") -> Callable[[Any], str]:
@@ -736,11 +753,13 @@ _from_json = json.JSONDecoder().decode
 
 
 class _DatetimeFoundError(Exception):
-    """There is a datetime in data that are encoded without one."""
+    """There is a datetime, or a time of day with a time zone, in data that are encoded without one."""
 
 
-def _refuse_datetime(obj: Any) -> Any:
-    raise _DatetimeFoundError if isinstance(obj, datetime) else TypeError(f"{type(obj).__name__} is no JSON")
+def _refuse_datetime(obj: Any) -> str:
+    if isinstance(obj, datetime) or (isinstance(obj, time_of_day) and obj.tzinfo):
+        raise _DatetimeFoundError
+    return _isoformat(obj)
 
 
 _to_json_without_datetime = json.JSONEncoder(check_circular=False, default=_refuse_datetime).encode
@@ -771,7 +790,7 @@ def _check_nesting(data: Any) -> None:
     raise _nested_too_deep()
 
 
-_ATOMS = frozenset((str, int, float, bool, type(None), datetime))
+_ATOMS = frozenset((str, int, float, bool, type(None), datetime, date, time_of_day))
 
 
 def _is_plainly_json(data: Any, depth: int = _MAX_DEPTH) -> bool:
@@ -836,6 +855,8 @@ def _encode_data(data: Any, binary: bool, version: str) -> tuple[str, str, str]:
     Raises:
         MessageError: The data cannot be encoded, or the version is not known.
     """
+    if type(data) is not str and isinstance(data, str):
+        data = str.__str__(data)  # a text may be an enum, whose name is what it would be formatted as
     if isinstance(data, str) and not binary:
         if not data:
             return "", "", _lowest(version)
@@ -905,15 +926,16 @@ _sender: str | None = None
 
 
 def _get_sender() -> str:
-    """Return ``user@host``, found out once."""
+    """Return ``user@host``, found out once: the account of the process, whatever the environment says it is."""
     global _sender
     if _sender is None:
-        import getpass
-
-        try:
+        if sys.platform == "win32":
             user = getpass.getuser()
-        except (ImportError, KeyError, OSError):  # a container whose user id has no name
-            user = str(getattr(os, "getuid", lambda: "unknown")())
+        else:
+            try:
+                user = pwd.getpwuid(os.getuid()).pw_name
+            except KeyError:  # a container whose user id has no name
+                user = str(os.getuid())
         _sender = "_".join(f"{user}@{socket.gethostname() or 'localhost'}".split())
     return _sender
 
@@ -1019,6 +1041,7 @@ class Message:
         are_texts = type(subject) is type(atype) is type(sender) is str
         if not (are_texts and subject in _checked_fields and atype in _checked_fields and sender in _checked_fields):
             _check_header(subject, atype, sender)
+            subject, atype, sender = map(str.__str__, (subject, atype, sender))
         if not _keeps_timezone(version):
             moment = moment.replace(tzinfo=None)
         return f"{_MAGICK}{subject} {atype} {sender} {moment.isoformat()} {version}{prefix}{text}"
@@ -1139,8 +1162,12 @@ del _class
 # ======================================================================================================================
 # 3. The loop
 #
-# All waiting is done here: for sockets and descriptors, for times, and for calls from other threads and signal handlers.
+# All waiting is done here: for sockets, for descriptors, for times, for calls from other threads and signal handlers.
 # ======================================================================================================================
+
+_NOBLOCK = int(zmq.NOBLOCK)
+_POLLIN = int(zmq.POLLIN)
+_POLLOUT = int(zmq.POLLOUT)
 
 
 class LimitedLogger:
@@ -1393,6 +1420,11 @@ class Background:
         if thread is not None and thread is not threading.current_thread():
             thread.join(5)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the thread of the loop."""
+        return threading.current_thread() is self._thread
+
     def finish(self, callback: Callable[[], object], loop: Loop) -> None:
         """Have *callback* called in the thread of *loop*, and wait until it has been; at once if the loop is over."""
         done = threading.Event()
@@ -1435,13 +1467,13 @@ class Background:
 _background = Background()
 
 
-def _renew_background_in_child() -> None:
+def _renew_background() -> None:
     global _background
     _background = Background()  # the thread runs in the parent only, and may have held the lock
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_background_in_child)
+    os.register_at_fork(after_in_child=_renew_background)
 
 
 # -- signals --
@@ -1465,7 +1497,9 @@ def signals_wake(loop: Loop) -> Iterator[None]:
 
 @contextmanager
 def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM call *callback*, so that a loop over messages ends cleanly::
+    """Have SIGINT and SIGTERM call *callback*, so that a loop over messages ends cleanly.
+
+    For example::
 
         with Subscribe("a_service") as subscriber, call_on_signals(subscriber.stop):
             for message in subscriber.recv():
@@ -1487,7 +1521,7 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
 
     def restore() -> None:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1497,15 +1531,12 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
 
 
 # ======================================================================================================================
-# 3. Multicast sockets
+# 4. Multicast sockets
 #
 # UDP to a multicast group (RFC 1112), or to everybody on the local network with the group 0.0.0.0.
 # ======================================================================================================================
 
-if sys.version_info >= (3, 10):
-    SocketTimeout = TimeoutError
-else:
-    SocketTimeout = socket.timeout
+SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 
 _DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL = 49  # of Linux, see ip(7)
@@ -1686,15 +1717,15 @@ def get_own_ip() -> str:
 
 
 # ======================================================================================================================
-# 4. ZeroMQ sockets
+# 5. ZeroMQ sockets
 #
-# One context for each process.  Server sockets bind, client sockets connect; with secure_zmq all of them use CURVE.
-# Access control (ZAP, https://rfc.zeromq.org/spec/27) runs in one thread, only while a server socket needs it.
+# One context for each process; monitors, addresses, and host names, which ZeroMQ itself must never resolve.
 # ======================================================================================================================
 
 # -- contexts --
 
-class _Context(zmq.Context[zmq.Socket[bytes]] if TYPE_CHECKING else zmq.Context):  # type: ignore[misc]
+
+class _Context(zmq.Context):  # type: ignore[type-arg]
     """A context that ends although request sockets are kept for the next lookup."""
 
     def term(self) -> None:
@@ -1793,9 +1824,9 @@ if hasattr(os, "register_at_fork"):
 
 # -- addresses --
 
-_TCP_ADDRESS = _LatePattern(r"tcp://(\*|\[[0-9A-Za-z:.%]+\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
-_LOCAL_ADDRESS = _LatePattern(r"(?:ipc|inproc)://[^\s\x00-\x1f]{1,200}")
-_NUMERIC_HOST = _LatePattern(r"\d+(?:\.\d+){3}|\[.*\]", re.ASCII)
+_TCP_ADDRESS = re.compile(r"tcp://(\*|\[[0-9A-Za-z:.%]+\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
+_LOCAL_ADDRESS = re.compile(r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}")  # ipc: see unix(7)
+_NUMERIC_HOST = re.compile(r"\d+(?:\.\d+){3}|\[.*\]", re.ASCII)
 
 
 def _split_tcp(address: str) -> tuple[str, int] | None:
@@ -1873,7 +1904,12 @@ class _Resolution:
 
 _resolution_log = LimitedLogger("backends.zmq")
 
-# -- keys --
+# ======================================================================================================================
+# 6. Keys and access
+#
+# Server sockets bind, client sockets connect; with secure_zmq all of them use CURVE.  Who may connect is decided by ZAP
+# (https://rfc.zeromq.org/spec/27) in the background loop, as long as a server socket needs it.
+# ======================================================================================================================
 
 
 def generate_keys(args: Sequence[str] | None = None) -> None:
@@ -1882,8 +1918,6 @@ def generate_keys(args: Sequence[str] | None = None) -> None:
     Args:
         args: The command-line arguments; by default those of the process.
     """
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="posttroll-generate-keys",
         description="Create a public/secret key pair for the secure zmq backend. This will create two files (in the "
@@ -1949,13 +1983,11 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
     return public_path, secret_path
 
 
-_KEY_LINE = _LatePattern(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE)
+_KEY_LINE = re.compile(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE)
 
 
 def _read_keys(path: str) -> dict[str, bytes]:
     """Return the keys ``public`` and ``secret`` of a certificate; raises ValueError or OSError."""
-    from zmq.utils import z85
-
     with open(path, "rb") as stream:
         text = stream.read(65536)
     keys = {kind.decode(): key for kind, key in _KEY_LINE.findall(text)}
@@ -2049,7 +2081,7 @@ class _ClientKeys:
 # -- who may connect --
 
 
-_IPC_PEER = _LatePattern(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
+_IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
 
 
 def _is_own_address(address: str) -> bool:
@@ -2072,8 +2104,6 @@ class _AddressList:
     REFRESH = 30.0
 
     def __init__(self, entries: Sequence[str]) -> None:
-        import ipaddress
-
         self._parse = ipaddress.ip_address
         self._networks = []
         self._names = []
@@ -2140,8 +2170,6 @@ class _AccessRules:
             return ""
         if mechanism != b"CURVE" or len(credentials) != 1 or len(credentials[0]) != 32:
             return "it does not use CURVE"
-        from zmq.utils import z85
-
         key = z85.encode(credentials[0])
         return "" if key in self._keys else f"its public key {key.decode()} is not in {self._keys.directory}"
 
@@ -2515,8 +2543,6 @@ def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | 
     high = config.get("pub_max_port") if port_interval[1] is None else port_interval[1]
     if not 0 < low < high <= 65536:
         raise ConfigurationError(f"No port from {low} up to (not including) {high}: see pub_min_port and pub_max_port.")
-    import random
-
     start = random.randrange(low, high)
     for port in chain(range(start, high), range(low, start)):
         try:
@@ -2574,15 +2600,13 @@ class SocketReceiver:
 
 
 # ======================================================================================================================
-# 5. Asking the nameserver
+# 7. Asking the nameserver
 #
 # A lookup is a request message on the nameserver's port, answered by a list of addresses.
 # ======================================================================================================================
 
 
-def get_configured_nameserver_port() -> int:
-    """Return the port on which nameservers answer lookups: the configured `nameserver_port`, else 5557."""
-    return cast(int, config.get("nameserver_port"))
+get_configured_nameserver_port = get_configured_unsecure_zmq_nameserver_port
 
 
 def _nameserver_endpoint(nameserver: str, port: int) -> str:
@@ -2941,7 +2965,7 @@ class MessageBroadcaster:
             if loop is None or self._pid != os.getpid():
                 return self
         goodbye = self._goodbye()
-        if goodbye is not None and not loop.is_stopped and threading.current_thread().name != loop.name:
+        if goodbye is not None and not loop.is_stopped and not _background.is_here:
             done = [threading.Event() for _ in self._targets]
             loop.call(lambda: [each.say_goodbye(goodbye, event.set) for each, event in zip(self._targets, done)])
             deadline = time.monotonic() + self._GOODBYE_SECONDS
@@ -3049,9 +3073,9 @@ sendaddressservice = AddressServiceBroadcaster
 #     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
-# ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many are
-# not in the history any more.  So a subscriber knows what it has, and asks for what it has not.  It answers a hello by a
-# request, a subscription to <mark>/<instance>/n<number>,<until>/<topics> (what follows that number) or
+# ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
+# are not in the history any more.  So a subscriber knows what it has, and asks for what it has not.  It answers a hello
+# by a request, a subscription to <mark>/<instance>/n<number>,<until>/<topics> (what follows that number) or
 # <mark>/<instance>/a<milliseconds>,<until>/<topics> (what is not older), until: the number of the hello.
 # ======================================================================================================================
 
@@ -3424,9 +3448,11 @@ class _Audience:
         """Return who has to catch up, from where, and who has come so recently that its request is on its way."""
         with self.lock:
             now = time.monotonic()
-            are_new = {mark: now - (peer.greeted or now) < 0.5 and bool(peer.greeted) for mark, peer in self.peers.items()}
-            peers = list(self.peers.items())
-        return [(mark, peer.after) for mark, peer in peers if peer.after is not None or are_new[mark]]
+            return [
+                (mark, peer.after)
+                for mark, peer in self.peers.items()
+                if peer.after is not None or (peer.greeted is not None and now - peer.greeted < 0.5)
+            ]
 
     def release_waiting(self) -> None:
         """Call all that waits for subscribers: there will not be any more."""
@@ -3503,16 +3529,16 @@ class Publisher:
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
-    It binds at `start`, or else when it is used for the first time.  Sending is thread-safe and never waits.  Its newest
-    messages are kept (see the configuration's ``history_messages``), for subscribers that were away.
+    It binds at `start`, or else when it is used for the first time.  Sending is thread-safe and never waits.  Its
+    newest messages are kept (see the configuration's ``history_messages``), for subscribers that were away.
     """
 
     LINGER_SECONDS = 30.0  # that `stop` waits without progress
 
     def __init__(self, address: str, name: str = "", min_port: int | None = None, max_port: int | None = None) -> None:
+        _backend()  # an unknown one is an error now
         self._name = name
         self._address = _bind_address(address)
-        _backend()  # an unknown one is an error now
         self._port_interval = (min_port, max_port)
         self._local_only = False
         self._is_announced = False
@@ -4055,8 +4081,8 @@ def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublish
 # ======================================================================================================================
 # 10. Connections
 #
-# Which addresses are wanted, resolved, connected, alive, and over which socket.  Addresses with the same topics share one
-# SUB socket, so a message costs the same however many publishers there are.  And what a subscriber has of each publisher.
+# Which addresses are wanted, resolved, connected, alive, and over which socket.  Addresses with the same topics share
+# one SUB socket, so a message costs the same however many publishers there are.  And what it has of each publisher.
 # ======================================================================================================================
 
 
@@ -4370,7 +4396,8 @@ class _CatchUp:
                 if source is None:
                     return None
                 if kind == b"C":
-                    return self._take_past(source, *numbers, content)
+                    (number,) = numbers
+                    return self._take_past(source, number, content)
                 if kind == b"H":
                     self._take_hello(instance, source, name, *numbers)
                 else:
@@ -4539,6 +4566,7 @@ class Subscriber:
         translate: bool = False,
         since: float | timedelta | datetime | None = None,
     ) -> None:
+        _backend()  # an unknown one is an error now
         self._topics = _topic_prefixes(topics)
         self._filter = message_filter
         self._translate = translate
@@ -4563,7 +4591,6 @@ class Subscriber:
         self._pid = os.getpid()
         self.missed = 0
         try:
-            _backend()  # an unknown one is an error now
             self.update(addresses)
         except BaseException:
             self.close()
@@ -4746,7 +4773,9 @@ class Subscriber:
         """Return the next message; None at the *deadline*, or when the receiver is to end."""
         with self._lock:
             if self._turning is not None:
-                raise RuntimeError("An asyncio program receives from this subscriber: it cannot be done in a thread too.")
+                raise RuntimeError(
+                    "An asyncio program receives from this subscriber: it cannot be done in a thread too."
+                )
             self._owner = threading.get_ident()
             try:
                 has_waited = False
@@ -5206,9 +5235,7 @@ class NSSubscriber:
         """
         if self._subscriber is None:
             _log("subscriber").debug("Subscribing to topics %s", self._topics)
-            subscriber = Subscriber(
-                self._addresses, self._topics, self._filter, self._translate, since=self._since
-            )
+            subscriber = Subscriber(self._addresses, self._topics, self._filter, self._translate, since=self._since)
             try:
                 if self._services and self._nameserver:
                     self._follow(subscriber)
@@ -5342,7 +5369,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
 
 
 # ======================================================================================================================
-# 9. Listening
+# 12. Listening
 #
 # A subscriber in a thread of its own, which puts the messages into a queue.
 # ======================================================================================================================
@@ -5495,7 +5522,7 @@ class ListenerContainer:
 
 
 # ======================================================================================================================
-# 10. Logging over messages
+# 13. Logging over messages
 # ======================================================================================================================
 
 BLACK, RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN, WHITE = range(8)
@@ -5509,79 +5536,69 @@ def _colored(text: str, color: int) -> str:
     return COLOR_SEQ % (30 + color) + text + RESET_SEQ
 
 
-PytrollFormatter: Any
-PytrollHandler: Any
-ColoredFormatter: Any
+class PytrollFormatter(logging.Formatter):
+    """Formats log records as messages: subject ``/log/LEVEL/NAME``, type ``log.level``, data the text.
+
+    Args:
+        fmt: The format of the text, as for `logging.Formatter`; by default the log message alone.
+        datefmt: The format of its date.
+    """
+
+    def __init__(self, fmt: str | None = None, datefmt: str | None = None) -> None:
+        super().__init__(fmt, datefmt)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message for *record*."""
+        text = super().format(record)
+        name = "_".join(record.name.split()) or "root"
+        return Message(f"/log/{record.levelname}/{name}", f"log.{record.levelname.lower()}", text).encode()
 
 
-@cache
-def _logging_classes() -> dict[str, type]:
-    """Define the classes that derive from those of `logging`, when one of them is asked for; return them by name."""
-    global PytrollFormatter, PytrollHandler, ColoredFormatter
+class PytrollHandler(logging.Handler):
+    """Publishes log records.
 
-    class PytrollFormatter(logging.Formatter):
-        """Formats log records as messages: subject ``/log/LEVEL/NAME``, type ``log.level``, data the text.
+    Args:
+        name: The name of the publisher.
+        port: Its port, 0 for a free one.
+    """
 
-        Args:
-            fmt: The format of the text, as for `logging.Formatter`; by default the log message alone.
-            datefmt: The format of its date.
-        """
+    def __init__(self, name: str, port: int = 0) -> None:
+        super().__init__()
+        self._publisher = NoisyPublisher(name, port)
+        self._publisher.start()
+        self.setFormatter(PytrollFormatter())
 
-        def __init__(self, fmt: str | None = None, datefmt: str | None = None) -> None:
-            super().__init__(fmt, datefmt)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Publish *record*."""
+        try:
+            self._publisher.send(self.format(record))
+        except Exception:  # a log handler must not stop the program that logs; this prints the error
+            self.handleError(record)
 
-        def format(self, record: logging.LogRecord) -> str:
-            """Return the message for *record*."""
-            text = super().format(record)
-            name = "_".join(record.name.split()) or "root"
-            return Message(f"/log/{record.levelname}/{name}", f"log.{record.levelname.lower()}", text).encode()
+    def close(self) -> None:
+        """Stop the publisher."""
+        self._publisher.stop()
+        super().close()
 
-    class PytrollHandler(logging.Handler):
-        """Publishes log records.
 
-        Args:
-            name: The name of the publisher.
-            port: Its port, 0 for a free one.
-        """
+class ColoredFormatter(logging.Formatter):
+    """Formats log records for a terminal, the level in colour.
 
-        def __init__(self, name: str, port: int = 0) -> None:
-            super().__init__()
-            self._publisher = NoisyPublisher(name, port)
-            self._publisher.start()
-            self.setFormatter(PytrollFormatter())
+    Args:
+        msg: The format, as for `logging.Formatter`.
+        use_color: Whether the level is coloured.
+    """
 
-        def emit(self, record: logging.LogRecord) -> None:
-            """Publish *record*."""
-            try:
-                self._publisher.send(self.format(record))
-            except Exception:  # a log handler must not stop the program that logs; this prints the error
-                self.handleError(record)
+    def __init__(self, msg: str, use_color: bool = True) -> None:
+        super().__init__(msg)
+        self.use_color = use_color
 
-        def close(self) -> None:
-            """Stop the publisher."""
-            self._publisher.stop()
-            super().close()
-
-    class ColoredFormatter(logging.Formatter):
-        """Formats log records for a terminal, the level in colour.
-
-        Args:
-            msg: The format, as for `logging.Formatter`.
-            use_color: Whether the level is coloured.
-        """
-
-        def __init__(self, msg: str, use_color: bool = True) -> None:
-            super().__init__(msg)
-            self.use_color = use_color
-
-        def format(self, record: logging.LogRecord) -> str:
-            """Return the text for *record*."""
-            if self.use_color and record.levelname in COLORS:
-                record = logging.makeLogRecord(record.__dict__)
-                record.levelname = _colored(record.levelname, COLORS[record.levelname])
-            return super().format(record)
-
-    return {each.__name__: each for each in (PytrollFormatter, PytrollHandler, ColoredFormatter)}
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text for *record*."""
+        if self.use_color and record.levelname in COLORS:
+            record = logging.makeLogRecord(record.__dict__)
+            record.levelname = _colored(record.levelname, COLORS[record.levelname])
+        return super().format(record)
 
 
 class Logger:
@@ -5638,8 +5655,6 @@ def run_logger(args: Sequence[str] | None = None) -> int:
     Args:
         args: The command-line arguments; by default those of the process.
     """
-    import argparse
-
     parser = argparse.ArgumentParser(prog="pytroll-logger", description="Log the messages of all publishers.")
     _add_logger_arguments(parser)
     return _run_logger(parser.parse_args(args))
@@ -5660,7 +5675,6 @@ def _run_logger(options: argparse.Namespace) -> int:
         handler: logging.Handler = TimedRotatingFileHandler(options.rotated, when="midnight", backupCount=7)
         handler.setFormatter(logging.Formatter(text))
     else:
-        _logging_classes()
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(ColoredFormatter(text, use_color=_wants_color(sys.stdout)))
     root = logging.getLogger()
@@ -5669,10 +5683,10 @@ def _run_logger(options: argparse.Namespace) -> int:
     logger = Logger(options.server, options.port or config.get("address_publish_port"))
     try:
         logger.start()
-        waker = _Waker()
-        with _signals_call(waker.wake), _signals_wake(waker):
-            zmq.select([waker.fileno()], [], [])
-        waker.close()
+        loop = Loop()
+        with call_on_signals(loop.stop), signals_wake(loop):
+            loop.run()
+        loop.close()
     finally:
         logger.stop()
         root.removeHandler(handler)
@@ -5686,7 +5700,7 @@ def _wants_color(stream: Any) -> bool:
 
 
 # ======================================================================================================================
-# 11. Testing helpers
+# 14. Testing helpers
 # ======================================================================================================================
 
 
@@ -5747,7 +5761,7 @@ def patched_publisher() -> Iterator[list[str]]:
 
 
 # ======================================================================================================================
-# 12. Command line
+# 15. Command line
 #
 # Results go to stdout, talk goes to stderr, and the exit status is 0 only on success.
 # ======================================================================================================================
@@ -5908,7 +5922,9 @@ def _assignment(text: str) -> tuple[str, Any]:
     """Return key and value of ``key=value``, for argparse."""
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    if key.replace("-", "_") not in OPTIONS:
+        raise argparse.ArgumentTypeError(f"there is no key {key!r}; 'posttroll config' shows all")
     return key, _literal(value)
 
 
@@ -6124,7 +6140,7 @@ def _run_subscribe(options: argparse.Namespace) -> int:
         following = NSSubscriber(services, options.topics or "", True, None, 0, False, _nameservers(options), is_wanted)
         subscriber = following.start()
     received = 0
-    with subscriber, _signals_call(subscriber.close):
+    with subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
                 break
@@ -6276,8 +6292,7 @@ class _CountingSubscriber(Subscriber):
         self.traffic: dict[tuple[str, str], _Traffic] = {}
         self.beats: dict[str, tuple[float, float]] = {}
 
-    def _translate_sender(self, message: Message, sock: zmq.Socket[bytes]) -> None:
-        address = next((key[2] for key, other in self._groups.items() if other is sock), "")
+    def _translate_sender(self, message: Message, address: str) -> None:
         traffic = self.traffic.setdefault((address, message.subject), _Traffic())
         traffic.messages += 1
         traffic.size += len(message._raw or "")
@@ -6305,12 +6320,9 @@ def _run_top(options: argparse.Namespace) -> int:
     on_terminal = sys.stdout.isatty()
     views = options.count or (None if on_terminal else 1)
     subscriber = _CountingSubscriber(options.topics)
-    follower = _Follower(subscriber, [""], _nameservers(options), listen=True)
+    subscriber._change(_Follower(subscriber, [""], _nameservers(options), listen=True).begin)
     names: dict[str, str] = {}
-    with subscriber, _signals_call(subscriber.close), _keys_call({"q": subscriber.close}, subscriber):
-        follower.open()
-        follower.run()
-        subscriber._timers.append(follower)
+    with subscriber, call_on_signals(subscriber.close), _keys_call({"q": subscriber.close}, subscriber):
         while subscriber.count(options.interval):
             with suppress(TimeoutError):
                 for entry in get_pub_address("", 1, _nameservers(options)):
@@ -6765,7 +6777,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 # ======================================================================================================================
-# 13. Documented import paths
+# 16. Documented import paths
 #
 # posttroll.publisher, posttroll.ns and so on, below whatever name this file was imported by.  Python looks into
 # sys.modules for a submodule after it has imported the parent, so an entry there is all that it takes.  Most entries
@@ -6776,8 +6788,6 @@ _NAMESERVER_NAMES = frozenset(("AddressReceiver", "getaddress", "NameServer", "g
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("PytrollFormatter", "PytrollHandler", "ColoredFormatter"):
-        return globals().setdefault(name, _logging_classes()[name])
     if name not in _NAMESERVER_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -392,7 +392,7 @@ class AddressReceiver:
             return self
         self._is_stopping = False
         self.failure = None
-        posttroll._get_sender()  # what is imported for it needs file descriptors, which clients may have used up later
+        posttroll._get_sender()  # reads a file, and clients may have used up all file descriptors later
         source = self.set_up_address_receiver(self._port)
         publisher = None
         try:
@@ -591,6 +591,7 @@ class NameServer:
         multicast_enabled: bool = True,
         restrict_to_localhost: bool = False,
     ) -> None:
+        posttroll._backend()  # an unknown one is an error now
         self._max_age = dt.timedelta(minutes=10) if max_age is None else max_age
         self._multicast_enabled = multicast_enabled
         self._local_only = restrict_to_localhost
@@ -980,10 +981,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return _run(ns, logger, when_ready)
 
     try:
+        if options.daemon in (None, "start", "restart"):
+            posttroll.config.get("backend")  # what cannot be read is an error before anything is started or stopped
         if options.daemon is None:
             return serve(_tell_systemd_ready)
         return _control_daemon(options, serve)
-    except (OSError, posttroll.ConfigurationError) as error:
+    except (OSError, posttroll.ConfigurationError, NotImplementedError) as error:
         print(f"nameserver: {error}", file=sys.stderr)
         return 1
 

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import copy
 import datetime as dt
+import enum
 import errno
 import fcntl
 import importlib
@@ -26,6 +27,7 @@ import os
 import pickle
 import pickletools
 import pty
+import pwd
 import queue
 import random
 import re
@@ -113,6 +115,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(("POSTTROLL_", "PYTROLL_"))]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("NAMESERVER_PORT", raising=False)
+    (tmp_path / "config").mkdir()
     settings = {
         "ROOT_CONFIG": str(tmp_path / "etc"),
         "CONFIG": str(tmp_path / "config"),
@@ -238,59 +241,6 @@ def write(directory: Path, name: str, content: str) -> Path:
     path = directory / name
     path.write_text(content)
     return path
-
-
-class TestLateImports:
-    """What a program does not need is not imported at its start."""
-
-    def test_a_publisher_and_a_subscriber(self):
-        code = """
-import sys
-from posttroll.publisher import Publisher
-from posttroll.subscriber import Subscriber
-with Publisher("tcp://127.0.0.1:0", "early") as publisher:
-    with Subscriber([f"tcp://127.0.0.1:{publisher.port_number}"], "") as subscriber:
-        publisher.wait_for_subscribers()
-print(sorted({"argparse", "asyncio", "logging", "queue", "socket"} & set(sys.modules)))
-"""
-        with python(code) as running:
-            needed = [] if sys.version_info >= (3, 10) else ["socket"]  # whose timeout is an exception of its own there
-            assert finish(running) == (0, f"{needed}\n", "")
-
-    def test_what_is_said_before_the_program_imports_logging(self):
-        """A warning is heard as it always is; less than that is heard by nobody."""
-        code = """
-import sys, posttroll
-posttroll._log("publisher").info("not heard")
-assert "logging" not in sys.modules
-posttroll._log("publisher").warning("%s heard", "first")
-import logging
-logging.basicConfig(format="%(name)s %(message)s", level=logging.INFO)
-posttroll._log("publisher").info("%s heard", "second")
-"""
-        with python(code) as running:
-            assert finish(running) == (0, "", "first heard\nposttroll.publisher second heard\n")
-
-    def test_a_warning_without_file_descriptors(self):
-        code = """
-import resource, posttroll
-resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-posttroll._LimitedLogger("publisher").warning("full", "%d lost", 3)
-"""
-        with python(code) as running:
-            assert finish(running) == (0, "", "posttroll.publisher 30 %d lost 3\n")
-
-    def test_modules_are_the_real_ones(self):
-        code = """
-import posttroll
-from unittest.mock import patch
-with patch("posttroll.socket.gethostname", return_value="elsewhere"):
-    assert posttroll.Message("/a", "b").host == "elsewhere"
-import socket
-assert posttroll.socket is socket and socket.gethostname() != "elsewhere"
-"""
-        with python(code) as running:
-            assert finish(running) == (0, "", "")
 
 
 class TestConfigLayers:
@@ -516,6 +466,112 @@ class TestConfigSet:
         config.pprint(stream=stream)
         assert stream.getvalue() == printed
 
+    def test_a_context_takes_back_its_own_keys_only(self):
+        config.set(mc_ttl=1, broadcast_port=1)
+        with config.set(mc_ttl=2):
+            config.set(broadcast_port=3, own=3)
+            config.update({"nameserver_port": 3})
+        keys = ("mc_ttl", "broadcast_port", "own", "nameserver_port")
+        assert [config[key] for key in keys] == [1, 3, 3, 3]
+
+    def test_a_context_leaves_what_others_have_set_meanwhile(self):
+        config.set(mc_ttl=1)
+        with config.set(mc_ttl=2):
+            config.set(mc_ttl=3)
+        assert config["mc_ttl"] == 3
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+    def test_overlapping_contexts_may_end_in_any_order(self, order):
+        """As those of threads do: what stays is the newest of those that have not ended."""
+        config.set(mc_ttl=10, sub={"a": 10, "b": 10})
+        contexts = [config.set({"mc_ttl": number, "sub.a": number}) for number in range(3)]
+        open_ones = [0, 1, 2]
+        for context in contexts:
+            context.__enter__()
+        for number in order:
+            assert config["mc_ttl"] == config["sub.a"] == max(open_ones)
+            contexts[number].__exit__(None, None, None)
+            open_ones.remove(number)
+        assert config["mc_ttl"] == 10
+        assert config["sub"] == {"a": 10, "b": 10}
+
+    def test_nested_keys_of_overlapping_contexts(self):
+        outer = config.set({"a.b": 1})
+        inner = config.set(a={"c": 2})
+        config.set({"a.d": 3})
+        assert config["a"] == {"c": 2, "d": 3}
+        with inner:
+            pass
+        assert config["a"] == {"b": 1, "d": 3}
+        with outer:
+            pass
+        assert config["a"] == {"d": 3}
+
+    def test_contexts_in_many_threads_leave_nothing(self):
+        """Each sees its own key as it has set it, and the backend as somebody has."""
+        seen = []
+
+        def work(number: int) -> None:
+            for turn in range(100):
+                with config.set({"backend": "secure_zmq", f"own{number}": turn}):
+                    seen.append((config.get("backend"), config[f"own{number}"] == turn))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(seen) == {("secure_zmq", True)}
+        assert config.get("backend") == "unsecure_zmq"
+        assert [key for key in config.to_dict() if key.startswith("own")] == []
+
+    def test_a_value_looked_up_while_it_is_set_does_not_stay(self, monkeypatch):
+        """Whoever is in the middle of looking a key up, with the old value in hand, must not keep it for others."""
+        own = posttroll.Config()
+        find = own._find
+
+        def find_slowly(*args: Any) -> Any:
+            found = find(*args)
+            monkeypatch.setattr(own, "_find", find)
+            own.set(backend="secure_zmq")  # what another thread does meanwhile
+            return found
+
+        monkeypatch.setattr(own, "_find", find_slowly)
+        assert own.get("backend") == "unsecure_zmq"
+        assert own.get("backend") == "secure_zmq"
+
+    def test_setting_the_same_keys_again_and_again_takes_no_memory(self):
+        with config.set(own=0):
+            for number in range(1000):
+                config.set({"mc_ttl": number % 9, "sub.a": number})
+                with config.set(mc_ttl=3):
+                    pass
+            assert len(config._changes) < 10
+        assert (config["mc_ttl"], config["sub.a"]) == (999 % 9, 999)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_child_can_use_it_whatever_another_thread_did_at_the_fork(self):
+        code = """
+import os, threading, posttroll
+held, leave = threading.Event(), threading.Event()
+def hold():
+    with posttroll.config._lock:
+        held.set()
+        leave.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if not child:
+    posttroll.config.set(mc_ttl=3)
+    os._exit(posttroll.config.get("mc_ttl"))
+leave.set()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+        with python(code, stderr=subprocess.DEVNULL) as running:  # newer Pythons warn of forks with threads
+            assert finish(running)[:2] == (0, "3\n")
+
     def test_settings_made_in_many_threads_all_stand(self):
         def work(number):
             for key in range(50):
@@ -530,7 +586,7 @@ class TestConfigSet:
 
 
 class TestConfigFiles:
-    """JSON always, TOML from Python 3.11 on, YAML if PyYAML is there; what cannot be used is a warning."""
+    """JSON always, TOML from Python 3.11 on, YAML if PyYAML is there; with a file that cannot be used, nothing goes."""
 
     def test_json_in_both_directories(self, tmp_path):
         write(tmp_path / "etc", "a.json", '{"own-a": 1, "own_b": 1}')
@@ -570,11 +626,11 @@ class TestConfigFiles:
         assert config["chain.step_name"] == "x"
 
     @pytest.mark.skipif(sys.version_info >= (3, 11), reason="there is tomllib")
-    def test_toml_without_a_reader_is_a_warning(self, tmp_path):
+    def test_toml_without_a_reader(self, tmp_path):
         path = write(tmp_path / "config", "a.toml", "mc_ttl = 3\n")
         config.refresh()
-        with pytest.warns(RuntimeWarning, match=rf"{path} is not used: TOML needs Python 3.11"):
-            assert config["mc_ttl"] == 31
+        with pytest.raises(ConfigurationError, match=rf"{path} cannot be used: TOML needs Python 3.11"):
+            config.get("mc_ttl")
 
     def test_yaml_if_there_is_a_reader(self, tmp_path, monkeypatch):
         try:
@@ -591,26 +647,70 @@ class TestConfigFiles:
         finally:
             sys.modules.pop("yaml", None)
 
-    def test_yaml_without_a_reader_is_a_warning(self, tmp_path, monkeypatch):
+    def test_yaml_without_a_reader(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "yaml", None)
-        path = write(tmp_path / "config", "a.yaml", "mc_ttl: 3\n")
+        path = write(tmp_path / "config", "a.yaml", "backend: secure_zmq\n")
         config.refresh()
-        with pytest.warns(RuntimeWarning, match=rf"{path} is not used: YAML needs PyYAML"):
-            assert config["mc_ttl"] == 31
+        with pytest.raises(ConfigurationError, match=rf"{path} cannot be used: YAML needs PyYAML"):
+            config.get("backend")
 
     @pytest.mark.parametrize(
         "content",
         [b"{", b"[1, 2]", b"3", b"\xff\xfe", b"[" * 100_000, b'"text"'],
         ids=lambda content: repr(content[:9]),
     )
-    def test_a_broken_file_is_a_warning_and_the_others_are_used(self, tmp_path, content):
+    def test_with_a_broken_file_every_use_of_a_key_is_an_error_until_it_is_mended(self, tmp_path, content):
         write(tmp_path / "config", "a.json", '{"own": 1}')
         broken = write(tmp_path / "config", "b.json", "")
         broken.write_bytes(content)
         config.refresh()
-        with pytest.warns(RuntimeWarning, match=rf"Configuration file {broken} is not used: ."):
-            assert config["own"] == 1
-        assert config["own"] == 1  # said once, not at each look-up
+        config.set(of_code=1)
+        uses: list[Callable[[], Any]] = [
+            lambda: config.get("own"),
+            lambda: config.get("of_code"),
+            lambda: config.get("nonesuch", 5),
+            lambda: config["nameserver_port"],  # the environment has it
+            lambda: "own" in config,
+            config.to_dict,
+            config.pprint,
+            lambda: config.lookup("own", check=False),
+        ]
+        for use in uses * 2:
+            with pytest.raises(ConfigurationError, match=rf"{broken} cannot be used: ."):
+                use()
+        broken.write_text('{"other": 2}')
+        with pytest.raises(ConfigurationError):
+            config.get("own")
+        config.refresh()
+        assert (config["own"], config["other"]) == (1, 2)
+
+    def test_a_file_that_breaks_later_is_noticed_when_the_files_are_read_again(self, tmp_path):
+        path = write(tmp_path / "config", "a.json", '{"own": 1}')
+        config.refresh()
+        assert config["own"] == 1
+        path.write_text("{")
+        assert config["own"] == 1
+        config.refresh()
+        with pytest.raises(ConfigurationError):
+            config["own"]
+        config.clear()  # nothing of files is asked for any more
+        assert config.get("own", None) is None
+
+    def test_a_variable_that_names_nothing(self, tmp_path, monkeypatch):
+        missing = tmp_path / "mine.json"
+        monkeypatch.setenv("POSTTROLL_CONFIG", str(missing))
+        config.refresh()
+        with pytest.raises(ConfigurationError, match=rf"\$POSTTROLL_CONFIG names {missing}, but there is no such file"):
+            config.get("backend")
+        monkeypatch.setenv("POSTTROLL_CONFIG", "")  # as good as not set
+        config.refresh()
+        assert config.get("backend") == "unsecure_zmq"
+
+    def test_a_link_to_nothing_is_an_error(self, tmp_path):
+        (tmp_path / "config" / "a.json").symlink_to(tmp_path / "gone.json")
+        config.refresh()
+        with pytest.raises(ConfigurationError, match=r"config/a\.json cannot be used: .*No such file"):
+            config.get("backend")
 
     def test_an_empty_file_of_nothing_is_fine(self, tmp_path):
         write(tmp_path / "config", "a.json", "null")
@@ -623,14 +723,77 @@ class TestConfigFiles:
         config.refresh()
         assert config["mc_ttl"] == 31
 
-    def test_a_broken_file_does_not_stop_a_program(self, tmp_path):
-        """Not at import, nor later; the warning names the file."""
+    def test_a_broken_file_does_not_stop_the_import(self, tmp_path):
+        """A program that needs no key runs; one that does has the error there."""
         broken = write(tmp_path / "config", "b.json", "{")
-        code = "import posttroll; print(posttroll.config['mc_ttl'])"
+        code = "import posttroll; print(1); posttroll.Publisher('tcp://127.0.0.1:0')"
         with python(code) as running:
             status, out, err = finish(running)
-        assert (status, out) == (0, "31\n")
-        assert str(broken) in err
+        assert (status, out) == (1, "1\n")
+        assert f"ConfigurationError: The configuration in {broken} cannot be used: " in err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["posttroll.py", "publish", "/a", "info", "x", "--wait", "0"],
+            ["posttroll.py", "subscribe", "--timeout", "1"],
+            ["posttroll.py", "services"],
+            ["posttroll.py", "config"],
+            ["posttroll.py", "config", "--set", "mc_ttl=3"],
+            ["posttroll.py", "top", "-n", "1"],
+            ["posttroll.py", "logger"],
+            ["posttroll.py", "nameserver"],
+            ["posttroll_ns.py", "--no-multicast"],
+            ["posttroll_ns.py", "-d", "start"],
+            ["posttroll_ns.py", "-d", "restart", "--pid-file", "{tmp}/pid"],
+        ],
+        ids=" ".join,
+    )
+    def test_commands_refuse_to_start(self, tmp_path, command):
+        """In a world with everything else in order: other files, keys in the environment."""
+        write(tmp_path / "config", "a.json", '{"mc_ttl": 3}')
+        broken = write(tmp_path / "config", "b.json", '{"backend": "secure_zmq",}')
+        write(tmp_path / "config", "c.json", '{"pub_min_port": 50000}')
+        script, *args = [word.format(tmp=tmp_path) for word in command]
+        with process(sys.executable, HERE / script, *args) as running:
+            status, out, err = finish(running)
+        assert (status, out, len(err.splitlines())) == (1, "", 1), err
+        assert f"The configuration in {broken} cannot be used: " in err
+
+    def test_a_daemon_with_a_broken_file_is_not_restarted_but_can_be_stopped(self, tmp_path):
+        def daemon(action: str) -> tuple[int, str, str]:
+            words = ["-d", action, "--no-multicast", "--pid-file", tmp_path / "pid", "-l", tmp_path / "log"]
+            with process(sys.executable, NAMESERVER, *words) as running:
+                return finish(running)
+
+        assert daemon("start")[0] == 0
+        try:
+            pid = (tmp_path / "pid").read_text()
+            write(tmp_path / "config", "a.json", "{")
+            status, _, err = daemon("restart")
+            assert status == 1
+            assert "a.json cannot be used" in err
+            assert daemon("status") == (0, f"nameserver: running (process {pid.strip()})\n", "")
+        finally:
+            assert daemon("stop")[0] == 0
+        assert not (tmp_path / "pid").exists()
+
+    @pytest.mark.parametrize("script", [LIBRARY, NAMESERVER], ids=lambda path: path.stem)
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("nameserver_prot=5600", "there is no key 'nameserver_prot'"),
+            ("backend.x=secure_zmq", "there is no key 'backend.x'"),
+            ("backend", "'backend' is not KEY=VALUE"),
+            ("=1", "'=1' is not KEY=VALUE"),
+        ],
+    )
+    def test_an_unknown_key_for_a_command_is_refused(self, script, text, said):
+        words = ["--set", text] if script is NAMESERVER else ["config", "--set", text]
+        with process(sys.executable, script, *words) as running:
+            status, out, err = finish(running)
+        assert (status, out) == (2, "")
+        assert said in err
 
     def test_a_wrong_value_in_a_file_names_the_file(self, tmp_path):
         path = write(tmp_path / "config", "a.json", '{"mc_ttl": "far"}')
@@ -708,6 +871,29 @@ class TestConfigOldNamesAndWrongValues:
     def test_an_unknown_backend_is_not_implemented(self):
         with config.set(backend="carrier_pigeon"), pytest.raises(NotImplementedError, match="carrier_pigeon"):
             config.get("backend")
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: posttroll.Publisher("tcp://127.0.0.1:0"),
+            lambda: posttroll.Subscriber([]),
+            lambda: posttroll.Subscriber(["tcp://127.0.0.1:9"]),
+            posttroll_ns.NameServer,
+        ],
+    )
+    def test_an_unknown_backend_is_an_error_of_the_constructors(self, make):
+        with config.set(backend="carrier_pigeon"), pytest.raises(NotImplementedError, match="carrier_pigeon"):
+            make()
+
+    @pytest.mark.parametrize(
+        "command", [["posttroll.py", "subscribe"], ["posttroll_ns.py"], ["posttroll_ns.py", "-d", "start"]]
+    )
+    def test_an_unknown_backend_ends_a_command_with_one_line(self, command):
+        script, *args = command
+        with process(sys.executable, HERE / script, *args, "--set", "backend=carrier_pigeon") as running:
+            status, out, err = finish(running)
+        assert (status, out, len(err.splitlines())) == (1, "", 1), err
+        assert "carrier_pigeon" in err
 
     def test_a_wrong_value_shows_in_to_dict_all_the_same(self):
         with config.set(mc_ttl="far"):
@@ -793,6 +979,31 @@ class TestWireFormat:
         assert message.encode() == f"{HEADER}+00:00 v1.2{tail}"
         assert message.head == f"{HEADER}+00:00 v1.2"
         assert str(message) == repr(message) == message.encode()
+
+    @pytest.mark.parametrize("binary", [False, True])
+    def test_text_of_other_classes_is_sent_as_its_text(self, binary):
+        """Also that of an enum, which newer Pythons format as its name."""
+
+        class Platform(str, enum.Enum):
+            METOP = "Metop-C"
+
+        class Odd(str):
+            __slots__ = ()
+
+            def __str__(self) -> str:
+                return "odd"
+
+            def __format__(self, spec: str) -> str:
+                return "odd"
+
+        for text in (Platform.METOP, Odd("Metop-C")):
+            mime = "binary/octet-stream" if binary else "text/ascii"
+            message = message_of(text, binary=binary)
+            assert message.encode() == f"{HEADER}+00:00 v1.2 {mime} Metop-C"
+            nested = message_of({"a": text, text: [text]}).encode()
+            assert nested == HEADER + '+00:00 v1.2 application/json {"a": "Metop-C", "Metop-C": ["Metop-C"]}'
+            message.subject = message.type = message.sender = text
+            assert message.head == f"pytroll:/Metop-C Metop-C Metop-C {NOON.isoformat()} v1.2"
 
     def test_the_documented_message(self):
         raw = 'pytroll://DC/juhu info henry@prodsat 2010-12-01T12:21:11.123456 v1.01 application/json "jhuuuu !!!"'
@@ -974,16 +1185,23 @@ class TestHeaderFields:
             assert [field for field in self.BROKEN if check(field)] == []
 
     def test_a_stranger_s_sender_is_made_one_field(self):
-        code = "import getpass; getpass.getuser = lambda: 'John Q. Public'\n"
+        code = "import pwd; pwd.getpwuid = lambda uid: pwd.struct_passwd(('John Q. Public', '', uid, 0, '', '', ''))\n"
         code += "import posttroll; print(posttroll.Message('/a', 'b').user)"
         with python(code) as running:
             assert finish(running)[1] == "John_Q._Public\n"
 
+    def test_the_sender_is_the_account_of_the_process(self, monkeypatch):
+        """After `sudo` or in a service, the variables name somebody else."""
+        for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            monkeypatch.setenv(name, "somebody_else")
+        with python("import posttroll; print(posttroll.Message('/a', 'b').user)") as running:
+            assert finish(running)[1] == f"{pwd.getpwuid(os.getuid()).pw_name}\n"
+
     def test_a_user_id_without_a_name(self):
-        code = "import getpass\ndef getuser(): raise KeyError('uid not found: 12345')\ngetpass.getuser = getuser\n"
-        code += "import os, posttroll; print(posttroll.Message('/a', 'b').user == str(os.getuid()))"
+        unnamed = next(uid for uid in range(54321, 60000) if uid not in {entry.pw_uid for entry in pwd.getpwall()})
+        code = f"import os; os.getuid = lambda: {unnamed}\nimport posttroll; print(posttroll.Message('/a', 'b').user)"
         with python(code) as running:
-            assert finish(running)[1] == "True\n"
+            assert finish(running)[1] == f"{unnamed}\n"
 
 
 class TestBrokenMessages:
@@ -1061,7 +1279,7 @@ class TestBrokenMessages:
 class TestDataThatCannotBeEncoded:
     @pytest.mark.parametrize(
         "data",
-        [object(), {1, 2}, {"a": object()}, [1j], {(1, 2): 3}, {"a": b"bytes"}, dt.date(2020, 1, 1), Message],
+        [object(), {1, 2}, {"a": object()}, [1j], {(1, 2): 3}, {"a": b"bytes"}, dt.timedelta(1), Message],
         ids=lambda data: repr(data)[:40],
     )
     def test_refused_by_constructor_and_encode(self, data):
@@ -1151,7 +1369,7 @@ class TestChangedAfterConstruction:
 
 
 class TestIsoForms:
-    """ISO 8601 date-times in extended form in JSON come back as datetimes, on every Python alike."""
+    """ISO 8601 date-times in JSON come back as datetimes, on every Python alike."""
 
     @pytest.mark.parametrize(
         ("text", "moment"),
@@ -1168,6 +1386,15 @@ class TestIsoForms:
             ("2010-12-01T12:21+01", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(dt.timedelta(hours=1)))),
             ("2010-12-01T12:21-01:30:15.000001", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(-ODD_OFFSET))),
             ("2010-12-01T12:21-01:30", dt.datetime(2010, 12, 1, 12, 21, tzinfo=dt.timezone(-dt.timedelta(hours=1.5)))),
+            ("2010-12-01 12:21:11", dt.datetime(2010, 12, 1, 12, 21, 11)),
+            ("2010-12-01 12:21:11.123456Z", NOON),
+            ("20101201T122111", dt.datetime(2010, 12, 1, 12, 21, 11)),
+            ("20101201 122111", dt.datetime(2010, 12, 1, 12, 21, 11)),
+            ("20101201T1221", dt.datetime(2010, 12, 1, 12, 21)),
+            ("20101201T122111.123456789Z", NOON),
+            ("20101201T122111,5", dt.datetime(2010, 12, 1, 12, 21, 11, 500000)),
+            ("20101201T122111+0130", dt.datetime(2010, 12, 1, 12, 21, 11, tzinfo=dt.timezone(dt.timedelta(hours=1.5)))),
+            ("20101201T122111-01", dt.datetime(2010, 12, 1, 12, 21, 11, tzinfo=dt.timezone(-dt.timedelta(hours=1)))),
             ("2010-12-01", dt.datetime(2010, 12, 1)),
             ("0001-01-01T00:00:00", dt.datetime(1, 1, 1)),
             ("9999-12-31T23:59:59.999999", dt.datetime.max),
@@ -1182,12 +1409,26 @@ class TestIsoForms:
         "text",
         [
             "20101201",
-            "20101201T122111",
+            "20101201122111",
+            "20101201 ",
+            "20101201T",
+            "20101201T12",
+            "20101201T12211",
+            "20101201T12:21:11",
+            "20101201T122111+01:00",
+            "20101301T122111",
+            "20101201T242111",
+            "20101201T122111.",
+            "20101201  122111",
+            "1201T1221",
+            "12345678 items",
             "2010-W48-3",
             "2010-335",
             "2010-12",
             "2010-12-1",
-            "2010-12-01 12:21:11",
+            "2010-12-01 122111",
+            "2010-12-01  12:21:11",
+            "2010-1201T12:21:11",
             "2010-12-01T",
             "2010-12-01T12",
             "2010-12-01t12:21:11",
@@ -1212,6 +1453,38 @@ class TestIsoForms:
         message = Message.decode(f"{HEADER} v1.2 application/json {json.dumps([text, {'a': text}])}")
         assert message.data == [text, {"a": text}]
         assert Message.decode(f"{HEADER} v1.2 application/json {json.dumps(text)}").data == text
+
+    def test_all_forms_among_others(self):
+        """The first form in the text alone must not decide what is looked for."""
+        data = {
+            "basic": ["20240419T111411", "x"],
+            "deep": {"blank": "2024-04-19 11:14:11", "number": "20240419", "day": "2024-04-19"},
+            "text": "segment 20240419T111411",
+        }
+        moment = dt.datetime(2024, 4, 19, 11, 14, 11)
+        assert Message.decode(f"{HEADER} v1.2 application/json {json.dumps(data)}").data == {
+            "basic": [moment, "x"],
+            "deep": {"blank": moment, "number": "20240419", "day": dt.datetime(2024, 4, 19)},
+            "text": "segment 20240419T111411",
+        }
+
+    @pytest.mark.parametrize("version", ["v1.2", "v1.01", "auto"])
+    def test_dates_and_times_of_day_are_sent_in_iso_form(self, version):
+        zone = dt.timezone(dt.timedelta(hours=2))
+        data = {"day": dt.date(2024, 4, 19), "times": [dt.time(11, 14), dt.time(11, 14, 11, 5, tzinfo=zone)]}
+        text = message_of(data, version=version).encode()
+        offset = "" if version == "v1.01" else "+02:00"  # auto: the lowest version that loses nothing
+        assert text.split(" ")[4] == ("v1.2" if version == "auto" else version)
+        assert text.endswith(f'{{"day": "2024-04-19", "times": ["11:14:00", "11:14:11.000005{offset}"]}}')
+        assert Message.decode(text).data == {
+            "day": dt.datetime(2024, 4, 19),
+            "times": ["11:14:00", f"11:14:11.000005{offset}"],
+        }
+        assert posttroll.message.is_valid_data(data)
+
+    def test_dates_and_times_without_zone_lose_nothing_in_the_lowest_version(self):
+        text = message_of([dt.date(2024, 4, 19), dt.time(11, 14)], version="auto").encode()
+        assert text.endswith(' v1.01 application/json ["2024-04-19", "11:14:00"]')
 
     def test_keys_stay_text(self):
         raw = f'{HEADER} v1.2 application/json {{"2010-12-01": 1}}'
@@ -4170,7 +4443,6 @@ class TestConfigCommand:
     """``posttroll config``."""
 
     def test_every_key_with_its_source(self, tmp_path, monkeypatch):
-        (tmp_path / "config").mkdir()
         (tmp_path / "config" / "a.json").write_text('{"mc_ttl": 7}')
         status, out, err = run_command("config", "--json")
         assert (status, err) == (0, "")
@@ -4227,12 +4499,11 @@ class TestDoctor:
         assert any(line.startswith("FAIL") and cause in line and "->" in line for line in out.splitlines()), out
 
     def test_a_file_that_cannot_be_used(self, tmp_path):
-        (tmp_path / "config").mkdir()
         path = tmp_path / "config" / "a.json"
         path.write_text("{")
         status, out, _ = run_command("doctor")
         assert status == 1
-        assert re.search(rf"FAIL.*{re.escape(str(path))} is not used", out)
+        assert re.search(rf"FAIL  configuration: .*{re.escape(str(path))} cannot be used: ", out)
 
     def test_a_misspelt_key(self, monkeypatch):
         monkeypatch.setenv("POSTTROLL_NAMESERVERPORT", "5557")
