@@ -1556,7 +1556,8 @@ def _multicast_group(mcgroup: str | None) -> str:
         ) from None
     if packed[0] >> 4 != 0xE:
         raise OSError(
-            errno.EINVAL, f"Invalid multicast address {group!r} (mc_group): not in 224.0.0.0 to 239.255.255.255"
+            errno.EINVAL,
+            f"Invalid multicast address {group!r} (mc_group): Invalid argument, not in 224.0.0.0 to 239.255.255.255",
         )
     return socket.inet_ntoa(packed)
 
@@ -1711,9 +1712,19 @@ def get_own_ip() -> str:
             address = str(probe.getsockname()[0])
             if address != "0.0.0.0":
                 return address
-    with suppress(OSError):
-        return socket.gethostbyname(socket.gethostname())
-    return "127.0.0.1"
+    return next((address for address in get_local_ips() if not address.startswith("127.")), "127.0.0.1")
+
+
+def get_local_ips() -> list[str]:
+    """Return the IPv4 addresses of this host."""
+    try:
+        with open("/proc/net/fib_trie") as routes:
+            found = re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", routes.read())
+    except OSError:  # this is no Linux
+        found = ["127.0.0.1"]
+        with suppress(OSError):
+            found += socket.gethostbyname_ex(socket.gethostname())[2]
+    return list(dict.fromkeys(found))
 
 
 # ======================================================================================================================
@@ -1824,15 +1835,24 @@ if hasattr(os, "register_at_fork"):
 
 # -- addresses --
 
-_TCP_ADDRESS = re.compile(r"tcp://(\*|\[[0-9A-Za-z:.%]+\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
+_TCP_ADDRESS = re.compile(r"tcp://(\*|\[[0-9A-Za-z:.%_-]{1,253}\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
 _LOCAL_ADDRESS = re.compile(r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}")  # ipc: see unix(7)
-_NUMERIC_HOST = re.compile(r"\d+(?:\.\d+){3}|\[.*\]", re.ASCII)
+
+
+def _is_number(host: str) -> bool:
+    """Whether *host* is an IPv4 address, or an IPv6 address in brackets, and no name that would have to be resolved."""
+    try:
+        return bool(ipaddress.IPv6Address(host[1:-1]) if host.startswith("[") else ipaddress.IPv4Address(host))
+    except ValueError:
+        return False
 
 
 def _split_tcp(address: str) -> tuple[str, int] | None:
     """Return host and port of a ``tcp://`` address, None if it is something else."""
     match = _TCP_ADDRESS.fullmatch(address)
-    return None if match is None else (match[1], int(match[2]))
+    if match is None or (match[1].startswith("[") and not _is_number(match[1])):
+        return None
+    return match[1], int(match[2])
 
 
 def _is_remote(address: Any) -> bool:
@@ -1870,7 +1890,7 @@ class _Resolution:
         self.endpoint: str | None = None
         if self._host == "localhost":
             self._host, self.endpoint = "", f"tcp://127.0.0.1:{self._port}"
-        elif tcp is None or _NUMERIC_HOST.fullmatch(self._host):
+        elif tcp is None or _is_number(self._host):
             self._host, self.endpoint = "", address
 
     def check(self) -> str | None:
@@ -2051,31 +2071,35 @@ class _ClientKeys:
         self.directory = os.path.expanduser(path)
         if not os.path.isdir(self.directory):
             raise ConfigurationError(f"{setting}: {self.directory} is not a directory.")
-        self._keys: frozenset[bytes] = frozenset()
-        self._state: list[tuple[str, int, int]] | None = None
+        self._keys: dict[str, tuple[Any, bytes]] = {}  # by path, each with what changes when the file does
 
     def __contains__(self, key: bytes) -> bool:
+        known, self._keys = self._keys, {}
         try:
             with os.scandir(self.directory) as entries:
-                files = [entry for entry in entries if entry.name.endswith(".key") and entry.is_file()]
-            state = sorted((file.name, file.stat().st_mtime_ns, file.stat().st_ino) for file in files)
+                for entry in entries:
+                    if entry.name.endswith(".key"):
+                        self._keys[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
         except OSError as error:
             _key_log.warning("directory", "No client is let in: %s", error)
             return False
-        if state != self._state:
-            self._state = state
-            self._keys = frozenset(self._read(file.path) for file in files) - {b""}
-        return key in self._keys
+        return any(key == other for _, other in self._keys.values())
 
-    def _read(self, path: str) -> bytes:
-        """Return the public key of a file, nothing if it is not to be used."""
+    @staticmethod
+    def _read(entry: os.DirEntry[str], known_state: Any, known_key: bytes) -> tuple[Any, bytes]:
+        """Return state and public key of a file, as known if it has not changed; no key if it is not to be used."""
+        state = None
         try:
-            return _read_keys(path)["public"]
+            state = (entry.stat().st_mtime_ns, entry.stat().st_ino)
+            if state == known_state:
+                return state, known_key
+            return state, _read_keys(entry.path)["public"] if entry.is_file() else b""
         except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, OSError):
-                self._state = None  # no file descriptors left, or no permission yet: all are read again
-            _key_log.warning(path, "The client key %s is not used: %s", path, error or "no public key in it")
-            return b""
+            _key_log.warning(
+                entry.path, "The client key %s is not used: %s", entry.path, error or "no public key in it"
+            )
+            # No file descriptors left, or no permission yet: it is read again.
+            return None if isinstance(error, OSError) else state, b""
 
 
 # -- who may connect --
@@ -2085,10 +2109,15 @@ _IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothin
 
 
 def _is_own_address(address: str) -> bool:
-    """Whether *address* (a number) is one of this host."""
+    """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
     address = address.removeprefix("::ffff:")
-    if address.startswith("127.") or address in ("::1", "") or _IPC_PEER.fullmatch(address):
+    if not address or _IPC_PEER.fullmatch(address):
         return True
+    try:
+        if ipaddress.ip_address(address).is_loopback:
+            return True
+    except ValueError:
+        return False
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -2378,6 +2407,9 @@ _access_control: _AccessControl | None = None
 _access_lock = threading.RLock()
 
 
+_ZAP_ENFORCE_DOMAIN = 93  # of libzmq; pyzmq has no name for it before release 23
+
+
 def _apply_access_rules(sock: zmq.Socket[bytes], rules: _AccessRules) -> Authenticator | None:
     """Let only those connect to *sock* whom *rules* let in, before it is bound."""
     global _access_control
@@ -2388,7 +2420,7 @@ def _apply_access_rules(sock: zmq.Socket[bytes], rules: _AccessRules) -> Authent
             _access_control = _AccessControl()
         authenticator = _access_control.add(rules)
     sock.setsockopt(zmq.ZAP_DOMAIN, authenticator.domain)
-    sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody gets in while nobody answers
+    sock.setsockopt(_ZAP_ENFORCE_DOMAIN, 1)  # nobody gets in while nobody answers
     return authenticator
 
 
@@ -2468,7 +2500,7 @@ def set_up_client_socket(
         NotImplementedError: There is no such backend.
         zmq.ZMQError: The address cannot be used.
     """
-    keys = _load_client_keys(backend)
+    keys = {} if address.startswith("inproc://") else _load_client_keys(backend)
     sock = _new_socket(socket_type, options)
     try:
         for option, key in keys.items():
@@ -2511,7 +2543,7 @@ def set_up_server_socket(
         NotImplementedError: There is no such backend.
         zmq.ZMQError: The port is taken, or the address cannot be used.
     """
-    is_secure = _backend(backend) == "secure_zmq"
+    is_secure = _backend(backend) == "secure_zmq" and not destination.startswith("inproc://")
     secret = _load_key("server_secret_key_file", "secret") if is_secure else b""
     rules = _AccessRules(local_only, _ClientKeys("clients_public_keys_directory") if is_secure else None)
     sock = _new_socket(socket_type, options)
@@ -2537,7 +2569,7 @@ def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | 
     """Bind *sock*, to a free port if that of *destination* is 0; return the port."""
     tcp = _split_tcp(destination)
     if tcp is None or tcp[1]:
-        sock.bind(destination)
+        _bind_to(sock, destination)
         return tcp[1] if tcp else None
     low = config.get("pub_min_port") if port_interval[0] is None else port_interval[0]
     high = config.get("pub_max_port") if port_interval[1] is None else port_interval[1]
@@ -2546,12 +2578,20 @@ def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | 
     start = random.randrange(low, high)
     for port in chain(range(start, high), range(low, start)):
         try:
-            sock.bind(destination[: destination.rindex(":") + 1] + str(port))
+            _bind_to(sock, f"tcp://{tcp[0]}:{port}")
             return port
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EADDRINUSE, errno.EACCES):
                 raise
     raise zmq.ZMQError(zmq.EADDRINUSE, f"All ports from {low} to {high - 1} are in use (for {destination})")
+
+
+def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
+    """Bind *sock*; the error names the address, as that of newer releases of pyzmq does."""
+    try:
+        sock.bind(address)
+    except zmq.ZMQError as error:
+        raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
 
 def close_socket(sock: zmq.Socket[bytes]) -> None:
@@ -2610,18 +2650,17 @@ get_configured_nameserver_port = get_configured_unsecure_zmq_nameserver_port
 
 
 def _nameserver_endpoint(nameserver: str, port: int) -> str:
-    """Return the address of a port of *nameserver*, given as ``host``, or ``host:port`` for another lookup port."""
+    """Return the address of *nameserver*, given as ``host``, or as ``host:port`` for another port than *port*."""
     host = nameserver.strip()
     if "://" in host:
         return _check_connectable(host)
-    return _check_connectable(f"tcp://{host}:{port}")
+    name, _, own_port = host.rpartition(":")
+    has_port = own_port.isdigit() and name and not name.endswith(":")
+    return _check_connectable(f"tcp://{host}" if has_port else f"tcp://{host}:{port}")
 
 
 def _lookup_endpoint(nameserver: str) -> str:
     """Return the address on which *nameserver* answers lookups."""
-    host, colon, own_port = nameserver.rpartition(":")
-    if colon and own_port.isdigit() and not host.endswith(":"):
-        return _check_connectable(f"tcp://{host}:{own_port}")
     secure_port = config.get("secure_zmq_nameserver_port") if _backend() == "secure_zmq" else None
     return _nameserver_endpoint(nameserver, secure_port or get_configured_nameserver_port())
 
@@ -3191,9 +3230,9 @@ class _Audience:
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
     LOOK_MESSAGES, LOOK_SECONDS = 256, 0.25  # after which subscribers are told what they should have
 
-    def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str) -> None:
-        settings = (config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds"))
-        self.history = History(*settings)
+    def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str, keeps_history: bool) -> None:
+        bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
+        self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
         self.socket = sock
         self.instance = os.urandom(8).hex().encode()
@@ -3523,14 +3562,18 @@ class Publisher:
     """Publishes messages on an address.
 
     Args:
-        address: The address, for example ``tcp://localhost:9000``; port 0 is a free one.  The address of this host that
-            it names is bound; ``*``, and a name or address that is not this host's, stand for all its interfaces.
+        address: The address, for example ``tcp://*:9000``; port 0 is a free one.  With ``localhost`` or an address of
+            this host it is reached by that address only, with anything else by all addresses of this host.
         name: The name of the publisher.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
     It binds at `start`, or else when it is used for the first time.  Sending is thread-safe and never waits.  Its
     newest messages are kept (see the configuration's ``history_messages``), for subscribers that were away.
+
+    Attributes:
+        local_only: Refuse subscribers from other hosts; set it before `start`.
+        keeps_history: Whether to keep messages at all; set it before `start`.
     """
 
     LINGER_SECONDS = 30.0  # that `stop` waits without progress
@@ -3540,7 +3583,8 @@ class Publisher:
         self._name = name
         self._address = _bind_address(address)
         self._port_interval = (min_port, max_port)
-        self._local_only = False
+        self.local_only = False
+        self.keeps_history = True
         self._is_announced = False
         self._audience: _Audience | None = None
         self._port: int | None = None
@@ -3570,9 +3614,9 @@ class Publisher:
                     zmq.HEARTBEAT_TTL: 0,
                 }
                 sock, self._port, self._authenticator = set_up_server_socket(
-                    zmq.XPUB, self._address, options, self._port_interval, local_only=self._local_only
+                    zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only
                 )
-                self._audience = _Audience(sock, self._lock, self._name or self._address)
+                self._audience = _Audience(sock, self._lock, self._name or self._address, self.keeps_history)
                 self._pid = os.getpid()
                 self._is_stopped = False
                 _live_publishers.add(self)
@@ -3839,12 +3883,11 @@ if hasattr(os, "register_at_fork"):
 
 def _bind_address(address: str) -> str:
     """Return the address to bind for *address*; raises ValueError if there is none."""
-    if not isinstance(address, str):
-        raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
-    tcp = _split_tcp(address)
+    tcp = _split_tcp(address) if isinstance(address, str) else None
     if tcp is not None and tcp[1] < 65536:
-        return f"tcp://*:{tcp[1]}"
-    if tcp is None and _LOCAL_ADDRESS.fullmatch(address):
+        host = "127.0.0.1" if tcp[0].lower() == "localhost" else tcp[0]
+        return f"tcp://{host if _is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
+    if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
 
@@ -3870,12 +3913,13 @@ class NoisyPublisher:
         port: The port, 0 for a free one.
         aliases: Other names by which it can be found.
         broadcast_interval: Seconds between two announcements.
-        nameservers: Hosts of nameservers to register with; without any, it announces itself by multicast.
+        nameservers: Hosts of nameservers to register with, each as ``host`` or ``host:port`` (by default the configured
+            `broadcast_port`); without any, it announces itself by multicast.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
     Raises:
-        ValueError: The name is empty or has white space in it.
+        ValueError: The name is empty, or has white space or ``/`` in it.
     """
 
     def __init__(
@@ -3888,8 +3932,8 @@ class NoisyPublisher:
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
-        if not _is_field(name):
-            raise ValueError(f"A publisher needs a name without white space to be found by, not {name!r}.")
+        if not _is_field(name) or "/" in name:  # it is announced as the subject /address/NAME
+            raise ValueError(f"A publisher needs a name without white space and '/' to be found by, not {name!r}.")
         self._name = name
         self._aliases = [name] + ([aliases] if isinstance(aliases, str) else list(aliases or []))
         self._port = int(port)
@@ -4046,22 +4090,26 @@ class Publish:
 def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublisher:
     """Create a publisher (not started) from a dictionary of settings.
 
-    - a non-zero ``port`` and ``nameservers`` False: a `Publisher` on that port, not announced anywhere;
+    - an ``address`` or a non-zero ``port``, and ``nameservers`` False: a `Publisher` there, not announced anywhere;
     - ``nameservers`` a list of hosts: a `NoisyPublisher` that registers with them;
     - otherwise: a `NoisyPublisher` that announces itself by multicast.
 
     Args:
         settings: ``name`` (needed for the last two), ``port``, ``nameservers``, ``aliases``, ``broadcast_interval``,
-            ``min_port``, ``max_port``, as documented for the classes.
+            ``min_port``, ``max_port``, as documented for the classes; ``address`` for the first.
 
     Raises:
         KeyError: There is no name, and the publisher needs one.
-        ValueError: The name cannot be used.
+        TypeError: There is another key, for a `Publisher`.
+        ValueError: The name or the address cannot be used.
     """
     port = settings.get("port") or 0
-    if port and settings.get("nameservers") is False:
+    if settings.get("nameservers") is False and (port or settings.get("address")):
+        _refuse_unknown(
+            settings, "Publisher", "address port nameservers name aliases broadcast_interval min_port max_port"
+        )
         return Publisher(
-            f"tcp://*:{port}",
+            settings.get("address") or f"tcp://*:{port}",
             name=settings.get("name", ""),
             **{key: settings[key] for key in ("min_port", "max_port") if settings.get(key) is not None},
         )
@@ -4076,6 +4124,13 @@ def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublish
         min_port=settings.get("min_port"),
         max_port=settings.get("max_port"),
     )
+
+
+def _refuse_unknown(settings: Mapping[str, Any], kind: str, known: str) -> None:
+    """Raise TypeError for a key that is none of the *known* ones."""
+    unknown = sorted(set(settings) - set(known.split()))
+    if unknown:
+        raise TypeError(f"{kind} got an unexpected setting {unknown[0]!r}: known are {', '.join(known.split())}.")
 
 
 # ======================================================================================================================
@@ -4615,7 +4670,8 @@ class Subscriber:
     def _add(self, address: Any, topics: str | Iterable[str] | None, begin: float) -> None:
         announced = address.get("backend") if isinstance(address, Mapping) else None
         address = _check_connectable(address.get("URI") if isinstance(address, Mapping) else address)
-        backend = _backend_towards(announced)
+        # What stays in the process needs no keys.
+        backend = "unsecure_zmq" if address.startswith("inproc://") else _backend_towards(announced)
         if backend is None:
             raise ValueError(f"{address} uses the backend {announced!r}, this program {_backend()!r}: not connected.")
         prefixes = self._topics if topics is None else _topic_prefixes(topics)
@@ -5337,19 +5393,20 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
     """Create a subscriber from a dictionary of settings.
 
     - ``addresses`` a non-empty list and ``nameserver`` False: subscribes to these addresses only;
-    - ``nameserver`` a host (by default localhost): asks there for the ``services``.
+    - otherwise: asks ``nameserver`` (a host, by default localhost) for the ``services``.
 
     Args:
         settings: ``services``, ``topics``, ``addr_listener``, ``addresses``, ``timeout``, ``translate``,
             ``nameserver``, ``message_filter``, as documented for the classes.
 
     Raises:
-        ValueError: There is neither an address nor a nameserver, or an address cannot be used.
+        TypeError: There is another key, and no nameserver is to be asked.
+        ValueError: An address cannot be used.
     """
     nameserver = settings.get("nameserver")
-    if nameserver is False:
-        if not settings.get("addresses"):
-            raise ValueError("A subscriber needs addresses when nameserver is False.")
+    if nameserver is False and settings.get("addresses"):
+        known = "addresses topics message_filter translate nameserver services addr_listener timeout port"
+        _refuse_unknown(settings, "Subscriber", known)
         return Subscriber(
             settings["addresses"],
             topics=settings.get("topics", ""),
@@ -5471,7 +5528,7 @@ class ListenerContainer:
 
     Attributes:
         output_queue: A `queue.Queue` with the received messages.
-        listener: The `Listener`, None after `stop`.
+        listener: The `Listener`; after `stop`, the one that has ended.
         thread: The thread that it runs in, None after `stop`.
 
     Raises:
@@ -5488,7 +5545,7 @@ class ListenerContainer:
     ) -> None:
         self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
         self.output_queue: queue.Queue[Message] = queue.Queue()
-        self.listener: Listener | None = None
+        self.listener: Listener
         self.thread: threading.Thread | None = None
         self._settings = {"addresses": addresses, "nameserver": nameserver, "services": services}
         self._start(topics)
@@ -5506,13 +5563,12 @@ class ListenerContainer:
 
     def stop(self) -> None:
         """Stop listening, and wait until it has ended."""
-        listener, self.listener = self.listener, None
         thread, self.thread = self.thread, None
-        if listener is not None:
+        if thread is not None:
             self.logger.debug("Stopping listener.")
-            listener.stop()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(5)
+            self.listener.stop()
+            if thread is not threading.current_thread():
+                thread.join(5)
 
     def __enter__(self) -> ListenerContainer:
         return self

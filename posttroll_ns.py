@@ -27,6 +27,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, cast
 
 import zmq
@@ -186,6 +187,12 @@ class AddressBook:
                 self._by_service.pop(service, None)
         return entry
 
+    def dismiss(self, message: posttroll.Message) -> _Entry | None:
+        """Forget the publisher that says goodbye in *message*; return it, None if it is not known by this name."""
+        address, name = message.data.get("URI"), message.subject[9:].rstrip("/")
+        entry = self._entries.get(address) if isinstance(address, str) else None
+        return self.remove(entry.address) if entry is not None and entry.name == name else None
+
     def retire(self, address: str, name: str) -> None:
         """Let the publisher *name* at *address*, if it is there, expire soon."""
         entry = self._entries.get(address)
@@ -227,36 +234,38 @@ class _MulticastSource:
 
     RETRY = 2.0
 
-    def __init__(self, port: int, rules: posttroll._AccessRules, log: posttroll._LimitedLogger) -> None:
+    def __init__(self, port: int, rules: posttroll._AccessRules, log: posttroll.LimitedLogger) -> None:
         self._port = port
         self._rules = rules
         self._log = log
         self._receiver: posttroll.MulticastReceiver | None = None
-        posttroll._multicast_group(None)  # a wrong group is an error now, a missing network is not
+        self._group = posttroll._multicast_group(None)  # a wrong group is an error now, a missing network is not
         self._try_to_open()
 
     def _try_to_open(self) -> None:
         try:
-            self._receiver = posttroll.MulticastReceiver(self._port)
+            self._receiver = posttroll.MulticastReceiver(self._port, self._group)
             self._receiver.socket.setblocking(False)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
             self._log.warning("multicast", "Cannot receive multicast (trying again): %s", error)
 
-    def pollable(self) -> Any:
-        """Return what to poll for announcements, None if there is nothing yet."""
+    def watch(self, loop: posttroll.Loop, handle: Callable[[bytes], None]) -> None:
+        """Have *handle* called with the announcements that come."""
+        self._loop, self._handle = loop, handle
         if self._receiver is None:
+            loop.at(time.monotonic() + self.RETRY, self._retry)
+        else:
+            loop.watch(self._receiver.fileno(), self._receive)
+
+    def _retry(self) -> None:
+        try:
             self._try_to_open()
-        return None if self._receiver is None else self._receiver.fileno()
+        finally:
+            self.watch(self._loop, self._handle)
 
-    @property
-    def retry(self) -> float | None:
-        """Seconds until `pollable` is to be asked again, None if it need not."""
-        return self.RETRY if self._receiver is None else None
-
-    def receive(self, handle: Callable[[bytes], None]) -> None:
-        """Have *handle* called with the announcements that have come."""
+    def _receive(self) -> None:
         assert self._receiver is not None
         for _ in range(100):
             try:
@@ -266,18 +275,20 @@ class _MulticastSource:
             except OSError as error:
                 self._log.warning("multicast", "Cannot receive multicast (trying again): %s", error)
                 self.close()
+                self.watch(self._loop, self._handle)
                 return
             if self._rules.refuses_address(sender[0]):
                 self._log.warning("refused", "Refused an announcement from %s: not authorized", sender[0])
                 continue
             try:
-                handle(data)
+                self._handle(data)
             except AnnouncementError as error:
                 self._log.warning("announcement", "Refused an announcement from %s: %s", sender[0], error)
 
     def close(self) -> None:
         """Close the socket."""
         if self._receiver is not None:
+            self._loop.unwatch(self._receiver.fileno())
             self._receiver.close()
             self._receiver = None
 
@@ -285,18 +296,12 @@ class _MulticastSource:
 class _RequestSource:
     """Announcements by request, each of which is answered: ``ok``, or why it was refused."""
 
-    retry = None
-
-    def __init__(self, port: int, local_only: bool, log: posttroll._LimitedLogger) -> None:
+    def __init__(self, port: int, local_only: bool, log: posttroll.LimitedLogger) -> None:
         self._log = log
         self._server = _Server(f"tcp://*:{port}", local_only)
 
-    def pollable(self) -> Any:
-        """Return what to poll for announcements."""
-        return self._server.socket
-
-    def receive(self, handle: Callable[[bytes], None]) -> None:
-        """Have *handle* called with the announcements that have come."""
+    def watch(self, loop: posttroll.Loop, handle: Callable[[bytes], None]) -> None:
+        """Have *handle* called with the announcements that come."""
 
         def answer(request: bytes) -> bytes:
             try:
@@ -306,7 +311,7 @@ class _RequestSource:
                 return f"refused: {error}".encode("utf-8", "replace")
             return b"ok"
 
-        self._server.answer_all(answer)
+        self._server.watch(loop, answer)
 
     def close(self) -> None:
         """Close the socket."""
@@ -323,6 +328,12 @@ class _Server:
         self.socket, self.port, self._authenticator = posttroll.set_up_server_socket(
             zmq.REP, address, options, backend=backend, local_only=local_only
         )
+        self._loop: posttroll.Loop | None = None
+
+    def watch(self, loop: posttroll.Loop, answer: Callable[[bytes], bytes]) -> None:
+        """Answer the requests that come by what *answer* returns."""
+        self._loop = loop
+        loop.watch(self.socket, lambda: self.answer_all(answer))
 
     def answer_all(self, answer: Callable[[bytes], bytes]) -> None:
         """Answer the requests that have come, but not so many that others have to wait."""
@@ -333,19 +344,25 @@ class _Server:
             except zmq.Again:  # what there was is no request: ZeroMQ has skipped it
                 pass
             else:
-                sock.send(answer(frames[0] if len(frames) == 1 else b""))
+                reply = b""
+                try:
+                    reply = answer(frames[0] if len(frames) == 1 else b"")
+                finally:
+                    sock.send(reply)
             if not int(sock.get(zmq.EVENTS)) & _POLLIN:
                 return
 
     def close(self) -> None:
         """Close the socket."""
+        if self._loop is not None:
+            self._loop.unwatch(self.socket)
         posttroll._close_flushed(self.socket, 0.1)  # the last answers should still arrive
         if self._authenticator is not None:
             self._authenticator.stop()
 
 
 class AddressReceiver:
-    """Receives announcements in a thread, keeps the addresses, and publishes which are new and which are lost.
+    """Receives announcements, keeps the addresses, and publishes which are new and which are lost.
 
     Args:
         max_age: After this time without announcement, a publisher is lost; ten minutes by default.
@@ -353,6 +370,9 @@ class AddressReceiver:
         do_heartbeat: Whether to publish heartbeats.
         multicast_enabled: Receive by UDP multicast; else by request on the TCP port.
         restrict_to_localhost: Take announcements, and readers, from this host only.
+
+    Attributes:
+        loop: The `posttroll.Loop` to be served in, set before `start`; by default it runs one in a thread of its own.
     """
 
     HEARTBEAT = 30.0  # seconds between two
@@ -373,12 +393,13 @@ class AddressReceiver:
         self._local_only = restrict_to_localhost
         self._book = AddressBook(self._max_age)
         self._lock = threading.RLock()
-        self._log = posttroll._LimitedLogger("address_receiver")
+        self._log = posttroll.LimitedLogger("address_receiver")
+        self.loop: posttroll.Loop | None = None
         self._thread: threading.Thread | None = None
-        self._waker: posttroll._Waker | None = None
-        self._is_stopping = False
-        self.failure: BaseException | None = None
-        self.on_failure: Callable[[], None] = lambda: None
+        self._is_running = False
+        self._timers: list[posttroll.Timer] = []
+        self._expiry: posttroll.Timer | None = None
+        self._news: list[tuple[_Entry, bool]] = []
 
     def start(self) -> AddressReceiver:
         """Start the receiver.
@@ -390,36 +411,52 @@ class AddressReceiver:
         """
         if self.is_running():
             return self
-        self._is_stopping = False
-        self.failure = None
         posttroll._get_sender()  # reads a file, and clients may have used up all file descriptors later
-        source = self.set_up_address_receiver(self._port)
-        publisher = None
+        self._source = self.set_up_address_receiver(self._port)
         try:
-            publisher = self._set_up_publisher()
-            publisher.start()
+            self._publisher = self._set_up_publisher()
+            self._publisher.start()
         except BaseException:
-            source.close()
-            if publisher is not None:
-                publisher.stop()
+            self._source.close()
             raise
-        self._waker = posttroll._Waker()
-        arguments = (source, publisher, self._waker)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="posttroll addresses", daemon=True)
-        self._thread.start()
+        self._is_running = True
+        if self.loop is None:
+            self.loop = loop = posttroll.Loop()
+            self._thread = threading.Thread(target=loop.run, name="posttroll addresses", daemon=True)
+            self._begin(loop)
+            self._thread.start()
+        else:
+            self._begin(self.loop)
         return self
 
+    def _begin(self, loop: posttroll.Loop) -> None:
+        self._source.watch(loop, self._take)
+        if self._do_heartbeat:
+            self._beat(loop)
+
     def stop(self) -> None:
-        """Stop the receiver, and wait until it has ended."""
-        self._is_stopping = True
-        if self._waker is not None:
-            self._waker.wake()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(5)
+        """Stop the receiver, and wait until it has ended; of a loop of others, only its thread may call it."""
+        if not self._is_running:
+            return
+        self._is_running = False
+        loop, thread = self.loop, self._thread
+        assert loop is not None
+        if thread is not None:
+            loop.stop()
+            if thread is not threading.current_thread():
+                thread.join(5)
+        for timer in (*self._timers, self._expiry):
+            if timer is not None:
+                timer.cancel()
+        self._publisher.stop()
+        self._source.close()
+        if thread is not None:
+            loop.close()
+            self.loop, self._thread = None, None
 
     def is_running(self) -> bool:
         """Whether the receiver runs."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._is_running and (self._thread is None or self._thread.is_alive())
 
     def get(self, name: str = "") -> list[dict[str, Any]]:
         """Return the addresses of the publishers of the service *name*, of all with ``""``."""
@@ -437,16 +474,26 @@ class AddressReceiver:
         port = posttroll.config.get("address_publish_port")
         publisher = posttroll.Publish("address_receiver", port, ["addresses"], nameservers=False).publisher
         if isinstance(publisher, posttroll.Publisher):
-            publisher._local_only = self._local_only
+            publisher.local_only = self._local_only
+            publisher.keeps_history = False  # who was away asks for the addresses
         return publisher
 
+    # -- taking announcements --
+
+    def _take(self, data: bytes) -> None:
+        """Take an announcement; what is new is published when its sender has its answer."""
+        assert self.loop is not None
+        if not self._news:
+            self.loop.call(self._publish_news)
+        self.process_address_message(data, self._news)
+
     def process_address_message(self, data: str | bytes, pub: Any) -> None:
-        """Take an announcement, and publish it with *pub* if it is new.
+        """Take an announcement, and publish it with *pub* if it is new; or a goodbye, which ends one.
 
         Args:
             data: The announcement, an encoded message.
-            pub: The publisher, anything with the method ``send``; or a list, to which what is new is added: to publish
-                that when the sender has its answer.
+            pub: The publisher, anything with the method ``send``; or a list, to which pairs of entries and whether they
+                are new or lost are added.
 
         Raises:
             AnnouncementError: The announcement cannot be used.
@@ -455,19 +502,33 @@ class AddressReceiver:
             message = posttroll.Message.decode(data)
         except posttroll.MessageError as error:
             raise AnnouncementError(str(error)) from None
-        entry = self._book.parse(message)
+        news = pub if isinstance(pub, list) else []
         with self._lock:
-            is_new = self._book.add(entry)
-        if is_new:
-            if isinstance(pub, list):
-                pub.append(entry)
+            if isinstance(message.data, dict) and message.data.get("status") is False:
+                entry = self._book.dismiss(message)
+                news += [] if entry is None else [(entry, False)]
             else:
-                self._publish_new(entry, pub)
+                entry = self._book.parse(message)
+                if self._book.add(entry):
+                    news.append((entry, True))
+        if not isinstance(pub, list):
+            for each, is_new in news:
+                self._publish(each, is_new, pub)
 
-    def _publish_new(self, entry: _Entry, pub: Any) -> None:
-        self._log.log(logging.INFO, "new", "New publisher %s at %s", entry.name, entry.address)
-        pub.send(self._news(entry, True))
-        self._retire_loopback(entry)
+    def _publish_news(self) -> None:
+        news, self._news[:] = list(self._news), []
+        for entry, is_new in news:
+            self._publish(entry, is_new, self._publisher)
+        self._plan_expiry()
+
+    def _publish(self, entry: _Entry, is_new: bool, publisher: Any) -> None:
+        """Tell those who listen that *entry* is new, or lost; in a version that readers of any age understand."""
+        kind, text = ("new", "New publisher %s at %s") if is_new else ("lost", "Lost publisher %s at %s")
+        self._log.log(logging.INFO, kind, text, entry.name, entry.address)
+        data = {"URI": entry.address, "service": list(entry.services), **entry.extras, "status": is_new}
+        publisher.send(posttroll.Message(f"/address/{entry.name}", "info", data, version="v1.01").encode())
+        if is_new:
+            self._retire_loopback(entry)
 
     def _retire_loopback(self, entry: _Entry) -> None:
         """Forget the loopback address of a publisher of this host that has found the host's real address meanwhile.
@@ -479,77 +540,29 @@ class AddressReceiver:
             with self._lock:
                 self._book.retire(f"tcp://127.0.0.1:{tcp[1]}", entry.name)
 
-    @staticmethod
-    def _news(entry: _Entry, status: bool) -> str:
-        """Return the message that tells that *entry* is new (True) or lost, for readers of any age."""
-        data = {"URI": entry.address, "service": list(entry.services), **entry.extras, "status": status}
-        return posttroll.Message(f"/address/{entry.name}", "info", data, version="v1.01").encode()
+    # -- as time goes by --
 
-    def _beat(self) -> str:
-        """Return a heartbeat, for readers of any age."""
+    def _beat(self, loop: posttroll.Loop) -> None:
+        """Publish a heartbeat, for readers of any age, again and again."""
+        self._timers = [loop.at(time.monotonic() + self.HEARTBEAT, lambda: self._beat(loop))]
         data = {"min_interval": self.HEARTBEAT - 1}
-        return posttroll.Message("/heartbeat/address_receiver", "beat", data, version="v1.01").encode()
+        self._publisher.send(posttroll.Message("/heartbeat/address_receiver", "beat", data, version="v1.01").encode())
 
-    def _run(self, source: Any, publisher: Any, waker: posttroll._Waker) -> None:
-        fresh: list[_Entry] = []
+    def _plan_expiry(self) -> None:
+        """Have the next publisher that falls silent expire in time."""
+        with self._lock:
+            due = self._book.next_expiry()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        assert self.loop is not None
+        self._expiry = None if due is None else self.loop.at(due, self._expire)
 
-        def handle(data: bytes) -> None:
-            self.process_address_message(data, fresh)
-
-        try:
-            poller = zmq.Poller()
-            poller.register(waker, _POLLIN)
-            polled = None
-            next_beat = time.monotonic() if self._do_heartbeat else float("inf")
-            while not self._is_stopping:
-                pollable = source.pollable()
-                if pollable != polled:
-                    if polled is not None:
-                        poller.unregister(polled)
-                    if pollable is not None:
-                        poller.register(pollable, _POLLIN)
-                    polled = pollable
-                for item, _ in poller.poll(self._milliseconds(next_beat, source.retry)):
-                    if item == pollable:
-                        source.receive(handle)
-                        for entry in fresh:
-                            self._publish_new(entry, publisher)
-                        fresh.clear()
-                    else:
-                        waker.clear()
-                now = time.monotonic()
-                if now >= next_beat:
-                    publisher.send(self._beat())
-                    next_beat = now + self.HEARTBEAT
-                self._expire(publisher)
-        except zmq.ContextTerminated:
-            posttroll._log("address_receiver").debug("The context was terminated")
-        except Exception as error:
-            self.failure = error
-            self.on_failure()
-            posttroll._log("address_receiver").exception("The receiver of addresses has failed")
-            raise
-        finally:
-            publisher.stop()
-            source.close()
-            waker.close()
-
-    def _expire(self, publisher: Any) -> None:
+    def _expire(self) -> None:
         with self._lock:
             expired = self._book.expire()
         for entry in expired:
-            self._log.log(logging.INFO, "lost", "Lost publisher %s at %s", entry.name, entry.address)
-            publisher.send(self._news(entry, False))
-
-    def _milliseconds(self, next_beat: float, retry: float | None) -> int | None:
-        """Return how long to wait for announcements until there is something else to do, None for ever."""
-        with self._lock:
-            expiry = self._book.next_expiry()
-        due = next_beat if expiry is None else min(next_beat, expiry)
-        now = time.monotonic()
-        wait = due - now if retry is None else min(due - now, retry)
-        # One millisecond more: poll rounds down, and would return just before it is due.
-        return None if wait == float("inf") else max(int(wait * 1000) + 1, 0)
+            self._publish(entry, False, self._publisher)
+        self._plan_expiry()
 
 
 getaddress = AddressReceiver
@@ -595,10 +608,10 @@ class NameServer:
         self._max_age = dt.timedelta(minutes=10) if max_age is None else max_age
         self._multicast_enabled = multicast_enabled
         self._local_only = restrict_to_localhost
-        self._waker: posttroll._Waker | None = None
+        self._loop: posttroll.Loop | None = None
         self._is_stopping = False
         self._has_ended = False
-        self._log = posttroll._LimitedLogger("ns")
+        self._log = posttroll.LimitedLogger("ns")
 
     def run(
         self,
@@ -620,7 +633,7 @@ class NameServer:
             posttroll.ConfigurationError: The secure backend is not set up.
         """
         self._has_ended = False
-        self._waker = waker = posttroll._Waker()
+        self._loop = loop = posttroll.Loop()
         servers: list[_Server] = []
         receiver = None
         try:
@@ -632,12 +645,15 @@ class NameServer:
                     multicast_enabled=self._multicast_enabled,
                     restrict_to_localhost=self._local_only,
                 )
-                receiver.on_failure = waker.wake  # without it, this would live on deaf
+                receiver.loop = loop
                 receiver.start()
+            for server in servers:
+                server.watch(loop, partial(self._answer, address_receiver))
             if when_ready is not None:
                 when_ready()
-            with posttroll._signals_wake(waker):
-                self._serve(servers, address_receiver, receiver, waker)
+            if not self._is_stopping:
+                with posttroll.signals_wake(loop):
+                    loop.run()
         finally:
             if receiver is not None:
                 receiver.stop()
@@ -645,8 +661,8 @@ class NameServer:
                 server.close()
             self._has_ended = True
             self._is_stopping = False
-            self._waker = None
-            waker.close()
+            self._loop = None
+            loop.close()
 
     def _addresses(self, nameserver_address: str | None) -> Iterator[tuple[str, str]]:
         """Yield the addresses to answer on, each with its backend."""
@@ -660,29 +676,7 @@ class NameServer:
             if has_keys and secure_port != port:
                 yield f"tcp://*:{secure_port}", "secure_zmq"
 
-    def _serve(
-        self, servers: Sequence[_Server], address_receiver: Any, own_receiver: Any, waker: posttroll._Waker
-    ) -> None:
-        def answer(request: bytes) -> bytes:
-            return self._answer(request, address_receiver)
-
-        poller = zmq.Poller()
-        poller.register(waker, _POLLIN)
-        for server in servers:
-            poller.register(server.socket, _POLLIN)
-        by_socket = {server.socket: server for server in servers}
-        while not self._is_stopping:
-            for item, _ in poller.poll():
-                asked = by_socket.get(item)
-                if asked is None:
-                    waker.clear()
-                else:
-                    asked.answer_all(answer)
-            failure = None if own_receiver is None else own_receiver.failure
-            if isinstance(failure, BaseException):  # a class that tests put in its place may have anything there
-                raise failure
-
-    def _answer(self, request: bytes, address_receiver: Any) -> bytes:
+    def _answer(self, address_receiver: Any, request: bytes) -> bytes:
         """Return the answer to a lookup: of its version, and empty if it is broken."""
         version = "v1.01"
         try:
@@ -702,9 +696,9 @@ class NameServer:
         if self._has_ended:
             return
         self._is_stopping = True
-        waker = self._waker
-        if waker is not None:
-            waker.wake()
+        loop = self._loop
+        if loop is not None:
+            loop.stop()
 
 
 # ======================================================================================================================
@@ -757,7 +751,7 @@ def _run(ns: NameServer, logger: logging.Logger, when_ready: Callable[[], None])
         when_ready()
 
     try:
-        with posttroll._signals_call(ns.stop):
+        with posttroll.call_on_signals(ns.stop):
             ns.run(when_ready=tell_ready)
     except (OSError, zmq.ZMQError, posttroll.ConfigurationError, NotImplementedError) as error:
         logger.error("The nameserver has failed: %s", error)

@@ -124,6 +124,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         "BROADCAST_PORT": str(free_port()),
         "MC_GROUP": f"239.{chance.randrange(256)}.{chance.randrange(256)}.{chance.randrange(1, 255)}",
         "MULTICAST_INTERFACE": "127.0.0.1",
+        "DISCOVERY_SECONDS": "0",  # what waits for it sets it
     }
     for name, value in settings.items():
         monkeypatch.setenv("POSTTROLL_" + name, value)
@@ -132,7 +133,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     threads = set(threading.enumerate())
     yield
     config.refresh()
-    posttroll._lookup_sockets.clear()
+    posttroll._idle_sockets.clear()
     wait_for(lambda: set(threading.enumerate()) <= threads, what=f"the end of {set(threading.enumerate()) - threads}")
     expected = posttroll._lingering_monitors  # of sockets that ZeroMQ closes when the last message is out
     open_sockets = [sock for sock in posttroll.get_context()._sockets if not sock.closed and sock not in expected]
@@ -1834,6 +1835,12 @@ class TestMulticastSockets:
             with pytest.raises(OSError, match=rf"Invalid multicast address '{group}' .mc_group."):
                 opening(group)
 
+    @pytest.mark.parametrize("group", ["127.0.0.1", "240.0.0.1"])
+    def test_the_error_says_what_programs_look_for(self, group):
+        with pytest.raises(OSError, match="Invalid argument") as raised:
+            posttroll.bbmcast.MulticastReceiver(free_port(), group)
+        assert raised.value.errno == errno.EINVAL
+
     def test_an_invalid_group_in_the_configuration_is_an_error_of_the_call(self, monkeypatch):
         monkeypatch.setenv("POSTTROLL_MC_GROUP", "10.0.0.1")
         with pytest.raises(OSError, match=r"'10\.0\.0\.1'"), posttroll.Publish("a_service"):
@@ -1924,6 +1931,29 @@ class TestOwnAddress:
     def test_an_interface_that_is_not_there_is_no_error(self, monkeypatch):
         monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "no_such_device")
         assert socket.inet_aton(posttroll.get_own_ip())
+
+    def test_all_addresses_of_this_host(self, monkeypatch):
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        addresses = posttroll.address_receiver.get_local_ips()
+        assert {"127.0.0.1", posttroll.get_own_ip()} <= set(addresses)
+        assert len(set(addresses)) == len(addresses)
+        for address in addresses:
+            with socket.socket() as sock:
+                sock.bind((address, 0))  # fails for an address that is not our own
+
+    @pytest.mark.network
+    def test_all_addresses_of_a_host_with_many_and_no_route_to_elsewhere(self, two_hosts):
+        host, _ = two_hosts
+        more = ["10.77.1.9", "10.77.1.10", "10.77.5.1"]  # the first two in one network: secondary addresses
+        for address in more:
+            host.ip("addr", "add", f"{address}/24", "dev", host.device)
+        code = "import posttroll; print(*posttroll.get_local_ips()); print(posttroll.get_own_ip())"
+        with host.run("-c", code) as running:
+            status, out, err = finish(running)
+        assert (status, err) == (0, "")
+        addresses, own = out.splitlines()
+        assert sorted(addresses.split()) == sorted(["127.0.0.1", *more])
+        assert own in more
 
 
 # ======================================================================================================================
@@ -2203,6 +2233,144 @@ class TestPortRanges:
             posttroll.Publisher("tcp://*:0", min_port=low, max_port=high).start()
 
 
+class TestNumbersAndNames:
+    """In brackets only an IPv6 address, and ZeroMQ is handed numbers only: it resolves names where it serves all."""
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            "[some.name]",
+            "[localhost]",
+            "[127.0.0.1]",
+            "[]",
+            "[1:2]",
+            "[::g]",
+            "[:::]",
+            "[::1%]",
+            "[::1",
+            "::1",
+            "[::1]]",
+        ],
+    )
+    def test_what_is_no_address(self, host):
+        address = f"tcp://{host}:9000"
+        assert not posttroll._is_remote(address)
+        with posttroll.Subscriber([]) as sub, pytest.raises(ValueError, match="Cannot connect to"):
+            sub.add(address)
+        announcement = Message("/address/a", "info", {"URI": address, "service": ["a"]})
+        with pytest.raises(posttroll_ns.AnnouncementError, match="no TCP address"):
+            posttroll_ns.AddressBook(600).parse(announcement)
+
+    @pytest.mark.parametrize("host", ["[::1]", "[2001:db8::1]", "[fe80::1%eth0]", "[::ffff:10.0.0.1]", "10.0.0.1"])
+    def test_a_number_is_handed_on_as_it_is(self, host):
+        assert posttroll._is_remote(f"tcp://{host}:9000")
+        assert posttroll._Resolution(f"tcp://{host}:9000").endpoint == f"tcp://{host}:9000"
+
+    @pytest.mark.parametrize("host", ["999.1.1.1", "1.2.3.4.5", "1.2.3", "some.name", "1.2.3.256"])
+    def test_what_is_no_number_has_to_be_resolved(self, host):
+        assert posttroll._is_remote(f"tcp://{host}:9000")
+        assert posttroll._Resolution(f"tcp://{host}:9000").endpoint is None
+
+    @pytest.mark.parametrize("host", ["localhost", "some.name", "*", "127.1", "[::1]"])
+    def test_only_numbers_are_own_addresses(self, host, monkeypatch):
+        monkeypatch.setattr(socket, "getaddrinfo", None)
+        assert not posttroll._is_own_address(host)
+
+
+SILENT_NAME_SERVER = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.bind(("127.0.0.1", 53))
+    print("hears", flush=True)
+    while True:
+        print("asked", sock.recv(1024), flush=True)
+"""
+
+
+@pytest.fixture
+def host_without_names(two_hosts):
+    """Give a host whose name server never answers: whoever resolves a name waits longer than any test."""
+    host = two_hosts[0]
+    host.connect()
+    directory = Path("/etc/netns") / host.name
+    directory.mkdir(parents=True)
+    try:
+        (directory / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:5\n")
+        with host.run("-c", SILENT_NAME_SERVER) as silent:
+            await_line(silent, "hears")
+            yield host
+    finally:
+        shutil.rmtree(directory)
+        with contextlib.suppress(OSError):
+            directory.parent.rmdir()
+
+
+@pytest.mark.network
+class TestNameServerThatNeverAnswers:
+    """What resolves a name does so where nobody waits for it."""
+
+    @pytest.mark.parametrize("multicast", [True, False])
+    @pytest.mark.parametrize("uri", ["tcp://some.name:9000", "tcp://999.1.1.1:9000"])
+    def test_the_nameserver_goes_on_whatever_is_announced(self, host_without_names, multicast, uri):
+        """Among three publishers that register, and lookups."""
+        code = """
+import posttroll, sys, time
+uri, multicast = sys.argv[1], sys.argv[2] == "True"
+config, Message = posttroll.config, posttroll.Message
+text = Message("/address/named", "info", {"URI": uri, "service": ["named"]}, version="v1.01").encode()
+if multicast:
+    posttroll.MulticastSender(config.get("broadcast_port"))(text)
+else:
+    sock = posttroll.set_up_client_socket(posttroll.zmq.REQ, f"tcp://127.0.0.1:{config.get('broadcast_port')}")
+    sock.send_string(text)
+    assert sock.recv() == b"ok"
+    sock.close()
+hosts = None if multicast else ["127.0.0.1"]
+publishers = [posttroll.Publish(name, nameservers=hosts, broadcast_interval=0.1).publisher for name in "abc"]
+for publisher in publishers:
+    publisher.start()
+while {entry["name"] for entry in posttroll.get_pub_address("", 5, "127.0.0.1")} != {"named", "a", "b", "c"}:
+    time.sleep(0.01)
+for publisher in publishers:
+    publisher.stop()
+print("all known")
+"""
+        host = host_without_names
+        words = [] if multicast else ["--no-multicast"]
+        with host.run(NAMESERVER, *words) as running:
+            await_line(running, "answers on port")
+            with host.run("-c", code, uri, multicast) as asking:
+                assert finish(asking) == (0, "all known\n", "")
+
+    def test_publishers_and_subscribers_go_on(self, host_without_names):
+        """Three publishers, of which one has a name for its address, and five subscribers that also want names."""
+        code = """
+import posttroll
+publishers = [posttroll.Publisher(f"tcp://{host}:0").start() for host in ("127.0.0.1", "127.0.0.2", "some.name")]
+addresses = [f"tcp://127.0.0.{n}:{pub.port_number}" for n, pub in enumerate(publishers, 1)]
+names = ["tcp://some.name:9000", "tcp://999.1.1.1:9000", "tcp://1.2.3.4.5:9000"]
+for bad in ("tcp://[some.name]:9000", "tcp://[1:2]:9000"):
+    try:
+        posttroll.Subscriber([bad])
+    except ValueError as error:
+        print("refused")
+subscribers = [posttroll.Subscriber([*names, *addresses]) for _ in range(5)]
+for number, publisher in enumerate(publishers):
+    assert publisher.wait_for_subscribers(5, 15)
+    publisher.send(posttroll.Message("/a", "info", number))
+for subscriber in subscribers:
+    received = []
+    while len(received) < 3:
+        received.append(next(subscriber.recv()).data)
+    assert sorted(received) == [0, 1, 2]
+print("all received", flush=True)
+import os
+os._exit(0)  # threads that resolve go on for minutes
+"""
+        with host_without_names.run("-c", code) as running:
+            assert finish(running)[:2] == (0, "refused\nrefused\nall received\n")
+
+
 # ======================================================================================================================
 # 5. Asking the nameserver
 # ======================================================================================================================
@@ -2310,7 +2478,7 @@ class TestAskingTheNameserver:
             assert posttroll.get_pub_address("a_service", timeout=DEADLINE) == []
 
     def test_the_good_entries_of_an_answer_are_used(self, caplog, monkeypatch):
-        monkeypatch.setattr(posttroll, "_lookup_log", posttroll._LimitedLogger("ns"))  # it has not said enough yet
+        monkeypatch.setattr(posttroll, "_lookup_log", posttroll.LimitedLogger("ns"))  # it has not said enough yet
         entries = [{"URI": "tcp://"}, {"URI": "tcp://good:9000", "service": ["a"]}, "nonsense"]
         with answering(answer_with(entries)):
             assert posttroll.get_pub_address("a", timeout=DEADLINE) == [entries[1]]
@@ -2502,7 +2670,7 @@ class TestAddressBroadcasters:
     def test_a_host_that_does_not_resolve_is_a_warning_and_tried_again(self, monkeypatch, caplog):
         """It is registered with once its name is known: here with the help of a resolver that learns it."""
         monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.02)
-        monkeypatch.setattr(posttroll, "_resolution_log", posttroll._LimitedLogger("backends.zmq"))
+        monkeypatch.setattr(posttroll, "_resolution_log", posttroll.LimitedLogger("backends.zmq"))
         names: dict[str, str] = {}
         resolve = socket.getaddrinfo
 
@@ -2903,6 +3071,72 @@ class TestNoisyPublisher:
                 assert received_data(sub, 2) == ["text", {"min_interval": 0}]
 
 
+class TestBinding:
+    """A publisher is reached by the address that it is given; by all, if that is none of this host."""
+
+    @staticmethod
+    def reached_by(port: int | None) -> set[str]:
+        found = set()
+        for address in {*posttroll.get_local_ips(), "127.0.0.1", "127.0.0.2"}:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection((address, port or 0)):
+                found.add(address)
+        return found
+
+    @pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.0.0.2"])
+    def test_an_address_for_this_host_only(self, host):
+        with posttroll.Publisher(f"tcp://{host}:0") as pub:
+            address = "127.0.0.1" if host.islower() or host.isupper() else host
+            assert pub.address == f"tcp://{address}:0"
+            assert self.reached_by(pub.port_number) == {address}
+
+    def test_an_address_of_this_host(self):
+        for address in posttroll.get_local_ips():
+            with posttroll.Publisher(f"tcp://{address}:0") as pub:
+                assert self.reached_by(pub.port_number) == {address}
+
+    @pytest.mark.parametrize(
+        "host", ["*", "0.0.0.0", "192.0.2.1", "somewhere.else.invalid", "224.0.0.1", "[2001:db8::1]"]
+    )
+    def test_what_is_no_address_of_this_host(self, host):
+        with posttroll.Publisher(f"tcp://{host}:0") as pub:
+            assert pub.address == "tcp://*:0"
+            assert self.reached_by(pub.port_number) == {*posttroll.get_local_ips(), "127.0.0.1", "127.0.0.2"}
+
+    def test_publishers_on_one_port_of_several_addresses(self):
+        """Each with two subscribers, who hear their own publisher and no other."""
+        port = free_port()
+        hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+        with contextlib.ExitStack() as stack:
+            pubs = {host: stack.enter_context(posttroll.Publisher(f"tcp://{host}:{port}")) for host in hosts}
+            subs = [(host, stack.enter_context(posttroll.Subscriber([f"tcp://{host}:{port}"]))) for host in hosts * 2]
+            for host, pub in pubs.items():
+                assert pub.wait_for_subscribers(2, DEADLINE)
+                pub.send(text_message(host))
+            for pub in pubs.values():
+                pub.send(text_message("end"))
+            assert [received_data(sub, 2) for _, sub in subs] == [[host, "end"] for host, _ in subs]
+            with pytest.raises(zmq.ZMQError, match=f"in use.*127.0.0.2:{port}"):
+                posttroll.Publisher(f"tcp://127.0.0.2:{port}").start()
+
+    def test_a_port_of_the_range_is_free_if_it_is_free_on_that_address(self):
+        first = free_port()
+        limits = {"min_port": first, "max_port": first + 1}
+        with (
+            posttroll.Publisher("tcp://127.0.0.1:0", **limits),
+            posttroll.Publisher("tcp://127.0.0.2:0", **limits) as pub,
+        ):
+            assert pub.port_number == first
+            with pytest.raises(zmq.ZMQError, match="are in use"):
+                posttroll.Publisher("tcp://127.0.0.2:0", **limits).start()
+
+    @pytest.mark.parametrize(
+        "address", ["tcp://[some.name]:0", "tcp://[1.2.3.4]:0", "tcp://[::g]:0", "tcp://127.0.0.1"]
+    )
+    def test_what_is_no_address(self, address):
+        with pytest.raises(ValueError, match="Cannot publish on"):
+            posttroll.Publisher(address)
+
+
 class TestPublishAndItsFactory:
     def test_publish_announces_itself(self):
         with nameserver(), posttroll.Publish("a_name", nameservers=["localhost"]) as pub:
@@ -2921,6 +3155,60 @@ class TestPublishAndItsFactory:
         assert isinstance(pub, posttroll.Publisher)
         assert pub.start().port_number == port
         pub.stop()
+
+    @pytest.mark.parametrize("port", [None, 0, 9000])
+    def test_an_address_and_no_nameservers(self, port, tmp_path):
+        """Several at once, of both kinds, each with a subscriber: everybody hears its own."""
+        with contextlib.ExitStack() as stack:
+            addresses = [f"ipc://{tmp_path}/{number}" for number in range(2)]
+            addresses += [f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.2:{free_port()}"]
+            heard = []
+            for address in addresses:
+                settings = {"address": address, "nameservers": False, "name": "a_name", "min_port": 9000}
+                if port is not None:
+                    settings["port"] = port
+                pub = stack.enter_context(posttroll.create_publisher_from_dict_config(settings))
+                assert type(pub) is posttroll.Publisher
+                sub = stack.enter_context(posttroll.Subscriber([address]))
+                heard.append((pub, sub, address))
+            for pub, _, address in heard:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message(address))
+            assert [received_data(sub) for _, sub, _ in heard] == [[address] for address in addresses]
+
+    @pytest.mark.parametrize("place", [{"port": 9000}, {"address": "tcp://*:9000"}])
+    def test_an_unknown_setting_is_named(self, place):
+        known = {"name": "a", "nameservers": False, "aliases": ["b"], "broadcast_interval": 2, "max_port": None}
+        assert isinstance(posttroll.create_publisher_from_dict_config({**place, **known}), posttroll.Publisher)
+        with pytest.raises(TypeError, match="'broadcast_intervall'"):
+            posttroll.create_publisher_from_dict_config({**place, **known, "broadcast_intervall": 2})
+
+    @pytest.mark.parametrize("name", ["a/b", "/a", "a/", "/"])
+    def test_a_name_that_no_nameserver_would_take(self, name):
+        for make in (posttroll.Publish, posttroll.NoisyPublisher):
+            with pytest.raises(ValueError, match=f"without white space and '/' .*{name!r}"):
+                make(name)
+
+    def test_nameservers_on_other_ports(self, monkeypatch):
+        """A publisher that registers with three on one host, each with ports of its own, two of them not configured."""
+        with contextlib.ExitStack() as stack:
+            places = [f"localhost:{config.get('broadcast_port')}"]
+            lookups = [f"localhost:{config.get('nameserver_port')}"]
+            stack.enter_context(nameserver_process("--no-multicast"))
+            for _ in range(2):
+                ports = {key: free_port() for key in ("nameserver_port", "address_publish_port", "broadcast_port")}
+                words = [word for key, port in ports.items() for word in ("--set", f"{key}={port}")]
+                stack.enter_context(nameserver_process("--no-multicast", *words))
+                places.append(f"127.0.0.1:{ports['broadcast_port']}")
+                lookups.append(f"127.0.0.1:{ports['nameserver_port']}")
+            stack.enter_context(posttroll.Publish("everywhere", nameservers=places))
+            stack.enter_context(posttroll.Publish("there", nameservers=[places[1], "localhost"]))
+            for lookup, expected in zip(lookups, (["everywhere", "there"], ["everywhere", "there"], ["everywhere"])):
+                wait_for(
+                    lambda lookup=lookup, expected=expected: (
+                        expected == sorted(entry["name"] for entry in posttroll.get_pub_address("", DEADLINE, lookup))
+                    )
+                )
 
     @pytest.mark.parametrize("nameservers", [["localhost"], "localhost", None, False])
     def test_a_name_without_a_port(self, nameservers):
@@ -3070,7 +3358,7 @@ class TestSubscriber:
             assert (message.sender, message.user, message.host) == ("me@127.0.0.1", "me", "127.0.0.1")
 
     def test_a_host_that_does_not_resolve_does_not_hold_up_others(self, caplog, monkeypatch):
-        monkeypatch.setattr(posttroll, "_resolution_log", posttroll._LimitedLogger("backends.zmq"))
+        monkeypatch.setattr(posttroll, "_resolution_log", posttroll.LimitedLogger("backends.zmq"))
         with posttroll.Publisher("tcp://*:0") as pub:
             addresses = ["tcp://no-such-host.invalid:9000", f"tcp://127.0.0.1:{pub.port_number}"]
             with posttroll.Subscriber(addresses) as sub:
@@ -3436,9 +3724,41 @@ class TestSubscribeAndItsFactory:
             assert sub.addresses == ["tcp://127.0.0.1:1"]
 
     @pytest.mark.parametrize("settings", [{"nameserver": False}, {"nameserver": False, "addresses": []}])
-    def test_neither_address_nor_nameserver(self, settings):
-        with pytest.raises(ValueError, match="needs addresses"):
-            posttroll.create_subscriber_from_dict_config(settings)
+    def test_neither_address_nor_nameserver_asks_localhost(self, settings):
+        """As chains of programs rely on; with several services, of which each of two subscribers wants its own."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(nameserver())
+            pubs = [stack.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in "abc"]
+            subs = [
+                stack.enter_context(
+                    posttroll.create_subscriber_from_dict_config({**settings, "services": name, "topics": "/x"})
+                )
+                for name in "ab"
+            ]
+            assert [len(sub.addresses) for sub in subs] == [1, 1]
+            for pub in pubs[:2]:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+            for name, pub in zip("abc", pubs):
+                pub.send(text_message(name, "/x"))
+            assert [received_data(sub) for sub in subs] == [["a"], ["b"]]
+
+    def test_addresses_only_with_settings_for_others(self):
+        """Those that some programs always give are known; one that nobody knows is named."""
+        settings = {
+            "addresses": ["tcp://127.0.0.1:1"],
+            "nameserver": False,
+            "port": 9000,
+            "services": ["a"],
+            "addr_listener": True,
+            "timeout": 3,
+            "topics": ["/a"],
+            "message_filter": None,
+            "translate": True,
+        }
+        with posttroll.create_subscriber_from_dict_config(settings) as sub:
+            assert sub.addresses == ["tcp://127.0.0.1:1"]
+        with pytest.raises(TypeError, match="'adresses'"):
+            posttroll.create_subscriber_from_dict_config({**settings, "adresses": []})
 
     def test_a_nameserver_by_name(self):
         with nameserver(), posttroll.Publish("a", nameservers=["localhost"]):
@@ -3699,13 +4019,18 @@ class TestListenerContainer:
             container.stop()
             assert not thread.is_alive()
             container.stop()
-            assert (container.listener, container.thread) == (None, None)
+            assert container.thread is None
+            assert container.listener.running is False  # it can still be asked, and has its logger
+            assert container.listener.logger.name == "posttroll.listener.Listener"
 
     def test_restart_after_stop(self):
         container = posttroll.ListenerContainer(addresses=["tcp://127.0.0.1:1"], nameserver=False)
         container.stop()
+        ended = container.listener
         container.restart_listener(["/a"])
         assert container.thread.is_alive()
+        assert container.listener is not ended
+        assert container.listener.topics == ["/a"]
         container.stop()
 
     def test_it_stops_promptly_while_there_is_no_nameserver(self):
@@ -3717,8 +4042,6 @@ class TestListenerContainer:
     def test_wrong_arguments_are_errors_of_the_call(self):
         with pytest.raises(ValueError, match="Cannot connect to"):
             posttroll.ListenerContainer(addresses=["nonsense"])
-        with pytest.raises(ValueError, match="needs addresses"):
-            posttroll.ListenerContainer(nameserver=False)
 
     def test_a_stop_by_the_thread_that_reads_the_queue(self):
         with posttroll.Publisher("tcp://*:0") as pub:
@@ -4842,6 +5165,33 @@ class TestDocumentedNames:
         assert posttroll.bbmcast.SocketTimeout is socket.timeout
         assert posttroll.bbmcast.MulticastReceiver.BUFSIZE == 1024
         assert issubclass(posttroll.message.MessageError, Exception)
+
+    def test_names_that_existing_programs_use(self, monkeypatch):
+        assert posttroll.bbmcast.DEFAULT_MC_GROUP == "225.0.0.212"
+        assert posttroll.bbmcast.DEFAULT_BROADCAST_PORT == 21200
+        assert posttroll.ns.DEFAULT_UNSECURE_ZMQ_NAMESERVER_PORT == 5557
+        assert posttroll.ns.DEFAULT_SECURE_ZMQ_NAMESERVER_PORT == 5558
+        assert posttroll.address_receiver.DEFAULT_ADDRESS_PUBLISH_PORT == 16543
+        functions = {
+            "broadcast_port": [
+                posttroll.bbmcast.get_configured_broadcast_port,
+                posttroll.address_receiver.get_configured_broadcast_port,
+                posttroll.message_broadcaster.get_configured_broadcast_port,
+            ],
+            "address_publish_port": [posttroll.address_receiver.get_configured_address_port],
+            "nameserver_port": [
+                posttroll.ns.get_configured_nameserver_port,
+                posttroll.ns.get_configured_unsecure_zmq_nameserver_port,
+            ],
+            "secure_zmq_nameserver_port": [posttroll.ns.get_configured_secure_zmq_nameserver_port],
+        }
+        for key in functions:
+            monkeypatch.delenv("POSTTROLL_" + key.upper(), raising=False)
+        found = {key: {function() for function in group} for key, group in functions.items()}
+        assert list(found.values()) == [{21200}, {16543}, {5557}, {5558}]
+        for number, (key, group) in enumerate(functions.items(), 7000):
+            monkeypatch.setenv("POSTTROLL_" + key.upper(), str(number))
+            assert {function() for function in group} == {number}
 
     def test_properties(self):
         for path in ("publisher.Publisher.name", "publisher.Publisher.port_number", "subscriber.Subscriber.running"):
@@ -7974,13 +8324,69 @@ class TestKeyDirectory:
 
     def test_what_is_no_key_in_the_directory_locks_nobody_out(self, keys, caplog):
         (keys.clients / "dangling.key").symlink_to(keys.clients / "nothing")
+        (keys.clients / "a_loop.key").symlink_to(keys.clients / "a_loop.key")
+        (keys.clients / "z_loop.key").symlink_to(keys.clients / "z_loop.key")
+        (keys.clients / "through_a_file.key").symlink_to(keys.clients / "friend.key" / "x")
         (keys.clients / "directory.key").mkdir()
         (keys.clients / "broken.key").write_text('curve\n    public-key = "too short"\n')
         (keys.clients / "blank.key").write_text("\n" * 60000)
         os.mkfifo(keys.clients / "pipe.key")
         with publishing() as publisher, subscribing(publisher.port_number) as friend:
             assert deliver(publisher, friend, "good")
-        assert f"{keys.clients / 'broken.key'} is not used" in caplog.text
+            keys.admit("stranger")
+            with subscribing(publisher.port_number, **keys.of("unknown key")) as stranger:
+                assert deliver(publisher, stranger, "good too")
+        for name in ("broken", "a_loop", "z_loop", "dangling", "through_a_file"):
+            assert f"{keys.clients / name}.key is not used" in caplog.text
+
+    def test_a_directory_in_place_of_a_key_lets_nobody_in(self, keys):
+        known = posttroll._ClientKeys("clients_public_keys_directory")
+        key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
+        assert key in known
+        keys.expel("friend")
+        (keys.clients / "friend.key").mkdir()
+        assert key not in known
+
+    def test_a_file_is_read_again_only_if_it_has_changed(self, keys):
+        """However many there are, and whatever is wrong with one of them."""
+        (keys.clients / "loop.key").symlink_to(keys.clients / "loop.key")
+        for number in range(20):
+            shutil.copy(keys.directory / "stranger.key", keys.clients / f"{number}.key")
+        known = posttroll._ClientKeys("clients_public_keys_directory")
+        key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
+        assert key in known
+        keys.admit("other_server")
+        with mock.patch("posttroll._read_keys", wraps=posttroll._read_keys) as read:
+            assert key in known
+        assert [call.args for call in read.call_args_list] == [(str(keys.clients / "other_server.key"),)]
+
+    def test_what_stays_in_the_process_needs_no_keys(self, keys, monkeypatch):
+        """Also beside connections that do."""
+        for setting in (*SERVER_SETTINGS, "client_secret_key_file", "server_public_key_file"):
+            monkeypatch.delenv("POSTTROLL_" + setting.upper())
+        inside, no_port, rules = posttroll.set_up_server_socket(zmq.XPUB, "inproc://inside")
+        pushing, _, _ = posttroll.set_up_server_socket(zmq.PUSH, "inproc://pushed")
+        pulled: list[Any] = []
+        assert (no_port, rules) == (None, None)
+        with inside, pushing, posttroll.Subscriber(["inproc://inside"]) as subscriber:
+            subscriber.add_hook_pull("inproc://pushed", pulled.append)
+            for setting, name in (
+                ("client_secret_key_file", "friend.key_secret"),
+                ("server_public_key_file", "server.key"),
+            ):
+                monkeypatch.setenv("POSTTROLL_" + setting.upper(), str(keys.directory / name))
+            settings = {
+                "server_secret_key_file": str(keys.directory / "server.key_secret"),
+                "clients_public_keys_directory": str(keys.clients),
+            }
+            with publishing(**settings) as publisher:
+                subscriber.add(f"tcp://{LOOPBACK}:{publisher.port_number}")
+                assert deliver(publisher, subscriber, "by CURVE")
+                inside.send_string(TEXT + "inside")
+                pushing.send_string(TEXT + "pushed")
+                assert received_data(subscriber) == ["inside"]
+                wait_for(lambda: next(subscriber.recv(0.01)) or pulled)
+        assert [message.data for message in pulled] == ["pushed"]
 
     def test_a_key_that_could_not_be_read_is_read_later(self, keys):
         known = posttroll._ClientKeys("clients_public_keys_directory")
@@ -8021,14 +8427,14 @@ class TestHandshakeLog:
 
     def test_is_limited(self, keys, caplog):
         with publishing() as publisher, publishing() as other:
-            for _ in range(3 * posttroll._LimitedLogger.BURST):
+            for _ in range(3 * posttroll.LimitedLogger.BURST):
                 with subscribing(publisher.port_number, **keys.of("unknown key")) as outside:
                     # Of two in a row, the first has been refused when the second has been let in.
                     with subscribing(other.port_number) as inside:
                         assert deliver(other, inside, "in")
                     assert receive(outside, timeout=0.01) == []
             lines = [record.getMessage() for record in caplog.records if "Refused a client" in record.getMessage()]
-            assert 1 <= len(lines) <= posttroll._LimitedLogger.BURST
+            assert 1 <= len(lines) <= posttroll.LimitedLogger.BURST
 
     def test_a_flood_of_broken_handshakes_leaves_nothing_behind(self, keys):
         with publishing() as publisher, subscribing(publisher.port_number) as friend:
@@ -8478,7 +8884,7 @@ class TestGenerateKeys:
         with pytest.raises(SystemExit, match="exists already"):
             posttroll.generate_keys(["host", "-d", str(tmp_path)])
         assert (tmp_path / existing).read_text() == "precious"
-        assert os.listdir(tmp_path) == [existing]
+        assert [path.name for path in tmp_path.glob("host*")] == [existing]
 
     def test_force_overwrites(self, tmp_path, capsys):
         posttroll.generate_keys(["host", "-d", str(tmp_path)])
@@ -8487,7 +8893,7 @@ class TestGenerateKeys:
         posttroll.generate_keys(["host", "-d", str(tmp_path), "--force"])
         assert (tmp_path / "host.key_secret").read_text() != old
         assert self.mode(tmp_path / "host.key_secret") == 0o600
-        assert sorted(os.listdir(tmp_path)) == ["host.key", "host.key_secret"]
+        assert sorted(path.name for path in tmp_path.glob("host*")) == ["host.key", "host.key_secret"]
 
     @pytest.mark.parametrize("force", [True, False])
     def test_links_are_not_followed(self, tmp_path, force):
