@@ -2900,7 +2900,7 @@ class _NameserverTarget:
     def _serve(self) -> None:
         """Take an answer, send a request."""
         sock = cast("zmq.Socket[bytes]", self._socket)
-        with suppress(zmq.Again):
+        if int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
             self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
         if self._pending is not None:
             with suppress(zmq.Again):
@@ -4223,32 +4223,33 @@ class _Connections:
         link.is_greeted = True
         return link.begin
 
+    def _connect_again(self, address: str) -> None:
+        try:
+            self._connect(address)
+        except (ConfigurationError, zmq.ZMQError) as error:  # keys that are being replaced, no descriptors left
+            self._log.warning("connect", "Cannot connect to %s (trying again): %s", address, error)
+
     def _connect(self, address: str) -> None:
         """Connect to *address*, or, if its name has moved, to its new endpoint."""
         if address not in self._wanted:
             return
+        self._tend_later()
         key, begin = self._wanted[address]
         resolution = self._names.get(address)
         if resolution is None:
-            resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect, address)))
+            resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect_again, address)))
             self._names[address] = resolution
         endpoint = resolution.check()
         before = self._connected.get(address)
         if endpoint is not None and (before is None or before[1] != endpoint):
-            try:
-                sock = self.sockets.get(key) or self._new_socket(key)
-                sock.connect(endpoint)
-            except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
-                self._log.warning("connect", "Cannot connect to %s (trying again): %s", address, error)
-                self._tend_later()
-                return
+            sock = self.sockets.get(key) or self._new_socket(key)
+            sock.connect(endpoint)
             if before is not None:
                 self._disconnect(address)
             self._connected[address] = (sock, endpoint)
             self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
             _warn_of_descriptors(len(self._connected))
             _log("subscriber").debug("Subscribed to %s", address)
-        self._tend_later()
 
     def _disconnect(self, address: str) -> None:
         """Disconnect from *address*, unless another address is another name for the same endpoint."""
@@ -4324,7 +4325,7 @@ class _Connections:
         for address in list(self._wanted):
             current = self._connected.get(address)
             if current is None:
-                self._connect(address)
+                self._connect_again(address)
                 continue
             sock, endpoint = current
             link = self._links[current]
@@ -4380,7 +4381,8 @@ class _Source:
         self.asked = time.monotonic()
         self.came: set[int] = set()  # numbers that came under the mark since the last end
         self.counted = 0  # those before the last position
-        self.unconfirmed: Counter[int] = Counter()  # digests of messages behind the position, which came live
+        self.unconfirmed: Counter[int] = Counter()  # digests of what came live between the position and the hello
+        self.live: Counter[int] | None = None  # of what came live since, while it matters
 
     def advance(self, number: int, index: int) -> None:
         """Take note that all messages up to *number* are here, *index* messages having come live."""
@@ -4422,11 +4424,15 @@ class _CatchUp:
         self._recent: deque[int] = deque(maxlen=self.RECENT)  # digests of what came live
         self._frozen: deque[tuple[int, int]] = deque(maxlen=4 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
+        self._open: list[_Source] = []  # those of which messages come live and under the mark
 
     def note(self, raw: bytes) -> None:
         """Take note of a message that came live."""
         self._index += 1
-        self._recent.append(hash(raw))
+        digest = hash(raw)
+        self._recent.append(digest)
+        for source in self._open:
+            source.live[digest] += 1  # type: ignore[index]
 
     def freeze(self) -> None:
         """Remember what came until now, as a connection is down: its end may not have been confirmed."""
@@ -4434,10 +4440,17 @@ class _CatchUp:
         start = max(self._frozen[-1][0] + 1 - first, 0) if self._frozen else 0
         self._frozen.extend((first + start + i, digest) for i, digest in enumerate(islice(self._recent, start, None)))
 
-    def _unconfirmed(self, source: _Source) -> Counter[int]:
-        """Return the digests of what came live since the position of *source* was told."""
+    def _live(self, since: int, until: int | None = None) -> Counter[int]:
+        """Return the digests of what came live, from one index to another."""
         self.freeze()
-        return Counter(digest for index, digest in self._frozen if index >= source.index)
+        end = self._index if until is None else until
+        return Counter(digest for index, digest in self._frozen if since <= index < end)
+
+    def _close(self, source: _Source) -> None:
+        """Forget what came live, all of which is confirmed."""
+        if source in self._open:
+            self._open.remove(source)
+        source.live = None
 
     def take(self, raw: bytes) -> bytes | None:
         """Take what came under the mark; return the message in it, if it is one that is not here yet."""
@@ -4470,6 +4483,7 @@ class _CatchUp:
 
     def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int) -> None:
         source.name = name
+        self._close(source)
         source.begin(number, ends, self._index)
         self._ask(instance, source)
 
@@ -4480,7 +4494,7 @@ class _CatchUp:
             what = b"a%d" % max(int((time.monotonic() - self._since()) * 1000), 0)
         else:
             what = b"n%d" % source.position
-            source.unconfirmed = self._unconfirmed(source)
+            source.unconfirmed = self._live(source.index, source.hello_index)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
@@ -4495,9 +4509,15 @@ class _CatchUp:
         if number <= (source.position or 0) or number in source.known or not content.startswith(self._prefixes):
             return None
         source.known.add(number)
+        seen = source.unconfirmed
+        if not source.is_asked or number > source.hello:
+            if source.live is None:
+                source.live = self._live(max(source.index, source.hello_index if source.is_asked else 0))
+                self._open.append(source)
+            seen = source.live
         digest = hash(content)
-        if source.unconfirmed[digest] > 0:
-            source.unconfirmed[digest] -= 1
+        if seen[digest] > 0:
+            seen[digest] -= 1
             return None
         return content
 
@@ -4505,6 +4525,7 @@ class _CatchUp:
         if ends <= source.ends:
             return  # the same over a second connection
         is_whole = sent == source.counted + len(source.came)
+        self._close(source)
         if is_whole:
             source.advance(number, source.hello_index if number <= source.hello else self._index)
         source.begin(number, ends, self._index)

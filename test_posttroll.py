@@ -2051,7 +2051,7 @@ class TestSocketOptions:
         }
         assert posttroll.get_tcp_keepalive_options() == expected
         with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
-            for sock in (pub._socket, *sub.subscribers):
+            for sock in (pub._audience.socket, *sub.subscribers):
                 assert {option: sock.getsockopt(option) for option in expected} == expected
 
     def test_keep_alive_from_code(self):
@@ -2066,7 +2066,7 @@ class TestSocketOptions:
     def test_peers_that_are_gone_are_noticed_by_default(self):
         """By ZMTP heartbeats, or by TCP keepalive where the queue of received messages is limited."""
         with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
-            assert pub._socket.getsockopt(zmq.HEARTBEAT_IVL) == 10000
+            assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 10000
             [sock] = sub.subscribers
             assert sock.getsockopt(zmq.TCP_KEEPALIVE) == 1
             assert (sock.getsockopt(zmq.TCP_KEEPALIVE_IDLE), sock.getsockopt(zmq.TCP_KEEPALIVE_INTVL)) == (10, 10)
@@ -2078,10 +2078,10 @@ class TestSocketOptions:
     def test_the_times_are_configurable(self):
         with config.set(zmtp_heartbeat_interval=0.5, zmtp_heartbeat_timeout=2, receive_high_water_mark=0):
             with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
-                assert pub._socket.getsockopt(zmq.HEARTBEAT_IVL) == 500
+                assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 500
                 assert sub.subscribers[0].getsockopt(zmq.HEARTBEAT_TIMEOUT) == 2000
         with config.set(zmtp_heartbeat_interval=0), posttroll.Publisher("tcp://*:0") as pub:
-            assert pub._socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
+            assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
 
     def test_a_connection_that_is_silent_is_given_up(self):
         """A host that has lost its power says nothing any more: the subscriber connects anew."""
@@ -2102,7 +2102,7 @@ class TestSocketOptions:
     def test_high_water_marks(self):
         with config.set(send_high_water_mark=11, receive_high_water_mark=12), posttroll.Publisher("tcp://*:0") as pub:
             with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
-                assert pub._socket.getsockopt(zmq.SNDHWM) == 11
+                assert pub._audience.socket.getsockopt(zmq.SNDHWM) == 11
                 assert sub.subscribers[0].getsockopt(zmq.RCVHWM) == 12
 
     def test_options_of_the_call_win(self):
@@ -9455,7 +9455,7 @@ class TestDocumentedExamples:
             names = ["TCP_KEEPALIVE", "TCP_KEEPALIVE_CNT", "TCP_KEEPALIVE_IDLE", "TCP_KEEPALIVE_INTVL"]
             with Publisher("tcp://*:0") as pub, Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
                 assert pub.wait_for_subscribers(1, 20)
-                for sock in [pub._socket, *sub.subscribers]:
+                for sock in [pub._audience.socket, *sub.subscribers]:
                     print([sock.getsockopt(getattr(zmq, name)) for name in names])
         """)
         with python(code) as running:
