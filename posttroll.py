@@ -613,12 +613,12 @@ class MessageError(Exception):
 
 # ISO 8601: date and time of day down to minutes, seconds or fractions, with or without zone, in extended or basic form
 # with T or a blank between them; or a date alone in extended form.  The first pattern is what datetime.isoformat()
-# writes, which every Python reads alike; in the second, what is separated in the date is separated in the rest too.
+# writes, which every Python reads alike; in the second, what is separated in the date is separated in the time too.
 _ISO_FORMAT = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
 _DATETIME = re.compile(
     r"(\d{4})(?P<dash>-)?(\d\d)(?(dash)-)(\d\d)"
     r"(?:[T ]([01]\d|2[0-3])(?(dash):)(\d\d)(?:(?(dash):)(\d\d)(?:[.,](\d+))?)?"
-    r"(?:(Z)|([+-]\d\d)(?:(?(dash):)(\d\d)(?:(?(dash):)(\d\d(?:\.\d{6})?))?)?)?)?",
+    r"(?:(Z)|([+-]\d\d)(?::?(\d\d)(?::?(\d\d(?:\.\d{6})?))?)?)?)?",
     re.ASCII,
 )
 _JSON_DATE = re.compile(r'"\d\d\d\d-?\d\d-?\d\d["T ]', re.ASCII)  # what may be one, quickly found
