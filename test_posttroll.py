@@ -2233,6 +2233,19 @@ class TestPortRanges:
             posttroll.Publisher("tcp://*:0", min_port=low, max_port=high).start()
 
 
+class TestAccessWithOldReleasesOfPyzmq:
+    """ZAP_ENFORCE_DOMAIN, 93 in libzmq's zmq.h, has no name in pyzmq before release 23."""
+
+    @pytest.mark.parametrize("local_only", [True, False])
+    def test_nobody_gets_in_while_nobody_answers(self, local_only):
+        sock, _, rules = posttroll.set_up_server_socket(zmq.REP, "tcp://127.0.0.1:0", local_only=local_only)
+        assert sock.getsockopt(93) == local_only
+        sock.close(0)
+        if rules is not None:
+            rules.stop()
+        assert (rules is not None) == local_only
+
+
 class TestNumbersAndNames:
     """In brackets only an IPv6 address, and ZeroMQ is handed numbers only: it resolves names where it serves all."""
 
