@@ -252,8 +252,8 @@ class Config:
             is_current = environment.get(variable) == text and old_variable not in environment
             if is_current and (value is not None or default is _UNSET):
                 return value
-        value, _ = self.lookup(key)
-        if value is None and default is not _UNSET and self._is_unset(key):
+        value, source = self.lookup(key)
+        if value is None and default is not _UNSET and source == "default":  # the None of the table of options
             return default
         if value is not _UNSET:
             return value
@@ -316,10 +316,6 @@ class Config:
             found, source = (_merged(found, value) if found is not _UNSET else value), "code"
         return found, source
 
-    def _is_unset(self, key: str) -> bool:
-        """Whether *key* has no value but the None of the table of options."""
-        return self.lookup(key)[1] == "default"
-
     def _environment(self, prefix: str) -> dict[str, Any]:
         """Return the variables below *prefix*, ``PREFIX__KEY``, as a nested mapping."""
         tree: dict[str, Any] = {}
@@ -368,15 +364,12 @@ class Config:
         """
         values = {**(mapping or {}), **{key.replace("__", "."): value for key, value in kwargs.items()}}
         assignment = _Assignment(self)
-        owner = weakref.ref(assignment)
-        new = [(owner, tuple(key.replace("-", "_").split(".")), _normalised(value)) for key, value in values.items()]
+        paths = {tuple(key.replace("-", "_").split(".")): _normalised(value) for key, value in values.items()}
         with self._lock:
-            self._change([*_without_hidden(self._changes), *new])
+            self._change(
+                [*_without_hidden(self._changes), *((weakref.ref(assignment), *item) for item in paths.items())]
+            )
         return assignment
-
-    def _take_back(self, assignment: _Assignment) -> None:
-        with self._lock:
-            self._change([change for change in self._changes if change[0]() is not assignment])
 
     def _change(self, changes: list[_Change]) -> None:
         assigned: dict[str, Any] = {}
@@ -432,20 +425,19 @@ class Config:
     def _files(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the contents of the files, read at the first use; raises ConfigurationError if one cannot be used."""
         with self._lock:
-            if self._file_layers is None:
-                self._file_layers = self._read_files()
-            return self._file_layers
-
-    def _read_files(self) -> list[tuple[str, dict[str, Any]]]:
-        if not self._file_error:
-            try:
-                own = os.environ.get(self._prefix + "CONFIG")
-                if own and not os.path.exists(own):
-                    raise ConfigurationError(f"${self._prefix}CONFIG names {own}, but there is no such file.")
-                return [layer for path in dict.fromkeys(self.paths) for layer in _read_config_path(path)]
-            except ConfigurationError as error:
-                self._file_error = str(error)
-        raise ConfigurationError(self._file_error)
+            if self._file_layers is None and not self._file_error:
+                try:
+                    own = os.environ.get(self._prefix + "CONFIG")
+                    if own and not os.path.exists(own):
+                        raise ConfigurationError(f"${self._prefix}CONFIG names {own}, but there is no such file.")
+                    self._file_layers = [
+                        layer for path in dict.fromkeys(self.paths) for layer in _read_config_path(path)
+                    ]
+                except ConfigurationError as error:
+                    self._file_error = str(error)
+            if self._file_error:
+                raise ConfigurationError(self._file_error)
+            return self._file_layers or []
 
 
 class _Assignment:
@@ -458,7 +450,9 @@ class _Assignment:
         return self._configuration
 
     def __exit__(self, *exc_info: object) -> None:
-        self._configuration._take_back(self)
+        with self._configuration._lock:
+            others = [change for change in self._configuration._changes if change[0]() is not self]
+            self._configuration._change(others)
 
 
 # Whose assignment it is, the path of the key, its value.  One whose assignment nobody holds any more is there to stay.
@@ -618,12 +612,12 @@ class MessageError(Exception):
 
 # ISO 8601: date and time of day down to minutes, seconds or fractions, with or without zone, in extended or basic form
 # with T or a blank between them; or a date alone in extended form.  The first pattern is what datetime.isoformat()
-# writes, which every Python reads alike; in the second, what is separated in the date is separated in the rest too.
+# writes, which every Python reads alike; in the second, what is separated in the date is separated in the time too.
 _ISO_FORMAT = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
 _DATETIME = re.compile(
     r"(\d{4})(?P<dash>-)?(\d\d)(?(dash)-)(\d\d)"
     r"(?:[T ]([01]\d|2[0-3])(?(dash):)(\d\d)(?:(?(dash):)(\d\d)(?:[.,](\d+))?)?"
-    r"(?:(Z)|([+-]\d\d)(?:(?(dash):)(\d\d)(?:(?(dash):)(\d\d(?:\.\d{6})?))?)?)?)?",
+    r"(?:(Z)|([+-]\d\d)(?::?(\d\d)(?::?(\d\d(?:\.\d{6})?))?)?)?)?",
     re.ASCII,
 )
 _JSON_DATE = re.compile(r'"\d\d\d\d-?\d\d-?\d\d["T ]', re.ASCII)  # what may be one, quickly found
@@ -2133,7 +2127,6 @@ class _AddressList:
     REFRESH = 30.0
 
     def __init__(self, entries: Sequence[str]) -> None:
-        self._parse = ipaddress.ip_address
         self._networks = []
         self._names = []
         for entry in entries:
@@ -2151,7 +2144,7 @@ class _AddressList:
                 self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
                 self._thread.start()
         try:
-            number = self._parse(address.partition("%")[0])
+            number = ipaddress.ip_address(address.partition("%")[0])
         except ValueError:
             return False
         number = getattr(number, "ipv4_mapped", None) or number
@@ -6532,13 +6525,7 @@ class _Doctor:
 
     def check_configuration(self) -> None:
         """Say what is configured and where, and what cannot be used."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            config._file_layers = None  # read them again, to hear what is wrong with them
-            values = config.to_dict()
-        for warning in caught:
-            self.say("FAIL", "configuration", str(warning.message), "correct or remove it")
-        for key in sorted(values):
+        for key in config.to_dict():
             value, source = config.lookup(key, check=False)
             if key not in OPTIONS:
                 self.say(

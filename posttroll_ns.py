@@ -596,8 +596,6 @@ class NameServer:
         restrict_to_localhost: Serve this host only.
     """
 
-    SECURE_PORT = 5558
-
     def __init__(
         self,
         max_age: dt.timedelta | float | None = None,
@@ -672,7 +670,7 @@ class NameServer:
         if nameserver_address is None:
             settings = ("server_secret_key_file", "clients_public_keys_directory")
             has_keys = all(posttroll.config.get(setting) for setting in settings)
-            secure_port = posttroll.config.get("secure_zmq_nameserver_port") or self.SECURE_PORT
+            secure_port = posttroll.get_configured_secure_zmq_nameserver_port()
             if has_keys and secure_port != port:
                 yield f"tcp://*:{secure_port}", "secure_zmq"
 
