@@ -33,6 +33,7 @@ Copy it into any package; the only dependency is pyzmq.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import atexit
 import base64
@@ -41,9 +42,13 @@ import errno
 import importlib
 import json
 import os
+import random
 import re
+import shutil
 import struct
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -105,7 +110,6 @@ class _LatePattern:
 
 
 if TYPE_CHECKING:
-    import argparse
     import io
     import logging
     import queue
@@ -1541,8 +1545,6 @@ def generate_keys(args: Sequence[str] | None = None) -> None:
     Args:
         args: The command-line arguments; by default those of the process.
     """
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="posttroll-generate-keys",
         description="Create a public/secret key pair for the secure zmq backend. This will create two files (in the "
@@ -4518,8 +4520,6 @@ def run_logger(args: Sequence[str] | None = None) -> int:
     Args:
         args: The command-line arguments; by default those of the process.
     """
-    import argparse
-
     parser = argparse.ArgumentParser(prog="pytroll-logger", description="Log the messages of all publishers.")
     _add_logger_arguments(parser)
     return _run_logger(parser.parse_args(args))
@@ -4661,12 +4661,65 @@ def patched_publisher() -> Iterator[list[str]]:
 # ======================================================================================================================
 # 12. Command line
 #
-# Results go to stdout, talk goes to stderr, and the exit status is 0 only on success.
+# Results go to stdout, talk goes to stderr, and the exit status is 0 only on success.  A command is a function in the
+# table of commands; what adds its arguments stands just above it.
 # ======================================================================================================================
 
 
 class _CommandError(Exception):
     """What went wrong with a command, and what to do about it; ends it with exit status 1."""
+
+
+_AddArguments = Callable[[argparse.ArgumentParser], None]
+_Run = Callable[[argparse.Namespace], int]
+_commands: dict[str, tuple[_AddArguments, _Run]] = {}
+
+
+def _command(name: str, add_arguments: _AddArguments) -> Callable[[_Run], _Run]:
+    """Make the decorated function a command: it gets the options, returns the exit status; its docstring is the help.
+
+    Args:
+        name: The name of the command.
+        add_arguments: Adds its arguments to a parser; stands just above it.
+    """
+
+    def enter(run: _Run) -> _Run:
+        _commands[name] = (add_arguments, run)
+        return run
+
+    return enter
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="posttroll", description="Messages between programs over ZeroMQ.")
+    parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (add_arguments, run) in _commands.items():
+        description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
+        command = subparsers.add_parser(
+            name,
+            help=description[0].lower() + description[1:].rstrip("."),
+            description=description,
+            epilog=textwrap.dedent(examples).replace("E", "e", 1),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost)")
+        command.add_argument("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
+        command.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], type=_assignment, help="set a configuration key"
+        )
+        add_arguments(command)
+        command.set_defaults(run=run)
+    subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
+    return parser
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """Return key and value of ``key=value``, for argparse."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(text)
+    return key, _literal(value)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -4718,153 +4771,6 @@ def _talk(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return what formats help, with the width given: to find it, argparse imports more than it is itself."""
-    import argparse
-
-    try:
-        width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
-    except (ValueError, OSError):  # no number, no terminal
-        width = 0
-    return argparse.RawDescriptionHelpFormatter(prog, width=(width or 80) - 2)
-
-
-def _parser() -> argparse.ArgumentParser:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="posttroll",
-        description="Messages between programs over ZeroMQ.",
-        formatter_class=_help_formatter,
-    )
-    parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add(name: str, run: Callable[[Any], int], help_text: str, examples: str = "") -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=help_text,
-            description=help_text[0].upper() + help_text[1:] + ".",
-            epilog="examples:\n" + examples if examples else None,
-            formatter_class=_help_formatter,
-        )
-        command.add_argument("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost)")
-        command.add_argument("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
-        command.add_argument(
-            "--set", metavar="KEY=VALUE", action="append", default=[], type=_assignment, help="set a configuration key"
-        )
-        command.set_defaults(run=run)
-        return command
-
-    publish = add("publish", _run_publish, "publish messages", _PUBLISH_EXAMPLES)
-    publish.add_argument("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
-    publish.add_argument("type", nargs="?", metavar="TYPE", help="for example file")
-    publish.add_argument("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
-    publish.set_defaults(words="data")
-    form = publish.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="DATA is JSON")
-    form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
-    publish.add_argument("--file", metavar="FILE", help="read DATA from a file")
-    publish.add_argument("--lines", action="store_true", help="each line of the file or stdin is a message of its own")
-    publish.add_argument("--service", default="posttroll", help="name of the publisher (posttroll)")
-    publish.add_argument("--port", type=int, default=0, help="port to publish on (a free one)")
-    publish.add_argument("--nameservers", metavar="HOST", nargs="+", help="register there; 'none': announce nowhere")
-    publish.add_argument("--wait", metavar="SECONDS", type=float, default=10.0, help="for subscribers (10)")
-    publish.add_argument("--subscribers", metavar="N", type=int, default=1, help="how many to wait for (1)")
-    publish.add_argument("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)")
-    publish.add_argument("--speed", type=float, default=1.0, metavar="X", help="of the replay; 0 without pauses (1)")
-
-    subscribe = add("subscribe", _run_subscribe, "print messages as they come", _SUBSCRIBE_EXAMPLES)
-    subscribe.add_argument("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    subscribe.add_argument("--service", action="append", help="name of a publisher (all)")
-    subscribe.add_argument("--address", action="append", help="address of a publisher, no nameserver is asked")
-    subscribe.add_argument("--type", action="append", help="only messages of this type")
-    subscribe.add_argument("-n", "--count", type=int, help="end after so many messages")
-    subscribe.add_argument("--timeout", metavar="SECONDS", type=float, help="end after so long without a message")
-    subscribe.set_defaults(words="topics")
-    form = subscribe.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line")
-    form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
-
-    services = add("services", _run_services, "list what the nameserver knows", _SERVICES_EXAMPLES)
-    services.add_argument("names", nargs="*", metavar="NAME", help="only these services")
-    services.add_argument("--json", action="store_true", help="as JSON")
-    services.add_argument("--watch", nargs="?", const=2.0, type=float, metavar="SECONDS", help="again and again (2)")
-    services.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for the nameserver (5)")
-
-    top = add("top", _run_top, "show who publishes how much, live; q quits", _TOP_EXAMPLES)
-    top.add_argument("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    top.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two views (2)")
-    top.add_argument("-n", "--count", type=int, help="end after so many views (1 without a terminal)")
-
-    doctor = add("doctor", _run_doctor, "find out why programs do not hear each other", _DOCTOR_EXAMPLES)
-    doctor.add_argument("--no-multicast", action="store_true", help="the nameserver here runs with --no-multicast")
-
-    settings = add("config", _run_config, "show the configuration: value, source, default, meaning", _CONFIG_EXAMPLES)
-    settings.add_argument("keys", nargs="*", metavar="KEY", help="only these keys")
-    settings.add_argument("--json", action="store_true", help="as JSON")
-
-    demo = add(
-        "demo", _run_demo, "run a nameserver, a publisher and a subscriber on this machine", "  posttroll demo\n"
-    )
-    demo.add_argument("--role", choices=["publisher", "subscriber"], help=argparse.SUPPRESS)
-    _add_key_arguments(
-        add("generate-keys", _run_generate_keys, "make a pair of keys for the secure backend", _KEY_EXAMPLES)
-    )
-    _add_logger_arguments(add("logger", _run_logger, "log the messages of all publishers", _LOGGER_EXAMPLES))
-    commands.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
-    return parser
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """Return key and value of ``key=value``, for argparse."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise ValueError(text)
-    return key, _literal(value)
-
-
-_PUBLISH_EXAMPLES = """\
-  posttroll publish /alarm info "disk is full"
-  posttroll publish /segment file uri=/data/a.nc size=1200 --service receiver --nameservers localhost
-  posttroll publish /segment file --json '{"uri": "/data/a.nc"}'
-  tail -f log | posttroll publish /log info - --lines
-  posttroll publish --replay recorded --speed 10
-"""
-_SUBSCRIBE_EXAMPLES = """\
-  posttroll subscribe /segment --service receiver
-  posttroll subscribe --json | jq .data.uri
-  posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
-  posttroll subscribe --raw > recorded
-"""
-_SERVICES_EXAMPLES = """\
-  posttroll services
-  posttroll services --nameserver otherhost --json
-  posttroll services --watch
-"""
-_TOP_EXAMPLES = """\
-  posttroll top
-  posttroll top /segment --interval 10 -n 6 > load.txt
-"""
-_DOCTOR_EXAMPLES = """\
-  posttroll doctor
-  posttroll doctor --nameserver otherhost
-  POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
-"""
-_KEY_EXAMPLES = """\
-  posttroll generate-keys server -d ~/keys
-"""
-_LOGGER_EXAMPLES = """\
-  posttroll logger
-  posttroll logger -s otherhost -r /var/log/posttroll.log
-"""
-_CONFIG_EXAMPLES = """\
-  posttroll config
-  posttroll config backend mc_group
-  posttroll config --set nameserver_port=5600 --json
-"""
-
-
 def _nameservers(options: argparse.Namespace) -> list[str]:
     """Return the nameservers to ask."""
     return options.nameserver or ["localhost"]
@@ -4880,7 +4786,36 @@ def _table(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> list[str]:
 # -- publish --
 
 
+def _add_publish_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
+    command.add_argument("type", nargs="?", metavar="TYPE", help="for example file")
+    command.add_argument("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
+    command.set_defaults(words="data")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="DATA is JSON")
+    form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
+    command.add_argument("--file", metavar="FILE", help="read DATA from a file")
+    command.add_argument("--lines", action="store_true", help="each line of the file or stdin is a message of its own")
+    command.add_argument("--service", default="posttroll", help="name of the publisher (posttroll)")
+    command.add_argument("--port", type=int, default=0, help="port to publish on (a free one)")
+    command.add_argument("--nameservers", metavar="HOST", nargs="+", help="register there; 'none': announce nowhere")
+    command.add_argument("--wait", metavar="SECONDS", type=float, default=10.0, help="for subscribers (10)")
+    command.add_argument("--subscribers", metavar="N", type=int, default=1, help="how many to wait for (1)")
+    command.add_argument("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)")
+    command.add_argument("--speed", type=float, default=1.0, metavar="X", help="of the replay; 0 without pauses (1)")
+
+
+@_command("publish", _add_publish_arguments)
 def _run_publish(options: argparse.Namespace) -> int:
+    """Publish messages.
+
+    Examples:
+      posttroll publish /alarm info "disk is full"
+      posttroll publish /segment file uri=/data/a.nc size=1200 --service receiver --nameservers localhost
+      posttroll publish /segment file --json '{"uri": "/data/a.nc"}'
+      tail -f log | posttroll publish /log info - --lines
+      posttroll publish --replay recorded --speed 10
+    """
     if options.replay:
         messages: Iterable[Message] = _read_recording(options.replay)
     elif options.subject is None or options.type is None:
@@ -5017,7 +4952,29 @@ def _progress(messages: Iterable[Message]) -> Iterator[Iterable[Message]]:
 # -- subscribe --
 
 
+def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    command.add_argument("--service", action="append", help="name of a publisher (all)")
+    command.add_argument("--address", action="append", help="address of a publisher, no nameserver is asked")
+    command.add_argument("--type", action="append", help="only messages of this type")
+    command.add_argument("-n", "--count", type=int, help="end after so many messages")
+    command.add_argument("--timeout", metavar="SECONDS", type=float, help="end after so long without a message")
+    command.set_defaults(words="topics")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+
+
+@_command("subscribe", _add_subscribe_arguments)
 def _run_subscribe(options: argparse.Namespace) -> int:
+    """Print messages as they come.
+
+    Examples:
+      posttroll subscribe /segment --service receiver
+      posttroll subscribe --json | jq .data.uri
+      posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
+      posttroll subscribe --raw > recorded
+    """
     color = _wants_color(sys.stdout) and not options.no_color
     if options.json:
         form: Callable[[Message], str] = _as_json_line
@@ -5084,7 +5041,22 @@ def _printable(value: Any) -> str:
 # -- services --
 
 
+def _add_services_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("names", nargs="*", metavar="NAME", help="only these services")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--watch", nargs="?", const=2.0, type=float, metavar="SECONDS", help="again and again (2)")
+    command.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for the nameserver (5)")
+
+
+@_command("services", _add_services_arguments)
 def _run_services(options: argparse.Namespace) -> int:
+    """List what the nameserver knows.
+
+    Examples:
+      posttroll services
+      posttroll services --nameserver otherhost --json
+      posttroll services --watch
+    """
     while True:
         found: dict[str, dict[str, Any]] = {}
         for name in options.names or [""]:
@@ -5213,7 +5185,20 @@ class _CountingSubscriber(Subscriber):
         return str(max(int((time.monotonic() - last) / interval - 0.5), 0))
 
 
+def _add_top_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    command.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two views (2)")
+    command.add_argument("-n", "--count", type=int, help="end after so many views (1 without a terminal)")
+
+
+@_command("top", _add_top_arguments)
 def _run_top(options: argparse.Namespace) -> int:
+    """Show who publishes how much, live; q quits.
+
+    Examples:
+      posttroll top
+      posttroll top /segment --interval 10 -n 6 > load.txt
+    """
     on_terminal = sys.stdout.isatty()
     views = options.count or (None if on_terminal else 1)
     subscriber = _CountingSubscriber(options.topics)
@@ -5237,8 +5222,6 @@ def _run_top(options: argparse.Namespace) -> int:
 def _show(lines: list[str], on_terminal: bool) -> None:
     """Print a view: on a terminal in place of the one before, as much as fits."""
     if on_terminal:
-        import shutil
-
         size = shutil.get_terminal_size()
         width, height = size.columns or 80, size.lines or 24  # a terminal may not know its size
         lines = [line[: width - 1] for line in lines[: height - 1]]
@@ -5296,7 +5279,20 @@ def _top_lines(subscriber: _CountingSubscriber, names: Mapping[str, str], second
 # -- config --
 
 
+def _add_config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("keys", nargs="*", metavar="KEY", help="only these keys")
+    command.add_argument("--json", action="store_true", help="as JSON")
+
+
+@_command("config", _add_config_arguments)
 def _run_config(options: argparse.Namespace) -> int:
+    """Show the configuration: value, source, default, meaning.
+
+    Examples:
+      posttroll config
+      posttroll config backend mc_group
+      posttroll config --set nameserver_port=5600 --json
+    """
     known = [*OPTIONS, *sorted(set(config.to_dict()) - set(OPTIONS))]
     unknown = [key for key in options.keys if key.replace("-", "_") not in known]
     if unknown:
@@ -5564,7 +5560,19 @@ def _owner_of_port(port: int) -> str:
     return "another user's process"
 
 
+def _add_doctor_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--no-multicast", action="store_true", help="the nameserver here runs with --no-multicast")
+
+
+@_command("doctor", _add_doctor_arguments)
 def _run_doctor(options: argparse.Namespace) -> int:
+    """Find out why programs do not hear each other.
+
+    Examples:
+      posttroll doctor
+      posttroll doctor --nameserver otherhost
+      POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
+    """
     color = _wants_color(sys.stdout) and not options.no_color
     logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the checks say better
     doctor = _Doctor(_nameservers(options), not options.no_multicast, color)
@@ -5589,13 +5597,21 @@ def _demo_messages() -> list[Message]:
     ]
 
 
+def _add_demo_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--role", choices=["publisher", "subscriber"], help=argparse.SUPPRESS)
+
+
+@_command("demo", _add_demo_arguments)
 def _run_demo(options: argparse.Namespace) -> int:
+    """Run a nameserver, a publisher and a subscriber on this machine.
+
+    Examples:
+      posttroll demo
+    """
     if options.role == "publisher":
         return _run_demo_publisher()
     if options.role == "subscriber":
         return _run_demo_subscriber()
-    import subprocess
-
     ports = _free_ports(3)
     names = ("NAMESERVER_PORT", "ADDRESS_PUBLISH_PORT", "BROADCAST_PORT")
     environment = {**os.environ, "POSTTROLL_BACKEND": "unsecure_zmq", "POSTTROLL_MESSAGE_VERSION": "v1.2"}
@@ -5665,8 +5681,6 @@ def _run_demo_subscriber() -> int:
 
 def _free_ports(count: int) -> list[int]:
     """Return TCP ports that are free just now, none of those that the system gives to outgoing connections."""
-    import random
-
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().randrange(10000, 32000)
@@ -5674,6 +5688,30 @@ def _free_ports(count: int) -> list[int]:
             probe.bind(("", port))
             found.append(port)
     return found
+
+
+# -- commands that are scripts of their own, too --
+
+
+@_command("generate-keys", _add_key_arguments)
+def _generate_keys_command(options: argparse.Namespace) -> int:
+    """Make a pair of keys for the secure backend.
+
+    Examples:
+      posttroll generate-keys server -d ~/keys
+    """
+    return _run_generate_keys(options)
+
+
+@_command("logger", _add_logger_arguments)
+def _logger_command(options: argparse.Namespace) -> int:
+    """Log the messages of all publishers.
+
+    Examples:
+      posttroll logger
+      posttroll logger -s otherhost -r /var/log/posttroll.log
+    """
+    return _run_logger(options)
 
 
 # ======================================================================================================================

@@ -18,6 +18,7 @@ It needs ``posttroll.py`` beside it; copy both into any package.
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import errno
 import logging
@@ -32,8 +33,6 @@ from typing import TYPE_CHECKING, Any, Callable, cast
 import zmq
 
 if TYPE_CHECKING:
-    import argparse
-
     import posttroll
 elif __package__:
     from . import posttroll
@@ -927,14 +926,12 @@ class _Daemon:
 
 
 def _parser() -> argparse.ArgumentParser:
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="nameserver",
         description="Tell subscribers where publishers are.",
         epilog="examples:\n  nameserver --no-multicast\n  nameserver -d start -l /var/log/nameserver.log\n"
         "  nameserver --set nameserver_port=5600 --local-only\n",
-        formatter_class=posttroll._help_formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")

@@ -251,7 +251,7 @@ from posttroll.subscriber import Subscriber
 with Publisher("tcp://127.0.0.1:0", "early") as publisher:
     with Subscriber([f"tcp://127.0.0.1:{publisher.port_number}"], "") as subscriber:
         publisher.wait_for_subscribers()
-print(sorted({"argparse", "asyncio", "logging", "queue", "socket"} & set(sys.modules)))
+print(sorted({"asyncio", "logging", "queue", "socket"} & set(sys.modules)))
 """
         with python(code) as running:
             needed = [] if sys.version_info >= (3, 10) else ["socket"]  # whose timeout is an exception of its own there
