@@ -4424,7 +4424,8 @@ def _logging_classes() -> dict[str, type]:
             """Return the message for *record*."""
             text = super().format(record)
             name = "_".join(record.name.split()) or "root"
-            return Message(f"/log/{record.levelname}/{name}", f"log.{record.levelname.lower()}", text).encode()
+            level = "_".join(record.levelname.split()) or str(record.levelno)  # one without a name is "Level 15"
+            return Message(f"/log/{level}/{name}", f"log.{level.lower()}", text).encode()
 
     class PytrollHandler(logging.Handler):
         """Publishes log records.
@@ -4478,11 +4479,11 @@ class Logger:
     """Logs the messages of all publishers, in a thread of its own.
 
     Args:
-        nameserver_address: The host of the nameserver.
+        nameserver_address: The host of the nameserver, or a list of them.
         nameserver_port: The port on which it publishes new addresses.
     """
 
-    def __init__(self, nameserver_address: str = "localhost", nameserver_port: int = 16543) -> None:
+    def __init__(self, nameserver_address: str | Sequence[str] = "localhost", nameserver_port: int = 16543) -> None:
         self._address = nameserver_address
         self._port = nameserver_port
         self._subscriber: Subscriber | None = None
@@ -4503,8 +4504,8 @@ class Logger:
             return
         for message in self._subscriber:
             kind, _, level = message.type.partition(".")
-            if kind == "log" and level.upper() in COLORS:
-                number = cast(int, getattr(logging, level.upper()))
+            number = _level_number(level) if kind == "log" else None
+            if number is not None:
                 logging.getLogger(message.subject.rpartition("/")[2]).log(
                     number, "%s: %s", message.sender, message.data
                 )
@@ -4522,6 +4523,15 @@ class Logger:
             thread.join(5)
 
 
+def _level_number(level: str) -> int | None:
+    """Return the number of a level in a message: that of a name known here, or what ``level_15`` says; else None."""
+    known = logging.getLevelName(level.upper())
+    if isinstance(known, int):
+        return known
+    word, _, digits = level.rpartition("_")
+    return int(digits) if word == "level" and digits.isdecimal() else None
+
+
 def run_logger(args: Sequence[str] | None = None) -> int:
     """Run ``pytroll-logger``: log the messages of all publishers.
 
@@ -4529,14 +4539,19 @@ def run_logger(args: Sequence[str] | None = None) -> int:
         args: The command-line arguments; by default those of the process.
     """
     parser = argparse.ArgumentParser(prog="pytroll-logger", description="Log the messages of all publishers.")
+    parser.add_argument("--nameserver", metavar="HOST", action="append", help="the same as --server")
     _add_logger_arguments(parser)
-    return _run_logger(parser.parse_args(args))
+    try:
+        return _run_logger(parser.parse_args(args))
+    except (OSError, ValueError, NotImplementedError, zmq.ZMQError) as error:
+        print(f"pytroll-logger: {error}", file=sys.stderr)
+        return 1
 
 
 def _add_logger_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", "--rotated", help="Time rotated log file")
     parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
-    parser.add_argument("-s", "--server", default="localhost", help="server to listen to")
+    parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to (localhost)")
     parser.add_argument("-p", "--port", type=int, default=None, help="port to listen to")
 
 
@@ -4551,10 +4566,11 @@ def _run_logger(options: argparse.Namespace) -> int:
         _logging_classes()
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(ColoredFormatter(text, use_color=_wants_color(sys.stdout)))
+        handler.addFilter(_make_printable)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    logger = Logger(options.server, options.port or config.get("address_publish_port"))
+    logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
         logger.start()
         waker = _Waker()
@@ -4566,6 +4582,13 @@ def _run_logger(options: argparse.Namespace) -> int:
         root.removeHandler(handler)
         handler.close()
     return 0
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Escape in a record what a terminal would obey; for `logging.Handler.addFilter`."""
+    record.msg, record.args = "\n".join(map(_printable, record.getMessage().split("\n"))), ()
+    record.name = _printable(record.name)
+    return True
 
 
 def _wants_color(stream: Any) -> bool:
@@ -4947,8 +4970,9 @@ def _messages_to_publish(options: argparse.Namespace, stream: Any) -> Iterable[M
     if stream is None:
         return [Message(options.subject, options.type, _data_of_words(options))]
     Message(options.subject, options.type)  # what is wrong with them is an error now, not when subscribers have come
-    parts = stream if options.lines else iter([stream.read()])
-    return (Message(options.subject, options.type, _data_of_part(part, options)) for part in parts)
+    parts = stream if options.lines else [stream.read()]
+    messages = (Message(options.subject, options.type, _data_of_part(part, options)) for part in parts)
+    return messages if options.lines else list(messages)
 
 
 def _data_of_part(part: bytes, options: argparse.Namespace) -> Any:
@@ -5520,8 +5544,8 @@ class _Doctor:
         for check in [*checks, self.check_ports, self.check_nameservers, self.check_round_trip]:
             try:
                 check()
-            except (ConfigurationError, NotImplementedError, OSError, zmq.ZMQError) as error:
-                is_setting = isinstance(error, (ConfigurationError, NotImplementedError))
+            except (ValueError, NotImplementedError, OSError, zmq.ZMQError) as error:
+                is_setting = isinstance(error, (ValueError, NotImplementedError))
                 remedy = "correct this setting" if is_setting else "see the other lines"
                 self.say("FAIL", check.__name__[6:].replace("_", " "), str(error), remedy)
 

@@ -34,8 +34,10 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import time
@@ -3621,6 +3623,42 @@ class TestHandlerAndLogger:
         handler.handle(log_record("too late"))
         assert "is not started" in capsys.readouterr().err
 
+    def test_levels_of_all_kinds(self, caplog):
+        """Levels without a name, and with a name of the program's own, travel with their number."""
+        caplog.set_level(1)
+        logging.addLevelName(25, "NOTICE")
+        try:
+            with nameserver(multicast_enabled=True), posttroll.Publish("another", nameservers=["localhost"]):
+                handler = posttroll.PytrollHandler("a_program")
+                logger = posttroll.Logger(["localhost"], config.get("address_publish_port"))
+                logger.start()
+                try:
+                    assert handler._publisher.wait_for_subscribers(1, DEADLINE)
+                    for level in (1, 15, 20, 25, 99):
+                        handler.handle(log_record("level %d", level, level=level, name="far.away"))
+                    wait_for(lambda: [record.name for record in caplog.records].count("far.away") == 5)
+                finally:
+                    logger.stop()
+                    handler.close()
+        finally:
+            del logging._levelToName[25], logging._nameToLevel["NOTICE"]
+        far = [record for record in caplog.records if record.name == "far.away"]
+        assert [(record.levelno, record.message.rpartition(" ")[2]) for record in far] == [
+            (1, "1"),
+            (15, "15"),
+            (20, "20"),
+            (25, "25"),
+            (99, "99"),
+        ]
+
+    @pytest.mark.parametrize("name", ["Level 15", "two words", ""])
+    def test_a_level_name_that_is_no_word(self, name):
+        record = log_record("x")
+        record.levelname, record.levelno = name, 15
+        message = posttroll.Message.decode(posttroll.PytrollFormatter().format(record))
+        level = "_".join(name.split()) or "15"
+        assert (message.subject, message.type, message.data) == (f"/log/{level}/a.logger", f"log.{level.lower()}", "x")
+
 
 class TestLoggerCommand:
     CODE = "import posttroll, sys; sys.exit(posttroll.run_logger())"
@@ -3666,6 +3704,44 @@ class TestLoggerCommand:
         assert status == 0
         for option in ("-r", "--rotated", "-v", "--verbose", "-s", "--server", "-p", "--port"):
             assert option in out
+
+    @pytest.mark.parametrize("words", [["-r", "/no/such/directory/log"], ["-s", "a b"], ["--nameserver", "a b"]])
+    @pytest.mark.parametrize("script", ["pytroll-logger", "posttroll logger"])
+    def test_what_cannot_be_used_is_one_line(self, script, words):
+        start = ("-c", self.CODE) if script == "pytroll-logger" else (LIBRARY, "logger")
+        with process(sys.executable, *start, *words) as running:
+            status, out, err = finish(running)
+        assert (status, out) == (1, "")
+        assert err.startswith(f"{script}: ")
+        assert words[1] in err
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("option", ["--nameserver", "-s"])
+    @pytest.mark.parametrize("script", ["pytroll-logger", "posttroll logger"])
+    def test_several_nameservers(self, script, option):
+        """One that is not there, and one that is; what is not said is asked of localhost."""
+        start = ("-u", "-c", self.CODE) if script == "pytroll-logger" else ("-u", LIBRARY, "logger")
+        hosts = (option, "127.0.0.9:1", option, f"127.0.0.1:{config.get('nameserver_port')}")
+        nowhere = {**os.environ, "POSTTROLL_NAMESERVER_PORT": str(free_port())}
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with process(sys.executable, *start, *hosts, env=nowhere) as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_of_log("hello"))
+                await_line(running, "hello")
+                running.terminate()
+                assert finish(running)[::2] == (0, "")
+
+    def test_messages_cannot_give_orders_to_the_terminal(self):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with on_terminal("logger") as (_, read_to, _):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_of_log("first line \033[2J\nsecond line"))
+                pub.send(posttroll.Message("/x", "info", "no log record \x9b2J"))
+                seen = read_to("no log record")
+                seen = read_to("2J")
+        assert "first line \\u001b[2J\r\nsecond line" in seen
+        assert "\033[2J" not in seen
+        assert "\x9b" not in seen
 
 
 def text_of_log(text: str) -> str:
@@ -3796,10 +3872,14 @@ def run_command(*args: Any, stdin: str | None = None, **kwargs: Any) -> tuple[in
 
 
 @contextlib.contextmanager
-def on_terminal(*args: Any) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[str], str], int]]:
+def on_terminal(
+    *args: Any, size: tuple[int, int] | None = None, **variables: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[..., str], int]]:
     """Run ``posttroll`` on a pseudo-terminal; gives the process, what reads up to a text, the terminal."""
     master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm"}
+    if size is not None:
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+    environment = {**os.environ, "TERM": "xterm", **variables}
     environment.pop("NO_COLOR", None)
     running = subprocess.Popen(
         [sys.executable, "-u", str(LIBRARY), *args], stdin=slave, stdout=slave, stderr=slave, env=environment
@@ -3807,13 +3887,13 @@ def on_terminal(*args: Any) -> Iterator[tuple[subprocess.Popen[bytes], Callable[
     os.close(slave)
     seen = ""
 
-    def read_to(text: str) -> str:
+    def read_to(text: str, times: int = 1) -> str:
         nonlocal seen
         deadline = time.monotonic() + DEADLINE
-        while text not in seen:
+        while seen.count(text) < times:
             assert time.monotonic() < deadline, seen
             if select.select([master], [], [], 0.1)[0]:
-                seen += os.read(master, 4096).decode()
+                seen += os.read(master, 4096).decode("utf-8", "replace")
         return seen
 
     try:
@@ -3869,6 +3949,57 @@ class TestCommands:
         assert (status, out) == (1, "")
         assert err.startswith("posttroll services: posttroll configuration: nameserver_port is 'abc'")
         assert err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("words", "status", "reason"),
+        [
+            ("publish /a info x --service", 1, "--service needs a name"),
+            ("publish /a info x --service=a\tb", 1, "without white space"),
+            ("publish /a info x --port 70000", 2, "no whole number from 0 to 65535"),
+            ("publish /a info x --wait nan", 2, "no number from 0"),
+            ("publish /a info x --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("subscribe --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("subscribe --count 0", 2, "no whole number from 1"),
+            ("services --watch inf", 2, "no number from 0.1"),
+            ("services --timeout -1", 2, "no number from 0"),
+            ("services --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("top --interval 0", 2, "no number from 0.1"),
+            ("top --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("config --set foo", 2, "'foo' is not KEY=VALUE"),
+            ("config --set foo=1", 2, "there is no key 'foo'"),
+            ("demo --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+        ],
+    )
+    def test_what_cannot_be_used_is_one_line(self, words, status, reason):
+        arguments = [word.replace("\t", " ") for word in words.split(" ")]
+        ended, _, err = run_command(*arguments, *([""] if words.endswith("--service") else []))
+        assert ended == status
+        assert "Traceback" not in err
+        assert reason.replace("\\t", " ").replace("\t", " ") in err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ("words", "status", "err"),
+        [
+            (
+                "publish /a info - --subscribers 0 <&-",
+                1,
+                "posttroll publish: there is no standard input to read from.\n",
+            ),
+            (
+                "publish --replay - --subscribers 0 <&-",
+                1,
+                "posttroll publish: there is no standard input to read from.\n",
+            ),
+            ("subscribe --timeout 0.1 >&-", 1, "posttroll subscribe: there is no standard output to print to.\n"),
+            ("top -n 1 >&-", 1, "posttroll top: there is no standard output to print to.\n"),
+            ("config >/dev/full", 1, "posttroll config: [Errno 28] No space left on device\n"),
+            ("publish /a info x --subscribers 0 >&-", 0, "1 message to 0 subscribers\n"),
+            ("publish /a info x --subscribers 0 2>&-", 0, ""),
+        ],
+    )
+    def test_streams_that_are_closed(self, words, status, err):
+        with process("sh", "-c", f'exec "$0" "$1" {words}', sys.executable, LIBRARY) as running:
+            assert finish(running) == (status, "", err)
 
 
 class TestPublishAndSubscribe:
@@ -4043,6 +4174,205 @@ class TestPublishAndSubscribe:
                 wait_for(ended)
                 assert subscribe.returncode == 0
 
+    @pytest.mark.parametrize(
+        ("typed", "value"),
+        [
+            ("12", 12),
+            ("-1.5", -1.5),
+            ("1.10", "1.10"),
+            ("007", "007"),
+            ("1e3", "1e3"),
+            ("1e999", "1e999"),
+            ("NaN", "NaN"),
+            ("-Infinity", "-Infinity"),
+            ("[NaN]", "[NaN]"),
+            ("9" * 5000, "9" * 5000),
+            (" 1", " 1"),
+            ("true", True),
+            ("null", None),
+            ("[1, 1.10]", [1, 1.1]),
+            ('{"a": [null]}', {"a": [None]}),
+            ('"12"', "12"),
+            ("a=b", "a=b"),
+            ("", ""),
+        ],
+    )
+    def test_a_value_is_a_number_only_if_it_is_written_like_one(self, typed, value):
+        options = posttroll._parser().parse_args(["publish", "/a", "info", f"k={typed}", "n=1"])
+        [message] = posttroll._messages_to_publish(options, None)
+        received = posttroll.Message.decode(message.encode())
+        assert received.data == {"k": value, "n": 1}
+        assert type(received.data["k"]) is type(value)
+
+    def test_infinities_are_no_json(self):
+        for text in ("NaN", "[1e999]", '{"a": -Infinity}'):
+            status, _, err = run_command("publish", "/a", "info", "--json", text, "--subscribers", 0)
+            assert status == 1
+            assert "is no number in JSON" in err
+
+    @pytest.mark.parametrize("source", ["stdin", "file", "lines"])
+    def test_bytes(self, source, tmp_path):
+        """All the bytes there are, also those of line ends."""
+        content = bytes(range(256)) + b"\r\n\n\xff"
+        path = tmp_path / "image.png"
+        path.write_bytes(content)
+        words = {"stdin": ["-"], "file": ["--file", path], "lines": ["-", "--lines"]}[source]
+        expected = content.split(b"\n") if source == "lines" else [content]
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber, path.open("rb") as stdin:
+            arguments = ("publish", "/a", "image", *words, "--binary", "--port", port, "--nameserver", "none")
+            with command(*arguments, stdin=stdin) as publish:
+                received = receive(subscriber, len(expected))
+                assert finish(publish)[:2] == (0, "")
+        assert [message.data for message in received] == expected
+
+    def test_bytes_need_a_file_and_text_must_be_text(self, tmp_path):
+        path = tmp_path / "image.png"
+        path.write_bytes(b"\xff\xfe")
+        status, _, err = run_command("publish", "/a", "image", "--file", path, "--subscribers", 0)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "--binary" in err
+        status, _, err = run_command("publish", "/a", "image", "word", "--binary", "--subscribers", 0)
+        assert (status, err) == (1, "posttroll publish: --binary needs a file or stdin.\n")
+
+    @pytest.mark.parametrize("replay", [False, True])
+    def test_five_subscribers_get_all_of_every_publish(self, replay, tmp_path):
+        """Among three other publishers; each publish waits for them all, though one would be enough for it."""
+        recording = tmp_path / "recording"
+        rounds, subscribers = 4, 5
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            for name in ("a", "b", "c"):
+                world.enter_context(posttroll.Publish(name, nameservers=["localhost"]))
+            arguments = ("subscribe", "/counted", "--json", "-n", rounds, "--timeout", DEADLINE)
+            listening = [world.enter_context(command(*arguments)) for _ in range(subscribers)]
+            with posttroll.Publish("ready", nameservers=["localhost"]) as ready:
+                assert ready.wait_for_subscribers(subscribers, DEADLINE)
+            for number in range(rounds):
+                words = ["/counted", "info", f"number={number}"]
+                if replay:
+                    recording.write_text(f"{posttroll.Message('/counted', 'info', {'number': number})}\n")
+                    words = ["--replay", recording]
+                status, _, err = run_command("publish", *words, "--nameserver", "localhost")
+                assert (status, err) == (0, "1 message to 5 subscribers\n")
+            for each in listening:
+                status, out, _ = finish(each)
+                assert status == 0
+                assert [json.loads(line)["data"]["number"] for line in out.splitlines()] == list(range(rounds))
+
+    def test_subscribers_that_come_later_are_told_of(self):
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as first:
+            arguments = ("publish", "/a", "info", "-", "--lines", "--port", port, "--nameserver", "none")
+            with command(*arguments) as publish:
+                publish.stdin.write("one\n")
+                publish.stdin.flush()
+                assert receive(first)[0].data == "one"
+                with posttroll.Subscriber([f"tcp://localhost:{port}"]) as second:
+
+                    def came() -> bool:
+                        publish.stdin.write("more\n")
+                        publish.stdin.flush()
+                        return bool(receive(second, 1, 0.1))
+
+                    wait_for(came)
+                    publish.stdin.close()
+                    publish.stdin = None
+                    assert publish.wait(DEADLINE) == 0
+                    _, err = publish.communicate()
+        assert re.fullmatch(r"\d+ messages to 1 subscriber, and what was left to 1 more\n", err)
+
+    def test_lost_messages_are_no_success(self):
+        """A subscriber that does not read; its queue and the publisher's hold ten messages each."""
+        port = free_port()
+        with zmq.Context() as context, context.socket(zmq.SUB) as slow:
+            slow.setsockopt(zmq.RCVHWM, 1)
+            slow.setsockopt(zmq.RCVBUF, 4096)
+            slow.setsockopt(zmq.LINGER, 0)
+            slow.subscribe(b"")
+            slow.connect(f"tcp://127.0.0.1:{port}")
+            lines = f"{'x' * 10000}\n" * 3000
+            arguments = ("publish", "/a", "info", "-", "--lines", "--port", port, "--nameserver", "none")
+            with command(*arguments, "--set", "send_high_water_mark=10") as publish:
+                publish.stdin.write(lines)
+                publish.stdin.close()
+                publish.stdin = None
+                told = [next(line for line in publish.stderr if "messages to" in line)]
+                slow.close()
+                err = publish.communicate(timeout=60)[1]
+            assert told == ["3000 messages to 1 subscriber\n"]
+            assert publish.returncode == 1
+        assert re.search(r"posttroll publish: \d+ messages were lost: a subscriber was too slow", err)
+
+    @pytest.mark.parametrize("option", ["--nameserver", "--nameservers"])
+    def test_one_nameserver_each_and_what_follows_is_not_swallowed(self, option):
+        hosts = (option, "127.0.0.9", option, "localhost")
+        with nameserver(), command("subscribe", "/x", "--json", "-n", 1, "--timeout", 30) as subscribe:
+            status, _, err = run_command("publish", *hosts, "/x", "info", "foo", "bar")
+            assert (status, err) == (0, "1 message to 1 subscriber\n")
+            assert json.loads(finish(subscribe)[1])["data"] == "foo bar"
+
+    def test_a_nameserver_without_multicast_is_hinted_at(self):
+        with nameserver(multicast_enabled=False), posttroll.Subscribe("", "", addr_listener=True):
+            status, _, err = run_command("publish", "/a", "info", "x", "--wait", 0.3)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "0 of 1 subscribers after 0.3 s: nothing was sent" in err
+        assert "--nameserver HOST" in err
+        assert "--no-multicast" in err
+
+    @pytest.mark.parametrize("cut", [1, 8, 80])
+    def test_a_truncated_recording_is_replayed_up_to_where_it_ends(self, cut, tmp_path):
+        recording = tmp_path / "recording"
+        data = [{"number": number} for number in range(3)] + ["text at the end of the file"]
+        whole = "".join(f"{posttroll.Message('/a', 'info', item)}\n" for item in data)
+        recording.write_text(whole[:-cut])
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
+            arguments = ("publish", "--replay", recording, "--speed", 0, "--port", port, "--nameserver", "none")
+            with command(*arguments) as publish:
+                received = receive(subscriber, 3)
+                status, _, err = finish(publish)
+                assert next(subscriber.recv(0)) is None
+        assert [message.data for message in received] == data[:3]
+        assert status == 1
+        assert err.startswith("3 messages to 1 subscriber\nposttroll publish: ")
+        assert "recording, line 4: " in err
+
+    def test_a_replay_does_not_wait_for_the_end_of_the_recording(self):
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
+            arguments = ("publish", "--replay", "-", "--speed", 0, "--port", port, "--nameserver", "none")
+            with command(*arguments) as publish:
+                for number in range(3):
+                    publish.stdin.write(f"{posttroll.Message('/a', 'info', number)}\n")
+                    publish.stdin.flush()
+                    assert receive(subscriber)[0].data == number
+                publish.stdin.close()
+                publish.stdin = None
+                assert publish.wait(DEADLINE) == 0
+
+    def test_recordings_are_utf_8_in_any_locale(self, tmp_path):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+            for form in ("--raw", "--json"):
+                arguments = ("subscribe", "--address", address, form, "-n", 2)
+                with command(*arguments, env=environment, encoding="utf-8") as subscribe:
+                    wait_for(lambda: publisher.subscriber_count == 1)
+                    publisher.send(posttroll.Message("/a", "info", "Zürich → \u4eac"))
+                    publisher.send(posttroll.Message("/a", "info", {"half": "\ud83d"}))
+                    status, out, _ = finish(subscribe)
+                first, second = out.splitlines()
+                assert status == 0
+                if form == "--json":
+                    assert [json.loads(first)["data"], json.loads(second)["data"]["half"]] == [
+                        "Zürich → \u4eac",
+                        "\ud83d",
+                    ]
+                else:
+                    assert posttroll.Message.decode(first).data == "Zürich → \u4eac"
+                wait_for(lambda: publisher.subscriber_count == 0)
+
 
 class TestTerminal:
     """What people see."""
@@ -4109,6 +4439,126 @@ class TestTerminal:
                 assert running.wait(DEADLINE) == 0
         assert "\033[H\033[J" in seen
         assert re.search(r"feeder +tcp://\S+ +/fed +[1-9]", seen)
+
+    @pytest.mark.parametrize("form", [None, "--json", "--raw"])
+    def test_messages_cannot_give_orders_to_the_terminal(self, form):
+        """Wherever they have them: in subject, type, sender, keys, values."""
+        evil = "\033[2J\x9b3J\u202e"
+        orders = posttroll.Message(f"/subject{evil}", f"type{evil}", {f"key{evil}": f"value{evil}", "text": f"a{evil}"})
+        orders.sender = f"sender{evil}"
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            words = ["subscribe", "--address", address, "-n", "2", "--no-color", *([form] if form else [])]
+            with on_terminal(*words) as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(orders)
+                publisher.send(posttroll.Message("/last", "info"))
+                seen = read_to("/last")
+                assert running.wait(DEADLINE) == 0
+        for word in ("/subject", "type", "sender", "key", "value"):
+            assert word + "\\u001b[2J\\u009b3J\\u202e" in seen
+        assert not set("\033\x9b\u202e") & set(seen)
+        if form == "--json":
+            assert json.loads(seen.splitlines()[0])["data"]["text"] == f"a{evil}"
+
+    def test_what_a_terminal_cannot_show_ends_nothing(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            words = ("subscribe", "--address", address, "-n", "3")
+            with on_terminal(*words, PYTHONIOENCODING="ascii") as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a", "info", "Zürich → Tokyo"))
+                publisher.send(posttroll.Message("/a", "info", {"half": "\ud83d"}))
+                publisher.send(posttroll.Message("/last", "info"))
+                seen = read_to("/last")
+                assert running.wait(DEADLINE) == 0
+        assert "Z\\xfcrich \\u2192 Tokyo" in seen
+
+    def test_the_progress_of_a_replay_that_ends_early(self, tmp_path):
+        recording = tmp_path / "recording"
+        recording.write_text("".join(f"{posttroll.Message('/a', 'info', n)}\n" for n in range(3)) + "broken\n")
+        arguments = ("publish", "--replay", str(recording), "--subscribers", "0", "--speed", "0")
+        with on_terminal(*arguments, "--nameserver", "localhost") as (running, read_to, _):
+            seen = read_to("line 4")
+            assert running.wait(DEADLINE) == 1
+        assert "[######################........] 3/4\r\n3 messages to 0 subscribers\r\n" in seen
+
+    def test_top_restores_the_terminal(self):
+        """With q as with a signal."""
+        for end in (b"q", signal.SIGTERM, signal.SIGINT):
+            with nameserver(), on_terminal("top", "--interval", "0.1") as (running, read_to, terminal):
+                before = termios.tcgetattr(terminal)[3]
+                assert before & termios.ICANON
+                wait_for(lambda: not termios.tcgetattr(terminal)[3] & termios.ICANON)
+                read_to("posttroll top")
+                os.write(terminal, end) if isinstance(end, bytes) else running.send_signal(end)
+                wait_for(lambda: running.poll() is not None)
+                assert termios.tcgetattr(terminal)[3] == before
+                assert running.returncode == 0
+
+    def test_top_shortens_subjects_so_that_the_numbers_are_seen(self):
+        subject = "/a/subject" + "/with/many/words" * 10 + "/end"
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            names = ["a", "the_publisher_with_a_rather_long_name_for_a_table"]
+            publishers = [world.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in names]
+            running, read_to, terminal = world.enter_context(on_terminal("top", "--interval", "0.5", size=(100, 9)))
+            for publisher in publishers:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.heartbeat(1)
+                for _ in range(30):
+                    publisher.send(posttroll.Message(subject, "info", "x"))
+            read_to("/end")
+            os.write(terminal, b"q")
+            assert running.wait(DEADLINE) == 0
+            seen = read_to("/end")
+        view = next(view for view in seen.split("\033[H\033[J") if "/end" in view).replace("\r", "")
+        lines = view.splitlines()
+        assert max(map(len, lines)) <= 100
+        assert len(lines) <= 8
+        assert lines[2].split() == [
+            "PUBLISHER",
+            "ADDRESS",
+            "SUBJECT",
+            "MSG/S",
+            "BYTES/S",
+            "LAST",
+            "SEEN",
+            "BEATS",
+            "MISSED",
+        ]
+        for line in lines[3:]:
+            assert re.search(r" +\d+\.\d +\d+ +\d+ s ago +\d+$", line)
+        assert any(re.search(r"^a  .*  /a/sub\S*\.\.\.\S*/end  ", line) for line in lines)
+        assert any(re.search(r"^the_pub\S*\.\.\.\S*table  ", line) for line in lines)
+
+    def test_services_are_watched_on_a_terminal_through_a_restart_of_the_nameserver(self):
+        """The heading stays in sight, whatever there is, and the table comes back."""
+        with contextlib.ExitStack() as world:
+            for number in range(12):
+                world.enter_context(posttroll.Publish(f"name{number:02}", nameservers=["localhost"]))
+            first = world.enter_context(contextlib.ExitStack())
+            first.enter_context(nameserver())
+            wait_for(lambda: len(posttroll.get_pub_address("")) == 12)
+            words = ("services", "--watch", "0.1", "--timeout", "0.2", "--no-color")
+            running, read_to, _ = world.enter_context(on_terminal(*words, size=(100, 10)))
+            read_to("name05")
+            first.close()
+            read_to("no answer from the nameserver on localhost")
+            world.enter_context(nameserver())
+            wait_for(lambda: len(posttroll.get_pub_address("")) == 12)
+            seen = read_to("no answer")
+            views = seen.count("\033[H\033[J")
+            read_to("\033[H\033[J", views + 4)
+            running.send_signal(signal.SIGINT)
+            assert running.wait(DEADLINE) == 130
+            seen = read_to("NAME")
+        for view in seen.split("\033[H\033[J")[1:-1]:
+            lines = view.replace("\r", "").splitlines()
+            assert lines[0].startswith("NAME  ")
+            assert len(lines) <= 10
+            assert lines[1].startswith("name00")
+        assert "no answer" not in view
 
 
 class TestServicesAndTop:
