@@ -4547,9 +4547,9 @@ class TestTerminal:
             read_to("no answer from the nameserver on localhost")
             world.enter_context(nameserver())
             wait_for(lambda: len(posttroll.get_pub_address("")) == 12)
-            seen = read_to("no answer")
-            views = seen.count("\033[H\033[J")
-            read_to("\033[H\033[J", views + 4)
+            before = read_to("no answer")
+            read_to("name00", before.count("name00") + 2)
+            read_to("\033[H\033[J", read_to("NAME").count("\033[H\033[J") + 2)
             running.send_signal(signal.SIGINT)
             assert running.wait(DEADLINE) == 130
             seen = read_to("NAME")
@@ -4557,8 +4557,8 @@ class TestTerminal:
             lines = view.replace("\r", "").splitlines()
             assert lines[0].startswith("NAME  ")
             assert len(lines) <= 10
-            assert lines[1].startswith("name00")
         assert "no answer" not in view
+        assert lines[1].startswith("name00")
 
 
 class TestServicesAndTop:
@@ -4614,6 +4614,169 @@ class TestServicesAndTop:
         assert out.count("PUBLISHER") == 2
         assert "\033" not in out
         assert re.search(r"feeder +tcp://\S+ +/fed +[1-9]", out)
+
+    def test_services_are_sorted_by_name(self):
+        names = ["zebra", "ant", "mouse", "bee", "yak", "cat"]
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            for name in names:
+                world.enter_context(posttroll.Publish(name, nameservers=["localhost"]))
+            wait_for(lambda: len(posttroll.get_pub_address("")) == len(names))
+            _, table, _ = run_command("services")
+            _, as_json, _ = run_command("services", "--json")
+        assert [line.split()[0] for line in table.splitlines()[1:]] == sorted(names)
+        assert [row["name"] for row in json.loads(as_json)] == sorted(names)
+
+    def test_a_service_that_is_unknown_or_does_not_answer_is_no_success(self):
+        with nameserver(), posttroll.Publish("alive", aliases=["other"], nameservers=["localhost"]) as alive:
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            silent = posttroll.Message(
+                "/address/silent", "info", {"URI": f"tcp://127.0.0.1:{free_port()}", "service": ["silent", "both"]}
+            )
+            both = posttroll.Message(
+                "/address/b", "info", {"URI": f"tcp://localhost:{alive.port_number}", "service": ["both"]}
+            )
+            for registration in (silent, both):
+                assert raw_request(config.get("broadcast_port"), registration.encode().encode()) == [b"ok"]
+            for words, missing in [
+                (["alive"], None),
+                (["alive", "other", "both"], None),
+                (["nonesuch"], "nonesuch"),
+                (["silent"], "silent"),
+                (["silent", "alive", "nonesuch"], "silent, nonesuch"),
+                ([], None),
+            ]:
+                status, out, err = run_command("services", *words)
+                assert (status, err) == (
+                    (0, "") if missing is None else (1, f"posttroll services: no publisher of {missing} answers.\n")
+                )
+                assert out.startswith("NAME")
+
+    @pytest.mark.parametrize("form", [[], ["--json"]])
+    def test_services_are_watched_through_a_restart_of_the_nameserver(self, form):
+        with contextlib.ExitStack() as world, posttroll.Publish("alive", nameservers=["localhost"]):
+            first = world.enter_context(contextlib.ExitStack())
+            first.enter_context(nameserver())
+            watch = world.enter_context(command("services", "--watch", 0.1, "--timeout", 0.2, *form))
+            await_line(watch, "alive")
+            first.close()
+            for line in watch.stderr:
+                if "no answer from the nameserver on localhost" in line:
+                    break
+            with nameserver():
+                wait_for(lambda: posttroll.get_pub_address("alive"))
+                for _ in range(12):  # what was known is shown meanwhile
+                    line = await_line(watch, "alive")
+            watch.send_signal(signal.SIGINT)
+            assert finish(watch)[0] == 130
+        if form:
+            assert json.loads(line)[0]["name"] == "alive"
+
+    def test_all_of_many_secure_services_answer_each_time(self, keys):
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            for number in range(6):
+                world.enter_context(posttroll.Publish(f"name{number}", nameservers=["localhost"]))
+            wait_for(lambda: len(posttroll.get_pub_address("")) == 6)
+            for _ in range(3):
+                status, out, err = run_command("services", "--json", *(f"name{number}" for number in range(6)))
+                assert (status, err) == (0, "")
+                assert [row["answers"] for row in json.loads(out)] == [True] * 6
+
+    @pytest.mark.parametrize("hard", [None, 256])
+    def test_top_with_more_publishers_than_files(self, hard, tmp_path):
+        """One socket that listens on 400 ports is as good as 400 publishers."""
+        with nameserver(), zmq.Context() as context, context.socket(zmq.XPUB) as sock:
+            sock.setsockopt(zmq.XPUB_VERBOSE, 1)
+            sock.linger = 0
+            for number in range(400):
+                port = sock.bind_to_random_port("tcp://127.0.0.1", 33000, 49000)
+                data = {"URI": f"tcp://127.0.0.1:{port}", "service": [f"name{number}"]}
+                register = posttroll.Message(f"/address/name{number}", "info", data)
+                assert posttroll._ask(f"tcp://127.0.0.1:{config.get('broadcast_port')}", register.encode().encode(), 9)
+            limit = "ulimit -Sn 1024" if hard is None else f"ulimit -n {hard}"
+            shell = ("sh", "-c", f'{limit}; exec "$0" "$@"', sys.executable, LIBRARY)
+            views = tmp_path / "views"
+            with (
+                views.open("w") as stdout,
+                process(*shell, "top", "--interval", "0.5", "-n", "99", stdout=stdout) as top,
+            ):
+                wanted = 400 if hard is None else 50
+                connected = 0
+
+                def seen() -> list[str]:
+                    nonlocal connected
+                    while sock.poll(0):
+                        connected += sock.recv()[:1] == b"\1"
+                    if connected >= wanted:
+                        sock.send(posttroll.Message("/seen", "info", "x").encode().encode())
+                    return [
+                        view for view in views.read_text().split("posttroll top") if view.count(" /seen ") >= wanted
+                    ]
+
+                wait_for(lambda: len(seen()) > 1)
+                top.terminate()
+                assert finish(top)[::2] == (0, "")
+            view = seen()[-1]
+        count = int(re.search(r"(\d+) publishers", view)[1])
+        assert len(re.findall(r"^name\d+ .* /seen  ", view, re.MULTILINE)) == count
+        if hard is None:
+            assert count == 400
+        else:
+            assert 50 <= count < hard
+            assert f"Only {count} of 400 publishers: allow more open files (ulimit -n)." in view
+
+    def test_top_counts_missed_heartbeats(self):
+        with nameserver(), posttroll.Publish("late", nameservers=["localhost"]) as late:
+            with posttroll.Publish("none", nameservers=["localhost"]) as none:
+                with command("top", "--interval", 0.5, "-n", 30) as top:
+                    for publisher in (late, none):
+                        assert publisher.wait_for_subscribers(1, DEADLINE)
+                    late.heartbeat(1)
+                    none.send(posttroll.Message("/quiet", "info"))
+                    assert await_line(top, "/heartbeat/late").split()[-1] == "0"
+                    while int(await_line(top, "/heartbeat/late").split()[-1]) < 3:
+                        pass
+                    assert await_line(top, "/quiet").endswith("ago\n")
+                    late.heartbeat(1)
+                    while await_line(top, "/heartbeat/late").split()[-1] != "0":
+                        pass
+                    top.terminate()
+                    assert finish(top)[0] == 0
+
+    def test_top_forgets_what_is_gone_and_survives_a_restart_of_the_nameserver(self):
+        """A subject that is silent goes, a publisher goes when no nameserver knows it either."""
+        with contextlib.ExitStack() as world:
+            first = world.enter_context(contextlib.ExitStack())
+            first.enter_context(nameserver())
+            publishers = {
+                name: world.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in "abc"
+            }
+            meter = world.enter_context(contextlib.closing(posttroll._Meter([], ["localhost"])))
+            meter.LOOKUP, meter.KEEP = 0.05, 0.6
+
+            def subjects() -> set[str]:
+                assert meter.count(0.1)
+                for name in publishers:
+                    publishers[name].send(posttroll.Message(f"/steady/{name}", "info"))
+                return {line.split()[2] for line in meter.lines(0.1)[3:]}
+
+            steady = {f"/steady/{name}" for name in publishers}
+            wait_for(lambda: subjects() >= steady)
+            publishers["a"].send(posttroll.Message("/once", "info"))
+            wait_for(lambda: "/once" in subjects())
+            wait_for(lambda: subjects() == steady)
+            first.close()
+            wait_for(lambda: subjects() == steady and "no answer from the nameserver" in meter.problem)
+            world.enter_context(nameserver())
+            wait_for(lambda: subjects() == steady and not meter.problem and len(posttroll.get_pub_address("")) == 3)
+            publishers.pop("b").stop()
+            wait_for(lambda: subjects() == {"/steady/a", "/steady/c"})
+            address = next(address for address in meter.sources if meter.sources[address].name == "b")
+            assert posttroll.get_pub_address("b")[0]["URI"] == address  # as long as it is known, it may come back
+            with mock.patch.object(posttroll, "get_pub_address", return_value=[]):
+                wait_for(lambda: subjects() == {"/steady/a", "/steady/c"} and address not in meter.sources)
+                assert {source.name for source in meter.sources.values()} == {"a", "c"}
 
 
 class TestConfigCommand:
@@ -4795,6 +4958,90 @@ class TestDoctor:
         assert re.search(r"FAIL  keys: server_public_key_file: cannot read a key from .*nonesuch.key", out)
         assert re.search("FAIL  keys: 0 clients may connect", out)
 
+    def test_the_secure_commands_of_the_readme(self, tmp_path, monkeypatch):
+        """As printed; only the copy to another host is left out."""
+        text = (HERE / "README.md").read_text().partition("## Secure set-up")[2].partition("\n## ")[0]
+        first, second = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        assert "doctor" in second
+        for name, file in (("posttroll", LIBRARY), ("nameserver", NAMESERVER)):
+            (tmp_path / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{file}" "$@"\n')
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        script = "".join(line for line in first.splitlines(True) if not line.startswith("scp"))
+        nameserver_line, doctor_line = second.splitlines()[-2:]
+        assert (nameserver_line, doctor_line) == ("nameserver --no-multicast &", "posttroll doctor --no-multicast")
+        settings = "\n".join(second.splitlines()[:-2])
+        ready = "while ! posttroll services >/dev/null 2>&1; do sleep 0.1; done"
+        end = "status=$?; kill $!; wait $!; exit $status"
+        script += f"{settings}\n{nameserver_line}\n{ready}\n{doctor_line}\n{end}\n"
+        with process("bash", "-c", script, cwd=tmp_path) as running:
+            status, out, err = finish(running, 60)
+        assert (status, "FAIL" in out) == (0, False), out + err
+        assert "publisher, nameserver and subscriber hear each other" in out
+
+    @pytest.mark.parametrize("multicast", [False, True])
+    def test_all_is_well_among_others(self, multicast):
+        """Many publishers, and subscribers of everything that could be taken for its own."""
+        words = [] if multicast else ["--no-multicast"]
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver_process(*words))
+            hosts = None if multicast else ["localhost"]
+            for name in "abc":
+                world.enter_context(posttroll.Publish(name, nameservers=hosts))
+            for _ in range(4):
+                listener = posttroll.ListenerContainer(topics=[""])
+                world.callback(listener.stop)
+            for _ in range(3):
+                status, out, err = run_command("doctor", *words)
+                assert (status, err, "FAIL" in out) == (0, "", False), out
+
+    def test_several_nameservers(self):
+        """Those that answer are tried, those that do not are named."""
+        with nameserver_process("--no-multicast"):
+            hosts = ("--nameserver", "127.0.0.9:1", "--nameserver", "localhost")
+            status, out, _ = run_command("doctor", "--no-multicast", *hosts)
+        assert status == 1
+        assert [line for line in out.splitlines() if line.startswith("FAIL")] == [
+            "FAIL  nameserver 127.0.0.9:1: nobody answers at tcp://127.0.0.9:1  -> start it (nameserver), or open the "
+            "port in the firewall"
+        ]
+        assert "hear each other (by localhost)" in out
+
+    def test_a_plain_program_that_looks_at_a_secure_nameserver(self, keys, monkeypatch):
+        with nameserver_process("--no-multicast"):
+            status, out, _ = run_command("doctor", "--no-multicast")
+            assert (status, "FAIL" in out) == (0, False), out
+            monkeypatch.setenv("POSTTROLL_BACKEND", "unsecure_zmq")
+            status, out, _ = run_command("doctor", "--no-multicast")
+        assert status == 1
+        assert "it speaks CURVE, this program NULL" in out
+
+    def test_a_publisher_that_cannot_be_reached(self, monkeypatch):
+        """Somebody has told the nameserver of an address for it where nothing comes from; its publisher is stopped."""
+        with nameserver(), zmq.Context() as context, context.socket(zmq.PUB) as silent:
+            port = silent.bind_to_random_port("tcp://127.0.0.1")
+            doctor = posttroll._Doctor(["localhost"], False, False)
+            doctor._answering.append("localhost")
+            doctor.PATIENCE = 0.5
+            found = [{"URI": f"tcp://127.0.0.1:{port}", "service": [f"posttroll-doctor-{os.getpid()}"]}]
+            monkeypatch.setattr(posttroll, "get_pub_address", lambda *args, **kwargs: found)
+            monkeypatch.setattr(posttroll, "_addresses_in", lambda answer: found)
+            before = set(posttroll._live_publishers)
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                doctor.check_round_trip()
+            assert set(posttroll._live_publishers) == before
+        assert doctor.failures == 1
+        assert re.search(rf"FAIL  round trip: nothing comes from tcp://127.0.0.1:{port}.*-> open the", out.getvalue())
+
+    def test_findings_cannot_give_orders_to_the_terminal(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_MC_GROUP", "\033[2J")
+        _, out, _ = run_command("doctor")
+        assert "\033" not in out
+        assert "u001b[2J" in out or "x1b[2J" in out
+
 
 class TestDemo:
     """``posttroll demo``."""
@@ -4816,6 +5063,17 @@ class TestDemo:
         assert "2 of 3 messages arrived" in err
         assert "The demo failed" in err
         assert "All 3 messages" not in out
+
+    def test_with_a_nameserver_that_runs_already(self):
+        """It is asked, and told, in place of one of the demo's own."""
+        with nameserver(), posttroll.Subscribe("demo", "/demo", addr_listener=True, timeout=0) as subscriber:
+            with command("demo", "--nameserver", "127.0.0.9", "--nameserver", "localhost") as demo:
+                received = receive(subscriber, 3)
+                status, out, err = finish(demo, 60)
+        assert (status, err) == (0, "")
+        assert "Nameserver on 127.0.0.9, localhost" in out
+        assert out.count("received pytroll://demo/") == 3
+        assert len(received) == 3
 
 
 # ======================================================================================================================
