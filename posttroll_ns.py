@@ -850,8 +850,8 @@ class _Daemon:
             runs = not self._lock(descriptor)
             first, _, rest = stream.read().partition(b"\n")
         try:
-            options = ast.literal_eval(rest.decode())
-        except (ValueError, SyntaxError):  # there are none
+            options = dict(ast.literal_eval(rest.decode()))
+        except (ValueError, SyntaxError, TypeError):  # there are none
             options = {}
         return int(first) if runs and first.isdigit() else None, options
 
@@ -1019,9 +1019,10 @@ def _control_daemon(options: Any, serve: Callable[[Callable[[], None]], int]) ->
         status = daemon.stop()
         if options.daemon == "stop" or status:
             return status
-    if not options.log:
+    status = daemon.start(serve)
+    if status == 0 and not options.log:
         print("nameserver: it logs nowhere; -l FILE gives it a log", file=sys.stderr)
-    return daemon.start(serve)
+    return status
 
 
 if __name__ == "__main__":

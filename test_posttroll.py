@@ -6473,6 +6473,53 @@ class TestNameserverCommand:
                 assert systemd.recv(100) == b"READY=1"
                 assert posttroll.get_pub_address("a", DEADLINE) == []
 
+    @pytest.mark.parametrize("case", ["terminal", "log", "nohup"])
+    def test_sighup_in_the_foreground(self, case, tmp_path):
+        """It ends with its terminal, in order; with a log file it opens that again, and nohup is obeyed."""
+        log = tmp_path / "nameserver.log"
+        words = ["-l", log] if case == "log" else []
+        ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)} if case == "nohup" else {}
+        with process(sys.executable, "-u", NAMESERVER, "--no-multicast", *words, **ignore) as running:
+            if case == "log":
+                wait_for(lambda: log.exists() and "answers on port" in log.read_text())
+                log.unlink()
+            else:
+                await_line(running, "answers on port")
+            running.send_signal(signal.SIGHUP)
+            if case == "terminal":
+                status, out, err = finish(running)
+                assert (status, err) == (0, "")
+                assert "The nameserver has ended" in out
+                return
+            if case == "log":
+                wait_for(lambda: log.exists() and "opened again" in log.read_text())
+            assert posttroll.get_pub_address("a", DEADLINE) == []
+            running.terminate()
+            assert finish(running)[::2] == (0, "")
+
+    @pytest.mark.parametrize("kind", ["gone", "nobody listens", "not a socket", "abstract", "too long"])
+    def test_a_stale_notification_socket_is_logged(self, kind, tmp_path):
+        path = str(tmp_path / "notify")
+        if kind == "nobody listens":
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+                systemd.bind(path)
+        elif kind == "not a socket":
+            Path(path).write_text("")
+        elif kind == "abstract":
+            path = f"@posttroll-test-{os.getpid()}"
+        elif kind == "too long":
+            path += "x" * 200
+        with nameserver_process("--no-multicast", env={**os.environ, "NOTIFY_SOCKET": path}) as running:
+            assert posttroll.get_pub_address("a", DEADLINE) == []
+            running.terminate()
+            out = running.stdout.read()
+            status, _, err = finish(running)
+        assert (status, err) == (0, "")
+        assert f"Cannot tell systemd at {path} that it is ready" in out
+
+
+LOGS_NOWHERE = "nameserver: it logs nowhere; -l FILE gives it a log\n"
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no daemons here")
 class TestDaemon:
@@ -6487,13 +6534,13 @@ class TestDaemon:
                 return finish(running)
 
         control.pid_file = pid_file
-        control.pid = lambda: int(pid_file.read_text())
+        control.pid = lambda: int(pid_file.read_text().splitlines()[0])
         yield control
         assert control("stop")[0] == 0
 
     def test_start_status_stop(self, control):
         assert control("status") == (3, "nameserver: not running\n", "")
-        assert control("start") == (0, "", "")
+        assert control("start") == (0, "", LOGS_NOWHERE)
         assert posttroll.get_pub_address("a", DEADLINE) == []  # when start has ended, it answers
         pid = control.pid()
         assert control("status") == (0, f"nameserver: running (process {pid})\n", "")
@@ -6513,7 +6560,7 @@ class TestDaemon:
     def test_restart(self, control):
         assert control("restart")[0] == 0  # from nothing
         first = control.pid()
-        assert control("restart") == (0, "", "")
+        assert control("restart") == (0, "", LOGS_NOWHERE)
         assert control.pid() != first
         assert posttroll.get_pub_address("a", DEADLINE) == []
 
@@ -6523,7 +6570,7 @@ class TestDaemon:
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: control("status")[0] == 3)
         assert control.pid_file.exists()
-        assert control("start") == (0, "", "")
+        assert control("start") == (0, "", LOGS_NOWHERE)
         assert control.pid() != pid
 
     def test_the_pid_of_another_process_in_a_stale_file(self, control):
@@ -6567,6 +6614,115 @@ class TestDaemon:
         assert status == 1
         assert "Traceback" not in err
         assert "no/directory" in err
+
+    def test_it_lets_go_of_where_it_was_started(self, control, tmp_path, monkeypatch):
+        """Of the directory, the session, the terminal, and of what its starter had open."""
+        monkeypatch.chdir(tmp_path)
+        assert control("start", "-l", "daemon.log") == (0, "", "")
+        proc = Path(f"/proc/{control.pid()}")
+        if not proc.exists():
+            pytest.skip("this needs /proc")
+        assert os.readlink(proc / "cwd") == "/"
+        assert os.getsid(control.pid()) not in (os.getsid(0), control.pid())  # it can get no terminal again
+        assert {os.readlink(proc / "fd" / str(number)) for number in range(3)} == {os.devnull}
+
+    def test_the_pid_file_does_not_depend_on_the_environment(self):
+        """cron, ssh and a desktop have other variables; port and user make the difference."""
+        here = {key: value for key, value in os.environ.items() if key not in ("XDG_RUNTIME_DIR", "TMPDIR", "HOME")}
+        elsewhere = {**here, "XDG_RUNTIME_DIR": str(HERE), "TMPDIR": str(HERE / "benchmarks"), "HOME": str(HERE)}
+
+        def control(command: str, env: dict[str, str], *words: str) -> int:
+            with process(sys.executable, NAMESERVER, "--no-multicast", "-d", command, *words, env=env) as running:
+                return finish(running)[0]
+
+        assert control("start", elsewhere) == 0
+        try:
+            assert control("status", here) == 0
+            assert control("status", here, "--set", f"nameserver_port={free_port()}") == 3
+            assert control("start", here) == 1
+        finally:
+            assert control("stop", here) == 0
+        assert control("status", elsewhere) == 3
+        assert control("start", here) == 0
+        assert control("stop", elsewhere) == 0
+        assert control("status", here) == 3
+
+    @pytest.mark.parametrize("crashed", [False, True])
+    def test_a_restart_keeps_the_options(self, tmp_path, monkeypatch, crashed):
+        """Those of the daemon that runs, or has crashed; what is given with it comes in addition."""
+        monkeypatch.chdir(tmp_path)
+        pid_file = tmp_path / "nameserver.pid"
+        log, other = tmp_path / "daemon.log", tmp_path / "other.log"
+
+        def control(command: str, *words: Any) -> tuple[int, str, str]:
+            call = (sys.executable, NAMESERVER, "--pid-file", pid_file, "-d", command, *words)
+            with process(*call, cwd=tmp_path if command == "start" else "/") as running:
+                return finish(running)
+
+        def registers() -> bool:
+            """Whether publishers can register by request, which needs --no-multicast."""
+            return raw_request(config.get("broadcast_port"), b"", timeout=1) is not None
+
+        try:
+            arguments = ("--no-multicast", "-v", "-l", "daemon.log", "--set", "max_services=7")
+            assert control("start", *arguments) == (0, "", "")
+            assert registers()
+            if crashed:
+                os.kill(int(pid_file.read_text().splitlines()[0]), signal.SIGKILL)
+                wait_for(lambda: control("status")[0] == 3)
+            written = log.read_text().count("answers on port")
+            assert control("restart") == (0, "", "nameserver: not running\n" if crashed else "")
+            assert log.read_text().count("answers on port") == written + 1
+            assert registers()
+            assert control("restart", "-l", other) == (0, "", "")
+            assert log.read_text().count("answers on port") == written + 1
+            assert "[DEBUG" in other.read_text()
+            assert "answers on port" in other.read_text()
+            assert registers()
+            assert "('max_services', 7)" in pid_file.read_text()
+            assert control("stop") == (0, "", "")
+            assert control("restart") == (
+                0,
+                "",
+                "nameserver: not running\n" + LOGS_NOWHERE,
+            )  # from nothing, with nothing
+            assert not registers()
+        finally:
+            assert control("stop")[0] == 0
+
+    def test_what_it_logs_without_a_log_file_is_said(self, control):
+        status, out, err = control("start")
+        assert (status, out, err) == (0, "", LOGS_NOWHERE)
+        with socket.socket() as other, config.set(nameserver_port=free_port()):
+            other.bind(("", config.get("nameserver_port")))
+            other.listen()
+            status, _, err = control("restart", "--set", f"nameserver_port={config.get('nameserver_port')}")
+        assert status == 1
+        assert LOGS_NOWHERE not in err  # it does not run
+
+    def test_sighup_opens_the_log_again(self, control, tmp_path):
+        """As after a rotation by others; where that fails, the old one goes on."""
+        log = tmp_path / "logs" / "daemon.log"
+        log.parent.mkdir()
+        assert control("start", "-l", log) == (0, "", "")
+        log.rename(log.with_suffix(".1"))
+        os.kill(control.pid(), signal.SIGHUP)
+        wait_for(lambda: log.exists() and "opened again" in log.read_text())
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+        raw_request(config.get("nameserver_port"), b"broken")
+        wait_for(lambda: "Broken request" in log.read_text())
+        assert "Broken request" not in log.with_suffix(".1").read_text()
+        log.parent.rename(tmp_path / "moved")
+        os.kill(control.pid(), signal.SIGHUP)
+        wait_for(lambda: "cannot be opened again" in (tmp_path / "moved" / "daemon.log").read_text())
+        assert control("status")[0] == 0
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+
+    def test_sighup_without_a_log_does_not_end_it(self, control):
+        control("start")
+        os.kill(control.pid(), signal.SIGHUP)
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+        assert control("status")[0] == 0
 
 
 class TestDemoAndKeys:
@@ -9185,6 +9341,31 @@ class TestPidFileOfOthers:
         with process(sys.executable, NAMESERVER, "-d", "stop", "--pid-file", path) as running:
             status, _, err = finish(running)
         return status, err
+
+    def test_is_no_source_of_options(self, tmp_path):
+        """What is in it is read only if it is ours; and it is data, whoever wrote it."""
+        path = tmp_path / "pid"
+        for content in (
+            "1\n{'log': '/nonesuch/log', 'set': []}\n",
+            "1\n__import__('os').abort()\n",
+            "1\n[",
+            "1\n[1]\n",
+        ):
+            path.write_text(content)
+            path.chmod(0o666)
+            call = (sys.executable, NAMESERVER, "--no-multicast", "-d", "restart", "--pid-file", path)
+            with process(*call) as running:
+                status, _, err = finish(running)
+            assert status == 1
+            assert "Not a pid file of this user" in err
+            path.chmod(0o600)
+            with process(*call) as running:
+                status, _, err = finish(running)
+            if "log" in content:
+                assert (status, "/nonesuch/log" in err) == (1, True)
+            else:
+                assert (status, err) == (0, "nameserver: not running\n" + LOGS_NOWHERE)
+            assert self.stop_daemon(path)[0] == 0
 
     @pytest.mark.parametrize("trick", ["writable by all", "of another user", "link"])
     def test_stops_nothing(self, victim, tmp_path, trick):
