@@ -4526,10 +4526,8 @@ class Logger:
 def _level_number(level: str) -> int | None:
     """Return the number of a level in a message: that of a name known here, or what ``level_15`` says; else None."""
     known = logging.getLevelName(level.upper())
-    if isinstance(known, int):
-        return known
-    word, _, digits = level.rpartition("_")
-    return int(digits) if word == "level" and digits.isdecimal() else None
+    nameless = re.fullmatch(r"level_(\d{1,9})", level)
+    return int(nameless[1]) if nameless else known if isinstance(known, int) else None
 
 
 def run_logger(args: Sequence[str] | None = None) -> int:
@@ -4556,6 +4554,12 @@ def _add_logger_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_logger(options: argparse.Namespace) -> int:
+    """Log the messages of all publishers.
+
+    Examples:
+      posttroll logger
+      posttroll logger -s otherhost -r /var/log/posttroll.log
+    """
     text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
     if options.rotated:
         from logging.handlers import TimedRotatingFileHandler
@@ -4727,13 +4731,9 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_arguments, run) in _commands.items():
         description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
-        command = subparsers.add_parser(
-            name,
-            help=description[0].lower() + description[1:].rstrip("."),
-            description=description,
-            epilog=textwrap.dedent(examples).replace("E", "e", 1),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        brief, epilog = description[0].lower() + description[1:].rstrip("."), textwrap.dedent(examples)
+        command = subparsers.add_parser(name, help=brief, description=description, epilog=epilog.replace("E", "e", 1))
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
         add = command.add_argument
         add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
@@ -5132,9 +5132,7 @@ def _run_subscribe(options: argparse.Namespace) -> int:
 
 def _as_json_line(message: Message) -> str:
     """Return a message as a JSON object on one line; bytes as a base64 data URL."""
-    data = message.data
-    if isinstance(data, bytes):
-        data = "".join(_encode_binary(data))
+    data = "".join(_encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
     return _dumps({**fields, "version": message.version, "data": data}, "v1.2")[0]
 
@@ -5174,8 +5172,7 @@ def _run_services(options: argparse.Namespace) -> int:
       posttroll services --nameserver otherhost --json
       posttroll services --watch
     """
-    rows: list[dict[str, Any]] = []
-    missing: list[str] = []
+    rows: list[Any] = []
     while True:
         problem = ""
         try:
@@ -5210,7 +5207,8 @@ def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], l
 
 def _describe_service(entry: Mapping[str, Any], answers: bool) -> dict[str, Any]:
     """Return what is known of a publisher, from an entry of a nameserver's answer."""
-    services = [str(service) for service in entry.get("service", []) if service]
+    told = entry.get("service")
+    services = list(map(str, filter(None, told))) if isinstance(told, list) else []
     name = entry.get("name")
     if not isinstance(name, str) or name == "address":  # which other nameservers say of every publisher
         name = services[0] if services else ""
@@ -5220,8 +5218,8 @@ def _describe_service(entry: Mapping[str, Any], answers: bool) -> dict[str, Any]
         received = received.replace(tzinfo=received.tzinfo or timezone.utc)
         age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
     aliases = [service for service in services if service != name]
-    told = {"backend": entry.get("backend"), "version": entry.get("supported_message_version"), "age": age}
-    return {"name": name, "aliases": aliases, "address": entry["URI"], **told, "answers": answers}
+    how = {"backend": entry.get("backend"), "version": entry.get("supported_message_version"), "age": age}
+    return {"name": name, "aliases": aliases, "address": entry["URI"], **how, "answers": answers}
 
 
 def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
@@ -5318,7 +5316,7 @@ class _Source:
             traffic.last = self.heard
             interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
             if message.type == "beat" and isinstance(interval, (int, float)):
-                self.last_beat, self.beat_interval = self.heard, max(float(interval), 1.0)
+                self.last_beat, self.beat_interval = self.heard, float(max(1.0, min(1e6, interval)))  # it may be NaN
 
     @property
     def missed_beats(self) -> str:
@@ -5500,11 +5498,11 @@ def _run_config(options: argparse.Namespace) -> int:
       posttroll config --set nameserver_port=5600 --json
     """
     known = [*OPTIONS, *sorted(set(config.to_dict()) - set(OPTIONS))]
-    unknown = [key for key in options.keys if key.replace("-", "_") not in known]
-    if unknown:
-        raise _CommandError(f"there is no key {', '.join(unknown)}.")
+    keys = [key.replace("-", "_") for key in options.keys] or known
+    if not set(keys) <= set(known):
+        raise _CommandError(f"there is no key {', '.join(sorted(set(keys) - set(known)))}.")
     rows = []
-    for key in [key.replace("-", "_") for key in options.keys] or known:
+    for key in keys:
         value, source = config.lookup(key, check=False)
         option = OPTIONS.get(key, _Option(None, "", "not a key of posttroll"))
         about = {"default": option.default, "meaning": option.meaning}
@@ -5628,11 +5626,10 @@ class _Doctor:
             except ConfigurationError as error:
                 self.say("FAIL", "keys", str(error), "posttroll generate-keys makes a pair; see the README")
                 continue
-            is_open = kind == "secret" and os.name == "posix" and mode & 0o077
-            finding = (
-                f"{path} can be read by others (mode {mode:o})" if is_open else f"{setting} = {path} (mode {mode:o})"
-            )
-            self.say("FAIL" if is_open else "ok", "keys", finding, f"chmod 600 {path}")
+            if kind == "secret" and os.name == "posix" and mode & 0o077:
+                self.say("FAIL", "keys", f"{path} can be read by others (mode {mode:o})", f"chmod 600 {path}")
+            else:
+                self.say("ok", "keys", f"{setting} = {path} (mode {mode:o})")
         if config.get("clients_public_keys_directory") is not None:
             directory = _ClientKeys("clients_public_keys_directory").directory
             count = len([name for name in os.listdir(directory) if name.endswith(".key")])
@@ -5869,15 +5866,7 @@ def _generate_keys_command(options: argparse.Namespace) -> int:
     return _run_generate_keys(options)
 
 
-@_command("logger", _add_logger_arguments)
-def _logger_command(options: argparse.Namespace) -> int:
-    """Log the messages of all publishers.
-
-    Examples:
-      posttroll logger
-      posttroll logger -s otherhost -r /var/log/posttroll.log
-    """
-    return _run_logger(options)
+_command("logger", _add_logger_arguments)(_run_logger)
 
 
 # ======================================================================================================================

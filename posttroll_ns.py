@@ -949,14 +949,12 @@ class _Daemon:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nameserver",
-        description="Tell subscribers where publishers are.",
-        epilog="examples:\n  nameserver --no-multicast\n  nameserver -d start -l /var/log/nameserver.log\n"
-        "  nameserver --set nameserver_port=5600 --local-only\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(prog="nameserver", description="Tell subscribers where publishers are.")
+    parser.epilog = """examples:
+  nameserver --no-multicast
+  nameserver -d start -l /var/log/nameserver.log
+  nameserver --set nameserver_port=5600 --local-only"""
+    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
     add = parser.add_argument
     add("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")
     add("-l", "--log", help="File to log to (defaults to stdout)")

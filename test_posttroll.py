@@ -4744,6 +4744,24 @@ class TestServicesAndTop:
                     top.terminate()
                     assert finish(top)[0] == 0
 
+    def test_top_survives_odd_heartbeats(self):
+        head = "pytroll://odd beat a@b 2026-01-01T00:00:00 v1.01 application/json "
+        intervals = ["NaN", "Infinity", "-Infinity", "-1", "0", "1" + "0" * 400, "true", "null", '"often"', "[]"]
+        meter = posttroll._Meter([], ["localhost"])
+        with nameserver(), contextlib.closing(meter), posttroll.Publish("odd", nameservers=["localhost"]) as publisher:
+            meter.LOOKUP = 0.05
+            wait_for(lambda: meter.count(0.1) and publisher.subscriber_count)
+            for interval in intervals:
+                publisher.send(f'{head}{{"min_interval": {interval}}}')
+                wait_for(lambda: meter.count(0.1) and meter.sources and self.seen_now(meter, "/odd"))
+                assert meter.lines(0.1)[3].split()[-1] in ("0", "ago")
+
+    @staticmethod
+    def seen_now(meter: Any, subject: str) -> bool:
+        """Whether messages with this subject have come since the last view."""
+        rows = [line.split() for line in meter.lines(0.1)[3:]]
+        return any(row[2] == subject and float(row[3]) > 0 for row in rows)
+
     def test_top_forgets_what_is_gone_and_survives_a_restart_of_the_nameserver(self):
         """A subject that is silent goes, a publisher goes when no nameserver knows it either."""
         with contextlib.ExitStack() as world:
