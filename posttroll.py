@@ -5686,8 +5686,8 @@ class _Doctor:
         self.say("ok", name, f"answers at {endpoint} with {count} publishers")
         sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
         lead = (sent - datetime.now(timezone.utc)).total_seconds()
-        verdict = "ok" if abs(lead) <= 2 else "FAIL"
-        self.say(verdict, "clocks", f"that of {name} differs by {lead:+.1f} s", "synchronise them (NTP)")
+        finding = f"that of {name} differs by {lead:+.1f} s"
+        self.say("ok" if abs(lead) <= 2 else "FAIL", "clocks", finding, "synchronise them (NTP)")
 
     def check_round_trip(self) -> None:
         """Publish a message that announces itself, find it through the nameservers, receive it."""
