@@ -40,19 +40,24 @@ import base64
 import binascii
 import errno
 import getpass
+import glob
 import importlib
 import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import queue
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -60,7 +65,7 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import partial
@@ -5606,6 +5611,12 @@ def _colored(text: str, color: int) -> str:
     return COLOR_SEQ % (30 + color) + text + RESET_SEQ
 
 
+def _printable(value: Any) -> str:
+    """Return a value on one line, without characters that a terminal would obey: they are escaped as in JSON."""
+    text = value if isinstance(value, str) else value.isoformat() if isinstance(value, datetime) else repr(value)
+    return "".join(character if character.isprintable() else json.dumps(character)[1:-1] for character in text)
+
+
 class PytrollFormatter(logging.Formatter):
     """Formats log records as messages: subject ``/log/LEVEL/NAME``, type ``log.level``, data the text.
 
@@ -5621,7 +5632,8 @@ class PytrollFormatter(logging.Formatter):
         """Return the message for *record*."""
         text = super().format(record)
         name = "_".join(record.name.split()) or "root"
-        return Message(f"/log/{record.levelname}/{name}", f"log.{record.levelname.lower()}", text).encode()
+        level = "_".join(record.levelname.split()) or str(record.levelno)  # one without a name is "Level 15"
+        return Message(f"/log/{level}/{name}", f"log.{level.lower()}", text).encode()
 
 
 class PytrollHandler(logging.Handler):
@@ -5675,11 +5687,11 @@ class Logger:
     """Logs the messages of all publishers, in a thread of its own.
 
     Args:
-        nameserver_address: The host of the nameserver.
+        nameserver_address: The host of the nameserver, or a list of them.
         nameserver_port: The port on which it publishes new addresses.
     """
 
-    def __init__(self, nameserver_address: str = "localhost", nameserver_port: int = 16543) -> None:
+    def __init__(self, nameserver_address: str | Sequence[str] = "localhost", nameserver_port: int = 16543) -> None:
         self._address = nameserver_address
         self._port = nameserver_port
         self._subscriber: Subscriber | None = None
@@ -5700,8 +5712,8 @@ class Logger:
             return
         for message in self._subscriber:
             kind, _, level = message.type.partition(".")
-            if kind == "log" and level.upper() in COLORS:
-                number = cast(int, getattr(logging, level.upper()))
+            number = _level_number(level) if kind == "log" else None
+            if number is not None:
                 logging.getLogger(message.subject.rpartition("/")[2]).log(
                     number, "%s: %s", message.sender, message.data
                 )
@@ -5719,6 +5731,13 @@ class Logger:
             thread.join(5)
 
 
+def _level_number(level: str) -> int | None:
+    """Return the number of a level in a message: that of a name known here, or what ``level_15`` says; else None."""
+    known = logging.getLevelName(level.upper())
+    nameless = re.fullmatch(r"level_(\d{1,9})", level)
+    return int(nameless[1]) if nameless else known if isinstance(known, int) else None
+
+
 def run_logger(args: Sequence[str] | None = None) -> int:
     """Run ``pytroll-logger``: log the messages of all publishers.
 
@@ -5726,18 +5745,29 @@ def run_logger(args: Sequence[str] | None = None) -> int:
         args: The command-line arguments; by default those of the process.
     """
     parser = argparse.ArgumentParser(prog="pytroll-logger", description="Log the messages of all publishers.")
+    parser.add_argument("--nameserver", metavar="HOST", action="append", help="the same as --server")
     _add_logger_arguments(parser)
-    return _run_logger(parser.parse_args(args))
+    try:
+        return _run_logger(parser.parse_args(args))
+    except (OSError, ValueError, NotImplementedError, zmq.ZMQError) as error:
+        print(f"pytroll-logger: {error}", file=sys.stderr)
+        return 1
 
 
 def _add_logger_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", "--rotated", help="Time rotated log file")
     parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
-    parser.add_argument("-s", "--server", default="localhost", help="server to listen to")
+    parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to (localhost)")
     parser.add_argument("-p", "--port", type=int, default=None, help="port to listen to")
 
 
 def _run_logger(options: argparse.Namespace) -> int:
+    """Log the messages of all publishers.
+
+    Examples:
+      posttroll logger
+      posttroll logger -s otherhost -r /var/log/posttroll.log
+    """
     text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
     if options.rotated:
         from logging.handlers import TimedRotatingFileHandler
@@ -5747,10 +5777,11 @@ def _run_logger(options: argparse.Namespace) -> int:
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(ColoredFormatter(text, use_color=_wants_color(sys.stdout)))
+        handler.addFilter(_make_printable)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    logger = Logger(options.server, options.port or config.get("address_publish_port"))
+    logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
         logger.start()
         loop = Loop()
@@ -5762,6 +5793,13 @@ def _run_logger(options: argparse.Namespace) -> int:
         root.removeHandler(handler)
         handler.close()
     return 0
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Escape in a record what a terminal would obey; for `logging.Handler.addFilter`."""
+    record.msg, record.args = "\n".join(map(_printable, record.getMessage().split("\n"))), ()
+    record.name = _printable(record.name)
+    return True
 
 
 def _wants_color(stream: Any) -> bool:
@@ -5833,12 +5871,74 @@ def patched_publisher() -> Iterator[list[str]]:
 # ======================================================================================================================
 # 15. Command line
 #
-# Results go to stdout, talk goes to stderr, and the exit status is 0 only on success.
+# Results go to stdout, talk goes to stderr, and the exit status is 0 only on success.  A command is a function in the
+# table of commands; what adds its arguments stands just above it.
 # ======================================================================================================================
 
 
 class _CommandError(Exception):
     """What went wrong with a command, and what to do about it; ends it with exit status 1."""
+
+
+_AddArguments = Callable[[argparse.ArgumentParser], None]
+_Run = Callable[[argparse.Namespace], int]
+_commands: dict[str, tuple[_AddArguments, _Run]] = {}
+
+
+def _command(name: str, add_arguments: _AddArguments) -> Callable[[_Run], _Run]:
+    """Make the decorated function a command: it gets the options, returns the exit status; its docstring is the help.
+
+    Args:
+        name: The name of the command.
+        add_arguments: Adds its arguments to a parser; stands just above it.
+    """
+
+    def enter(run: _Run) -> _Run:
+        _commands[name] = (add_arguments, run)
+        return run
+
+    return enter
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="posttroll", description="Messages between programs over ZeroMQ.")
+    parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (add_arguments, run) in _commands.items():
+        description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
+        brief, epilog = description[0].lower() + description[1:].rstrip("."), textwrap.dedent(examples)
+        command = subparsers.add_parser(name, help=brief, description=description, epilog=epilog.replace("E", "e", 1))
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        add = command.add_argument
+        add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
+        add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
+        add("--set", metavar="KEY=VALUE", action="append", default=[], type=_assignment, help="set a configuration key")
+        add_arguments(command)
+        command.set_defaults(run=run)
+    subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
+    return parser
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """Return key and value of ``key=value``, for argparse."""
+    key, equals, value = text.partition("=")
+    if not equals or key.replace("-", "_") not in OPTIONS:
+        what = f"there is no key {key!r}, see 'posttroll config'" if equals else f"{text!r} is not KEY=VALUE"
+        raise argparse.ArgumentTypeError(what)
+    return key, _literal(value)
+
+
+def _number(kind: type, least: float, most: float = 1e6) -> Callable[[str], Any]:
+    """Return what reads a number from *least* to *most*, for argparse."""
+
+    def read(text: str) -> Any:
+        with suppress(ValueError):
+            number = kind(text)
+            if least <= number <= most:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number from {least:g} to {most:g}")
+
+    return read
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -5866,18 +5966,26 @@ def main(args: Sequence[str] | None = None) -> int:
     if rest:
         getattr(options, options.words).extend(rest)
     try:
+        _prepare_output(options)
         with config.set(dict(options.set)):
             return cast(int, options.run(options))
-    except (_CommandError, ConfigurationError, NotImplementedError, MessageError, zmq.ZMQError, TimeoutError) as error:
-        _talk(f"posttroll {options.command}: {error}")
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError) as error:
+    except (_CommandError, NotImplementedError, MessageError, zmq.ZMQError, OSError, ValueError) as error:
         _talk(f"posttroll {options.command}: {error}")
     return 1
+
+
+def _prepare_output(options: argparse.Namespace) -> None:
+    """Let stdout take any message: what a terminal cannot show is escaped, files and pipes get UTF-8."""
+    if sys.stdout is None and options.command != "publish":
+        raise _CommandError("there is no standard output to print to.")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
 def _nameserver_module() -> Any:
@@ -5887,156 +5995,8 @@ def _nameserver_module() -> Any:
 
 def _talk(text: str) -> None:
     """Tell something that is not a result."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def _help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return what formats help, with the width given: to find it, argparse imports more than it is itself."""
-    import argparse
-
-    try:
-        width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
-    except (ValueError, OSError):  # no number, no terminal
-        width = 0
-    return argparse.RawDescriptionHelpFormatter(prog, width=(width or 80) - 2)
-
-
-def _parser() -> argparse.ArgumentParser:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="posttroll",
-        description="Messages between programs over ZeroMQ.",
-        formatter_class=_help_formatter,
-    )
-    parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add(name: str, run: Callable[[Any], int], help_text: str, examples: str = "") -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=help_text,
-            description=help_text[0].upper() + help_text[1:] + ".",
-            epilog="examples:\n" + examples if examples else None,
-            formatter_class=_help_formatter,
-        )
-        command.add_argument("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost)")
-        command.add_argument("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
-        command.add_argument(
-            "--set", metavar="KEY=VALUE", action="append", default=[], type=_assignment, help="set a configuration key"
-        )
-        command.set_defaults(run=run)
-        return command
-
-    publish = add("publish", _run_publish, "publish messages", _PUBLISH_EXAMPLES)
-    publish.add_argument("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
-    publish.add_argument("type", nargs="?", metavar="TYPE", help="for example file")
-    publish.add_argument("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
-    publish.set_defaults(words="data")
-    form = publish.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="DATA is JSON")
-    form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
-    publish.add_argument("--file", metavar="FILE", help="read DATA from a file")
-    publish.add_argument("--lines", action="store_true", help="each line of the file or stdin is a message of its own")
-    publish.add_argument("--service", default="posttroll", help="name of the publisher (posttroll)")
-    publish.add_argument("--port", type=int, default=0, help="port to publish on (a free one)")
-    publish.add_argument("--nameservers", metavar="HOST", nargs="+", help="register there; 'none': announce nowhere")
-    publish.add_argument("--wait", metavar="SECONDS", type=float, default=10.0, help="for subscribers (10)")
-    publish.add_argument("--subscribers", metavar="N", type=int, default=1, help="how many to wait for (1)")
-    publish.add_argument("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)")
-    publish.add_argument("--speed", type=float, default=1.0, metavar="X", help="of the replay; 0 without pauses (1)")
-
-    subscribe = add("subscribe", _run_subscribe, "print messages as they come", _SUBSCRIBE_EXAMPLES)
-    subscribe.add_argument("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    subscribe.add_argument("--service", action="append", help="name of a publisher (all)")
-    subscribe.add_argument("--address", action="append", help="address of a publisher, no nameserver is asked")
-    subscribe.add_argument("--type", action="append", help="only messages of this type")
-    subscribe.add_argument("-n", "--count", type=int, help="end after so many messages")
-    subscribe.add_argument("--timeout", metavar="SECONDS", type=float, help="end after so long without a message")
-    subscribe.set_defaults(words="topics")
-    form = subscribe.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line")
-    form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
-
-    services = add("services", _run_services, "list what the nameserver knows", _SERVICES_EXAMPLES)
-    services.add_argument("names", nargs="*", metavar="NAME", help="only these services")
-    services.add_argument("--json", action="store_true", help="as JSON")
-    services.add_argument("--watch", nargs="?", const=2.0, type=float, metavar="SECONDS", help="again and again (2)")
-    services.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for the nameserver (5)")
-
-    top = add("top", _run_top, "show who publishes how much, live; q quits", _TOP_EXAMPLES)
-    top.add_argument("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    top.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two views (2)")
-    top.add_argument("-n", "--count", type=int, help="end after so many views (1 without a terminal)")
-
-    doctor = add("doctor", _run_doctor, "find out why programs do not hear each other", _DOCTOR_EXAMPLES)
-    doctor.add_argument("--no-multicast", action="store_true", help="the nameserver here runs with --no-multicast")
-
-    settings = add("config", _run_config, "show the configuration: value, source, default, meaning", _CONFIG_EXAMPLES)
-    settings.add_argument("keys", nargs="*", metavar="KEY", help="only these keys")
-    settings.add_argument("--json", action="store_true", help="as JSON")
-
-    demo = add(
-        "demo", _run_demo, "run a nameserver, a publisher and a subscriber on this machine", "  posttroll demo\n"
-    )
-    demo.add_argument("--role", choices=["publisher", "subscriber"], help=argparse.SUPPRESS)
-    _add_key_arguments(
-        add("generate-keys", _run_generate_keys, "make a pair of keys for the secure backend", _KEY_EXAMPLES)
-    )
-    _add_logger_arguments(add("logger", _run_logger, "log the messages of all publishers", _LOGGER_EXAMPLES))
-    commands.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
-    return parser
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """Return key and value of ``key=value``, for argparse."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    if key.replace("-", "_") not in OPTIONS:
-        raise argparse.ArgumentTypeError(f"there is no key {key!r}; 'posttroll config' shows all")
-    return key, _literal(value)
-
-
-_PUBLISH_EXAMPLES = """\
-  posttroll publish /alarm info "disk is full"
-  posttroll publish /segment file uri=/data/a.nc size=1200 --service receiver --nameservers localhost
-  posttroll publish /segment file --json '{"uri": "/data/a.nc"}'
-  tail -f log | posttroll publish /log info - --lines
-  posttroll publish --replay recorded --speed 10
-"""
-_SUBSCRIBE_EXAMPLES = """\
-  posttroll subscribe /segment --service receiver
-  posttroll subscribe --json | jq .data.uri
-  posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
-  posttroll subscribe --raw > recorded
-"""
-_SERVICES_EXAMPLES = """\
-  posttroll services
-  posttroll services --nameserver otherhost --json
-  posttroll services --watch
-"""
-_TOP_EXAMPLES = """\
-  posttroll top
-  posttroll top /segment --interval 10 -n 6 > load.txt
-"""
-_DOCTOR_EXAMPLES = """\
-  posttroll doctor
-  posttroll doctor --nameserver otherhost
-  POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
-"""
-_KEY_EXAMPLES = """\
-  posttroll generate-keys server -d ~/keys
-"""
-_LOGGER_EXAMPLES = """\
-  posttroll logger
-  posttroll logger -s otherhost -r /var/log/posttroll.log
-"""
-_CONFIG_EXAMPLES = """\
-  posttroll config
-  posttroll config backend mc_group
-  posttroll config --set nameserver_port=5600 --json
-"""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _nameservers(options: argparse.Namespace) -> list[str]:
@@ -6044,66 +6004,170 @@ def _nameservers(options: argparse.Namespace) -> list[str]:
     return options.nameserver or ["localhost"]
 
 
-def _table(rows: Sequence[Sequence[str]], headings: Sequence[str]) -> list[str]:
-    """Return the lines of a table with aligned columns."""
+def _colors(options: argparse.Namespace) -> bool:
+    """Whether what is printed is coloured."""
+    return _wants_color(sys.stdout) and not options.no_color
+
+
+def _view_size() -> tuple[int, int]:
+    """Return columns and lines of the terminal that is printed to; 0 for as many as there are."""
+    size = shutil.get_terminal_size((100, 24))  # for a terminal that does not know its size
+    return (size.columns or 100, size.lines or 24) if sys.stdout.isatty() else (0, 0)
+
+
+def _show(lines: Sequence[str]) -> None:
+    """Print a view that is followed by others: on a terminal in place of the one before, as much as fits."""
+    _, height = _view_size()
+    if height:  # the last line is for what there is to say
+        print("\033[H\033[J" + "\n".join(lines[: height - 2]), flush=True)
+    else:
+        print("\n".join(lines) + "\n" * (len(lines) > 1), flush=True)
+
+
+def _table(rows: Sequence[Sequence[str]], headings: Sequence[str], width: int = 0, elastic: str = "") -> list[str]:
+    """Return the lines of a table with aligned columns.
+
+    Args:
+        rows: Their cells.
+        headings: Those of the columns.
+        width: What has to be enough for a line; 0 for no limit.
+        elastic: The headings of the columns whose cells are shortened for that, the widest first.
+    """
     lines = [headings, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    widths = {heading: max(map(len, column)) for heading, column in zip(headings, zip(*lines))}
+    surplus = sum(widths.values()) + 2 * (len(widths) - 1) - (width or sys.maxsize)
+    for _ in range(surplus):
+        widest = max(elastic.split(), key=widths.__getitem__)
+        widths[widest] = max(widths[widest] - 1, 12)
+    padded = ([_shortened(cell, size).ljust(size) for cell, size in zip(line, widths.values())] for line in lines)
+    return ["  ".join(cells).rstrip()[: width or None] for cells in padded]
+
+
+def _shortened(text: str, width: int) -> str:
+    """Return *text*, without its middle if it is longer than *width*."""
+    end = (width - 3) // 2
+    return text if len(text) <= width else f"{text[: width - 3 - end]}...{text[-end:]}"
 
 
 # -- publish --
 
 
+def _add_publish_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
+    add("type", nargs="?", metavar="TYPE", help="for example file")
+    add("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
+    command.set_defaults(words="data")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="DATA is JSON")
+    form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
+    form.add_argument("--binary", action="store_true", help="the file or stdin is sent as bytes")
+    add("--file", metavar="FILE", help="read DATA from a file")
+    add("--lines", action="store_true", help="each line of the file or stdin is a message of its own")
+    add("--service", default="posttroll", help="name of the publisher (posttroll)")
+    add("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
+    add("--nameservers", dest="nameserver", action="append", help=argparse.SUPPRESS)  # its old name
+    add("--wait", metavar="SECONDS", type=_number(float, 0), default=10.0, help="for subscribers (10)")
+    add("--subscribers", metavar="N", type=_number(int, 0), default=1, help="how many to wait for at least (1)")
+    add("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)")
+    add("--speed", metavar="X", type=_number(float, 0), default=1.0, help="of the replay; 0 without pauses (1)")
+
+
+@_command("publish", _add_publish_arguments)
 def _run_publish(options: argparse.Namespace) -> int:
-    if options.replay:
-        messages: Iterable[Message] = _read_recording(options.replay)
-    elif options.subject is None or options.type is None:
-        raise _CommandError("SUBJECT and TYPE are needed (or --replay FILE).")
-    else:
-        messages = _messages_to_publish(options)
-    hosts = [*(options.nameservers or []), *(options.nameserver or [])]
+    """Publish messages.
+
+    Examples:
+      posttroll publish /alarm info "disk is full"
+      posttroll publish /segment file uri=/data/a.nc size=1200 --service receiver --nameserver localhost
+      posttroll publish /segment file --json '{"uri": "/data/a.nc"}'
+      tail -f log | posttroll publish /log info - --lines
+      posttroll publish /image file --binary --file quicklook.png
+      posttroll publish --replay recorded --speed 10
+    """
+    hosts = options.nameserver or []
     nameservers: Any = False if hosts == ["none"] else hosts or None
+    if not options.service:
+        raise _CommandError("--service needs a name.")
     if nameservers is False and not options.port:
-        raise _CommandError("--nameservers none needs --port, else nobody could find the publisher.")
-    count = 0
-    with Publish(options.service, options.port, nameservers=nameservers) as publisher, _progress(messages) as following:
-        if options.subscribers > 0 and not publisher.wait_for_subscribers(options.subscribers, options.wait):
-            found = publisher.subscriber_count
-            raise _CommandError(
-                f"{found} of {options.subscribers} subscribers after {options.wait:g} s: nothing was sent."
-            )
-        subscribers = publisher.subscriber_count
-        for message in following:
-            if options.replay:
-                _keep_pace(message, options.speed)
+        raise _CommandError("--nameserver none needs --port, else nobody could find the publisher.")
+    if options.file and options.data:
+        raise _CommandError("DATA are given twice: on the command line and by --file.")
+    path = options.replay or options.file or ("-" if options.data == ["-"] else None)
+    if path == "-" and sys.stdin is None:
+        raise _CommandError("there is no standard input to read from.")
+    source = sys.stdin.fileno() if path == "-" else path
+    with nullcontext() if source is None else open(source, "rb", closefd=path != "-") as stream:
+        messages = _messages_to_publish(options, stream)
+        with Publish(options.service, options.port, nameservers=nameservers) as publisher:
+            if options.subscribers > 0:
+                _await_subscribers(publisher, options)
+            return _send_all(publisher, messages)
+
+
+_SETTLING = 0.5  # seconds without a further subscriber after which all that listen are there
+
+
+def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> None:
+    """Wait for as many subscribers as were asked for, and on as long as others come."""
+    deadline = time.monotonic() + options.wait
+    if not publisher.wait_for_subscribers(options.subscribers, options.wait):
+        found = f"{publisher.subscriber_count} of {options.subscribers} subscribers after {options.wait:g} s"
+        remedy = "nameservers that run with --no-multicast hear of it only if they are named: --nameserver HOST"
+        raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
+    while publisher.wait_for_subscribers(publisher.subscriber_count + 1, _SETTLING) and time.monotonic() < deadline:
+        pass
+
+
+def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
+    """Send messages, tell how many went to how many subscribers, and return the exit status."""
+    subscribers = publisher.subscriber_count
+    sent = 0
+    try:
+        for message in messages:
             publisher.send(message)
-            count += 1
-        # Those that came later count too, and those that have left after they got what they wanted.
-        subscribers, dropped = max(subscribers, publisher.subscriber_count), publisher.dropped
-    _talk(f"{count} message{'s' * (count != 1)} to {subscribers} subscriber{'s' * (subscribers != 1)}")
-    if dropped:
-        raise _CommandError(f"{dropped} messages were lost: a subscriber was too slow.")
+            sent += 1
+    finally:
+        text = f"{sent} message{'s' * (sent != 1)} to {subscribers} subscriber{'s' * (subscribers != 1)}"
+        late = publisher.subscriber_count - subscribers
+        _talk(text if late <= 0 else f"{text}, and what was left to {late} more")
+    if publisher.dropped:
+        raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow.")
     return 0
 
 
-def _messages_to_publish(options: argparse.Namespace) -> Iterator[Message]:
-    """Yield the messages that the command line describes."""
-    from_stdin = options.data == ["-"]
-    if not from_stdin and not options.file:
-        yield Message(options.subject, options.type, _data_of_words(options))
-        return
-    if options.file and options.data:
-        raise _CommandError("DATA are given twice: on the command line and by --file.")
-    stream = sys.stdin if from_stdin else open(options.file, encoding="utf-8")  # noqa: SIM115
-    with stream:
-        texts = (line.rstrip("\n") for line in stream) if options.lines else iter([stream.read()])
-        for text in texts:
-            yield Message(options.subject, options.type, _parse_json(text) if options.json else text)
+def _messages_to_publish(options: argparse.Namespace, stream: Any) -> Iterable[Message]:
+    """Return the messages that the command line describes; *stream* is where it says to read from."""
+    if options.replay:
+        return _paced(_read_recording(stream, options.replay), options.speed)
+    if options.subject is None or options.type is None:
+        raise _CommandError("SUBJECT and TYPE are needed (or --replay FILE).")
+    if stream is None:
+        return [Message(options.subject, options.type, _data_of_words(options))]
+    Message(options.subject, options.type)  # what is wrong with them is an error now, not when subscribers have come
+    parts = stream if options.lines else [stream.read()]
+    messages = (Message(options.subject, options.type, _data_of_part(part, options)) for part in parts)
+    return messages if options.lines else list(messages)
+
+
+def _data_of_part(part: bytes, options: argparse.Namespace) -> Any:
+    """Return the data that a line of a file, or all of it, stands for."""
+    if options.lines:
+        part = part.rstrip(b"\n" if options.binary else b"\r\n")
+    if options.binary:
+        return part
+    try:
+        text = part.decode()
+    except UnicodeDecodeError as error:
+        raise _CommandError(f"DATA is no text in UTF-8 ({error}); --binary sends bytes.") from None
+    return _parse_json(text) if options.json else text
 
 
 def _data_of_words(options: argparse.Namespace) -> Any:
     """Return the data that the words on the command line stand for."""
     words = options.data
+    if options.binary:
+        raise _CommandError("--binary needs a file or stdin.")
     if options.json:
         return _parse_json(" ".join(words))
     if words and not options.text and all(re.match(r"[A-Za-z_][\w.-]*=", word) for word in words):
@@ -6111,18 +6175,31 @@ def _data_of_words(options: argparse.Namespace) -> Any:
     return " ".join(words)
 
 
+def _finite(text: str) -> float:
+    """Return a number of JSON, which has neither infinities nor NaN."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number in JSON")
+    return number
+
+
+_from_strict_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
+
+
 def _parse_json(text: str) -> Any:
     try:
-        return datetime_decoder(_from_json(text.strip()))
+        return datetime_decoder(_from_strict_json(text.strip()))
     except (ValueError, RecursionError) as error:
         raise _CommandError(f"DATA is no JSON: {error}") from None
 
 
 def _json_or_text(text: str) -> Any:
+    """Return what *text* is in JSON; but a number only if it is written like that (``1.10`` may be a version)."""
     try:
-        return _from_json(text)
+        value = _from_strict_json(text)
     except (ValueError, RecursionError):
         return text
+    return text if isinstance(value, (int, float)) and json.dumps(value) != text else value
 
 
 def _recorded(message: Message) -> str:
@@ -6133,84 +6210,88 @@ def _recorded(message: Message) -> str:
     return "\\" + text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
 
 
-def _read_recording(path: str) -> list[Message]:
-    """Return the messages that were recorded, one a line."""
-    escapes = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
-    with sys.stdin if path == "-" else open(path, encoding="utf-8", newline="\n") as stream:
-        messages = []
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
+
+
+def _read_recording(stream: Any, path: str) -> Iterator[Message]:
+    """Yield the messages that were recorded, one a line, up to a broken one; show on a terminal how far it is."""
+    total = 0
+    if sys.stderr is not None and sys.stderr.isatty() and stream.seekable():
+        total = sum(1 for _ in stream)
+        stream.seek(0)
+    try:
         for number, line in enumerate(stream, 1):
-            text = line.rstrip("\n")
-            if text.startswith("\\"):
-                text = re.sub(r"\\[nr\\]", lambda match: escapes[match[0]], text[1:])
+            text = line.rstrip(b"\n")
+            if text.startswith(b"\\"):
+                text = re.sub(rb"\\([nr\\])", lambda match: _ESCAPES[match[1]], text[1:])
             try:
-                messages.append(Message.decode(text))
+                message = Message.decode(text)
+                if not line.endswith(b"\n"):
+                    raise MessageError("It is cut off, as it does not end with a line break.")
             except MessageError as error:
                 raise _CommandError(f"{path}, line {number}: {error}") from None
-    return messages
-
-
-_replay_start: list[float] = []
-
-
-def _keep_pace(message: Message, speed: float) -> None:
-    """Wait as long after the first message of a replay as it was then, at *speed* times the speed."""
-    if speed <= 0:
-        return
-    sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc).timestamp()
-    if not _replay_start:
-        _replay_start[:] = [time.monotonic(), sent]
-    delay = _replay_start[0] + (sent - _replay_start[1]) / speed - time.monotonic()
-    if delay > 0:
-        time.sleep(delay)
-
-
-@contextmanager
-def _progress(messages: Iterable[Message]) -> Iterator[Iterable[Message]]:
-    """Show a progress bar on a terminal, if it is known how many messages there are."""
-    if not isinstance(messages, list) or not sys.stderr.isatty():
-        yield messages
-        return
-    total = len(messages)
-
-    def shown() -> Iterator[Message]:
-        last = 0.0
-        for number, message in enumerate(cast("list[Message]", messages), 1):
             yield message
-            if time.monotonic() - last > 0.1 or number == total:
-                last = time.monotonic()
-                filled = 30 * number // total
-                bar = "#" * filled + "." * (30 - filled)
-                print(f"\r[{bar}] {number}/{total}", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield shown()
+            if total and 100 * number // total > 100 * (number - 1) // total:
+                bar = "#" * (30 * number // total)
+                print(f"\r[{bar:.<30}] {number}/{total}", end="", file=sys.stderr, flush=True)
     finally:
-        print(file=sys.stderr)
+        if total:
+            _talk("")
+
+
+def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
+    """Yield messages as far apart in time as they were sent, at *speed* times the speed; with 0 without pauses."""
+    start = None
+    for message in messages:
+        sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc).timestamp()
+        start = start or (time.monotonic(), sent)
+        if speed > 0:
+            time.sleep(min(max(start[0] + (sent - start[1]) / speed - time.monotonic(), 0), 1e6))
+        yield message
 
 
 # -- subscribe --
 
 
+def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    command.set_defaults(words="topics")
+    add("--service", action="append", help="name of a publisher (all)")
+    add("--address", action="append", help="address of a publisher, no nameserver is asked")
+    add("--type", action="append", help="only messages of this type")
+    add("-n", "--count", type=_number(int, 1), help="end after so many messages")
+    add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+
+
+@_command("subscribe", _add_subscribe_arguments)
 def _run_subscribe(options: argparse.Namespace) -> int:
-    color = _wants_color(sys.stdout) and not options.no_color
-    if options.json:
-        form: Callable[[Message], str] = _as_json_line
-    elif options.raw or not sys.stdout.isatty():
-        form = _recorded
-    else:
-        form = partial(_as_readable, color=color)
+    """Print messages as they come.
+
+    Examples:
+      posttroll subscribe /segment --service receiver
+      posttroll subscribe --json | jq .data.uri
+      posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
+      posttroll subscribe --raw > recorded
+    """
+    form: Callable[[Message], str] = _as_json_line if options.json else _recorded
+    if sys.stdout.isatty():
+        plain = form
+        form = partial(_as_readable, color=_colors(options))
+        if options.json or options.raw:
+            form = lambda message: _printable(plain(message))  # noqa: E731
 
     def is_wanted(message: Message) -> bool:
         return not options.type or message.type in options.type
 
-    if options.address:
-        subscriber = Subscriber(options.address, options.topics or "", message_filter=is_wanted)
-    else:
-        services = options.service or [""]
-        following = NSSubscriber(services, options.topics or "", True, None, 0, False, _nameservers(options), is_wanted)
-        subscriber = following.start()
+    nameserver = not options.address and _nameservers(options)
+    services, topics = options.service or "", options.topics or ""
     received = 0
-    with subscriber, call_on_signals(subscriber.close):
+    following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted)
+    with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
                 break
@@ -6220,16 +6301,13 @@ def _run_subscribe(options: argparse.Namespace) -> int:
                 break
     wanted = options.count or (1 if options.timeout is not None else 0)
     if received < wanted:
-        _talk(f"posttroll subscribe: {received} of {wanted} messages came")
-        return 1
+        raise _CommandError(f"{received} of {wanted} messages came.")
     return 0
 
 
 def _as_json_line(message: Message) -> str:
     """Return a message as a JSON object on one line; bytes as a base64 data URL."""
-    data = message.data
-    if isinstance(data, bytes):
-        data = "".join(_encode_binary(data))
+    data = "".join(_encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
     return _dumps({**fields, "version": message.version, "data": data}, "v1.2")[0]
 
@@ -6237,51 +6315,75 @@ def _as_json_line(message: Message) -> str:
 def _as_readable(message: Message, color: bool) -> str:
     """Return a message as lines for people."""
     moment = message.time.astimezone() if message.time.tzinfo else message.time
-    subject, kind = message.subject, message.type
-    if color:
-        subject, kind = _colored(subject, GREEN), _colored(kind, YELLOW)
-    head = f"{moment:%H:%M:%S} {subject} {kind} {message.sender}"
+    paint = _colored if color else lambda text, _: text
+    subject, kind = paint(_printable(message.subject), GREEN), paint(_printable(message.type), YELLOW)
+    head = f"{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)}"
     data = message.data
     if isinstance(data, dict):
-        width = max((len(key) for key in data), default=0)
-        names = ((key, _colored(key.ljust(width), CYAN) if color else key.ljust(width)) for key in data)
-        return "\n".join([head, *(f"    {name}  {_printable(data[key])}" for key, name in names)])
+        width = max(map(len, map(_printable, data)), default=0)
+        names = (paint(_printable(name).ljust(width), CYAN) for name in data)
+        return "\n".join([head, *(f"    {name}  {_printable(value)}" for name, value in zip(names, data.values()))])
     return f"{head} {_printable(data)}" if data != "" else head
-
-
-def _printable(value: Any) -> str:
-    """Return a value on one line, without characters that a terminal would obey."""
-    text = value if isinstance(value, str) else value.isoformat() if isinstance(value, datetime) else repr(value)
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 # -- services --
 
 
+def _add_services_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="only these services; the status is 1 if one of them does not answer")
+    add("--json", action="store_true", help="as JSON")
+    add("--watch", nargs="?", const=2.0, type=_number(float, 0.1), metavar="SECONDS", help="again and again (2)")
+    add("--timeout", type=_number(float, 0), default=5.0, metavar="SECONDS", help="for the nameserver (5)")
+    command.set_defaults(words="names")
+
+
+@_command("services", _add_services_arguments)
 def _run_services(options: argparse.Namespace) -> int:
+    """List what the nameserver knows.
+
+    Examples:
+      posttroll services
+      posttroll services --nameserver otherhost --json
+      posttroll services --watch
+    """
+    rows: list[Any] = []
     while True:
-        found: dict[str, dict[str, Any]] = {}
-        for name in options.names or [""]:
-            for entry in get_pub_address(name, options.timeout, _nameservers(options)):
-                found[entry["URI"]] = entry
-        answers = _check_publishers(list(found))
-        rows = [_describe_service(entry, answers[address]) for address, entry in found.items()]
-        rows.sort(key=lambda row: (row["name"], row["address"]))
-        if options.watch and sys.stdout.isatty():
-            print("\033[H\033[J", end="")
-        if options.json:
-            print(_dumps(rows, "v1.2")[0], flush=True)
-        else:
-            color = _wants_color(sys.stdout) and not options.no_color
-            print("\n".join(_services_table(rows, color)), flush=True)
+        problem = ""
+        try:
+            rows, missing = _find_services(options)
+        except TimeoutError as error:
+            if not options.watch:
+                raise
+            problem = str(error)  # the nameserver may come back
+        lines = [_dumps(rows, "v1.2")[0]] if options.json else _services_table(rows, _colors(options))
         if not options.watch:
-            return 0
+            break
+        _show(lines)
+        if problem:
+            _talk(problem)
         time.sleep(options.watch)
+    print("\n".join(lines))
+    if missing:
+        raise _CommandError(f"no publisher of {', '.join(missing)} answers.")
+    return 0
+
+
+def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return what is known of the publishers, and those of the wanted names for which none of them answers."""
+    found = {name: get_pub_address(name, options.timeout, _nameservers(options)) for name in options.names or [""]}
+    entries = {entry["URI"]: entry for name in found for entry in found[name]}
+    answers = _check_publishers(list(entries))
+    rows = [_describe_service(entry, answers[address]) for address, entry in entries.items()]
+    rows.sort(key=lambda row: (row["name"], row["address"]))
+    missing = [name for name in options.names if not any(answers[entry["URI"]] for entry in found[name])]
+    return rows, missing
 
 
 def _describe_service(entry: Mapping[str, Any], answers: bool) -> dict[str, Any]:
     """Return what is known of a publisher, from an entry of a nameserver's answer."""
-    services = [str(service) for service in entry.get("service", []) if service]
+    told = entry.get("service")
+    services = list(map(str, filter(None, told))) if isinstance(told, list) else []
     name = entry.get("name")
     if not isinstance(name, str) or name == "address":  # which other nameservers say of every publisher
         name = services[0] if services else ""
@@ -6290,26 +6392,24 @@ def _describe_service(entry: Mapping[str, Any], answers: bool) -> dict[str, Any]
     if isinstance(received, datetime):
         received = received.replace(tzinfo=received.tzinfo or timezone.utc)
         age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
-    return {
-        "name": name,
-        "aliases": [service for service in services if service != name],
-        "address": entry["URI"],
-        "backend": entry.get("backend"),
-        "version": entry.get("supported_message_version"),
-        "age": age,
-        "answers": answers,
-    }
+    aliases = [service for service in services if service != name]
+    how = {"backend": entry.get("backend"), "version": entry.get("supported_message_version"), "age": age}
+    return {"name": name, "aliases": aliases, "address": entry["URI"], **how, "answers": answers}
 
 
 def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
-    """Return the lines of the table; its last column is the only one in colour, so the widths stay right."""
+    """Return the lines of the table, in the colours of the word at their end."""
     cells = []
     for row in rows:
         age = "" if row["age"] is None else f"{row['age']:.0f} s"
         line = [row["name"], ",".join(row["aliases"]), row["address"], row["backend"] or "", row["version"] or "", age]
-        word = "yes" if row["answers"] else "no"
-        cells.append([*map(_printable, line), _colored(word, GREEN if row["answers"] else RED) if color else word])
-    return _table(cells, ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS"))
+        cells.append([*map(_printable, line), "yes" if row["answers"] else "no"])
+    headings = ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS")
+    head, *lines = _table(cells, headings, _view_size()[0], "NAME ALIASES")
+    if color:
+        ends = {"yes": _colored("yes", GREEN), "no": _colored("no", RED)}
+        lines = [re.sub("(yes|no)$", lambda word: ends[word[0]], line) for line in lines]
+    return [head, *lines]
 
 
 def _check_publishers(addresses: Sequence[str]) -> dict[str, bool]:
@@ -6317,171 +6417,275 @@ def _check_publishers(addresses: Sequence[str]) -> dict[str, bool]:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(max_workers=32) as pool:
-        return dict(zip(addresses, pool.map(lambda address: _greeting_of(address)[:1] == b"\xff", addresses)))
+        return dict(zip(addresses, map(bool, pool.map(lambda address: _mechanism_at(address)[0], addresses))))
 
 
-def _greeting_of(address: str, timeout: float = 1.0) -> bytes:
-    """Return the beginning of the ZMTP greeting at *address*, empty if nobody answers.
+def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
+    """Return the security mechanism of the ZeroMQ socket at *address*, ``""`` if there is none, and what was received.
 
-    A greeting (https://rfc.zeromq.org/spec/23) is 64 bytes: signature, version, mechanism; the first part of it comes
-    at once, the mechanism after we have greeted too.
+    A greeting (https://rfc.zeromq.org/spec/23) is 64 bytes: signature (10), version (2), mechanism (20), and others.
+    Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
+    ours is never sent.
     """
-    tcp = _split_tcp(address)
-    if tcp is None:
-        return b""
-    greeting = b""
-    try:
-        with socket.create_connection(tcp, timeout) as connection:
-            connection.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL".ljust(64, b"\0"))
-            while len(greeting) < 64:
-                part = connection.recv(64 - len(greeting))
-                if not part:
-                    break
-                greeting += part
-    except OSError:
-        pass  # what has come so far tells enough
-    return greeting
+    tcp = _split_tcp(address) or ("", 0)
+    received = b""
+    with suppress(OSError), socket.create_connection(tcp, timeout) as connection:  # what has come by then tells enough
+        for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
+            connection.sendall(part)
+            while len(received) < size:
+                more = connection.recv(size - len(received))
+                if not more or (received + more)[:1] != b"\xff":
+                    return "", received + more
+                received += more
+    return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
 
 
 # -- top --
 
 
+def raise_descriptor_limit() -> int:
+    """Allow this process as many open files, that is connections, as the system lets it have; return how many."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return sys.maxsize
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS says "unlimited" and means something else
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
 class _Traffic:
-    """What one publisher sent under one subject since the last view."""
+    """What a publisher has sent under one subject: how much since the last view, and when the last of it."""
 
-    def __init__(self) -> None:
-        self.messages = self.size = 0
-        self.last = 0.0
+    messages = size = 0
+    last = 0.0
 
 
-class _CountingSubscriber(Subscriber):
-    """Counts messages by the address that they came from, for which it has a socket for each address."""
+class _Tally:
+    """A publisher that is listened to, and its traffic by subject."""
 
-    def __init__(self, topics: Sequence[str]) -> None:
-        super().__init__([], topics or "", translate=True)
-        self.traffic: dict[tuple[str, str], _Traffic] = {}
-        self.beats: dict[str, tuple[float, float]] = {}
+    def __init__(self, sock: zmq.Socket[bytes], name: str) -> None:
+        self.socket = sock
+        self.name = name
+        self.traffic: dict[str, _Traffic] = {}
+        self.heard = time.monotonic()
+        self.last_beat: float | None = None
+        self.beat_interval = 0.0
 
-    def _translate_sender(self, message: Message, address: str) -> None:
-        traffic = self.traffic.setdefault((address, message.subject), _Traffic())
-        traffic.messages += 1
-        traffic.size += len(message._raw or "")
-        traffic.last = time.monotonic()
-        interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
-        if message.type == "beat" and isinstance(interval, (int, float)):
-            self.beats[address] = (traffic.last, max(float(interval), 1.0))
+    def receive(self) -> None:
+        """Count what has come, but not so much that others have to wait."""
+        self.heard = time.monotonic()
+        for _ in range(1000):
+            try:
+                raw = self.socket.recv(_NOBLOCK)
+                message = Message.decode(raw)
+            except zmq.Again:
+                return
+            except MessageError:
+                continue
+            traffic = self.traffic.setdefault(message.subject, _Traffic())
+            traffic.messages += 1
+            traffic.size += len(raw)
+            traffic.last = self.heard
+            interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
+            if message.type == "beat" and isinstance(interval, (int, float)):
+                self.last_beat, self.beat_interval = self.heard, float(max(1.0, min(1e6, interval)))  # it may be NaN
+
+    @property
+    def missed_beats(self) -> str:
+        """How many heartbeats are overdue, empty if it sends none."""
+        if self.last_beat is None:
+            return ""
+        return str(max(int((time.monotonic() - self.last_beat) / self.beat_interval - 0.5), 0))
+
+
+class _Meter:
+    """Counts the messages of all publishers that the nameservers know, over a socket for each address.
+
+    Args:
+        topics: The beginnings of the subjects.
+        nameservers: Their hosts.
+        keyboard: A descriptor from which the key q is read, if there is one.
+
+    Attributes:
+        sources: The publishers by address.
+        problem: Why it does not see everything, and what to do; empty if it does.
+    """
+
+    LOOKUP = 2.0  # seconds between two
+    KEEP = 300.0  # seconds of silence after which a subject is forgotten, or a publisher that no nameserver knows
+    OWN_FILES, FILES = 60, 3  # open files at most, and those of each address
+
+    def __init__(self, topics: Sequence[str], nameservers: Sequence[str], keyboard: int | None = None) -> None:
+        self._topics = [prefix.encode() for prefix in _topic_prefixes(topics or "")]
+        self._nameservers = nameservers
+        self._limit = (raise_descriptor_limit() - self.OWN_FILES) // self.FILES
+        self._resolutions: dict[str, _Resolution] = {}
+        self._poller = zmq.Poller()
+        if keyboard is not None:
+            self._poller.register(keyboard, _POLLIN)
+        self._lookup_due = time.monotonic()
+        self._is_stopped = False
+        self._by_socket: dict[Any, _Tally] = {}
+        self.sources: dict[str, _Tally] = {}
+        self.problem = ""
 
     def count(self, seconds: float) -> bool:
         """Count what comes in so many seconds; return False if it was stopped before."""
-        for traffic in self.traffic.values():
+        for traffic in chain.from_iterable(source.traffic.values() for source in self.sources.values()):
             traffic.messages = traffic.size = 0
         deadline = time.monotonic() + seconds
-        return any(time.monotonic() >= deadline for _ in self.recv(0.1))
+        while not self._is_stopped and time.monotonic() < deadline:
+            if time.monotonic() >= self._lookup_due:
+                self._look_up()
+            for item, _ in self._poller.poll(100):
+                if isinstance(item, int):
+                    self._is_stopped |= os.read(item, 1) in (b"q", b"")
+                else:
+                    self._by_socket[item].receive()
+        return not self._is_stopped
 
-    def missed_beats(self, address: str) -> str:
-        """Return how many heartbeats of a publisher are overdue, empty if it sends none."""
-        if address not in self.beats:
-            return ""
-        last, interval = self.beats[address]
-        return str(max(int((time.monotonic() - last) / interval - 0.5), 0))
+    def stop(self) -> None:
+        """End the counting; may be called from a signal handler."""
+        self._is_stopped = True
+
+    def _look_up(self) -> None:
+        """Ask where the publishers are, connect to new ones, and forget what has been silent for long."""
+        self._lookup_due = time.monotonic() + self.LOOKUP
+        known = set(self.sources)  # if nobody answers, they may still be there
+        self.problem = ""
+        try:
+            entries = get_pub_address("", 1, self._nameservers)
+            known = {entry["URI"] for entry in entries}
+            for entry in entries:
+                self._connect(entry)
+            if len(known) > self._limit:
+                self.problem = f"Only {self._limit} of {len(known)} publishers: allow more open files (ulimit -n)."
+        except TimeoutError as error:
+            self.problem = str(error)
+        oldest = time.monotonic() - self.KEEP
+        for address, source in list(self.sources.items()):
+            source.traffic = {key: traffic for key, traffic in source.traffic.items() if traffic.last > oldest}
+            if address not in known and source.heard <= oldest:
+                self._disconnect(address)
+
+    def _connect(self, entry: Mapping[str, Any]) -> None:
+        """Connect to a publisher, if that is possible and not done yet."""
+        address, backend = entry["URI"], _backend_towards(entry.get("backend"))
+        endpoint = self._resolutions.setdefault(address, _Resolution(address)).check()
+        if address in self.sources or backend is None or endpoint is None or len(self.sources) >= self._limit:
+            return
+        sock = set_up_client_socket(zmq.SUB, endpoint, None, backend)
+        for topic in self._topics:
+            sock.setsockopt(zmq.SUBSCRIBE, topic)
+        self._poller.register(sock, _POLLIN)
+        self.sources[address] = self._by_socket[sock] = _Tally(sock, _describe_service(entry, True)["name"])
+
+    def _disconnect(self, address: str) -> None:
+        source = self.sources.pop(address)
+        self._resolutions.pop(address, None)
+        self._poller.unregister(source.socket)
+        del self._by_socket[source.socket]
+        close_socket(source.socket)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for address in list(self.sources):
+            self._disconnect(address)
+
+    def lines(self, seconds: float, width: int = 0) -> list[str]:
+        """Return a view of what was counted in so many seconds, the busiest first."""
+        found = [(*pair, source, of) for of, source in self.sources.items() for pair in source.traffic.items()]
+        rows = []
+        for subject, traffic, source, address in sorted(found, key=lambda item: -item[1].messages):
+            rates = [f"{traffic.messages / seconds:.1f}", f"{traffic.size / seconds:.0f}"]
+            ago = f"{time.monotonic() - traffic.last:.0f} s ago"
+            rows.append([*map(_printable, (source.name, address, subject)), *rates, ago, source.missed_beats])
+        total = sum(traffic.messages for _, traffic, *_ in found) / seconds
+        head = f"posttroll top - {datetime.now():%H:%M:%S}  {len(self.sources)} publishers  {total:.1f} messages/s"
+        headings = ("PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "LAST SEEN", "BEATS MISSED")
+        return [head, self.problem, *_table(rows, headings, width, "PUBLISHER SUBJECT")]
 
 
+def _add_top_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    add("--interval", type=_number(float, 0.1), default=2.0, metavar="SECONDS", help="between two views (2)")
+    add("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)")
+    command.set_defaults(words="topics")
+
+
+@_command("top", _add_top_arguments)
 def _run_top(options: argparse.Namespace) -> int:
-    on_terminal = sys.stdout.isatty()
-    views = options.count or (None if on_terminal else 1)
-    subscriber = _CountingSubscriber(options.topics)
-    subscriber._change(_Follower(subscriber, [""], _nameservers(options), listen=True).begin)
-    names: dict[str, str] = {}
-    with subscriber, call_on_signals(subscriber.close), _keys_call({"q": subscriber.close}, subscriber):
-        while subscriber.count(options.interval):
-            with suppress(TimeoutError):
-                for entry in get_pub_address("", 1, _nameservers(options)):
-                    names[entry["URI"]] = _describe_service(entry, True)["name"]
-            _show(_top_lines(subscriber, names, options.interval), on_terminal)
-            views = None if views is None else views - 1
-            if views == 0:
+    """Show who publishes how much, live; q quits.
+
+    Examples:
+      posttroll top
+      posttroll top /segment --interval 10 -n 6 > load.txt
+    """
+    views = options.count or (None if sys.stdout.isatty() else 1)
+    with ExitStack() as stack:
+        keyboard = stack.enter_context(_single_keys())
+        meter = stack.enter_context(closing(_Meter(options.topics, _nameservers(options), keyboard)))
+        stack.enter_context(call_on_signals(meter.stop))
+        for _ in count() if views is None else range(views):
+            if not meter.count(options.interval):
                 break
+            _show(meter.lines(options.interval, _view_size()[0]))
     return 0
 
 
-def _show(lines: list[str], on_terminal: bool) -> None:
-    """Print a view: on a terminal in place of the one before, as much as fits."""
-    if on_terminal:
-        import shutil
-
-        size = shutil.get_terminal_size()
-        width, height = size.columns or 80, size.lines or 24  # a terminal may not know its size
-        lines = [line[: width - 1] for line in lines[: height - 1]]
-        print("\033[H\033[J" + "\n".join(lines), flush=True)
-    else:
-        print("\n".join(lines) + "\n", flush=True)
-
-
 @contextmanager
-def _keys_call(actions: Mapping[str, Callable[[], None]], subscriber: Subscriber) -> Iterator[None]:
-    """Have single keys, without Enter, call something while *subscriber* receives; if there is a terminal for it."""
-    try:
-        import termios
-        import tty
-    except ImportError:  # Windows: Control-C ends it
-        yield
+def _single_keys() -> Iterator[int | None]:
+    """Let single keys be read, without Enter; gives the descriptor to read from, None if there is no terminal."""
+    if os.name != "posix" or sys.stdin is None or not sys.stdin.isatty():  # on Windows, Control-C ends it
+        yield None
         return
-    if not sys.stdin.isatty():
-        yield
-        return
+    import termios
+    import tty
+
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-
-    def watch() -> None:
-        while not subscriber._is_closed:
-            if zmq.select([descriptor], [], [], 0.1)[0]:
-                actions.get(os.read(descriptor, 1).decode("ascii", "replace"), lambda: None)()
-
-    watcher = threading.Thread(target=watch, name="posttroll keys", daemon=True)
     try:
         tty.setcbreak(descriptor)
-        watcher.start()
-        yield
+        yield descriptor
     finally:
-        subscriber.close()
-        watcher.join(1)
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
-
-
-def _top_lines(subscriber: _CountingSubscriber, names: Mapping[str, str], seconds: float) -> list[str]:
-    """Return the lines of a view, the busiest first."""
-    now = time.monotonic()
-    rows = []
-    for (address, subject), traffic in sorted(subscriber.traffic.items(), key=lambda item: -item[1].messages):
-        rates = f"{traffic.messages / seconds:.1f}", f"{traffic.size / seconds:.0f}"
-        cells = [names.get(address, ""), address, subject, *rates, f"{now - traffic.last:.0f} s ago"]
-        rows.append([*map(_printable, cells), subscriber.missed_beats(address)])
-    total = sum(traffic.messages for traffic in subscriber.traffic.values()) / seconds
-    count = len(subscriber.addresses)
-    head = f"posttroll top - {datetime.now():%H:%M:%S}  {count} publishers  {total:.1f} messages/s"
-    headings = ("PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "LAST SEEN", "BEATS MISSED")
-    return [head, "", *_table(rows, headings)]
 
 
 # -- config --
 
 
+def _add_config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("keys", nargs="*", metavar="KEY", help="only these keys")
+    command.add_argument("--json", action="store_true", help="as JSON")
+
+
+@_command("config", _add_config_arguments)
 def _run_config(options: argparse.Namespace) -> int:
+    """Show the configuration: value, source, default, meaning.
+
+    Examples:
+      posttroll config
+      posttroll config backend mc_group
+      posttroll config --set nameserver_port=5600 --json
+    """
     known = [*OPTIONS, *sorted(set(config.to_dict()) - set(OPTIONS))]
-    unknown = [key for key in options.keys if key.replace("-", "_") not in known]
-    if unknown:
-        raise _CommandError(f"there is no key {', '.join(unknown)}.")
+    keys = [key.replace("-", "_") for key in options.keys] or known
+    if not set(keys) <= set(known):
+        raise _CommandError(f"there is no key {', '.join(sorted(set(keys) - set(known)))}.")
     rows = []
-    for key in [key.replace("-", "_") for key in options.keys] or known:
+    for key in keys:
         value, source = config.lookup(key, check=False)
         option = OPTIONS.get(key, _Option(None, "", "not a key of posttroll"))
-        rows.append(
-            {"key": key, "value": value, "source": source, "default": option.default, "meaning": option.meaning}
-        )
+        about = {"default": option.default, "meaning": option.meaning}
+        rows.append({"key": key, "value": value, "source": source, **about})
     if options.json:
         print(json.dumps(rows, default=str))
     else:
-        cells = [["" if cell is None else str(cell) for cell in row.values()] for row in rows]
+        cells = [["" if cell is None else _printable(str(cell)) for cell in row.values()] for row in rows]
         print("\n".join(_table(cells, ("KEY", "VALUE", "SOURCE", "DEFAULT", "MEANING"))))
     return 0
 
@@ -6492,12 +6696,14 @@ def _run_config(options: argparse.Namespace) -> int:
 class _Doctor:
     """Runs checks, and tells of each in a line what it found and, if something is wrong, what to do."""
 
+    PATIENCE = 5.0  # seconds until a message has to come back
+
     def __init__(self, nameservers: Sequence[str], multicast: bool, color: bool) -> None:
         self.nameservers = nameservers
         self.multicast = multicast
         self._color = color
         self.failures = 0
-        self._is_answered = False
+        self._answering: list[str] = []  # nameservers
 
     def say(self, verdict: str, check: str, finding: str, remedy: str = "") -> None:
         """Print the line of a check; *verdict* is ``ok``, ``note`` or ``FAIL``."""
@@ -6505,40 +6711,33 @@ class _Doctor:
         word = verdict.ljust(4)
         if self._color:
             word = _colored(word, {"ok": GREEN, "note": YELLOW}.get(verdict, RED))
-        print(f"{word}  {check}: {finding}{'  -> ' + remedy if remedy else ''}", flush=True)
+        print(f"{word}  {_printable(f'{check}: {finding}')}{'  -> ' + remedy if verdict != 'ok' else ''}", flush=True)
 
     def run(self) -> None:
         """Run all the checks."""
-        for check in (
-            self.check_configuration,
-            self.check_own_address,
-            self.check_multicast,
-            self.check_keys,
-            self.check_ports,
-            self.check_nameservers,
-            self.check_round_trip,
-        ):
+        checks = [self.check_configuration, self.check_own_address, self.check_multicast, self.check_keys]
+        for check in [*checks, self.check_ports, self.check_nameservers, self.check_round_trip]:
             try:
                 check()
-            except (ConfigurationError, NotImplementedError) as error:
-                self.say("FAIL", check.__name__[6:].replace("_", " "), str(error), "correct this setting")
+            except (ValueError, NotImplementedError, OSError, zmq.ZMQError) as error:
+                is_setting = isinstance(error, (ValueError, NotImplementedError))
+                remedy = "correct this setting" if is_setting else "see the other lines"
+                self.say("FAIL", check.__name__[6:].replace("_", " "), str(error), remedy)
 
     def check_configuration(self) -> None:
         """Say what is configured and where, and what cannot be used."""
         for key in config.to_dict():
             value, source = config.lookup(key, check=False)
-            if key not in OPTIONS:
-                self.say(
-                    "note", "configuration", f"{key} = {value!r} (from {source}) is no key of posttroll", "misspelt?"
-                )
-                continue
+            text = f"{key} = {value!r} (from {source})"
             try:
                 config.lookup(key)
             except (ConfigurationError, NotImplementedError) as error:
                 self.say("FAIL", "configuration", str(error), "correct this setting")
             else:
-                if source != "default":
-                    self.say("ok", "configuration", f"{key} = {value!r} (from {source})")
+                if key not in OPTIONS:
+                    self.say("note", "configuration", f"{text} is no key of posttroll", "misspelt?")
+                elif source != "default":
+                    self.say("ok", "configuration", text)
         if not any(config.lookup(key, check=False)[1] != "default" for key in OPTIONS):
             self.say("ok", "configuration", "all defaults")
 
@@ -6566,36 +6765,27 @@ class _Doctor:
             return
         self.say("ok", "multicast route", f"to group {group}")
         token = os.urandom(8).hex()
-        receiver = sender = None
         try:
             port = _free_ports(1)[0]
-            receiver, sender = MulticastReceiver(port), MulticastSender(port)
-            receiver.settimeout(1)
-            sender(token)
-            while receiver()[0] != token:
-                pass
-            self.say("ok", "multicast loop-back", "a datagram came back")
+            with closing(MulticastReceiver(port)) as receiver, closing(MulticastSender(port)) as sender:
+                receiver.settimeout(1)
+                sender(token)
+                while receiver()[0] != token:
+                    pass
         except OSError as error:
             remedy = "allow UDP multicast in the firewall of this host (ip link set multicast on dev INTERFACE)"
             self.say("FAIL" if self.multicast else "note", "multicast loop-back", f"nothing came back: {error}", remedy)
-        finally:
-            for end in (receiver, sender):
-                if end is not None:
-                    end.close()
+        else:
+            self.say("ok", "multicast loop-back", "a datagram came back")
 
     def check_keys(self) -> None:
         """Read the key files."""
-        settings = {
-            "server_secret_key_file": "secret",
-            "server_public_key_file": "public",
-            "client_secret_key_file": "secret",
-        }
-        is_secure = _backend() == "secure_zmq"
-        if not is_secure and not any(map(config.get, settings)):
+        settings = ("server_secret_key_file", "server_public_key_file", "client_secret_key_file")
+        if _backend() != "secure_zmq" and not any(map(config.get, settings)):
             self.say("ok", "keys", "the backend unsecure_zmq needs none")
             return
-        for setting, kind in settings.items():
-            path = config.get(setting)
+        for setting in settings:
+            path, kind = config.get(setting), setting.split("_")[1]
             if path is None:
                 self.say("note", "keys", f"{setting} is not set", "needed by servers or clients with secure_zmq")
                 continue
@@ -6612,10 +6802,8 @@ class _Doctor:
         if config.get("clients_public_keys_directory") is not None:
             directory = _ClientKeys("clients_public_keys_directory").directory
             count = len([name for name in os.listdir(directory) if name.endswith(".key")])
-            verdict = "ok" if count else "FAIL"
-            self.say(
-                verdict, "keys", f"{count} clients may connect ({directory})", "" if count else "copy .key files there"
-            )
+            finding = f"{count} clients may connect ({directory})"
+            self.say("ok" if count else "FAIL", "keys", finding, "copy .key files there")
 
     def check_ports(self) -> None:
         """Say which of the system's ports are taken, and by whom."""
@@ -6641,72 +6829,65 @@ class _Doctor:
             except OSError as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue
-            greeting = _greeting_of(endpoint)
-            if not greeting:
+            mechanism, received = _mechanism_at(endpoint)
+            wanted = "CURVE" if _backend() == "secure_zmq" else "NULL"
+            if not received:
                 remedy = "start it (nameserver), or open the port in the firewall"
                 self.say("FAIL", name, f"nobody answers at {endpoint}", remedy)
-                continue
-            if greeting[:1] != b"\xff":
+            elif not mechanism:
                 self.say("FAIL", name, f"what answers at {endpoint} is not ZeroMQ", "another program has this port")
-                continue
-            mechanism = greeting[12:32].rstrip(b"\0").decode("ascii", "replace") or "unknown"
-            wanted = "CURVE" if _backend() == "secure_zmq" else "NULL"
-            if mechanism not in (wanted, "unknown"):
+            elif mechanism != wanted:
                 finding = f"it speaks {mechanism}, this program {wanted}"
                 self.say("FAIL", name, finding, "set the same backend for both (POSTTROLL_BACKEND)")
-                continue
-            self._check_answer(name, endpoint)
+            else:
+                self._check_answer(host, endpoint)
 
-    def _check_answer(self, name: str, endpoint: str) -> None:
+    def _check_answer(self, host: str, endpoint: str) -> None:
+        name = f"nameserver {host}"
         answer = _ask(endpoint, _request_for(""), 3)
         if answer is None:
-            remedy = (
-                "check authorized_client_addresses and --local-only there, and the keys (its log names refused clients)"
-            )
+            remedy = "check its authorized_client_addresses, --local-only and keys (its log names refused clients)"
             self.say("FAIL", name, f"it lets us connect to {endpoint}, but does not answer", remedy)
             return
         message = Message.decode(answer)
         count = len(_addresses_in(answer))
-        self._is_answered = True
+        self._answering.append(host)
         self.say("ok", name, f"answers at {endpoint} with {count} publishers")
         sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
         lead = (sent - datetime.now(timezone.utc)).total_seconds()
-        if abs(lead) > 2:
-            self.say("FAIL", "clocks", f"that of {name} differs by {lead:+.1f} s", "synchronise them (NTP)")
-        else:
-            self.say("ok", "clocks", f"that of {name} differs by {abs(lead):.1f} s")
+        finding = f"that of {name} differs by {lead:+.1f} s"
+        self.say("ok" if abs(lead) <= 2 else "FAIL", "clocks", finding, "synchronise them (NTP)")
 
     def check_round_trip(self) -> None:
-        """Publish a message that announces itself, find it through the nameserver, receive it."""
-        if not self._is_answered:
+        """Publish a message that announces itself, find it through the nameservers, receive it."""
+        if not self._answering:
             self.say("note", "round trip", "not tried without a nameserver")
             return
         name = f"posttroll-doctor-{os.getpid()}"
-        hosts = None if self.multicast else list(self.nameservers)
-        try:
-            with Publish(name, nameservers=hosts) as publisher:
-                following = NSSubscriber(name, "/doctor", True, timeout=4, nameserver=self.nameservers[0])
-                with following as subscriber:
-                    if not subscriber.addresses:
-                        way = f"multicast to {config.get('mc_group')}" if self.multicast else "registration"
-                        remedy = "is the nameserver started with --no-multicast? then: doctor --no-multicast"
-                        if not self.multicast:
-                            remedy = "is the nameserver started with --no-multicast? else leave it out here too"
-                        self.say("FAIL", "round trip", f"the nameserver did not hear of a publisher by {way}", remedy)
-                        return
-                    if not publisher.wait_for_subscribers(1, 5):
-                        address = subscriber.addresses[0]
-                        self.say("FAIL", "round trip", f"cannot connect to {address}", "open the publishers' ports")
-                        return
-                    publisher.send(Message("/doctor", "info", name))
-                    message = next(subscriber.recv(5))
-        except (OSError, zmq.ZMQError) as error:
-            self.say("FAIL", "round trip", str(error), "see the lines above")
-            return
-        if message is None:
-            self.say("FAIL", "round trip", "the message did not arrive", "see the lines above")
-        else:
-            self.say("ok", "round trip", "publisher, nameserver and subscriber hear each other")
+        hosts = None if self.multicast else self._answering
+        with Publish(name, nameservers=hosts) as publisher:
+            for host in self._answering:
+                self._travel(publisher, name, host)
+
+    def _travel(self, publisher: AnyPublisher, name: str, host: str) -> None:
+        """Find our publisher through a nameserver, and send until something comes back: others may listen, too."""
+        with NSSubscriber(name, "/doctor", True, timeout=4, nameserver=host) as subscriber:
+            if not subscriber.addresses:
+                way = f"multicast to {config.get('mc_group')}" if self.multicast else "registration"
+                hint = "then: doctor --no-multicast" if self.multicast else "else leave it out here too"
+                finding = f"the nameserver {host} did not hear of a publisher by {way}"
+                self.say("FAIL", "round trip", finding, f"is it started with --no-multicast? {hint}")
+                return
+            deadline = time.monotonic() + self.PATIENCE
+            while time.monotonic() < deadline:
+                publisher.send(Message("/doctor", "info", name))
+                message = next(subscriber.recv(0.1))
+                if message is not None and message.data == name:
+                    heard = "publisher, nameserver and subscriber hear each other"
+                    self.say("ok", "round trip", f"{heard} (by {host})")
+                    return
+            finding = f"nothing comes from {', '.join(subscriber.addresses)}, as the nameserver {host} has it"
+            self.say("FAIL", "round trip", finding, "open the publishers' ports; check that the address is this host's")
 
 
 def _owner_of_port(port: int) -> str:
@@ -6717,25 +6898,35 @@ def _owner_of_port(port: int) -> str:
             for fields in (line.split() for line in lines):
                 if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{fields[9]}]")
-    with suppress(OSError):
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with suppress(OSError):
-                for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                    if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                        with open(f"/proc/{pid}/cmdline", "rb") as stream:
-                            command = stream.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-                        return f"process {pid} ({_printable(command)[:80]})"
+    for path in glob.iglob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(path) in inodes:
+                pid = path.split("/")[2]
+                with open(f"/proc/{pid}/cmdline", "rb") as stream:
+                    command = stream.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                return f"process {pid} ({_printable(command)[:80]})"
     return "another user's process"
 
 
+def _add_doctor_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--no-multicast", action="store_true", help="the nameserver here runs with --no-multicast")
+
+
+@_command("doctor", _add_doctor_arguments)
 def _run_doctor(options: argparse.Namespace) -> int:
-    color = _wants_color(sys.stdout) and not options.no_color
+    """Find out why programs do not hear each other.
+
+    Examples:
+      posttroll doctor
+      posttroll doctor --nameserver otherhost
+      POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
+    """
     logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the checks say better
-    doctor = _Doctor(_nameservers(options), not options.no_multicast, color)
+    doctor = _Doctor(_nameservers(options), not options.no_multicast, _colors(options))
     doctor.run()
     if doctor.failures:
-        _talk(f"{doctor.failures} check{'s' * (doctor.failures > 1)} failed")
-    return 1 if doctor.failures else 0
+        raise _CommandError(f"{doctor.failures} check{'s' * (doctor.failures > 1)} failed.")
+    return 0
 
 
 # -- demo --
@@ -6753,84 +6944,75 @@ def _demo_messages() -> list[Message]:
     ]
 
 
-def _run_demo(options: argparse.Namespace) -> int:
-    if options.role == "publisher":
-        return _run_demo_publisher()
-    if options.role == "subscriber":
-        return _run_demo_subscriber()
-    import subprocess
+def _add_demo_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--role", choices=["subscriber"], help=argparse.SUPPRESS)
 
-    ports = _free_ports(3)
-    names = ("NAMESERVER_PORT", "ADDRESS_PUBLISH_PORT", "BROADCAST_PORT")
-    environment = {**os.environ, "POSTTROLL_BACKEND": "unsecure_zmq", "POSTTROLL_MESSAGE_VERSION": "v1.2"}
-    environment.update({f"POSTTROLL_{name}": str(port) for name, port in zip(names, ports)})
-    nameserver_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "posttroll_ns.py")
+
+@_command("demo", _add_demo_arguments)
+def _run_demo(options: argparse.Namespace) -> int:
+    """Run a nameserver, a publisher and a subscriber on this machine.
+
+    Examples:
+      posttroll demo
+      posttroll demo --nameserver localhost
+    """
+    hosts = _nameservers(options)
+    if options.role:
+        return _run_demo_subscriber(hosts)
+    changes = dict(options.set)
     this_file = os.path.abspath(__file__)
-    print(
-        f"Nameserver on port {ports[0]} (without multicast), a publisher and a subscriber, three processes.", flush=True
-    )
-    commands = {
-        "nameserver": [sys.executable, nameserver_file, "--no-multicast", "-l", os.devnull],
-        "subscriber": [sys.executable, this_file, "demo", "--role", "subscriber"],
-        "publisher": [sys.executable, this_file, "demo", "--role", "publisher"],
-    }
-    processes = {}
-    problem = ""
+    commands = [[this_file, "demo", "--role=subscriber", *(f"--nameserver={host}" for host in hosts)]]
+    if not options.nameserver:
+        names = ("nameserver_port", "address_publish_port", "broadcast_port")
+        changes.update(zip(names, _free_ports(3)), backend="unsecure_zmq", message_version="v1.2")
+        nameserver = os.path.join(os.path.dirname(this_file), "posttroll_ns.py")
+        commands.append([nameserver, "--no-multicast", "-l", os.devnull])
+    where = ", ".join(options.nameserver or [f"port {changes['nameserver_port']} (without multicast)"])
+    print(f"Nameserver on {where}, a publisher and a subscriber, three processes.", flush=True)
+    environment = {**os.environ, **{f"POSTTROLL_{key.upper()}": str(value) for key, value in changes.items()}}
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        for name, command in commands.items():
-            processes[name] = subprocess.Popen(command, env=environment)
-        for name in ("subscriber", "publisher"):
-            if processes[name].wait(_DEMO_SECONDS + 10):
-                problem = problem or f"the {name} ended with status {processes[name].returncode}"
-        if processes["nameserver"].poll() is not None:
-            problem = f"the nameserver ended with status {processes['nameserver'].returncode}"
-    except (subprocess.TimeoutExpired, OSError) as error:
-        problem = str(error)
+        for command in commands:
+            processes.append(subprocess.Popen([sys.executable, *command], env=environment))
+        with config.set(changes), Publish("demo", nameservers=hosts) as publisher:
+            _feed_demo(publisher, processes[0])
+        if processes[0].wait():
+            raise _CommandError(f"The demo failed: the subscriber ended with status {processes[0].returncode}.")
+    except (OSError, ValueError, zmq.ZMQError) as error:
+        raise _CommandError(f"The demo failed: {error}") from None
     finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait(10)
-    if problem:
-        print(f"The demo failed: {problem}.", file=sys.stderr)
-        return 1
+        for process in processes:
+            process.terminate()
+            process.wait()
     print(f"All {len(_demo_messages())} messages arrived: posttroll works on this machine.")
     return 0
 
 
-def _run_demo_publisher() -> int:
-    with Publish("demo", nameservers=["localhost"]) as publisher:
-        if not publisher.wait_for_subscribers(1, _DEMO_SECONDS):
-            print("publisher: no subscriber came", file=sys.stderr)
-            return 1
+def _feed_demo(publisher: AnyPublisher, subscriber: subprocess.Popen[bytes]) -> None:
+    """Send the messages until the subscriber, which is not the only one that listens perhaps, has got them all."""
+    while subscriber.poll() is None:
         for message in _demo_messages():
             publisher.send(message)
-    return 0
+        time.sleep(0.1)
 
 
-def _run_demo_subscriber() -> int:
+def _run_demo_subscriber(nameservers: Sequence[str]) -> int:
     expected = [message.data for message in _demo_messages()]
     received: list[Any] = []
     deadline = time.monotonic() + _DEMO_SECONDS
-    with Subscribe("demo", "/demo", addr_listener=True, timeout=_DEMO_SECONDS) as subscriber:
+    with NSSubscriber("demo", "/demo", True, timeout=_DEMO_SECONDS, nameserver=nameservers) as subscriber:
         while len(received) < len(expected) and time.monotonic() < deadline:
-            message = next(subscriber.recv(timeout=1))
-            if message is not None:
+            message = next(subscriber.recv(0.1))
+            if message is not None and message.data in expected and message.data not in received:
                 print("received", message, flush=True)
                 received.append(message.data)
-    if received != expected:
-        text = f"subscriber: {len(received)} of {len(expected)} messages arrived in {_DEMO_SECONDS} seconds"
-        print(
-            text if len(received) < len(expected) else "subscriber: messages have changed on the way", file=sys.stderr
-        )
-        return 1
-    return 0
+    if len(received) < len(expected):
+        _talk(f"subscriber: {len(received)} of {len(expected)} messages arrived unchanged in {_DEMO_SECONDS} seconds")
+    return int(len(received) < len(expected))
 
 
 def _free_ports(count: int) -> list[int]:
     """Return TCP ports that are free just now, none of those that the system gives to outgoing connections."""
-    import random
-
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().randrange(10000, 32000)
@@ -6838,6 +7020,22 @@ def _free_ports(count: int) -> list[int]:
             probe.bind(("", port))
             found.append(port)
     return found
+
+
+# -- commands that are scripts of their own, too --
+
+
+@_command("generate-keys", _add_key_arguments)
+def _generate_keys_command(options: argparse.Namespace) -> int:
+    """Make a pair of keys for the secure backend.
+
+    Examples:
+      posttroll generate-keys server -d ~/keys
+    """
+    return _run_generate_keys(options)
+
+
+_command("logger", _add_logger_arguments)(_run_logger)
 
 
 # ======================================================================================================================

@@ -18,23 +18,26 @@ It needs ``posttroll.py`` beside it; copy both into any package.
 
 from __future__ import annotations
 
+import argparse
+import ast
 import datetime as dt
 import errno
 import logging
 import os
+import signal
+import socket
 import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from logging.handlers import TimedRotatingFileHandler
 from typing import TYPE_CHECKING, Any, Callable, cast
 
 import zmq
 
 if TYPE_CHECKING:
-    import argparse
-
     import posttroll
 elif __package__:
     from . import posttroll
@@ -702,7 +705,8 @@ class NameServer:
 # ======================================================================================================================
 # 4. Running as a daemon
 #
-# The running daemon holds a lock on its pid file, so a file left behind by a crash is never taken for a daemon.
+# The running daemon holds a lock on its pid file, so a file left behind by a crash is never taken for a daemon.  The
+# file also holds the options that it was started with.
 # ======================================================================================================================
 
 
@@ -716,12 +720,9 @@ def setup_logging(opts: Any) -> logging.Logger:
     Returns:
         The logger of the nameserver.
     """
+    handler: logging.Handler = logging.StreamHandler(sys.stdout)
     if opts.log:
-        from logging.handlers import TimedRotatingFileHandler
-
-        handler: logging.Handler = TimedRotatingFileHandler(opts.log, when="midnight", backupCount=7)
-    else:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = TimedRotatingFileHandler(opts.log, when="midnight", backupCount=7)
     text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
     handler.setFormatter(logging.Formatter(text, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
@@ -759,26 +760,37 @@ def _run(ns: NameServer, logger: logging.Logger, when_ready: Callable[[], None])
     return 0
 
 
+def _handle_hangup(stop: Callable[[], None], is_daemon: bool) -> None:
+    """Have SIGHUP reopen the log file; without one, what runs in the foreground ends with its terminal."""
+    log = logging.getLogger("nameserver")
+    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+
+    def handle(*_: object) -> None:
+        if not files and not is_daemon:
+            stop()
+            return
+        try:
+            for file in files:
+                file.stream = file._open()  # the old one is closed when nobody is in the midst of writing to it
+            log.info("SIGHUP: the log has been opened again")
+        except OSError as error:
+            log.error("SIGHUP: the log cannot be opened again: %s", error)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as with nohup
+        signal.signal(signal.SIGHUP, handle)
+
+
 def _tell_systemd_ready() -> None:
     """Tell systemd, if it asks for it, that the nameserver is ready (see sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        import socket
-
+    if not address:
+        return
+    try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
             notification.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
-
-
-def _raise_descriptor_limit() -> None:
-    """Allow as many open files, that is clients, as the system lets this process have."""
-    if os.name == "posix":
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError) as error:  # macOS says "unlimited" and means something else
-            logging.getLogger("nameserver").debug("The limit on open files stays: %s", error)
+    except OSError as error:  # it may be left over from the environment of something else
+        logging.getLogger("nameserver").warning("Cannot tell systemd at %s that it is ready: %s", address, error)
 
 
 class _Daemon:
@@ -786,15 +798,14 @@ class _Daemon:
 
     STOP_SECONDS = 10
 
-    def __init__(self, pid_file: str | None) -> None:
-        self.path = os.path.abspath(pid_file) if pid_file else self._default_path()
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self.path = os.path.abspath(options.pid_file) if options.pid_file else self._default_path()
 
     @staticmethod
     def _default_path() -> str:
-        """Return a path of its own for each user and port."""
-        import tempfile
-
-        directory = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+        """Return a path of its own for each user and port, the same in every environment (cron's, ssh's, ...)."""
+        directory = "/run" if os.getuid() == 0 and os.path.isdir("/run") else "/tmp"
         port = posttroll.get_configured_nameserver_port()
         return os.path.join(directory, f"posttroll-nameserver-{os.getuid()}-{port}.pid")
 
@@ -820,15 +831,28 @@ class _Daemon:
 
     def pid(self) -> int | None:
         """Return the process id of the running daemon, None if none runs."""
+        return self._read()[0]
+
+    def _read(self) -> tuple[int | None, dict[str, Any]]:
+        """Return the process id of the running daemon, None if none runs, and the options of the last one."""
         try:
             descriptor = self._open(os.O_RDWR)
         except FileNotFoundError:
-            return None
+            return None, {}
+        with os.fdopen(descriptor, "rb") as stream:
+            runs = not self._lock(descriptor)
+            first, _, rest = stream.read().partition(b"\n")
         try:
-            text = b"" if self._lock(descriptor) else os.read(descriptor, 20).strip()
-        finally:
-            os.close(descriptor)
-        return int(text) if text.isdigit() else None
+            options = dict(ast.literal_eval(rest.decode()))
+        except (ValueError, SyntaxError, TypeError):  # there are none
+            options = {}
+        return int(first) if runs and first.isdigit() else None, options
+
+    def keep_options(self) -> None:
+        """Take over the options of the daemon that runs (or has crashed), where no other is given."""
+        _, kept = self._read()
+        given = {key: value for key, value in vars(self._options).items() if value}
+        vars(self._options).update({**kept, **given, "set": [*kept.get("set", []), *self._options.set]})
 
     def start(self, serve: Callable[[Callable[[], None]], int]) -> int:
         """Run *serve* in the background; return 0 when it is ready, 1 if it failed to start.
@@ -872,7 +896,7 @@ class _Daemon:
             os.write(write_end, b"nameserver: already running")
             return 1
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, b"%d\n" % os.getpid())
+        os.write(descriptor, f"{os.getpid()}\n{vars(self._options)!r}\n".encode())
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
@@ -892,8 +916,6 @@ class _Daemon:
 
     def stop(self) -> int:
         """Stop the daemon, and wait until it has ended; return the exit status."""
-        import signal
-
         pid = self.pid()
         if pid is None:
             print("nameserver: not running", file=sys.stderr)
@@ -920,31 +942,22 @@ class _Daemon:
 
 
 def _parser() -> argparse.ArgumentParser:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="nameserver",
-        description="Tell subscribers where publishers are.",
-        epilog="examples:\n  nameserver --no-multicast\n  nameserver -d start -l /var/log/nameserver.log\n"
-        "  nameserver --set nameserver_port=5600 --local-only\n",
-        formatter_class=posttroll._help_formatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")
-    parser.add_argument("-l", "--log", help="File to log to (defaults to stdout)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
-    parser.add_argument("--no-multicast", action="store_true", help="disable address broadcasting via multicasting")
-    parser.add_argument("-L", "--local-only", action="store_true", help="accept connections only from localhost")
-    parser.add_argument("--pid-file", help="file with the process id of the daemon (one for each user and port)")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        type=posttroll._assignment,
-        help="set a configuration key",
-    )
-    parser.add_argument("--version", action="version", version=f"nameserver of posttroll {posttroll.__version__}")
+    parser = argparse.ArgumentParser(prog="nameserver", description="Tell subscribers where publishers are.")
+    parser.epilog = """examples:
+  nameserver --no-multicast
+  nameserver -d start -l /var/log/nameserver.log
+  nameserver --set nameserver_port=5600 --local-only"""
+    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
+    add = parser.add_argument
+    add("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")
+    add("-l", "--log", help="File to log to (defaults to stdout)")
+    add("-v", "--verbose", action="store_true", help="print debug messages too")
+    add("--no-multicast", action="store_true", help="disable address broadcasting via multicasting")
+    add("-L", "--local-only", action="store_true", help="accept connections only from localhost")
+    add("--pid-file", help="file with the process id of the daemon (one for each user and port)")
+    assignment = posttroll._assignment
+    add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
+    add("--version", action="version", version=f"nameserver of posttroll {posttroll.__version__}")
     return parser
 
 
@@ -968,8 +981,9 @@ def main(args: Sequence[str] | None = None) -> int:
         except OSError as error:
             print(f"nameserver: cannot write the log: {error}", file=sys.stderr)
             return 1
-        _raise_descriptor_limit()
+        posttroll.raise_descriptor_limit()
         ns = NameServer(multicast_enabled=not options.no_multicast, restrict_to_localhost=options.local_only)
+        _handle_hangup(ns.stop, is_daemon=options.daemon is not None)
         return _run(ns, logger, when_ready)
 
     try:
@@ -988,14 +1002,20 @@ def _control_daemon(options: Any, serve: Callable[[Callable[[], None]], int]) ->
     if not hasattr(os, "fork"):
         print("nameserver: this system has no daemons; run it as a service without -d", file=sys.stderr)
         return 1
-    daemon = _Daemon(options.pid_file)
+    daemon = _Daemon(options)
     if options.daemon == "status":
         return daemon.status()
+    if options.daemon == "restart":
+        daemon.keep_options()
+        posttroll.config.set(dict(options.set))
     if options.daemon in ("stop", "restart"):
         status = daemon.stop()
         if options.daemon == "stop" or status:
             return status
-    return daemon.start(serve)
+    status = daemon.start(serve)
+    if status == 0 and not options.log:
+        print("nameserver: it logs nowhere; -l FILE gives it a log", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

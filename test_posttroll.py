@@ -36,8 +36,10 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import time
@@ -4231,6 +4233,42 @@ class TestHandlerAndLogger:
         handler.handle(log_record("too late"))
         assert "is not started" in capsys.readouterr().err
 
+    def test_levels_of_all_kinds(self, caplog):
+        """Levels without a name, and with a name of the program's own, travel with their number."""
+        caplog.set_level(1)
+        logging.addLevelName(25, "NOTICE")
+        try:
+            with nameserver(multicast_enabled=True), posttroll.Publish("another", nameservers=["localhost"]):
+                handler = posttroll.PytrollHandler("a_program")
+                logger = posttroll.Logger(["localhost"], config.get("address_publish_port"))
+                logger.start()
+                try:
+                    assert handler._publisher.wait_for_subscribers(1, DEADLINE)
+                    for level in (1, 15, 20, 25, 99):
+                        handler.handle(log_record("level %d", level, level=level, name="far.away"))
+                    wait_for(lambda: [record.name for record in caplog.records].count("far.away") == 5)
+                finally:
+                    logger.stop()
+                    handler.close()
+        finally:
+            del logging._levelToName[25], logging._nameToLevel["NOTICE"]
+        far = [record for record in caplog.records if record.name == "far.away"]
+        assert [(record.levelno, record.message.rpartition(" ")[2]) for record in far] == [
+            (1, "1"),
+            (15, "15"),
+            (20, "20"),
+            (25, "25"),
+            (99, "99"),
+        ]
+
+    @pytest.mark.parametrize("name", ["Level 15", "two words", ""])
+    def test_a_level_name_that_is_no_word(self, name):
+        record = log_record("x")
+        record.levelname, record.levelno = name, 15
+        message = posttroll.Message.decode(posttroll.PytrollFormatter().format(record))
+        level = "_".join(name.split()) or "15"
+        assert (message.subject, message.type, message.data) == (f"/log/{level}/a.logger", f"log.{level.lower()}", "x")
+
 
 class TestLoggerCommand:
     CODE = "import posttroll, sys; sys.exit(posttroll.run_logger())"
@@ -4276,6 +4314,44 @@ class TestLoggerCommand:
         assert status == 0
         for option in ("-r", "--rotated", "-v", "--verbose", "-s", "--server", "-p", "--port"):
             assert option in out
+
+    @pytest.mark.parametrize("words", [["-r", "/no/such/directory/log"], ["-s", "a b"], ["--nameserver", "a b"]])
+    @pytest.mark.parametrize("script", ["pytroll-logger", "posttroll logger"])
+    def test_what_cannot_be_used_is_one_line(self, script, words):
+        start = ("-c", self.CODE) if script == "pytroll-logger" else (LIBRARY, "logger")
+        with process(sys.executable, *start, *words) as running:
+            status, out, err = finish(running)
+        assert (status, out) == (1, "")
+        assert err.startswith(f"{script}: ")
+        assert words[1] in err
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("option", ["--nameserver", "-s"])
+    @pytest.mark.parametrize("script", ["pytroll-logger", "posttroll logger"])
+    def test_several_nameservers(self, script, option):
+        """One that is not there, and one that is; what is not said is asked of localhost."""
+        start = ("-u", "-c", self.CODE) if script == "pytroll-logger" else ("-u", LIBRARY, "logger")
+        hosts = (option, "127.0.0.9:1", option, f"127.0.0.1:{config.get('nameserver_port')}")
+        nowhere = {**os.environ, "POSTTROLL_NAMESERVER_PORT": str(free_port())}
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with process(sys.executable, *start, *hosts, env=nowhere) as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_of_log("hello"))
+                await_line(running, "hello")
+                running.terminate()
+                assert finish(running)[::2] == (0, "")
+
+    def test_messages_cannot_give_orders_to_the_terminal(self):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
+            with on_terminal("logger") as (_, read_to, _):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_of_log("first line \033[2J\nsecond line"))
+                pub.send(posttroll.Message("/x", "info", "no log record \x9b2J"))
+                seen = read_to("no log record")
+                seen = read_to("2J")
+        assert "first line \\u001b[2J\r\nsecond line" in seen
+        assert "\033[2J" not in seen
+        assert "\x9b" not in seen
 
 
 def text_of_log(text: str) -> str:
@@ -4406,10 +4482,14 @@ def run_command(*args: Any, stdin: str | None = None, **kwargs: Any) -> tuple[in
 
 
 @contextlib.contextmanager
-def on_terminal(*args: Any) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[str], str], int]]:
+def on_terminal(
+    *args: Any, size: tuple[int, int] | None = None, **variables: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[..., str], int]]:
     """Run ``posttroll`` on a pseudo-terminal; gives the process, what reads up to a text, the terminal."""
     master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm"}
+    if size is not None:
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+    environment = {**os.environ, "TERM": "xterm", **variables}
     environment.pop("NO_COLOR", None)
     running = subprocess.Popen(
         [sys.executable, "-u", str(LIBRARY), *args], stdin=slave, stdout=slave, stderr=slave, env=environment
@@ -4417,13 +4497,13 @@ def on_terminal(*args: Any) -> Iterator[tuple[subprocess.Popen[bytes], Callable[
     os.close(slave)
     seen = ""
 
-    def read_to(text: str) -> str:
+    def read_to(text: str, times: int = 1) -> str:
         nonlocal seen
         deadline = time.monotonic() + DEADLINE
-        while text not in seen:
+        while seen.count(text) < times:
             assert time.monotonic() < deadline, seen
             if select.select([master], [], [], 0.1)[0]:
-                seen += os.read(master, 4096).decode()
+                seen += os.read(master, 4096).decode("utf-8", "replace")
         return seen
 
     try:
@@ -4479,6 +4559,57 @@ class TestCommands:
         assert (status, out) == (1, "")
         assert err.startswith("posttroll services: posttroll configuration: nameserver_port is 'abc'")
         assert err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("words", "status", "reason"),
+        [
+            ("publish /a info x --service", 1, "--service needs a name"),
+            ("publish /a info x --service=a\tb", 1, "without white space"),
+            ("publish /a info x --port 70000", 2, "no whole number from 0 to 65535"),
+            ("publish /a info x --wait nan", 2, "no number from 0"),
+            ("publish /a info x --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("subscribe --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("subscribe --count 0", 2, "no whole number from 1"),
+            ("services --watch inf", 2, "no number from 0.1"),
+            ("services --timeout -1", 2, "no number from 0"),
+            ("services --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("top --interval 0", 2, "no number from 0.1"),
+            ("top --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("config --set foo", 2, "'foo' is not KEY=VALUE"),
+            ("config --set foo=1", 2, "there is no key 'foo'"),
+            ("demo --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+        ],
+    )
+    def test_what_cannot_be_used_is_one_line(self, words, status, reason):
+        arguments = [word.replace("\t", " ") for word in words.split(" ")]
+        ended, _, err = run_command(*arguments, *([""] if words.endswith("--service") else []))
+        assert ended == status
+        assert "Traceback" not in err
+        assert reason.replace("\\t", " ").replace("\t", " ") in err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ("words", "status", "err"),
+        [
+            (
+                "publish /a info - --subscribers 0 <&-",
+                1,
+                "posttroll publish: there is no standard input to read from.\n",
+            ),
+            (
+                "publish --replay - --subscribers 0 <&-",
+                1,
+                "posttroll publish: there is no standard input to read from.\n",
+            ),
+            ("subscribe --timeout 0.1 >&-", 1, "posttroll subscribe: there is no standard output to print to.\n"),
+            ("top -n 1 >&-", 1, "posttroll top: there is no standard output to print to.\n"),
+            ("config >/dev/full", 1, "posttroll config: [Errno 28] No space left on device\n"),
+            ("publish /a info x --subscribers 0 >&-", 0, "1 message to 0 subscribers\n"),
+            ("publish /a info x --subscribers 0 2>&-", 0, ""),
+        ],
+    )
+    def test_streams_that_are_closed(self, words, status, err):
+        with process("sh", "-c", f'exec "$0" "$1" {words}', sys.executable, LIBRARY) as running:
+            assert finish(running) == (status, "", err)
 
 
 class TestPublishAndSubscribe:
@@ -4653,6 +4784,205 @@ class TestPublishAndSubscribe:
                 wait_for(ended)
                 assert subscribe.returncode == 0
 
+    @pytest.mark.parametrize(
+        ("typed", "value"),
+        [
+            ("12", 12),
+            ("-1.5", -1.5),
+            ("1.10", "1.10"),
+            ("007", "007"),
+            ("1e3", "1e3"),
+            ("1e999", "1e999"),
+            ("NaN", "NaN"),
+            ("-Infinity", "-Infinity"),
+            ("[NaN]", "[NaN]"),
+            ("9" * 5000, "9" * 5000),
+            (" 1", " 1"),
+            ("true", True),
+            ("null", None),
+            ("[1, 1.10]", [1, 1.1]),
+            ('{"a": [null]}', {"a": [None]}),
+            ('"12"', "12"),
+            ("a=b", "a=b"),
+            ("", ""),
+        ],
+    )
+    def test_a_value_is_a_number_only_if_it_is_written_like_one(self, typed, value):
+        options = posttroll._parser().parse_args(["publish", "/a", "info", f"k={typed}", "n=1"])
+        [message] = posttroll._messages_to_publish(options, None)
+        received = posttroll.Message.decode(message.encode())
+        assert received.data == {"k": value, "n": 1}
+        assert type(received.data["k"]) is type(value)
+
+    def test_infinities_are_no_json(self):
+        for text in ("NaN", "[1e999]", '{"a": -Infinity}'):
+            status, _, err = run_command("publish", "/a", "info", "--json", text, "--subscribers", 0)
+            assert status == 1
+            assert "is no number in JSON" in err
+
+    @pytest.mark.parametrize("source", ["stdin", "file", "lines"])
+    def test_bytes(self, source, tmp_path):
+        """All the bytes there are, also those of line ends."""
+        content = bytes(range(256)) + b"\r\n\n\xff"
+        path = tmp_path / "image.png"
+        path.write_bytes(content)
+        words = {"stdin": ["-"], "file": ["--file", path], "lines": ["-", "--lines"]}[source]
+        expected = content.split(b"\n") if source == "lines" else [content]
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber, path.open("rb") as stdin:
+            arguments = ("publish", "/a", "image", *words, "--binary", "--port", port, "--nameserver", "none")
+            with command(*arguments, stdin=stdin) as publish:
+                received = receive(subscriber, len(expected))
+                assert finish(publish)[:2] == (0, "")
+        assert [message.data for message in received] == expected
+
+    def test_bytes_need_a_file_and_text_must_be_text(self, tmp_path):
+        path = tmp_path / "image.png"
+        path.write_bytes(b"\xff\xfe")
+        status, _, err = run_command("publish", "/a", "image", "--file", path, "--subscribers", 0)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "--binary" in err
+        status, _, err = run_command("publish", "/a", "image", "word", "--binary", "--subscribers", 0)
+        assert (status, err) == (1, "posttroll publish: --binary needs a file or stdin.\n")
+
+    @pytest.mark.parametrize("replay", [False, True])
+    def test_five_subscribers_get_all_of_every_publish(self, replay, tmp_path):
+        """Among three other publishers; each publish waits for them all, though one would be enough for it."""
+        recording = tmp_path / "recording"
+        rounds, subscribers = 4, 5
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            for name in ("a", "b", "c"):
+                world.enter_context(posttroll.Publish(name, nameservers=["localhost"]))
+            arguments = ("subscribe", "/counted", "--json", "-n", rounds, "--timeout", DEADLINE)
+            listening = [world.enter_context(command(*arguments)) for _ in range(subscribers)]
+            with posttroll.Publish("ready", nameservers=["localhost"]) as ready:
+                assert ready.wait_for_subscribers(subscribers, DEADLINE)
+            for number in range(rounds):
+                words = ["/counted", "info", f"number={number}"]
+                if replay:
+                    recording.write_text(f"{posttroll.Message('/counted', 'info', {'number': number})}\n")
+                    words = ["--replay", recording]
+                status, _, err = run_command("publish", *words, "--nameserver", "localhost")
+                assert (status, err) == (0, "1 message to 5 subscribers\n")
+            for each in listening:
+                status, out, _ = finish(each)
+                assert status == 0
+                assert [json.loads(line)["data"]["number"] for line in out.splitlines()] == list(range(rounds))
+
+    def test_subscribers_that_come_later_are_told_of(self):
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as first:
+            arguments = ("publish", "/a", "info", "-", "--lines", "--port", port, "--nameserver", "none")
+            with command(*arguments) as publish:
+                publish.stdin.write("one\n")
+                publish.stdin.flush()
+                assert receive(first)[0].data == "one"
+                with posttroll.Subscriber([f"tcp://localhost:{port}"]) as second:
+
+                    def came() -> bool:
+                        publish.stdin.write("more\n")
+                        publish.stdin.flush()
+                        return bool(receive(second, 1, 0.1))
+
+                    wait_for(came)
+                    publish.stdin.close()
+                    publish.stdin = None
+                    assert publish.wait(DEADLINE) == 0
+                    _, err = publish.communicate()
+        assert re.fullmatch(r"\d+ messages to 1 subscriber, and what was left to 1 more\n", err)
+
+    def test_lost_messages_are_no_success(self):
+        """A subscriber that does not read; its queue and the publisher's hold ten messages each."""
+        port = free_port()
+        with zmq.Context() as context, context.socket(zmq.SUB) as slow:
+            slow.setsockopt(zmq.RCVHWM, 1)
+            slow.setsockopt(zmq.RCVBUF, 4096)
+            slow.setsockopt(zmq.LINGER, 0)
+            slow.subscribe(b"")
+            slow.connect(f"tcp://127.0.0.1:{port}")
+            lines = f"{'x' * 10000}\n" * 3000
+            arguments = ("publish", "/a", "info", "-", "--lines", "--port", port, "--nameserver", "none")
+            with command(*arguments, "--set", "send_high_water_mark=10") as publish:
+                publish.stdin.write(lines)
+                publish.stdin.close()
+                publish.stdin = None
+                told = [next(line for line in publish.stderr if "messages to" in line)]
+                slow.close()
+                err = publish.communicate(timeout=60)[1]
+            assert told == ["3000 messages to 1 subscriber\n"]
+            assert publish.returncode == 1
+        assert re.search(r"posttroll publish: \d+ messages were lost: a subscriber was too slow", err)
+
+    @pytest.mark.parametrize("option", ["--nameserver", "--nameservers"])
+    def test_one_nameserver_each_and_what_follows_is_not_swallowed(self, option):
+        hosts = (option, "127.0.0.9", option, "localhost")
+        with nameserver(), command("subscribe", "/x", "--json", "-n", 1, "--timeout", 30) as subscribe:
+            status, _, err = run_command("publish", *hosts, "/x", "info", "foo", "bar")
+            assert (status, err) == (0, "1 message to 1 subscriber\n")
+            assert json.loads(finish(subscribe)[1])["data"] == "foo bar"
+
+    def test_a_nameserver_without_multicast_is_hinted_at(self):
+        with nameserver(multicast_enabled=False), posttroll.Subscribe("", "", addr_listener=True, timeout=0):
+            status, _, err = run_command("publish", "/a", "info", "x", "--wait", 0.3)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "0 of 1 subscribers after 0.3 s: nothing was sent" in err
+        assert "--nameserver HOST" in err
+        assert "--no-multicast" in err
+
+    @pytest.mark.parametrize("cut", [1, 8, 80])
+    def test_a_truncated_recording_is_replayed_up_to_where_it_ends(self, cut, tmp_path):
+        recording = tmp_path / "recording"
+        data = [{"number": number} for number in range(3)] + ["text at the end of the file"]
+        whole = "".join(f"{posttroll.Message('/a', 'info', item)}\n" for item in data)
+        recording.write_text(whole[:-cut])
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
+            arguments = ("publish", "--replay", recording, "--speed", 0, "--port", port, "--nameserver", "none")
+            with command(*arguments) as publish:
+                received = receive(subscriber, 3)
+                status, _, err = finish(publish)
+                assert next(subscriber.recv(0)) is None
+        assert [message.data for message in received] == data[:3]
+        assert status == 1
+        assert err.startswith("3 messages to 1 subscriber\nposttroll publish: ")
+        assert "recording, line 4: " in err
+
+    def test_a_replay_does_not_wait_for_the_end_of_the_recording(self):
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
+            arguments = ("publish", "--replay", "-", "--speed", 0, "--port", port, "--nameserver", "none")
+            with command(*arguments) as publish:
+                for number in range(3):
+                    publish.stdin.write(f"{posttroll.Message('/a', 'info', number)}\n")
+                    publish.stdin.flush()
+                    assert receive(subscriber)[0].data == number
+                publish.stdin.close()
+                publish.stdin = None
+                assert publish.wait(DEADLINE) == 0
+
+    def test_recordings_are_utf_8_in_any_locale(self, tmp_path):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+            for form in ("--raw", "--json"):
+                arguments = ("subscribe", "--address", address, form, "-n", 2)
+                with command(*arguments, env=environment, encoding="utf-8") as subscribe:
+                    wait_for(lambda: publisher.subscriber_count == 1)
+                    publisher.send(posttroll.Message("/a", "info", "Zürich → \u4eac"))
+                    publisher.send(posttroll.Message("/a", "info", {"half": "\ud83d"}))
+                    status, out, _ = finish(subscribe)
+                first, second = out.splitlines()
+                assert status == 0
+                if form == "--json":
+                    assert [json.loads(first)["data"], json.loads(second)["data"]["half"]] == [
+                        "Zürich → \u4eac",
+                        "\ud83d",
+                    ]
+                else:
+                    assert posttroll.Message.decode(first).data == "Zürich → \u4eac"
+                wait_for(lambda: publisher.subscriber_count == 0)
+
 
 class TestTerminal:
     """What people see."""
@@ -4720,6 +5050,126 @@ class TestTerminal:
         assert "\033[H\033[J" in seen
         assert re.search(r"feeder +tcp://\S+ +/fed +[1-9]", seen)
 
+    @pytest.mark.parametrize("form", [None, "--json", "--raw"])
+    def test_messages_cannot_give_orders_to_the_terminal(self, form):
+        """Wherever they have them: in subject, type, sender, keys, values."""
+        evil = "\033[2J\x9b3J\u202e"
+        orders = posttroll.Message(f"/subject{evil}", f"type{evil}", {f"key{evil}": f"value{evil}", "text": f"a{evil}"})
+        orders.sender = f"sender{evil}"
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            words = ["subscribe", "--address", address, "-n", "2", "--no-color", *([form] if form else [])]
+            with on_terminal(*words) as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(orders)
+                publisher.send(posttroll.Message("/last", "info"))
+                seen = read_to("/last")
+                assert running.wait(DEADLINE) == 0
+        for word in ("/subject", "type", "sender", "key", "value"):
+            assert word + "\\u001b[2J\\u009b3J\\u202e" in seen
+        assert not set("\033\x9b\u202e") & set(seen)
+        if form == "--json":
+            assert json.loads(seen.splitlines()[0])["data"]["text"] == f"a{evil}"
+
+    def test_what_a_terminal_cannot_show_ends_nothing(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://localhost:{publisher.port_number}"
+            words = ("subscribe", "--address", address, "-n", "3")
+            with on_terminal(*words, PYTHONIOENCODING="ascii") as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a", "info", "Zürich → Tokyo"))
+                publisher.send(posttroll.Message("/a", "info", {"half": "\ud83d"}))
+                publisher.send(posttroll.Message("/last", "info"))
+                seen = read_to("/last")
+                assert running.wait(DEADLINE) == 0
+        assert "Z\\xfcrich \\u2192 Tokyo" in seen
+
+    def test_the_progress_of_a_replay_that_ends_early(self, tmp_path):
+        recording = tmp_path / "recording"
+        recording.write_text("".join(f"{posttroll.Message('/a', 'info', n)}\n" for n in range(3)) + "broken\n")
+        arguments = ("publish", "--replay", str(recording), "--subscribers", "0", "--speed", "0")
+        with on_terminal(*arguments, "--nameserver", "localhost") as (running, read_to, _):
+            seen = read_to("line 4")
+            assert running.wait(DEADLINE) == 1
+        assert "[######################........] 3/4\r\n3 messages to 0 subscribers\r\n" in seen
+
+    def test_top_restores_the_terminal(self):
+        """With q as with a signal."""
+        for end in (b"q", signal.SIGTERM, signal.SIGINT):
+            with nameserver(), on_terminal("top", "--interval", "0.1") as (running, read_to, terminal):
+                before = termios.tcgetattr(terminal)[3]
+                assert before & termios.ICANON
+                wait_for(lambda: not termios.tcgetattr(terminal)[3] & termios.ICANON)
+                read_to("posttroll top")
+                os.write(terminal, end) if isinstance(end, bytes) else running.send_signal(end)
+                wait_for(lambda: running.poll() is not None)
+                assert termios.tcgetattr(terminal)[3] == before
+                assert running.returncode == 0
+
+    def test_top_shortens_subjects_so_that_the_numbers_are_seen(self):
+        subject = "/a/subject" + "/with/many/words" * 10 + "/end"
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            names = ["a", "the_publisher_with_a_rather_long_name_for_a_table"]
+            publishers = [world.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in names]
+            running, read_to, terminal = world.enter_context(on_terminal("top", "--interval", "0.5", size=(100, 9)))
+            for publisher in publishers:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.heartbeat(1)
+                for _ in range(30):
+                    publisher.send(posttroll.Message(subject, "info", "x"))
+            read_to("/end")
+            os.write(terminal, b"q")
+            assert running.wait(DEADLINE) == 0
+            seen = read_to("/end")
+        view = next(view for view in seen.split("\033[H\033[J") if "/end" in view).replace("\r", "")
+        lines = view.splitlines()
+        assert max(map(len, lines)) <= 100
+        assert len(lines) <= 8
+        assert lines[2].split() == [
+            "PUBLISHER",
+            "ADDRESS",
+            "SUBJECT",
+            "MSG/S",
+            "BYTES/S",
+            "LAST",
+            "SEEN",
+            "BEATS",
+            "MISSED",
+        ]
+        for line in lines[3:]:
+            assert re.search(r" +\d+\.\d +\d+ +\d+ s ago +\d+$", line)
+        assert any(re.search(r"^a  .*  /a/sub\S*\.\.\.\S*/end  ", line) for line in lines)
+        assert any(re.search(r"^the_pub\S*\.\.\.\S*table  ", line) for line in lines)
+
+    def test_services_are_watched_on_a_terminal_through_a_restart_of_the_nameserver(self):
+        """The heading stays in sight, whatever there is, and the table comes back."""
+        with contextlib.ExitStack() as world:
+            for number in range(12):
+                world.enter_context(posttroll.Publish(f"name{number:02}", nameservers=["localhost"]))
+            first = world.enter_context(contextlib.ExitStack())
+            first.enter_context(nameserver())
+            wait_for(lambda: len(posttroll.get_pub_address("")) == 12)
+            words = ("services", "--watch", "0.1", "--timeout", "0.2", "--no-color")
+            running, read_to, _ = world.enter_context(on_terminal(*words, size=(100, 10)))
+            read_to("name05")
+            first.close()
+            read_to("no answer from the nameserver on localhost")
+            world.enter_context(nameserver())
+            wait_for(lambda: len(posttroll.get_pub_address("")) == 12)
+            before = read_to("no answer")
+            read_to("name00", before.count("name00") + 2)
+            read_to("\033[H\033[J", read_to("NAME").count("\033[H\033[J") + 2)
+            running.send_signal(signal.SIGINT)
+            assert running.wait(DEADLINE) == 130
+            seen = read_to("NAME")
+        for view in seen.split("\033[H\033[J")[1:-1]:
+            lines = view.replace("\r", "").splitlines()
+            assert lines[0].startswith("NAME  ")
+            assert len(lines) <= 10
+        assert "no answer" not in view
+        assert lines[1].startswith("name00")
+
 
 class TestServicesAndTop:
     """What there is on the network."""
@@ -4774,6 +5224,187 @@ class TestServicesAndTop:
         assert out.count("PUBLISHER") == 2
         assert "\033" not in out
         assert re.search(r"feeder +tcp://\S+ +/fed +[1-9]", out)
+
+    def test_services_are_sorted_by_name(self):
+        names = ["zebra", "ant", "mouse", "bee", "yak", "cat"]
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            for name in names:
+                world.enter_context(posttroll.Publish(name, nameservers=["localhost"]))
+            wait_for(lambda: len(posttroll.get_pub_address("")) == len(names))
+            _, table, _ = run_command("services")
+            _, as_json, _ = run_command("services", "--json")
+        assert [line.split()[0] for line in table.splitlines()[1:]] == sorted(names)
+        assert [row["name"] for row in json.loads(as_json)] == sorted(names)
+
+    def test_a_service_that_is_unknown_or_does_not_answer_is_no_success(self):
+        with nameserver(), posttroll.Publish("alive", aliases=["other"], nameservers=["localhost"]) as alive:
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            silent = posttroll.Message(
+                "/address/silent", "info", {"URI": f"tcp://127.0.0.1:{free_port()}", "service": ["silent", "both"]}
+            )
+            both = posttroll.Message(
+                "/address/b", "info", {"URI": f"tcp://localhost:{alive.port_number}", "service": ["both"]}
+            )
+            for registration in (silent, both):
+                assert raw_request(config.get("broadcast_port"), registration.encode().encode()) == [b"ok"]
+            for words, missing in [
+                (["alive"], None),
+                (["alive", "other", "both"], None),
+                (["nonesuch"], "nonesuch"),
+                (["silent"], "silent"),
+                (["silent", "alive", "nonesuch"], "silent, nonesuch"),
+                ([], None),
+            ]:
+                status, out, err = run_command("services", *words)
+                assert (status, err) == (
+                    (0, "") if missing is None else (1, f"posttroll services: no publisher of {missing} answers.\n")
+                )
+                assert out.startswith("NAME")
+
+    @pytest.mark.parametrize("form", [[], ["--json"]])
+    def test_services_are_watched_through_a_restart_of_the_nameserver(self, form):
+        with contextlib.ExitStack() as world, posttroll.Publish("alive", nameservers=["localhost"]):
+            first = world.enter_context(contextlib.ExitStack())
+            first.enter_context(nameserver())
+            watch = world.enter_context(command("services", "--watch", 0.1, "--timeout", 0.2, *form))
+            await_line(watch, "alive")
+            first.close()
+            for line in watch.stderr:
+                if "no answer from the nameserver on localhost" in line:
+                    break
+            with nameserver():
+                wait_for(lambda: posttroll.get_pub_address("alive"))
+                for _ in range(12):  # what was known is shown meanwhile
+                    line = await_line(watch, "alive")
+            watch.send_signal(signal.SIGINT)
+            assert finish(watch)[0] == 130
+        if form:
+            assert json.loads(line)[0]["name"] == "alive"
+
+    def test_all_of_many_secure_services_answer_each_time(self, keys):
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            for number in range(6):
+                world.enter_context(posttroll.Publish(f"name{number}", nameservers=["localhost"]))
+            wait_for(lambda: len(posttroll.get_pub_address("")) == 6)
+            for _ in range(3):
+                status, out, err = run_command("services", "--json", *(f"name{number}" for number in range(6)))
+                assert (status, err) == (0, "")
+                assert [row["answers"] for row in json.loads(out)] == [True] * 6
+
+    @pytest.mark.parametrize("hard", [None, 256])
+    def test_top_with_more_publishers_than_files(self, hard, tmp_path):
+        """One socket that listens on 400 ports is as good as 400 publishers."""
+        with nameserver(), zmq.Context() as context, context.socket(zmq.XPUB) as sock:
+            sock.setsockopt(zmq.XPUB_VERBOSE, 1)
+            sock.linger = 0
+            for number in range(400):
+                port = sock.bind_to_random_port("tcp://127.0.0.1", 33000, 49000)
+                data = {"URI": f"tcp://127.0.0.1:{port}", "service": [f"name{number}"]}
+                register = posttroll.Message(f"/address/name{number}", "info", data)
+                assert posttroll._ask(f"tcp://127.0.0.1:{config.get('broadcast_port')}", register.encode().encode(), 9)
+            limit = "ulimit -Sn 1024" if hard is None else f"ulimit -n {hard}"
+            shell = ("sh", "-c", f'{limit}; exec "$0" "$@"', sys.executable, LIBRARY)
+            views = tmp_path / "views"
+            with (
+                views.open("w") as stdout,
+                process(*shell, "top", "--interval", "0.5", "-n", "99", stdout=stdout) as top,
+            ):
+                wanted = 400 if hard is None else 50
+                connected = 0
+
+                def seen() -> list[str]:
+                    nonlocal connected
+                    while sock.poll(0):
+                        connected += sock.recv()[:1] == b"\1"
+                    if connected >= wanted:
+                        sock.send(posttroll.Message("/seen", "info", "x").encode().encode())
+                    return [
+                        view for view in views.read_text().split("posttroll top") if view.count(" /seen ") >= wanted
+                    ]
+
+                wait_for(lambda: len(seen()) > 1)
+                top.terminate()
+                assert finish(top)[::2] == (0, "")
+            view = seen()[-1]
+        count = int(re.search(r"(\d+) publishers", view)[1])
+        assert len(re.findall(r"^name\d+ .* /seen  ", view, re.MULTILINE)) == count
+        if hard is None:
+            assert count == 400
+        else:
+            assert 50 <= count < hard
+            assert f"Only {count} of 400 publishers: allow more open files (ulimit -n)." in view
+
+    def test_top_counts_missed_heartbeats(self):
+        with nameserver(), posttroll.Publish("late", nameservers=["localhost"]) as late:
+            with posttroll.Publish("none", nameservers=["localhost"]) as none:
+                with command("top", "--interval", 0.5, "-n", 30) as top:
+                    for publisher in (late, none):
+                        assert publisher.wait_for_subscribers(1, DEADLINE)
+                    late.heartbeat(1)
+                    none.send(posttroll.Message("/quiet", "info"))
+                    assert await_line(top, "/heartbeat/late").split()[-1] == "0"
+                    while int(await_line(top, "/heartbeat/late").split()[-1]) < 3:
+                        pass
+                    assert await_line(top, "/quiet").endswith("ago\n")
+                    late.heartbeat(1)
+                    while await_line(top, "/heartbeat/late").split()[-1] != "0":
+                        pass
+                    top.terminate()
+                    assert finish(top)[0] == 0
+
+    def test_top_survives_odd_heartbeats(self):
+        head = "pytroll://odd beat a@b 2026-01-01T00:00:00 v1.01 application/json "
+        intervals = ["NaN", "Infinity", "-Infinity", "-1", "0", "1" + "0" * 400, "true", "null", '"often"', "[]"]
+        meter = posttroll._Meter([], ["localhost"])
+        with nameserver(), contextlib.closing(meter), posttroll.Publish("odd", nameservers=["localhost"]) as publisher:
+            meter.LOOKUP = 0.05
+            wait_for(lambda: meter.count(0.1) and publisher.subscriber_count)
+            for interval in intervals:
+                publisher.send(f'{head}{{"min_interval": {interval}}}')
+                wait_for(lambda: meter.count(0.1) and meter.sources and self.seen_now(meter, "/odd"))
+                assert meter.lines(0.1)[3].split()[-1] in ("0", "ago")
+
+    @staticmethod
+    def seen_now(meter: Any, subject: str) -> bool:
+        """Whether messages with this subject have come since the last view."""
+        rows = [line.split() for line in meter.lines(0.1)[3:]]
+        return any(row[2] == subject and float(row[3]) > 0 for row in rows)
+
+    def test_top_forgets_what_is_gone_and_survives_a_restart_of_the_nameserver(self):
+        """A subject that is silent goes, a publisher goes when no nameserver knows it either."""
+        with contextlib.ExitStack() as world:
+            first = world.enter_context(contextlib.ExitStack())
+            first.enter_context(nameserver())
+            publishers = {
+                name: world.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in "abc"
+            }
+            meter = world.enter_context(contextlib.closing(posttroll._Meter([], ["localhost"])))
+            meter.LOOKUP, meter.KEEP = 0.05, 0.6
+
+            def subjects() -> set[str]:
+                assert meter.count(0.1)
+                for name in publishers:
+                    publishers[name].send(posttroll.Message(f"/steady/{name}", "info"))
+                return {line.split()[2] for line in meter.lines(0.1)[3:]}
+
+            steady = {f"/steady/{name}" for name in publishers}
+            wait_for(lambda: subjects() >= steady)
+            publishers["a"].send(posttroll.Message("/once", "info"))
+            wait_for(lambda: "/once" in subjects())
+            wait_for(lambda: subjects() == steady)
+            first.close()
+            wait_for(lambda: subjects() == steady and "no answer from the nameserver" in meter.problem)
+            world.enter_context(nameserver())
+            wait_for(lambda: subjects() == steady and not meter.problem and len(posttroll.get_pub_address("")) == 3)
+            publishers.pop("b").stop()
+            wait_for(lambda: subjects() == {"/steady/a", "/steady/c"})
+            address = next(address for address in meter.sources if meter.sources[address].name == "b")
+            assert posttroll.get_pub_address("b")[0]["URI"] == address  # as long as it is known, it may come back
+            with mock.patch.object(posttroll, "get_pub_address", return_value=[]):
+                wait_for(lambda: subjects() == {"/steady/a", "/steady/c"} and address not in meter.sources)
+                assert {source.name for source in meter.sources.values()} == {"a", "c"}
 
 
 class TestConfigCommand:
@@ -4953,6 +5584,105 @@ class TestDoctor:
         assert re.search(r"FAIL  keys: server_public_key_file: cannot read a key from .*nonesuch.key", out)
         assert re.search("FAIL  keys: 0 clients may connect", out)
 
+    def test_the_secure_commands_of_the_readme(self, tmp_path, monkeypatch):
+        """As printed; only the copy to another host is left out."""
+        text = (HERE / "README.md").read_text().partition("## Secure set-up")[2].partition("\n## ")[0]
+        first, second = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        assert "doctor" in second
+        for name, file in (("posttroll", LIBRARY), ("nameserver", NAMESERVER)):
+            (tmp_path / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{file}" "$@"\n')
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        script = "".join(line for line in first.splitlines(True) if not line.startswith("scp"))
+        nameserver_line, doctor_line = second.splitlines()[-2:]
+        assert (nameserver_line, doctor_line) == ("nameserver --no-multicast &", "posttroll doctor --no-multicast")
+        settings = "\n".join(second.splitlines()[:-2])
+        ready = "while ! posttroll services >/dev/null 2>&1; do sleep 0.1; done"
+        end = "status=$?; kill $!; wait $!; exit $status"
+        script += f"{settings}\n{nameserver_line}\n{ready}\n{doctor_line}\n{end}\n"
+        with process("bash", "-c", script, cwd=tmp_path) as running:
+            status, out, err = finish(running, 60)
+        assert (status, "FAIL" in out) == (0, False), out + err
+        assert "publisher, nameserver and subscriber hear each other" in out
+
+    @pytest.mark.parametrize("multicast", [False, True])
+    def test_all_is_well_among_others(self, multicast):
+        """Many publishers, and subscribers of everything that could be taken for its own."""
+        words = [] if multicast else ["--no-multicast"]
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver_process(*words))
+            hosts = None if multicast else ["localhost"]
+            for name in "abc":
+                world.enter_context(posttroll.Publish(name, nameservers=hosts))
+            for _ in range(4):
+                listener = posttroll.ListenerContainer(topics=[""])
+                world.callback(listener.stop)
+            for _ in range(3):
+                status, out, err = run_command("doctor", *words)
+                assert (status, err, "FAIL" in out) == (0, "", False), out
+
+    def test_several_nameservers(self):
+        """Those that answer are tried, those that do not are named."""
+        with nameserver_process("--no-multicast"):
+            hosts = ("--nameserver", "127.0.0.9:1", "--nameserver", "localhost")
+            status, out, _ = run_command("doctor", "--no-multicast", *hosts)
+        assert status == 1
+        assert [line for line in out.splitlines() if line.startswith("FAIL")] == [
+            "FAIL  nameserver 127.0.0.9:1: nobody answers at tcp://127.0.0.9:1  -> start it (nameserver), or open the "
+            "port in the firewall"
+        ]
+        assert "hear each other (by localhost)" in out
+
+    def test_a_plain_program_that_looks_at_a_secure_nameserver(self, keys, monkeypatch):
+        with nameserver_process("--no-multicast"):
+            status, out, _ = run_command("doctor", "--no-multicast")
+            assert (status, "FAIL" in out) == (0, False), out
+            monkeypatch.setenv("POSTTROLL_BACKEND", "unsecure_zmq")
+            status, out, _ = run_command("doctor", "--no-multicast")
+        assert status == 1
+        assert "it speaks CURVE, this program NULL" in out
+
+    def test_a_publisher_that_cannot_be_reached(self):
+        """The nameserver takes its registration, but tells of an address where nothing comes from."""
+        with contextlib.ExitStack() as world:
+            context = world.enter_context(zmq.Context())
+            kinds = (zmq.REP, zmq.REP, zmq.PUB)
+            lookups, registrations, silent = (world.enter_context(context.socket(kind)) for kind in kinds)
+            lookups.bind(f"tcp://*:{config.get('nameserver_port')}")
+            registrations.bind(f"tcp://*:{config.get('broadcast_port')}")
+            address = f"tcp://127.0.0.1:{silent.bind_to_random_port('tcp://127.0.0.1')}"
+            stop = threading.Event()
+
+            def serve() -> None:
+                poller = zmq.Poller()
+                for sock in (lookups, registrations):
+                    sock.linger = 0
+                    poller.register(sock, zmq.POLLIN)
+                while not stop.is_set():
+                    for sock, _ in poller.poll(50):
+                        request = posttroll.Message.decode(sock.recv())
+                        entries = [{"URI": address, "service": [request.data["service"]]}] if sock is lookups else []
+                        answer = posttroll.Message("/oper/ns", "info", entries).encode().encode()
+                        sock.send(answer if sock is lookups else b"ok")
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            try:
+                status, out, err = run_command("doctor", "--no-multicast")
+            finally:
+                stop.set()
+                thread.join()
+        assert (status, err) == (1, "posttroll doctor: 1 check failed.\n")
+        assert re.search(rf"FAIL  round trip: nothing comes from {address}.*-> open the publishers' ports", out)
+
+    def test_findings_cannot_give_orders_to_the_terminal(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_MC_GROUP", "\033[2J")
+        _, out, _ = run_command("doctor")
+        assert "\033" not in out
+        assert "u001b[2J" in out or "x1b[2J" in out
+
 
 class TestDemo:
     """``posttroll demo``."""
@@ -4974,6 +5704,17 @@ class TestDemo:
         assert "2 of 3 messages arrived" in err
         assert "The demo failed" in err
         assert "All 3 messages" not in out
+
+    def test_with_a_nameserver_that_runs_already(self):
+        """It is asked, and told, in place of one of the demo's own."""
+        with nameserver(), posttroll.Subscribe("demo", "/demo", addr_listener=True, timeout=0) as subscriber:
+            with command("demo", "--nameserver", "127.0.0.9", "--nameserver", "localhost") as demo:
+                received = receive(subscriber, 3)
+                status, out, err = finish(demo, 60)
+        assert (status, err) == (0, "")
+        assert "Nameserver on 127.0.0.9, localhost" in out
+        assert out.count("received pytroll://demo/") == 3
+        assert len(received) == 3
 
 
 # ======================================================================================================================
@@ -6400,6 +7141,53 @@ class TestNameserverCommand:
                 assert systemd.recv(100) == b"READY=1"
                 assert posttroll.get_pub_address("a", DEADLINE) == []
 
+    @pytest.mark.parametrize("case", ["terminal", "log", "nohup"])
+    def test_sighup_in_the_foreground(self, case, tmp_path):
+        """It ends with its terminal, in order; with a log file it opens that again, and nohup is obeyed."""
+        log = tmp_path / "nameserver.log"
+        words = ["-l", log] if case == "log" else []
+        ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)} if case == "nohup" else {}
+        with process(sys.executable, "-u", NAMESERVER, "--no-multicast", *words, **ignore) as running:
+            if case == "log":
+                wait_for(lambda: log.exists() and "answers on port" in log.read_text())
+                log.unlink()
+            else:
+                await_line(running, "answers on port")
+            running.send_signal(signal.SIGHUP)
+            if case == "terminal":
+                status, out, err = finish(running)
+                assert (status, err) == (0, "")
+                assert "The nameserver has ended" in out
+                return
+            if case == "log":
+                wait_for(lambda: log.exists() and "opened again" in log.read_text())
+            assert posttroll.get_pub_address("a", DEADLINE) == []
+            running.terminate()
+            assert finish(running)[::2] == (0, "")
+
+    @pytest.mark.parametrize("kind", ["gone", "nobody listens", "not a socket", "abstract", "too long"])
+    def test_a_stale_notification_socket_is_logged(self, kind, tmp_path):
+        path = str(tmp_path / "notify")
+        if kind == "nobody listens":
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+                systemd.bind(path)
+        elif kind == "not a socket":
+            Path(path).write_text("")
+        elif kind == "abstract":
+            path = f"@posttroll-test-{os.getpid()}"
+        elif kind == "too long":
+            path += "x" * 200
+        with nameserver_process("--no-multicast", env={**os.environ, "NOTIFY_SOCKET": path}) as running:
+            assert posttroll.get_pub_address("a", DEADLINE) == []
+            running.terminate()
+            out = running.stdout.read()
+            status, _, err = finish(running)
+        assert (status, err) == (0, "")
+        assert f"Cannot tell systemd at {path} that it is ready" in out
+
+
+LOGS_NOWHERE = "nameserver: it logs nowhere; -l FILE gives it a log\n"
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no daemons here")
 class TestDaemon:
@@ -6414,13 +7202,13 @@ class TestDaemon:
                 return finish(running)
 
         control.pid_file = pid_file
-        control.pid = lambda: int(pid_file.read_text())
+        control.pid = lambda: int(pid_file.read_text().splitlines()[0])
         yield control
         assert control("stop")[0] == 0
 
     def test_start_status_stop(self, control):
         assert control("status") == (3, "nameserver: not running\n", "")
-        assert control("start") == (0, "", "")
+        assert control("start") == (0, "", LOGS_NOWHERE)
         assert posttroll.get_pub_address("a", DEADLINE) == []  # when start has ended, it answers
         pid = control.pid()
         assert control("status") == (0, f"nameserver: running (process {pid})\n", "")
@@ -6440,7 +7228,7 @@ class TestDaemon:
     def test_restart(self, control):
         assert control("restart")[0] == 0  # from nothing
         first = control.pid()
-        assert control("restart") == (0, "", "")
+        assert control("restart") == (0, "", LOGS_NOWHERE)
         assert control.pid() != first
         assert posttroll.get_pub_address("a", DEADLINE) == []
 
@@ -6450,7 +7238,7 @@ class TestDaemon:
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: control("status")[0] == 3)
         assert control.pid_file.exists()
-        assert control("start") == (0, "", "")
+        assert control("start") == (0, "", LOGS_NOWHERE)
         assert control.pid() != pid
 
     def test_the_pid_of_another_process_in_a_stale_file(self, control):
@@ -6494,6 +7282,115 @@ class TestDaemon:
         assert status == 1
         assert "Traceback" not in err
         assert "no/directory" in err
+
+    def test_it_lets_go_of_where_it_was_started(self, control, tmp_path, monkeypatch):
+        """Of the directory, the session, the terminal, and of what its starter had open."""
+        monkeypatch.chdir(tmp_path)
+        assert control("start", "-l", "daemon.log") == (0, "", "")
+        proc = Path(f"/proc/{control.pid()}")
+        if not proc.exists():
+            pytest.skip("this needs /proc")
+        assert os.readlink(proc / "cwd") == "/"
+        assert os.getsid(control.pid()) not in (os.getsid(0), control.pid())  # it can get no terminal again
+        assert {os.readlink(proc / "fd" / str(number)) for number in range(3)} == {os.devnull}
+
+    def test_the_pid_file_does_not_depend_on_the_environment(self):
+        """cron, ssh and a desktop have other variables; port and user make the difference."""
+        here = {key: value for key, value in os.environ.items() if key not in ("XDG_RUNTIME_DIR", "TMPDIR", "HOME")}
+        elsewhere = {**here, "XDG_RUNTIME_DIR": str(HERE), "TMPDIR": str(HERE / "benchmarks"), "HOME": str(HERE)}
+
+        def control(command: str, env: dict[str, str], *words: str) -> int:
+            with process(sys.executable, NAMESERVER, "--no-multicast", "-d", command, *words, env=env) as running:
+                return finish(running)[0]
+
+        assert control("start", elsewhere) == 0
+        try:
+            assert control("status", here) == 0
+            assert control("status", here, "--set", f"nameserver_port={free_port()}") == 3
+            assert control("start", here) == 1
+        finally:
+            assert control("stop", here) == 0
+        assert control("status", elsewhere) == 3
+        assert control("start", here) == 0
+        assert control("stop", elsewhere) == 0
+        assert control("status", here) == 3
+
+    @pytest.mark.parametrize("crashed", [False, True])
+    def test_a_restart_keeps_the_options(self, tmp_path, monkeypatch, crashed):
+        """Those of the daemon that runs, or has crashed; what is given with it comes in addition."""
+        monkeypatch.chdir(tmp_path)
+        pid_file = tmp_path / "nameserver.pid"
+        log, other = tmp_path / "daemon.log", tmp_path / "other.log"
+
+        def control(command: str, *words: Any) -> tuple[int, str, str]:
+            call = (sys.executable, NAMESERVER, "--pid-file", pid_file, "-d", command, *words)
+            with process(*call, cwd=tmp_path if command == "start" else "/") as running:
+                return finish(running)
+
+        def registers() -> bool:
+            """Whether publishers can register by request, which needs --no-multicast."""
+            return raw_request(config.get("broadcast_port"), b"", timeout=1) is not None
+
+        try:
+            arguments = ("--no-multicast", "-v", "-l", "daemon.log", "--set", "max_services=7")
+            assert control("start", *arguments) == (0, "", "")
+            assert registers()
+            if crashed:
+                os.kill(int(pid_file.read_text().splitlines()[0]), signal.SIGKILL)
+                wait_for(lambda: control("status")[0] == 3)
+            written = log.read_text().count("answers on port")
+            assert control("restart") == (0, "", "nameserver: not running\n" if crashed else "")
+            assert log.read_text().count("answers on port") == written + 1
+            assert registers()
+            assert control("restart", "-l", other) == (0, "", "")
+            assert log.read_text().count("answers on port") == written + 1
+            assert "[DEBUG" in other.read_text()
+            assert "answers on port" in other.read_text()
+            assert registers()
+            assert "('max_services', 7)" in pid_file.read_text()
+            assert control("stop") == (0, "", "")
+            assert control("restart") == (
+                0,
+                "",
+                "nameserver: not running\n" + LOGS_NOWHERE,
+            )  # from nothing, with nothing
+            assert not registers()
+        finally:
+            assert control("stop")[0] == 0
+
+    def test_what_it_logs_without_a_log_file_is_said(self, control):
+        status, out, err = control("start")
+        assert (status, out, err) == (0, "", LOGS_NOWHERE)
+        with socket.socket() as other, config.set(nameserver_port=free_port()):
+            other.bind(("", config.get("nameserver_port")))
+            other.listen()
+            status, _, err = control("restart", "--set", f"nameserver_port={config.get('nameserver_port')}")
+        assert status == 1
+        assert LOGS_NOWHERE not in err  # it does not run
+
+    def test_sighup_opens_the_log_again(self, control, tmp_path):
+        """As after a rotation by others; where that fails, the old one goes on."""
+        log = tmp_path / "logs" / "daemon.log"
+        log.parent.mkdir()
+        assert control("start", "-l", log) == (0, "", "")
+        log.rename(log.with_suffix(".1"))
+        os.kill(control.pid(), signal.SIGHUP)
+        wait_for(lambda: log.exists() and "opened again" in log.read_text())
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+        raw_request(config.get("nameserver_port"), b"broken")
+        wait_for(lambda: "Broken request" in log.read_text())
+        assert "Broken request" not in log.with_suffix(".1").read_text()
+        log.parent.rename(tmp_path / "moved")
+        os.kill(control.pid(), signal.SIGHUP)
+        wait_for(lambda: "cannot be opened again" in (tmp_path / "moved" / "daemon.log").read_text())
+        assert control("status")[0] == 0
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+
+    def test_sighup_without_a_log_does_not_end_it(self, control):
+        control("start")
+        os.kill(control.pid(), signal.SIGHUP)
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+        assert control("status")[0] == 0
 
 
 class TestDemoAndKeys:
@@ -9168,6 +10065,31 @@ class TestPidFileOfOthers:
         with process(sys.executable, NAMESERVER, "-d", "stop", "--pid-file", path) as running:
             status, _, err = finish(running)
         return status, err
+
+    def test_is_no_source_of_options(self, tmp_path):
+        """What is in it is read only if it is ours; and it is data, whoever wrote it."""
+        path = tmp_path / "pid"
+        for content in (
+            "1\n{'log': '/nonesuch/log', 'set': []}\n",
+            "1\n__import__('os').abort()\n",
+            "1\n[",
+            "1\n[1]\n",
+        ):
+            path.write_text(content)
+            path.chmod(0o666)
+            call = (sys.executable, NAMESERVER, "--no-multicast", "-d", "restart", "--pid-file", path)
+            with process(*call) as running:
+                status, _, err = finish(running)
+            assert status == 1
+            assert "Not a pid file of this user" in err
+            path.chmod(0o600)
+            with process(*call) as running:
+                status, _, err = finish(running)
+            if "log" in content:
+                assert (status, "/nonesuch/log" in err) == (1, True)
+            else:
+                assert (status, err) == (0, "nameserver: not running\n" + LOGS_NOWHERE)
+            assert self.stop_daemon(path)[0] == 0
 
     @pytest.mark.parametrize("trick", ["writable by all", "of another user", "link"])
     def test_stops_nothing(self, victim, tmp_path, trick):
