@@ -7839,6 +7839,7 @@ def announce_falsely(name: str, **data: Any) -> None:
 class TestFalseAnnouncements:
     """Anybody can send a datagram; a secure process takes nothing from where it leads."""
 
+    @pytest.mark.usefixtures("impatient")
     @pytest.mark.parametrize("version", ["3.1", "2.0", "1.0"])
     @pytest.mark.parametrize("backend", ["unsecure_zmq", "secure_zmq", None])
     @pytest.mark.parametrize("listen", [True, False], ids=["addr_listener", "lookups"])
