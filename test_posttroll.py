@@ -42,6 +42,7 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
@@ -74,6 +75,7 @@ LIBRARY = HERE / "posttroll.py"
 NAMESERVER = HERE / "posttroll_ns.py"
 chance = random.SystemRandom()  # that no test plug-in seeds: ports and groups must differ
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
+LONG = float(os.environ.get("POSTTROLL_LONG_SECONDS", "600"))  # what the tests marked as long may take, roughly
 DEADLINE = 20.0  # seconds until a test gives up waiting; nothing here should take more than a fraction of it
 
 
@@ -1334,7 +1336,7 @@ many = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-even_more = settings(many, max_examples=50_000, derandomize=False)
+even_more = settings(many, max_examples=int(50_000 * min(1, LONG / 600)), derandomize=False)
 
 
 def check_decoding(raw: Any) -> None:
@@ -9623,3 +9625,541 @@ class TestVendoredBesideKnownPackage:
                 "posttroll.message ['/from/ours', '/from/theirs']",
             ]
             assert running.poll() is None
+
+
+# ======================================================================================================================
+# Chaos: several hosts, everything that goes wrong at random, and not one message unaccounted for
+#
+# Every process of this world writes down what it sent or handed out, line by line.  Afterwards each message is looked
+# for at each subscriber that wanted it.  POSTTROLL_CHAOS_SEED repeats the events of a run (not their exact timing).
+# ======================================================================================================================
+
+CHAOS_SEED = int(os.environ.get("POSTTROLL_CHAOS_SEED") or chance.randrange(10**6))
+CAUGHT_UP = False  # what is demanded.  True: publishers have a history, and whoever was away gets what it missed
+CONNECT = 15.0  # seconds in which a subscriber must hear a publisher, once nothing hinders it
+LAG = 2.0  # seconds that a message may be under way where nothing is slow
+BACKLOG = 30.0  # the same where something is
+
+CHAOS_PUBLISHER = """
+import json, logging, multiprocessing, os, select, signal, sys, time, posttroll
+logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
+name, life, port, nameservers, pace, record = json.loads(sys.argv[1])
+record = open(record, "a", buffering=1)
+ended = []
+signal.signal(signal.SIGTERM, lambda *args: ended.append(True))
+
+def publish_something_else():
+    with posttroll.Publisher("tcp://*:0") as other:
+        other.send(posttroll.Message("/other", "info", "of a child"))
+
+number = dropped = 0
+with posttroll.Publish(name, port, broadcast_interval=0.5, nameservers=nameservers) as publisher:
+    while not ended:
+        wish, count = (os.read(0, 100).split() if select.select([0], [], [], pace)[0] else ("send", 1))
+        if wish == b"fork":
+            child = multiprocessing.get_context("fork").Process(target=publish_something_else)
+            child.start()
+            child.join(20)
+            print("child", child.exitcode, file=record)
+            child.kill()
+        for _ in range(int(count)):
+            print("sent", life, number, time.monotonic(), file=record)
+            data = {"name": name, "life": life, "number": number, "padding": "x" * 500}
+            publisher.send(posttroll.Message("/chaos/" + name, "info", data))
+            number += 1
+        if publisher.dropped != dropped:
+            dropped = publisher.dropped
+            print("dropped", dropped, file=record)
+print("dropped", publisher.dropped, file=record)
+"""
+
+CHAOS_SUBSCRIBER = """
+import json, logging, signal, sys, time, posttroll
+logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
+settings, pace, record = json.loads(sys.argv[1])
+record = open(record, "a", buffering=1)
+with posttroll.create_subscriber_from_dict_config({"topics": "/chaos", "timeout": 0, **settings}) as subscriber:
+    signal.signal(signal.SIGTERM, lambda *args: subscriber.stop())
+    for message in subscriber.recv():
+        print("got", message.data["name"], message.data["life"], message.data["number"], file=record)
+        time.sleep(pace)
+"""
+
+REPORTED_LOSS = re.compile(r"(\d+) messages of \S+ are gone")  # what a subscriber says of what it cannot get any more
+
+
+class Part:
+    """One of the programs of the world, at rest: where it runs and how; what it was in its lives."""
+
+    def __init__(self, name: str, kind: str, host: str, pace: float = 0, wants: Sequence[str] = (), **settings: Any):
+        self.name, self.kind, self.host, self.pace, self.wants = name, kind, host, pace, wants
+        self.settings = settings
+        self.lives: list[Life] = []
+
+    @property
+    def life(self) -> Life:
+        return self.lives[-1]
+
+
+class Life:
+    """A process, from its start to its end, and what it wrote down."""
+
+    def __init__(self, part: Part, number: int, running: subprocess.Popen[str], record: Path, log: Path) -> None:
+        self.part, self.host, self.number, self.running, self.log = part, part.host, number, running, log
+        self.record, self._position = record, 0
+        self.started, self.ended = time.monotonic(), float("inf")
+        self.ending: int | None = None  # the signal that it got
+        self.sent: dict[int, float] = {}
+        self.got: dict[tuple[str, int], list[int]] = {}
+        self.dropped = 0
+        self.children: list[str] = []
+
+    def __str__(self) -> str:
+        return f"{self.part.name}.{self.number}"
+
+    def read(self) -> Life:
+        """Read what has been written down since."""
+        with self.record.open() as file:
+            file.seek(self._position)
+            lines = file.read()
+        lines = lines[: lines.rfind("\n") + 1]
+        self._position += len(lines)
+        for what, *words in map(str.split, lines.splitlines()):
+            if what == "sent":
+                self.sent[int(words[1])] = float(words[2])
+            elif what == "got":
+                self.got.setdefault((words[0], int(words[1])), []).append(int(words[2]))
+            elif what == "dropped":
+                self.dropped = int(words[0])
+            else:
+                self.children.append(words[0])
+        return self
+
+    def resources(self) -> dict[str, float]:
+        """Return what it uses of the machine: threads, files, memory in MB."""
+        threads = len(os.listdir(f"/proc/{self.running.pid}/task"))
+        return {"threads": threads, "files": descriptors_of(self.running), "MB": memory_of(self.running)}
+
+
+class World:
+    """Four hosts at a switch; two nameservers, five publishers and eight subscribers on them."""
+
+    HOSTS = types.MappingProxyType({letter: f"10.78.0.{n}" for n, letter in enumerate("abcd", 1)})
+
+    def __init__(self, seed: int, directory: Path, stack: contextlib.ExitStack) -> None:
+        self.chance, self.directory, self._stack = random.Random(seed), directory, stack
+        self.began = time.monotonic()
+        self.events: list[str] = []
+        self.hindrances: list[list[Any]] = []  # kind (cut, slow, nameserver), host, start, end
+        self._pending: list[tuple[float, Callable[[], None]]] = []
+        everybody, registering = ["p0", "p1", "p2", "p3", "mover"], {"nameservers": ["ns-a"]}
+        self.nameservers = [
+            Part("ns-a", "nameserver", "a", arguments=["--no-multicast"]),
+            Part("ns-b", "nameserver", "b", arguments=[]),
+        ]
+        self.publishers = [
+            Part("p0", "publisher", "a", 0.03, **registering),
+            Part("p1", "publisher", "b", 0.05),
+            Part("p2", "publisher", "c", 0.1, **registering),
+            Part("p3", "publisher", "d", 0.05, send_high_water_mark=100),
+            Part("mover", "publisher", "c", 0.1, port=9104, **registering),
+        ]
+        following = {"nameserver": ["ns-a", "ns-b"], "addr_listener": True}
+        by_name = {"nameserver": False, "addresses": ["tcp://mover:9104"]}
+        self.subscribers = [
+            Part("s0", "subscriber", "a", 0, everybody, services="", **following),
+            Part("s1", "subscriber", "b", 0.004, everybody, services=everybody, **following),
+            Part("s2", "subscriber", "c", 0, everybody, services="", **following),
+            Part("s3", "subscriber", "d", 0, ["mover"], **by_name),
+            Part("s4", "subscriber", "a", 0.008, everybody, services="", **following),
+            Part("s5", "subscriber", "b", 0, ["p0", "p2"], services=["p0", "p2"], nameserver=["ns-a", "ns-b"]),
+            Part("s6", "subscriber", "c", 0.02, ["p3"], services=["p3"], receive_high_water_mark=100, **following),
+            Part("s7", "subscriber", "d", 0, ["mover"], services=["mover"], **following),
+        ]  # fmt: skip
+        self._build()
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.nameservers + self.publishers + self.subscribers
+
+    # -- hosts, their names and links --
+
+    def namespace(self, host: str) -> str:
+        return f"posttroll-chaos-{os.getpid()}-{host}"
+
+    def _build(self) -> None:
+        for host in ("switch", *self.HOSTS):
+            ip("netns", "add", self.namespace(host))
+            self._stack.callback(ip, "netns", "del", self.namespace(host))
+            ip("-n", self.namespace(host), "link", "set", "lo", "up")
+        switch = self.namespace("switch")
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge", "mcast_snooping", 0)
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for host, address in self.HOSTS.items():
+            name = self.namespace(host)
+            ip("-n", switch, "link", "add", f"to-{host}", "type", "veth", "peer", "name", "cable", "netns", name)
+            ip("-n", switch, "link", "set", f"to-{host}", "master", "bridge", "up")
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "route", "add", "default", "dev", "cable")
+            Path("/etc/netns", name).mkdir(parents=True)
+            self._stack.callback(shutil.rmtree, Path("/etc/netns", name))
+        self.write_host_names()
+
+    def write_host_names(self) -> None:
+        """Say to all hosts where the names lead; a file that is in use is written in place."""
+        names = {part.name: self.HOSTS[part.host] for part in (*self.nameservers, self.publishers[-1])}
+        text = "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in names.items())
+        for host in self.HOSTS:
+            Path("/etc/netns", self.namespace(host), "hosts").write_text(text)
+
+    def hinder(self, kind: str, host: str) -> Callable[[], None]:
+        """Note that something hinders messages of a host from now on; return what ends that."""
+        hindrance = [kind, host, time.monotonic(), float("inf")]
+        self.hindrances.append(hindrance)
+        return lambda: hindrance.__setitem__(3, time.monotonic())
+
+    # -- processes --
+
+    def start(self, part: Part) -> None:
+        name = f"{part.name}.{len(part.lives)}"
+        record, log = self.directory / f"{name}.record", self.directory / f"{name}.log"
+        record.touch()
+        environment = {**os.environ, "POSTTROLL_MULTICAST_INTERFACE": self.HOSTS[part.host]}
+        environment |= {"POSTTROLL_ZMTP_HEARTBEAT_INTERVAL": "1", "POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT": "6"}
+        settings = dict(part.settings)
+        for key in [key for key in settings if key.endswith("high_water_mark")]:
+            environment["POSTTROLL_" + key.upper()] = str(settings.pop(key))
+        if part.kind == "nameserver":
+            command = [NAMESERVER, *settings["arguments"]]
+        elif part.kind == "publisher":
+            arguments = [part.name, len(part.lives), settings.get("port", 0), settings.get("nameservers"), part.pace]
+            command = ["-c", CHAOS_PUBLISHER, json.dumps([*arguments, str(record)])]
+        else:
+            command = ["-c", CHAOS_SUBSCRIBER, json.dumps([settings, part.pace, str(record)])]
+        words = ["ip", "netns", "exec", self.namespace(part.host), sys.executable, "-u", *command]
+        output = self._stack.enter_context(log.open("w"))
+        running = process(*words, env=environment, stdout=output, stderr=output)
+        part.lives.append(Life(part, len(part.lives), self._stack.enter_context(running), record, log))
+
+    def end(self, part: Part, number: int, then: Callable[[], None] = lambda: None) -> None:
+        """End a program by a signal, go on with *then* when it has ended."""
+        life, deadline = part.life, time.monotonic() + 60  # a publisher waits until its queues are empty
+        life.ending = number
+        life.running.send_signal(number)
+
+        def look() -> None:
+            if life.running.poll() is None:
+                assert time.monotonic() < deadline, f"{life} does not end"
+                self.later(0.02, look)
+            else:
+                life.ended = time.monotonic()
+                then()
+
+        look()
+
+    # -- time --
+
+    def note(self, text: str) -> None:
+        self.events.append(f"{time.monotonic() - self.began:6.1f}  {text}")
+
+    def later(self, seconds: float, action: Callable[[], None]) -> None:
+        self._pending.append((time.monotonic() + seconds, action))
+
+    def run(self, seconds: float) -> None:
+        """Let things happen for so many seconds, then let all be well again."""
+        end = time.monotonic() + seconds
+        following = 0.0
+        while time.monotonic() < end or self._pending:
+            now = time.monotonic()
+            for moment, action in [pending for pending in self._pending if pending[0] <= now or now >= end]:
+                self._pending.remove((moment, action))
+                action()
+            if following <= now < end:
+                self.chance.choice(EVENTS)(self)
+                following = now + self.chance.uniform(0.3, 2)
+            time.sleep(0.02)
+
+
+# -- what happens --
+
+
+def restart(world: World, part: Part, seconds: float) -> None:
+    """End a part, roughly or gently, and start it again after so many seconds."""
+    number = world.chance.choice([signal.SIGKILL, signal.SIGTERM])
+    if part.life.ending:
+        return
+    world.note(f"{part.life} on {part.host} gets {number.name}, and a successor after {seconds:.1f} s")
+    back = world.hinder("nameserver", part.host) if part.kind == "nameserver" else None
+
+    def start() -> None:
+        world.start(part)
+        if back:
+            wait_for(lambda: "answers on port" in part.life.log.read_text(), what="a nameserver that comes back")
+            back()
+
+    world.end(part, number, lambda: world.later(seconds, start))
+
+
+def restart_nameserver(world: World) -> None:
+    restart(world, world.chance.choice(world.nameservers), world.chance.choice([0, world.chance.uniform(0, 8)]))
+
+
+def restart_publisher(world: World) -> None:
+    restart(world, world.chance.choice(world.publishers[1:]), world.chance.choice([0, world.chance.uniform(0, 3)]))
+
+
+def restart_subscriber(world: World) -> None:
+    restart(world, world.chance.choice(world.subscribers[2:]), world.chance.uniform(0, 5))
+
+
+def move(world: World) -> None:
+    """Let the publisher with a host name of its own go to another host, and its name with it."""
+    mover = world.publishers[-1]
+    if mover.life.ending:
+        return
+
+    def start() -> None:
+        mover.host = "d" if mover.host == "c" else "c"
+        world.write_host_names()
+        world.start(mover)
+
+    world.note(f"{mover.life} leaves {mover.host} for another host")
+    world.end(mover, signal.SIGTERM, start)
+
+
+def harm_link(world: World, kind: str, seconds: float, harm: Sequence[str], mend: Sequence[str]) -> None:
+    host = world.chance.choice(list(world.HOSTS))
+    if any(hindrance[1] == host and hindrance[3] == float("inf") for hindrance in world.hindrances):
+        return
+    world.note(f"the link of {host} is {kind} for {seconds:.1f} s")
+    switch = world.namespace("switch")
+    tool = "tc" if kind == "slow" else "ip"
+
+    def change(words: Sequence[str]) -> None:
+        subprocess.run([tool, "-n", switch, *(word.format(host) for word in words)], check=True)
+
+    ended = world.hinder(kind, host)
+    change(harm)
+
+    def recover() -> None:
+        change(mend)
+        ended()
+
+    world.later(seconds, recover)
+
+
+def cut_link(world: World) -> None:
+    seconds = world.chance.choice([world.chance.uniform(0.2, 3), world.chance.uniform(5, 12)])
+    harm_link(world, "cut", seconds, ["link", "set", "to-{}", "down"], ["link", "set", "to-{}", "up"])
+
+
+def slow_link(world: World) -> None:
+    rate = ["tbf", "rate", "4mbit", "burst", "16kb", "latency", "300ms"]
+    harm_link(
+        world, "slow", world.chance.uniform(1, 6),
+        ["qdisc", "add", "dev", "to-{}", "root", *rate], ["qdisc", "del", "dev", "to-{}", "root"],
+    )  # fmt: skip
+
+
+def tell(world: World, wish: str) -> None:
+    life = world.chance.choice(world.publishers).life
+    if not life.ending:
+        world.note(f"{life}: {wish}")
+        assert life.running.stdin is not None
+        life.running.stdin.write(wish + "\n")
+        life.running.stdin.flush()
+
+
+def fork(world: World) -> None:
+    tell(world, "fork 1")
+
+
+def burst(world: World) -> None:
+    tell(world, f"burst {world.chance.choice([50, 200, 1000])}")
+
+
+EVENTS = (
+    restart_nameserver, restart_nameserver, restart_publisher, restart_publisher, restart_subscriber, move,
+    cut_link, slow_link, fork, burst, burst,
+)  # fmt: skip
+
+
+# -- what must have happened --
+
+
+class Oracle:
+    """What may be missing of a publisher's life at a subscriber's life: the times in which it may have been sent."""
+
+    def __init__(self, world: World, publisher: Life, subscriber: Life) -> None:
+        self.publisher, self.subscriber = publisher, subscriber
+        apart = publisher.host != subscriber.host
+        ends = {publisher.host, subscriber.host}
+        between = [item for item in world.hindrances if item[0] in ("cut", "slow") and item[1] in ends and apart]
+        self._cuts = [item[2:] for item in between if item[0] == "cut"]
+        self._slow = [item[2:] for item in between if item[0] == "slow"]
+        # Whoever looks for a publisher needs its nameserver, and the way there.
+        nameservers = {part.host for part in world.nameservers}
+        self._unfound = sorted(
+            item[2:] for item in world.hindrances if item[0] != "slow" and item[1] in ends | nameservers
+        )
+
+    def heard_after(self, moment: float) -> float:
+        """Return the time after which a publisher must be heard that was not connected at *moment*."""
+        for start, end in self._unfound:
+            if start <= moment + CONNECT and end > moment:
+                moment = end
+        return moment + CONNECT
+
+    def under_way(self, moment: float, lag: float) -> float:
+        """Return when the oldest message was sent that may have been under way at *moment*."""
+        first = moment - lag
+        for start, end in reversed(self._slow):
+            if start < moment and end + BACKLOG / 3 > first:
+                first = min(first, start - lag)
+        return first
+
+    def excuses(self) -> list[tuple[float, float]]:
+        publisher, subscriber = self.publisher, self.subscriber
+        throttled = BACKLOG if "receive_high_water_mark" in subscriber.part.settings else LAG
+        begin = max(publisher.started, subscriber.started)
+        known = publisher.started < subscriber.started or not CAUGHT_UP
+        spans = [(float("-inf"), self.heard_after(begin))] if known else []
+        if not CAUGHT_UP:
+            spans += [(self.under_way(start, throttled), self.heard_after(end)) for start, end in self._cuts]
+        if publisher.ending == signal.SIGKILL:
+            spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
+        if subscriber.ended < float("inf"):
+            spans.append((self.under_way(subscriber.ended, BACKLOG if subscriber.part.pace else LAG), float("inf")))
+        return spans
+
+    def judge(self) -> tuple[list[str], list[int]]:
+        """Return what is wrong whatever happened, and the numbers that are missing without an excuse."""
+        sent = self.publisher.sent
+        got = self.subscriber.got.get((self.publisher.part.name, self.publisher.number), [])
+        pair = f"{self.publisher} to {self.subscriber}"
+        faults = []
+        if len(set(got)) < len(got):
+            faults.append(f"{pair}: {len(got) - len(set(got))} came twice")
+        if not CAUGHT_UP and sorted(got) != got:
+            faults.append(f"{pair}: came in another order")
+        if not sent.keys() >= set(got):
+            faults.append(f"{pair}: came, but was not sent: {sorted(set(got) - sent.keys())}")
+        spans = self.excuses()
+        missing = [number for number, moment in sent.items() if not any(a <= moment <= b for a, b in spans)]
+        return faults, sorted(set(missing) - set(got))
+
+
+def judge(world: World) -> tuple[list[str], str]:
+    """Return which messages nobody accounts for, and a line of numbers about it all."""
+    subscribers = [life.read() for part in world.subscribers for life in part.lives]
+    publishers = [life.read() for part in world.publishers for life in part.lives]
+    reported = {life: sum(map(int, REPORTED_LOSS.findall(life.log.read_text()))) for life in subscribers}
+    faults = []
+    for publisher in publishers:
+        lost, text = 0, []
+        for subscriber in subscribers:
+            if publisher.part.name in subscriber.part.wants and subscriber.ended > publisher.started:
+                wrong, missing = Oracle(world, publisher, subscriber).judge()
+                faults += wrong
+                known = min(len(missing), reported[subscriber])
+                reported[subscriber] -= known
+                lost += len(missing) - known
+                if missing:
+                    first, last = (publisher.sent[number] - world.began for number in (missing[0], missing[-1]))
+                    text.append(
+                        f"{publisher} to {subscriber}: {len(missing)} lost, numbers {missing[0]} to {missing[-1]}, "
+                        f"sent at {first:.1f} to {last:.1f}"
+                    )
+        warned = "WARNING" in publisher.log.read_text()
+        if lost > publisher.dropped or (publisher.dropped and not warned):
+            faults += [*text, f"{publisher} counted {publisher.dropped} as dropped, and warned of it: {warned}"]
+        if any(status != "0" for status in publisher.children):
+            faults.append(f"{publisher}: its forked children ended with {publisher.children}")
+    sent, dropped = sum(len(life.sent) for life in publishers), sum(life.dropped for life in publishers)
+    delivered = sum(len(numbers) for life in subscribers for numbers in life.got.values())
+    return faults, f"{sent} messages sent, {delivered} deliveries, {dropped} dropped"
+
+
+def bad_ends(world: World) -> list[str]:
+    """Return which processes ended otherwise than they should, and what they said."""
+    faults = []
+    for life in [life for part in world.parts for life in part.lives]:
+        expected = -signal.SIGKILL if life.ending == signal.SIGKILL else 0
+        if life.running.returncode != expected or "Traceback" in life.log.read_text():
+            faults.append(f"{life} ended with {life.running.returncode}: {life.log.read_text()[-2000:]}")
+    return faults
+
+
+def read_to_the_end(world: World) -> None:
+    """Wait until the subscribers have what the publishers sent, or nothing comes any more."""
+    last = {part: max(part.life.read().sent) - 1 for part in world.publishers}
+    count, deadline = -1, time.monotonic() + 5
+    while not all_heard(world, last) and time.monotonic() < deadline:
+        now = sum(len(numbers) for part in world.subscribers for numbers in part.life.got.values())
+        if now > count:
+            count, deadline = now, time.monotonic() + 5
+        time.sleep(0.05)
+
+
+def all_heard(world: World, since: dict[Part, int]) -> bool:
+    """Whether each subscriber got a message of each publisher that it wants, later than number *since*."""
+    heard = [part.life.read().got for part in world.subscribers]
+    return all(
+        got.get((part.name, part.life.number), [-1])[-1] > since[part]
+        for part in world.publishers
+        for got, subscriber in zip(heard, world.subscribers)
+        if part.name in subscriber.wants
+    )
+
+
+def hear_each_other(world: World, what: str) -> None:
+    last = {part: max(part.life.read().sent, default=-1) for part in world.publishers}
+    wait_for(lambda: all_heard(world, last), 60, f"all subscribers to hear all publishers {what}")
+
+
+def uses_no_more(life: Life, before: dict[str, float]) -> bool:
+    now = life.resources()
+    return all(now[key] <= before[key] + more for key, more in (("threads", 0), ("files", 4), ("MB", 15)))
+
+
+@pytest.mark.long
+@pytest.mark.network
+@pytest.mark.timeout(LONG + 600)
+class TestChaos:
+    @pytest.fixture
+    def world(self, tmp_path):
+        with contextlib.ExitStack() as stack:
+            try:
+                yield World(CHAOS_SEED, tmp_path, stack)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"It may not make networks: {getattr(error, 'stderr', error)}")
+
+    def test_no_message_is_unaccounted_for(self, world, capsys):
+        for part in world.parts:
+            world.start(part)
+        hear_each_other(world, "at the start")
+        uses = {part.life: part.life.resources() for part in world.parts}
+        world.run(LONG)
+        world.note("all is well again")
+        faults = []
+        try:
+            hear_each_other(world, "at the end")
+            for life, before in uses.items():
+                if not life.ending:
+                    wait_for(partial(uses_no_more, life, before), what=f"{life} to use what it did: {before}")
+        except pytest.fail.Exception as error:
+            faults.append(str(error))
+        for part in world.publishers:
+            world.end(part, signal.SIGTERM)
+        world.run(0)
+        read_to_the_end(world)
+        unaccounted, numbers = judge(world)
+        for part in world.subscribers + world.nameservers:
+            world.end(part, signal.SIGTERM)
+        world.run(0)
+        faults += unaccounted + bad_ends(world)
+        summary = f"chaos: seed {CHAOS_SEED}, {len(world.events)} events in {LONG:.0f} s, {numbers}"
+        with capsys.disabled():
+            print(f"\n{summary}")
+        assert not faults, "\n".join([summary, *faults, "Events:", *world.events])
