@@ -9637,6 +9637,7 @@ class TestVendoredBesideKnownPackage:
 CHAOS_SEED = int(os.environ.get("POSTTROLL_CHAOS_SEED") or chance.randrange(10**6))
 CAUGHT_UP = False  # what is demanded.  True: publishers have a history, and whoever was away gets what it missed
 CONNECT = 15.0  # seconds in which a subscriber must hear a publisher, once nothing hinders it
+NOTICED = 8.0  # seconds until both ends have noticed that a connection is dead (heartbeats: 1 s and 6 s)
 LAG = 2.0  # seconds that a message may be under way where nothing is slow
 BACKLOG = 30.0  # the same where something is
 
@@ -9993,6 +9994,8 @@ class Oracle:
 
     def __init__(self, world: World, publisher: Life, subscriber: Life) -> None:
         self.publisher, self.subscriber = publisher, subscriber
+        self._got = subscriber.got.get((publisher.part.name, publisher.number), [])
+        self._arrived = [publisher.sent[number] for number in self._got if number in publisher.sent]
         apart = publisher.host != subscriber.host
         ends = {publisher.host, subscriber.host}
         between = [item for item in world.hindrances if item[0] in ("cut", "slow") and item[1] in ends and apart]
@@ -10004,12 +10007,16 @@ class Oracle:
             item[2:] for item in world.hindrances if item[0] != "slow" and item[1] in ends | nameservers
         )
 
-    def heard_after(self, moment: float) -> float:
-        """Return the time after which a publisher must be heard that was not connected at *moment*."""
+    def connected(self, moment: float, patience: float = 0) -> float:
+        """Return the time after which nothing may be missing, if they are not connected at *moment*.
+
+        That is when something has arrived that was sent later (plus *patience*), or should have.
+        """
+        heard = min((sent for sent in self._arrived if sent > moment), default=float("inf"))
         for start, end in self._unfound:
             if start <= moment + CONNECT and end > moment:
                 moment = end
-        return moment + CONNECT
+        return min(heard + patience, moment + CONNECT)
 
     def under_way(self, moment: float, lag: float) -> float:
         """Return when the oldest message was sent that may have been under way at *moment*."""
@@ -10024,9 +10031,9 @@ class Oracle:
         throttled = BACKLOG if "receive_high_water_mark" in subscriber.part.settings else LAG
         begin = max(publisher.started, subscriber.started)
         known = publisher.started < subscriber.started or not CAUGHT_UP
-        spans = [(float("-inf"), self.heard_after(begin))] if known else []
+        spans = [(float("-inf"), self.connected(begin))] if known else []
         if not CAUGHT_UP:
-            spans += [(self.under_way(start, throttled), self.heard_after(end)) for start, end in self._cuts]
+            spans += [(self.under_way(start, throttled), self.connected(end, NOTICED)) for start, end in self._cuts]
         if publisher.ending == signal.SIGKILL:
             spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
         if subscriber.ended < float("inf"):
@@ -10036,7 +10043,7 @@ class Oracle:
     def judge(self) -> tuple[list[str], list[int]]:
         """Return what is wrong whatever happened, and the numbers that are missing without an excuse."""
         sent = self.publisher.sent
-        got = self.subscriber.got.get((self.publisher.part.name, self.publisher.number), [])
+        got = self._got
         pair = f"{self.publisher} to {self.subscriber}"
         faults = []
         if len(set(got)) < len(got):
