@@ -14,7 +14,6 @@ import contextlib
 import copy
 import datetime as dt
 import errno
-import fcntl
 import importlib
 import inspect
 import io
@@ -25,7 +24,6 @@ import multiprocessing
 import os
 import pickle
 import pickletools
-import pty
 import queue
 import random
 import re
@@ -69,6 +67,10 @@ from posttroll.message import Message, MessageError
 import posttroll
 import posttroll_ns
 from posttroll import ConfigurationError, config
+
+if sys.platform != "win32":
+    import fcntl
+    import pty
 
 HERE = Path(posttroll.__file__).resolve().parent
 LIBRARY = HERE / "posttroll.py"
