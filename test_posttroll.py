@@ -9633,10 +9633,12 @@ class TestVendoredBesideKnownPackage:
 # Populated worlds: more than one of everything, processes that write down what they sent and handed out
 # ======================================================================================================================
 
+COUNTED_AT_THE_END = False  # True: a stopped publisher still says how many messages were dropped, its end included
+
 NUMBERING_PUBLISHER = """
 import json, logging, multiprocessing, os, select, signal, sys, time, posttroll
 logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
-name, life, port, nameservers, pace, record = json.loads(sys.argv[1])
+name, life, port, nameservers, pace, asked_at_the_end, record = json.loads(sys.argv[1])
 record = open(record, "a", buffering=1)
 ended = []
 signal.signal(signal.SIGTERM, lambda *args: ended.append(True))
@@ -9664,7 +9666,8 @@ with posttroll.Publish(name, port, broadcast_interval=0.5, nameservers=nameserve
         if publisher.dropped != dropped:
             dropped = publisher.dropped
             print("dropped", dropped, file=record)
-print("dropped", publisher.dropped, file=record)
+if asked_at_the_end:
+    print("dropped", publisher.dropped, file=record)
 """
 
 RECORDING_SUBSCRIBER = """
@@ -9785,7 +9788,7 @@ class Crowd:
             words = [NAMESERVER, *settings["arguments"]]
         elif part.kind == "publisher":
             arguments = [part.name, len(part.lives), settings.get("port", 0), settings.get("nameservers"), part.pace]
-            words = ["-c", NUMBERING_PUBLISHER, json.dumps([*arguments, str(record)])]
+            words = ["-c", NUMBERING_PUBLISHER, json.dumps([*arguments, COUNTED_AT_THE_END, str(record)])]
         else:
             words = ["-c", RECORDING_SUBSCRIBER, json.dumps([settings, part.pace, str(record)])]
         output = self.stack.enter_context(log.open("w"))
