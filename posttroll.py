@@ -1244,6 +1244,13 @@ class _Waker:
         self._write_end.close()
 
 
+def close_socket(sock: zmq.Socket[bytes]) -> None:
+    """Close *sock* at once; what it has not sent yet is dropped."""
+    if not sock.closed:
+        sock.monitor(None, 0)  # now, as long as there is somebody to be told that it ends
+        sock.close(linger=0)
+
+
 class Timer:
     """A call at a time, as `Loop.at` returns it."""
 
@@ -1379,8 +1386,8 @@ class Loop:
         """Let go of everything, and close the sockets that are watched."""
         self.is_stopped = True
         for item in self._callbacks:
-            if isinstance(item, zmq.Socket) and not item.closed:
-                item.close(0)
+            if isinstance(item, zmq.Socket):
+                close_socket(item)
         self._callbacks, self._timers = {}, []
         self._calls.clear()
         self._waker.close()
@@ -2592,13 +2599,6 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
 
-def close_socket(sock: zmq.Socket[bytes]) -> None:
-    """Close *sock* at once; what it has not sent yet is dropped."""
-    if not sock.closed:
-        sock.monitor(None, 0)  # now, as long as there is somebody to be told that it ends
-        sock.close(linger=0)
-
-
 class SocketReceiver:
     """Receives messages from several sockets."""
 
@@ -2888,8 +2888,8 @@ class _NameserverTarget:
         self._watch()
 
     def say_goodbye(self, text: str, when_done: Callable[[], None]) -> None:
-        """Send *text* as the last thing, and call *when_done* when it has been answered; now if nobody knows of us."""
-        if self._is_registered and self._socket is not None:
+        """Send *text* as the last thing, and call *when_done* when it has been answered; now if nobody is there."""
+        if self._socket is not None and int(cast(int, self._socket.get(zmq.EVENTS))) & _POLLOUT:
             self._when_done = when_done
             self.announce(text)
         else:
