@@ -371,9 +371,7 @@ class Config:
         assignment = _Assignment(self)
         paths = {tuple(key.replace("-", "_").split(".")): _normalised(value) for key, value in values.items()}
         with self._lock:
-            self._change(
-                [*_without_hidden(self._changes), *((weakref.ref(assignment), *item) for item in paths.items())]
-            )
+            self._change(_without_hidden(self._changes) + [(weakref.ref(assignment), *item) for item in paths.items()])
         return assignment
 
     def _change(self, changes: list[_Change]) -> None:
