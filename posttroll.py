@@ -3110,7 +3110,7 @@ sendaddressservice = AddressServiceBroadcaster
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; port: where it is bound, 0 if not by TCP.  So a subscriber knows what it has, and asks
+# are not in the history any more; port: where it is bound, 0 if not TCP.  So a subscriber knows what it has, and asks
 # for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
 # older than so many milliseconds; until: the number of the hello.
@@ -3352,7 +3352,10 @@ class _Audience:
                 waiting[1]()
 
     def _take_turn(self) -> None:
-        """Do what the socket has to be done; called by the loop."""
+        """Do what the socket has to be done; called by the loop.
+
+        Whatever uses the socket takes the news of the descriptor: so this follows all other uses, soon.
+        """
         with self.lock:
             if not self.socket.closed:
                 self._take_subscriptions()
@@ -3436,6 +3439,7 @@ class _Audience:
                 del self._timers[callback]
                 if not self.socket.closed:
                     callback()
+                    self._take_turn()
 
         def schedule() -> None:
             self._timers[callback] = self.loop.at(time.monotonic() + seconds, call)
