@@ -4530,7 +4530,9 @@ class _CatchUp:
         source = self._sources.setdefault(instance, _Source())
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
-            self._sources.popitem(last=False)
+            forgotten, old = self._sources.popitem(last=False)
+            self._cancel_request(forgotten)
+            self._close(old)
         return source
 
     def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
