@@ -3140,47 +3140,50 @@ class History:
 
     def __init__(self, messages: int, size: int, seconds: float) -> None:
         self._messages = messages if size and seconds else 0
-        self._size_limit = size
+        self._size = size
         self._seconds = seconds
         self._entries: deque[tuple[float, bytes]] = deque()
+        self._limit = self._messages + self._messages // 16  # they are dropped many at once, which costs less
         self.number = 0  # of the newest message
         self.size = 0
         self._newest_gone = float("-inf")
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return min(len(self._entries), self._messages)
 
     @property
     def first(self) -> int:
         """The number of the oldest message that is kept."""
-        return self.number - len(self._entries) + 1
+        return self.number - len(self) + 1
 
     def append(self, data: bytes, now: float) -> None:
         """Keep a message, which was sent *now*."""
         self.number += 1
-        if self._messages:
-            self._entries.append((now, data))
-            self.size += len(data) + self.OVERHEAD
-            while self.size > self._size_limit or len(self._entries) > self._messages:
-                self._drop()
-        else:
-            self._newest_gone = now
+        entries = self._entries
+        entries.append((now, data))
+        self.size += len(data) + self.OVERHEAD
+        if self.size > self._size or len(entries) > self._limit:
+            self._drop(self._messages, self._size - self._size // 16)
+
+    def _drop(self, messages: int, size: int) -> None:
+        """Forget the oldest, until there are not more, and not larger ones."""
+        entries = self._entries
+        while entries and (len(entries) > messages or self.size > size):
+            self._newest_gone, data = entries.popleft()
+            self.size -= len(data) + self.OVERHEAD
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
-        while self._entries and self._entries[0][0] < now - self._seconds:
-            self._drop()
+        old = sum(1 for _ in takewhile(lambda entry: entry[0] < now - self._seconds, self._entries))
+        self._drop(len(self._entries) - old, self._size)
         return self._entries[0][0] + self._seconds if self._entries else None
-
-    def _drop(self) -> None:
-        self._newest_gone, data = self._entries.popleft()
-        self.size -= len(data) + self.OVERHEAD
 
     def after(self, number: int, count: int) -> list[tuple[int, bytes]]:
         """Return at most *count* messages after the one with *number*, oldest first, with their numbers."""
-        start = max(number + 1 - self.first, 0)
+        first = max(number + 1, self.first)
+        start = first - self.number + len(self._entries) - 1
         entries = islice(self._entries, start, start + count)
-        return [(self.first + start + index, data) for index, (_, data) in enumerate(entries)]
+        return [(first + index, data) for index, (_, data) in enumerate(entries)]
 
     def last_before(self, when: float) -> int:
         """Return the number of the last message that was sent before *when*."""
@@ -3224,13 +3227,14 @@ class _Audience:
 
     PEERS = 10000
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
-    LOOK_MESSAGES, LOOK_SECONDS = 256, 0.25  # after which subscribers are told what they should have
+    LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
     def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
         self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
         self.socket = sock
+        self._send = sock.send
         self.instance = os.urandom(8).hex().encode()
         self.started = time.monotonic()
         self.dropped = 0
@@ -3250,11 +3254,11 @@ class _Audience:
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
         now = time.monotonic()
-        if now > self._next_look or not self.history.number % self.LOOK_MESSAGES:
+        if now > self._next_look:
             self.look(now)
         self.history.append(data, now)
         try:
-            self.socket.send(data, _NOBLOCK)
+            self._send(data, _NOBLOCK)
         except zmq.Again:
             self._send_around_full_queues(data)
 
@@ -4407,6 +4411,8 @@ class _CatchUp:
         since: Callable[[], float],
         on_gone: Callable[[str, int], None],
     ) -> None:
+        self.recv = sock.recv
+        self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
         self._since = since
@@ -4425,10 +4431,10 @@ class _CatchUp:
     def note(self, raw: bytes) -> None:
         """Take note of a message that came live."""
         self._index += 1
-        digest = hash(raw)
-        self._recent.append(digest)
-        for source in self._open:
-            source.live[digest] += 1  # type: ignore[index]
+        self._recent.append(hash(raw[:256]))
+        if self._open:
+            for source in self._open:
+                source.live[_digest(raw)] += 1  # type: ignore[index]
 
     def freeze(self) -> None:
         """Remember what came until now, as a connection is down: its end may not have been confirmed."""
@@ -4511,7 +4517,7 @@ class _CatchUp:
                 source.live = self._live(max(source.index, source.hello_index if source.is_asked else 0))
                 self._open.append(source)
             seen = source.live
-        digest = hash(content)
+        digest = _digest(content)
         if seen[digest] > 0:
             seen[digest] -= 1
             return None
@@ -4547,6 +4553,11 @@ class _CatchUp:
 
 
 _catch_up_log = LimitedLogger("subscriber")
+
+
+def _digest(raw: bytes) -> int:
+    """Return what a message is recognised by: its header, with the microsecond, and the beginning of its data."""
+    return hash(raw[:256])
 
 
 # ======================================================================================================================
@@ -4597,11 +4608,11 @@ class _Receiver:
 
     def __init__(self, subscriber: Subscriber) -> None:
         self._subscriber = subscriber
-        self._stops = subscriber._stops
+        self.stops = subscriber._stops  # how many there were when it began
 
     @property
     def is_on(self) -> bool:
-        return self._stops == self._subscriber._stops and not self._subscriber._is_closed
+        return self.stops == self._subscriber._stops and not self._subscriber._is_closed
 
 
 class Subscriber:
@@ -4649,10 +4660,9 @@ class Subscriber:
         self._loop = Loop()
         self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_outage)
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
-        self._catch_ups: dict[zmq.Socket[bytes], _CatchUp] = {}
-        self._origins: dict[zmq.Socket[bytes], str] = {}
-        self._backlog: deque[tuple[bytes, zmq.Socket[bytes]]] = deque()  # read, but not handed out
-        self._ready: list[zmq.Socket[bytes]] = []
+        self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
+        self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
+        self._ready: list[_CatchUp] = []
         self._batch_end = 0.0
         self._bad_log = LimitedLogger("subscriber")
         self._receivers: list[_Receiver] = []
@@ -4785,17 +4795,17 @@ class Subscriber:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._catch_ups[sock] = _CatchUp(sock, topics, since, self._note_missed)
-        self._origins[sock] = origin or ""
-        self._loop.watch(sock, partial(self._note_ready, sock))
+        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed)
+        stream.origin = origin or ""
+        self._loop.watch(sock, partial(self._note_ready, stream))
         return sock
 
-    def _note_ready(self, sock: zmq.Socket[bytes]) -> None:
-        if sock not in self._ready:
-            self._ready.append(sock)
+    def _note_ready(self, stream: _CatchUp) -> None:
+        if stream not in self._ready:
+            self._ready.append(stream)
 
     def _note_outage(self, sock: zmq.Socket[bytes]) -> None:
-        self._catch_ups[sock].freeze()
+        self._streams[sock].freeze()
 
     def _note_missed(self, publisher: str, count: int) -> None:
         self.missed += count
@@ -4806,7 +4816,7 @@ class Subscriber:
         """Read what lies unread in *sock*, to be handed out later."""
         with suppress(zmq.Again):
             while True:
-                self._backlog.append((sock.recv(_NOBLOCK), sock))
+                self._backlog.append((sock.recv(_NOBLOCK), self._streams[sock]))
 
     # -- receiving --
 
@@ -4821,7 +4831,7 @@ class Subscriber:
         """
         with self._receiving() as receiver:
             while True:
-                message = self._next(receiver, None if timeout is None else time.monotonic() + timeout)
+                message = self._next(receiver, timeout)
                 if message is None and not receiver.is_on:
                     return
                 yield message
@@ -4842,25 +4852,26 @@ class Subscriber:
             if self._is_closed:
                 self.close()
 
-    def _next(self, receiver: _Receiver, deadline: float | None) -> Message | None:
-        """Return the next message; None at the *deadline*, or when the receiver is to end."""
+    def _next(self, receiver: _Receiver, timeout: float | None) -> Message | None:
+        """Return the next message; None after *timeout*, or when the receiver is to end."""
         with self._lock:
+            if receiver.stops == self._stops:
+                message = self._take()
+                if message is not None:
+                    return message
+            deadline = None if timeout is None else time.monotonic() + timeout
             if self._turning is not None:
-                raise RuntimeError(
-                    "An asyncio program receives from this subscriber: it cannot be done in a thread too."
-                )
+                raise RuntimeError("An asyncio program receives from this subscriber: a thread cannot do so too.")
             self._owner = threading.get_ident()
             try:
-                has_waited = False
                 while receiver.is_on:
-                    message = self._take()
-                    now = time.monotonic()
-                    if message is not None or (has_waited and deadline is not None and now >= deadline):
-                        return message
-                    longest = now + self._LONGEST_WAIT
-                    self._loop.turn(now if self._ready else longest if deadline is None else min(deadline, longest))
+                    longest = time.monotonic() + self._LONGEST_WAIT
+                    until = 0.0 if self._ready else longest if deadline is None else min(deadline, longest)
+                    self._loop.turn(until)
                     self._batch_end = time.monotonic() + self._BATCH_SECONDS
-                    has_waited = True
+                    message = self._take()
+                    if message is not None or (deadline is not None and time.monotonic() >= deadline):
+                        return message
             finally:
                 self._owner = 0
         return None
@@ -4928,42 +4939,38 @@ class Subscriber:
         """Return the next message of those that are there; None also if all else is to have its turn."""
         while time.monotonic() < self._batch_end:
             if self._backlog:
-                raw, sock = self._backlog.popleft()
+                raw, stream = self._backlog.popleft()
             elif self._ready:
-                sock = self._ready[-1]
+                stream = self._ready[-1]
                 try:
-                    raw = sock.recv(_NOBLOCK)
-                except zmq.Again:
-                    self._ready.pop()
-                    continue
-                except zmq.ZMQError:  # closed meanwhile
-                    self._ready.pop()
+                    raw = stream.recv(_NOBLOCK)
+                except zmq.ZMQError:  # nothing more, or closed meanwhile
+                    self._ready = self._ready[:-1]
                     continue
             else:
                 return None
-            message = self._accept(raw, sock)
+            message = self._accept(raw, stream)
             if message is not None:
                 return message
-        self._ready.reverse()
+        self._ready = self._ready[::-1]  # the other end has its turn
         return None
 
-    def _accept(self, raw: bytes, sock: zmq.Socket[bytes]) -> Message | None:
+    def _accept(self, raw: bytes, stream: _CatchUp) -> Message | None:
         """Return the message in *raw*, None if it is none, or not wanted."""
-        catch_up = self._catch_ups[sock]
-        if raw.startswith(_MARK):
-            past = catch_up.take(raw)
+        if raw[:1] == b"~":
+            past = stream.take(raw)
             if past is None:
                 return None
             raw = past
         else:
-            catch_up.note(raw)
+            stream.note(raw)
         try:
             message = Message.decode(raw)
         except MessageError as error:
             self._bad_log.warning("message", "Skipped a bad message: %s", error)
             return None
         if self._translate:
-            self._translate_sender(message, self._origins[sock])
+            self._translate_sender(message, stream.origin)
         if self._filter is not None and not self._filter(message):
             return None
         return message
