@@ -2473,7 +2473,7 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
         own: dict[Any, Any] = {option: config.get(name) for option, name in limits.items()}
         own.update(options or {})
         general = {
-            zmq.RECONNECT_IVL_MAX: 2000,
+            zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
             # The system repeats a lost SYN ever more seldom: begin anew, so that a link that is back is used at once.
             zmq.CONNECT_TIMEOUT: 5000,
             **_liveness_options(own[zmq.RCVHWM] != 0),
@@ -3015,6 +3015,13 @@ class MessageBroadcaster:
         for target in self._targets:
             target.close()
         self._targets = []
+
+    def abandon(self) -> None:
+        """Do what `stop` does, without waiting for it and without a goodbye."""
+        loop, self._loop = self._loop, None
+        if loop is not None and self._pid == os.getpid():
+            loop.call(self._end)
+            loop.call(partial(_background.leave, self, loop))
 
 
 class AddressBroadcaster(MessageBroadcaster):
@@ -3574,6 +3581,7 @@ class Publisher:
     Attributes:
         local_only: Refuse subscribers from other hosts; set it before `start`.
         keeps_history: Whether to keep messages at all; set it before `start`.
+        reached: How many subscribers there were when it stopped.
     """
 
     LINGER_SECONDS = 30.0  # that `stop` waits without progress
@@ -3595,6 +3603,7 @@ class Publisher:
         self._last_beat: float | None = None
         self._pid = os.getpid()
         self._dropped = 0
+        self.reached = 0
 
     def start(self) -> Publisher:
         """Start the publisher: bind its address.
@@ -3785,9 +3794,12 @@ class Publisher:
         if audience.socket.closed:
             audience.close(0)
             return 0
-        young_until = audience.started + (config.get("discovery_seconds") if self._is_announced else 0)
+        is_findable = self._is_announced or not self._address.endswith(":0")
+        young_until = audience.started + (config.get("discovery_seconds") if is_findable else 0)
         while audience.history.number and time.monotonic() < young_until:
             time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
+        with self._lock:
+            self.reached = audience.count
         state: Any = None
         since = time.monotonic()
         while True:
@@ -3944,6 +3956,7 @@ class NoisyPublisher:
         self._publisher: Publisher | None = None
         self._broadcaster: AddressServiceBroadcaster | None = None
         self._dropped = 0
+        self.reached = 0  # as `Publisher.reached`
 
     def start(self) -> NoisyPublisher:
         """Start the publisher, and to announce it.
@@ -3991,15 +4004,18 @@ class NoisyPublisher:
         """Wait until *count* subscribers are connected, as `Publisher.wait_for_subscribers` does."""
         return self._started().wait_for_subscribers(count, timeout)
 
+    async def wait_for_subscribers_async(self, count: int = 1, timeout: float | None = None) -> bool:
+        """Do what `wait_for_subscribers` does, in an asyncio program."""
+        return await self._started().wait_for_subscribers_async(count, timeout)
+
     def stop(self) -> None:
         """Stop the publisher, as `Publisher.stop` does, and then tell the nameservers that it is gone."""
         publisher, self._publisher = self._publisher, None
         broadcaster, self._broadcaster = self._broadcaster, None
         try:
             if publisher is not None:
-                self._dropped = 0
                 publisher.stop()
-                self._dropped = publisher.dropped
+                self._dropped, self.reached = publisher.dropped, publisher.reached
         finally:
             if broadcaster is not None:
                 broadcaster.stop()
@@ -4028,11 +4044,27 @@ class NoisyPublisher:
         """How many subscribers are connected."""
         return self._started().subscriber_count
 
+    @property
+    def history_length(self) -> int:
+        """How many messages are kept for subscribers that were away."""
+        return self._started().history_length
+
     def __enter__(self) -> NoisyPublisher:
         return self.start()
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    async def __aenter__(self) -> NoisyPublisher:
+        return self.start()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.stop)
+
+    def __del__(self) -> None:
+        broadcaster = getattr(self, "_broadcaster", None)
+        if broadcaster is not None:
+            broadcaster.abandon()
 
 
 AnyPublisher = Union[Publisher, NoisyPublisher]
@@ -4085,6 +4117,12 @@ class Publish:
 
     def __exit__(self, *exc_info: object) -> None:
         self.publisher.stop()
+
+    async def __aenter__(self) -> AnyPublisher:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.publisher.stop)
 
 
 def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublisher:
@@ -6107,38 +6145,33 @@ def _run_publish(options: argparse.Namespace) -> int:
         with Publish(options.service, options.port, nameservers=nameservers) as publisher:
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
-            return _send_all(publisher, messages)
-
-
-_SETTLING = 0.5  # seconds without a further subscriber after which all that listen are there
+            sent = _send_all(publisher, messages)
+    # Leaving the block has waited for those that were just finding it, and until all is sent.
+    _talk(f"{sent} message{'s' * (sent != 1)} to {publisher.reached} subscriber{'s' * (publisher.reached != 1)}")
+    if publisher.dropped:
+        raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
+    return 0
 
 
 def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> None:
-    """Wait for as many subscribers as were asked for, and on as long as others come."""
-    deadline = time.monotonic() + options.wait
+    """Wait for as many subscribers as were asked for."""
     if not publisher.wait_for_subscribers(options.subscribers, options.wait):
         found = f"{publisher.subscriber_count} of {options.subscribers} subscribers after {options.wait:g} s"
         remedy = "nameservers that run with --no-multicast hear of it only if they are named: --nameserver HOST"
         raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
-    while publisher.wait_for_subscribers(publisher.subscriber_count + 1, _SETTLING) and time.monotonic() < deadline:
-        pass
 
 
 def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
-    """Send messages, tell how many went to how many subscribers, and return the exit status."""
-    subscribers = publisher.subscriber_count
+    """Send messages, and return how many."""
     sent = 0
     try:
         for message in messages:
             publisher.send(message)
             sent += 1
-    finally:
-        text = f"{sent} message{'s' * (sent != 1)} to {subscribers} subscriber{'s' * (subscribers != 1)}"
-        late = publisher.subscriber_count - subscribers
-        _talk(text if late <= 0 else f"{text}, and what was left to {late} more")
-    if publisher.dropped:
-        raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow.")
-    return 0
+    except BaseException:
+        _talk(f"{sent} message{'s' * (sent != 1)} sent until then")
+        raise
+    return sent
 
 
 def _messages_to_publish(options: argparse.Namespace, stream: Any) -> Iterable[Message]:
