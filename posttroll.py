@@ -2897,7 +2897,8 @@ class _NameserverTarget:
         """Take an answer, send a request."""
         sock = cast("zmq.Socket[bytes]", self._socket)
         if int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
-            self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
+            with suppress(zmq.Again):  # the answer to an earlier request, which ZeroMQ skips
+                self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
         if self._pending is not None:
             with suppress(zmq.Again):
                 sock.send(self._pending, _NOBLOCK)
