@@ -2134,44 +2134,50 @@ def _is_own_address(address: str) -> bool:
 
 
 class _AddressList:
-    """Addresses, networks and host names; the names are resolved again from time to time, in the background."""
+    """Addresses, networks and host names.
+
+    The names are resolved in the background, again and again; nobody is let in for one that is not resolved yet.
+    """
 
     REFRESH = 30.0
+    PATIENCE = 0.5  # seconds that a server that starts waits for them
 
     def __init__(self, entries: Sequence[str]) -> None:
         self._networks = []
-        self._names = []
+        self._names: dict[str, frozenset[str]] = {}
         for entry in entries:
             try:
                 self._networks.append(ipaddress.ip_network(entry, strict=False))
             except ValueError:
-                self._names.append(entry)
-        self._resolved: frozenset[str] = frozenset()
-        self._thread: threading.Thread | None = None
-        self._resolve()
+                self._names[entry] = frozenset()
+        if self._names:
+            self._resolve_in_background().join(self.PATIENCE)
 
     def __contains__(self, address: str) -> bool:
-        if self._names and time.monotonic() - self._resolved_at > self.REFRESH:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
-                self._thread.start()
+        if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
+            self._resolve_in_background()
         try:
             number = ipaddress.ip_address(address.partition("%")[0])
         except ValueError:
             return False
         number = getattr(number, "ipv4_mapped", None) or number
-        return str(number) in self._resolved or any(number in network for network in self._networks)
+        is_named = any(str(number) in numbers for numbers in self._names.values())
+        return is_named or any(number in network for network in self._networks)
+
+    def _resolve_in_background(self) -> threading.Thread:
+        self._asked = time.monotonic()
+        self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
+        self._thread.start()
+        return self._thread
 
     def _resolve(self) -> None:
-        found: set[str] = set()
         for name in self._names:
             try:
-                found.update(str(info[4][0]) for info in socket.getaddrinfo(name, None))
+                self._names[name] = frozenset(str(info[4][0]) for info in socket.getaddrinfo(name, None))
             except (OSError, UnicodeError) as error:
+                self._names[name] = frozenset()
                 text = "authorized_client_addresses: %r does not resolve (%s), nobody is let in for it"
                 _key_log.warning(name, text, name, error)
-        self._resolved = frozenset(found)
-        self._resolved_at = time.monotonic()
 
 
 class _AccessRules:
@@ -5922,8 +5928,9 @@ def _parser() -> argparse.ArgumentParser:
 def _assignment(text: str) -> tuple[str, Any]:
     """Return key and value of ``key=value``, for argparse."""
     key, equals, value = text.partition("=")
-    if not equals or key.replace("-", "_") not in OPTIONS:
-        what = f"there is no key {key!r}, see 'posttroll config'" if equals else f"{text!r} is not KEY=VALUE"
+    if not (key and equals) or key.replace("-", "_") not in OPTIONS:
+        is_pair = key and equals
+        what = f"there is no key {key!r}, see 'posttroll config'" if is_pair else f"{text!r} is not KEY=VALUE"
         raise argparse.ArgumentTypeError(what)
     return key, _literal(value)
 
