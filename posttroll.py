@@ -2329,12 +2329,8 @@ class _AccessControl:
 
     def watch(self, monitor: zmq.Socket[bytes]) -> None:
         """Follow what happens to the connections of a socket; its *monitor* now belongs to the loop."""
-
-        def begin() -> None:
-            self._monitors[monitor] = {}
-            self._loop.watch(monitor, partial(self._follow, monitor))
-
-        self._loop.call(begin)
+        self._monitors[monitor] = {}
+        self._loop.call(partial(self._loop.watch, monitor, partial(self._follow, monitor)))
 
     def _close(self) -> None:
         for sock in (self._socket, *self._monitors):

@@ -9452,7 +9452,8 @@ class TestFalseAnnouncements:
                 wait_for(has_tried)
                 with posttroll.Publish("service") as genuine:
                     assert deliver(genuine, subscriber, "good", 40)
-                assert receive(subscriber, timeout=0.1) == []
+                rest = receive(subscriber, 1000, timeout=0.3)  # what was sent before the connection was made
+                assert {message.data for message in rest} <= {"good"}
         for heard in fake.heard:  # the greeting of ZMTP 3 with CURVE, or its beginning, and nothing that follows it
             assert len(heard) <= 64
             assert heard[12:32].rstrip(b"\0") in (b"CURVE", b"")
