@@ -1277,6 +1277,8 @@ class Loop:
     is to be done with `call`.  A callback that raises is logged, and ends neither the loop nor its other callbacks.
     """
 
+    LONGEST_POLL = 3600_000  # milliseconds; poll takes an int, and a clock that is frozen by a test leads far away
+
     def __init__(self) -> None:
         self._callbacks: dict[Any, Callable[[], object]] = {}
         self._poller = zmq.Poller()
@@ -1364,7 +1366,8 @@ class Loop:
             return 0
         due = [when for when in (deadline, self._timers[0].when if self._timers else None) if when is not None]
         # One millisecond more: poll rounds down, and would return just before it is due.
-        return max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        wait = max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        return None if wait is None else min(wait, self.LONGEST_POLL)
 
     def _dispatch(self, ready: Iterable[tuple[Any, int]]) -> None:
         for item, _ in ready:
@@ -2901,7 +2904,8 @@ class _NameserverTarget:
         """Take an answer, send a request."""
         sock = cast("zmq.Socket[bytes]", self._socket)
         if int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
-            self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
+            with suppress(zmq.Again):  # it was the answer to an earlier request, which ZeroMQ skips
+                self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
         if self._pending is not None:
             with suppress(zmq.Again):
                 sock.send(self._pending, _NOBLOCK)
