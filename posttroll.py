@@ -1275,6 +1275,8 @@ class Loop:
     is to be done with `call`.  A callback that raises is logged, and ends neither the loop nor its other callbacks.
     """
 
+    LONGEST_POLL = 3600_000  # milliseconds; poll takes an int, and a clock that is frozen by a test leads far away
+
     def __init__(self) -> None:
         self._callbacks: dict[Any, Callable[[], object]] = {}
         self._poller = zmq.Poller()
@@ -1362,7 +1364,8 @@ class Loop:
             return 0
         due = [when for when in (deadline, self._timers[0].when if self._timers else None) if when is not None]
         # One millisecond more: poll rounds down, and would return just before it is due.
-        return max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        wait = max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        return None if wait is None else min(wait, self.LONGEST_POLL)
 
     def _dispatch(self, ready: Iterable[tuple[Any, int]]) -> None:
         for item, _ in ready:
@@ -2132,44 +2135,50 @@ def _is_own_address(address: str) -> bool:
 
 
 class _AddressList:
-    """Addresses, networks and host names; the names are resolved again from time to time, in the background."""
+    """Addresses, networks and host names.
+
+    The names are resolved in the background, again and again; nobody is let in for one that is not resolved yet.
+    """
 
     REFRESH = 30.0
+    PATIENCE = 0.5  # seconds that a server that starts waits for them
 
     def __init__(self, entries: Sequence[str]) -> None:
         self._networks = []
-        self._names = []
+        self._names: dict[str, frozenset[str]] = {}
         for entry in entries:
             try:
                 self._networks.append(ipaddress.ip_network(entry, strict=False))
             except ValueError:
-                self._names.append(entry)
-        self._resolved: frozenset[str] = frozenset()
-        self._thread: threading.Thread | None = None
-        self._resolve()
+                self._names[entry] = frozenset()
+        if self._names:
+            self._resolve_in_background().join(self.PATIENCE)
 
     def __contains__(self, address: str) -> bool:
-        if self._names and time.monotonic() - self._resolved_at > self.REFRESH:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
-                self._thread.start()
+        if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
+            self._resolve_in_background()
         try:
             number = ipaddress.ip_address(address.partition("%")[0])
         except ValueError:
             return False
         number = getattr(number, "ipv4_mapped", None) or number
-        return str(number) in self._resolved or any(number in network for network in self._networks)
+        is_named = any(str(number) in numbers for numbers in self._names.values())
+        return is_named or any(number in network for network in self._networks)
+
+    def _resolve_in_background(self) -> threading.Thread:
+        self._asked = time.monotonic()
+        self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
+        self._thread.start()
+        return self._thread
 
     def _resolve(self) -> None:
-        found: set[str] = set()
         for name in self._names:
             try:
-                found.update(str(info[4][0]) for info in socket.getaddrinfo(name, None))
+                self._names[name] = frozenset(str(info[4][0]) for info in socket.getaddrinfo(name, None))
             except (OSError, UnicodeError) as error:
+                self._names[name] = frozenset()
                 text = "authorized_client_addresses: %r does not resolve (%s), nobody is let in for it"
                 _key_log.warning(name, text, name, error)
-        self._resolved = frozenset(found)
-        self._resolved_at = time.monotonic()
 
 
 class _AccessRules:
@@ -2321,12 +2330,8 @@ class _AccessControl:
 
     def watch(self, monitor: zmq.Socket[bytes]) -> None:
         """Follow what happens to the connections of a socket; its *monitor* now belongs to the loop."""
-
-        def begin() -> None:
-            self._monitors[monitor] = {}
-            self._loop.watch(monitor, partial(self._follow, monitor))
-
-        self._loop.call(begin)
+        self._monitors[monitor] = {}
+        self._loop.call(partial(self._loop.watch, monitor, partial(self._follow, monitor)))
 
     def _close(self) -> None:
         for sock in (self._socket, *self._monitors):
@@ -2897,7 +2902,7 @@ class _NameserverTarget:
         """Take an answer, send a request."""
         sock = cast("zmq.Socket[bytes]", self._socket)
         if int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
-            with suppress(zmq.Again):  # the answer to an earlier request, which ZeroMQ skips
+            with suppress(zmq.Again):  # it was the answer to an earlier request, which ZeroMQ skips
                 self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
         if self._pending is not None:
             with suppress(zmq.Again):
@@ -5966,8 +5971,9 @@ def _parser() -> argparse.ArgumentParser:
 def _assignment(text: str) -> tuple[str, Any]:
     """Return key and value of ``key=value``, for argparse."""
     key, equals, value = text.partition("=")
-    if not equals or key.replace("-", "_") not in OPTIONS:
-        what = f"there is no key {key!r}, see 'posttroll config'" if equals else f"{text!r} is not KEY=VALUE"
+    if not (key and equals) or key.replace("-", "_") not in OPTIONS:
+        is_pair = key and equals
+        what = f"there is no key {key!r}, see 'posttroll config'" if is_pair else f"{text!r} is not KEY=VALUE"
         raise argparse.ArgumentTypeError(what)
     return key, _literal(value)
 

@@ -775,12 +775,12 @@ class TestConfigFiles:
 
         assert daemon("start")[0] == 0
         try:
-            pid = (tmp_path / "pid").read_text()
+            pid = (tmp_path / "pid").read_text().splitlines()[0]
             write(tmp_path / "config", "a.json", "{")
             status, _, err = daemon("restart")
             assert status == 1
             assert "a.json cannot be used" in err
-            assert daemon("status") == (0, f"nameserver: running (process {pid.strip()})\n", "")
+            assert daemon("status") == (0, f"nameserver: running (process {pid})\n", "")
         finally:
             assert daemon("stop")[0] == 0
         assert not (tmp_path / "pid").exists()
@@ -2588,8 +2588,8 @@ class TestMessageBroadcaster:
             broadcaster.stop()
             for _ in range(2):
                 broadcaster.start()
-                thread = broadcaster._thread
-                assert broadcaster.start()._thread is thread
+                loop = broadcaster._loop
+                assert broadcaster.start()._loop is loop
                 assert receiver()[0] == "a message"
                 broadcaster.stop()
                 broadcaster.stop()
@@ -4126,7 +4126,7 @@ class TestGivenUpConnections:
     """ZeroMQ gives a connection up for good when the other side breaks the protocol."""
 
     def test_a_publisher_is_heard_after_another_program_had_its_port(self, monkeypatch):
-        monkeypatch.setattr(posttroll.Subscriber, "_RENEWAL", 0.2)
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.2)
         port = free_port()
         with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as subscriber:
             with zmq.Context() as context, context.socket(zmq.REP) as other:
@@ -4144,18 +4144,16 @@ class TestGivenUpConnections:
 
                 wait_for(is_heard)
 
-    def test_a_connection_that_is_down_for_long_is_renewed_more_and_more_seldom(self, monkeypatch):
-        monkeypatch.setattr(posttroll.Subscriber, "_RENEWAL", 0.01)
-        monkeypatch.setattr(posttroll.Subscriber, "_LONGEST_RENEWAL", 0.04)
-        with posttroll.Publisher("tcp://*:0") as publisher:
-            address = f"tcp://127.0.0.1:{publisher.port_number}"
+    def test_a_connection_that_is_given_up_each_time_is_renewed_more_and_more_seldom(self, monkeypatch):
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.01)
+        monkeypatch.setattr(posttroll._Connections, "LONGEST_RENEWAL", 0.04)
+        with zmq.Context() as context, context.socket(zmq.REP) as other:
+            address = f"tcp://127.0.0.1:{other.bind_to_random_port('tcp://*')}"
             with posttroll.Subscriber([address]) as subscriber:
-                assert publisher.wait_for_subscribers(1, DEADLINE)
-                publisher.stop()
 
                 def pauses() -> list[float]:
                     next(subscriber.recv(timeout=0.01))
-                    return [pause for _, pause in subscriber._down.values()]
+                    return [link.pause for link in subscriber._connections._links.values()]
 
                 wait_for(lambda: pauses() == [0.04])
                 assert subscriber.addresses == [address]
@@ -5402,13 +5400,14 @@ class TestServicesAndTop:
             wait_for(lambda: subjects() == steady and "no answer from the nameserver" in meter.problem)
             world.enter_context(nameserver())
             wait_for(lambda: subjects() == steady and not meter.problem and len(posttroll.get_pub_address("")) == 3)
-            publishers.pop("b").stop()
+            silent = publishers.pop("b")
+            silent._publisher.stop()  # and it is still announced
             wait_for(lambda: subjects() == {"/steady/a", "/steady/c"})
             address = next(address for address in meter.sources if meter.sources[address].name == "b")
             assert posttroll.get_pub_address("b")[0]["URI"] == address  # as long as it is known, it may come back
-            with mock.patch.object(posttroll, "get_pub_address", return_value=[]):
-                wait_for(lambda: subjects() == {"/steady/a", "/steady/c"} and address not in meter.sources)
-                assert {source.name for source in meter.sources.values()} == {"a", "c"}
+            silent.stop()
+            wait_for(lambda: subjects() == {"/steady/a", "/steady/c"} and address not in meter.sources)
+            assert {source.name for source in meter.sources.values()} == {"a", "c"}
 
 
 class TestConfigCommand:
@@ -6908,11 +6907,11 @@ class TestAddressReceiver:
                 super().answer_all(answer)
                 order.append("answered")
 
-        def publish_new(receiver: Any, entry: Any, publisher: Any) -> None:
+        def publish(receiver: Any, entry: Any, is_new: bool, publisher: Any) -> None:
             order.append(f"published {entry.address}")
 
         with mock.patch("posttroll_ns._Server", Telling):
-            with mock.patch("posttroll_ns.AddressReceiver._publish_new", publish_new):
+            with mock.patch("posttroll_ns.AddressReceiver._publish", publish):
                 receiver = posttroll_ns.AddressReceiver(multicast_enabled=False).start()
                 try:
                     answer = raw_request(config.get("broadcast_port"), announcement().encode().encode())
@@ -7847,7 +7846,7 @@ class TestBrokenLookups:
             assert uris() == []
 
     def test_thousand_clients_at_once(self):
-        posttroll_ns._raise_descriptor_limit()
+        posttroll.raise_descriptor_limit()
         with nameserver_process("--no-multicast") as running, zmq.Context() as context:
             register(ANNOUNCEMENT % "tcp://127.0.0.1:9")
             context.set(zmq.MAX_SOCKETS, 5000)
@@ -7887,7 +7886,7 @@ class TestBrokenLookups:
 
     def test_500_half_open_connections(self):
         """Connections on which nothing comes do not keep others from being served."""
-        posttroll_ns._raise_descriptor_limit()
+        posttroll.raise_descriptor_limit()
         with nameserver_process("--no-multicast") as running:
             before = descriptors_of(running)
             ports = [config.get(name) for name in ("nameserver_port", "broadcast_port")]
@@ -7899,13 +7898,13 @@ class TestBrokenLookups:
     def test_file_descriptors_run_out_as_it_starts(self):
         """What its first message needs has been imported before others can connect."""
         code = """
-import resource, posttroll, posttroll_ns
+import resource, sys, types, posttroll, posttroll_ns
 receiver = posttroll_ns.AddressReceiver(multicast_enabled=False, do_heartbeat=False).start()
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-print(receiver._beat())
+receiver.process_address_message(sys.argv[1], types.SimpleNamespace(send=print))
 """
-        with python(code, cwd=HERE) as running:
-            line = await_line(running, "beat")
+        with python(code, ANNOUNCEMENT % "tcp://127.0.0.1:9", cwd=HERE) as running:
+            line = await_line(running, "/address/")
         assert Message.decode(line.strip()).host == socket.gethostname()
 
     def test_no_file_descriptors_left_at_the_end(self):
@@ -8431,26 +8430,28 @@ class TestRegistrationsAndFailingNameservers:
                 publisher.send(posttroll.Message("/a", "info", number))
             assert sorted(message.data for message in receive(subscriber, 2)) == [0, 1]
 
-    def test_a_receiver_of_addresses_that_fails_ends_the_nameserver(self):
-        """It must not live on deaf: whoever watches over it is to start it again."""
+    def test_a_registration_that_fails_is_logged_and_ends_nothing(self):
+        """It is answered, too: a client without an answer would wait for ever."""
         code = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 import posttroll_ns
+process = posttroll_ns.AddressReceiver.process_address_message
 
-def fail(self, data, pub):
+def fail_once(self, data, pub):
+    posttroll_ns.AddressReceiver.process_address_message = process
     raise OSError("the disk is on fire")
 
-posttroll_ns.AddressReceiver.process_address_message = fail
+posttroll_ns.AddressReceiver.process_address_message = fail_once
 sys.exit(posttroll_ns.main(["--no-multicast"]))
 """
         with python(code) as running:
             await_line(running, "answers on port")
-            with raw_socket(zmq.REQ, config.get("broadcast_port")) as sock:
-                sock.send(registration_of().encode())
-                status, _, err = finish(running)
-            assert status == 1
-            assert "the disk is on fire" in err
+            assert [register(registration_of()) for _ in range(2)] == [b"", b"ok"]
+            await_line(running, "the disk is on fire")
+            assert len(uris()) == 1
+            running.send_signal(signal.SIGTERM)
+            assert finish(running)[0] == 0
 
     def test_loopback_address_is_forgotten_when_the_real_one_is_known(self, monkeypatch):
         """Both are the same publisher: a subscriber must not get each message twice for ten minutes."""
@@ -8943,8 +8944,8 @@ sys.stdin.read()
             for _ in range(3):
                 with raw_socket(zmq.SUB, publisher.port_number) as strange:
                     strange.subscribe(b"pytroll:/")
-                    wait_for(lambda: publisher._subscriber_count == 1)
-                wait_for(lambda: publisher._subscriber_count == 0)
+                    wait_for(lambda: publisher._audience.strangers == 1)
+                wait_for(lambda: publisher._audience.strangers == 0)
 
 
 # ======================================================================================================================
@@ -9127,6 +9128,7 @@ class TestStrangers:
         with nameserver():
             with config.set(keys.of(stranger)):
                 outside = posttroll.NoisyPublisher("outside", nameservers=["localhost"], broadcast_interval=0.1).start()
+                wait_for(lambda: outside._broadcaster._targets[0]._socket)  # with these keys
             try:
                 wait_for(was_refused(caplog))
                 with posttroll.Publish("inside", nameservers=["localhost"]):
@@ -9335,7 +9337,7 @@ class TestHandshakeLog:
                 return found
 
             # With the limit out of the way, as a lost race for the address uses it up.
-            posttroll._authenticators[os.getpid()]._log.BURST = 1000
+            posttroll._access_control._log.BURST = 1000
             wait_for(is_logged)
 
     def test_is_limited(self, keys, caplog):
@@ -9359,7 +9361,7 @@ class TestHandshakeLog:
                     peer.sendall(b"GET / HTTP/1.0\r\n\r\n" * 5)
             assert deliver(publisher, friend, "after")
             wait_for(lambda: descriptors() <= before + 2)
-            service = posttroll._authenticators[os.getpid()]
+            service = posttroll._access_control
             wait_for(lambda: all(len(peers) <= 2 for peers in list(service._monitors.values())))
 
 
@@ -9454,7 +9456,8 @@ class TestFalseAnnouncements:
                 wait_for(has_tried)
                 with posttroll.Publish("service") as genuine:
                     assert deliver(genuine, subscriber, "good", 40)
-                assert receive(subscriber, timeout=0.1) == []
+                rest = receive(subscriber, 1000, timeout=0.3)  # what was sent before the connection was made
+                assert {message.data for message in rest} <= {"good"}
         for heard in fake.heard:  # the greeting of ZMTP 3 with CURVE, or its beginning, and nothing that follows it
             assert len(heard) <= 64
             assert heard[12:32].rstrip(b"\0") in (b"CURVE", b"")
@@ -9486,7 +9489,7 @@ class TestFalseAnnouncements:
         assert posttroll._addresses_in(posttroll.Message("/a", "info", [{"URI": uri}]).encode().encode()) == []
         with posttroll.Subscriber([]) as subscriber:
             follower = posttroll._Follower(subscriber, ["service"], [], listen=False)
-            follower.add("localhost", {"URI": uri, "service": ["service"]})
+            follower.add("localhost", {"URI": uri, "service": ["service"]}, "service")
             assert subscriber.addresses == []
 
     def test_the_nameserver_keeps_a_limited_number(self, keys):
@@ -9503,7 +9506,7 @@ class TestFalseAnnouncements:
         with posttroll.Subscriber([]) as subscriber:
             follower = posttroll._Follower(subscriber, [""], [], listen=False)
             for number in range(100):
-                follower.add("localhost", {"URI": f"tcp://{LOOPBACK}:{10000 + number}", "service": ["x"]})
+                follower.add("localhost", {"URI": f"tcp://{LOOPBACK}:{10000 + number}", "service": ["x"]}, "")
             assert len(subscriber.addresses) == 10
 
     def test_names_are_resolved_by_a_limited_number_of_threads(self, keys, monkeypatch):
@@ -9520,7 +9523,7 @@ class TestFalseAnnouncements:
             with posttroll.Subscriber([]) as subscriber:
                 follower = posttroll._Follower(subscriber, [""], [], listen=False)
                 for number in range(200):
-                    follower.add("localhost", {"URI": f"tcp://host{number}.example:9000", "service": ["x"]})
+                    follower.add("localhost", {"URI": f"tcp://host{number}.example:9000", "service": ["x"]}, "")
                 assert receive(subscriber, timeout=0.1) == []
                 assert 1 <= len(asked) <= 20
         finally:
@@ -9947,27 +9950,30 @@ class TestMissingKeys:
 # -- one authenticator for all --
 
 
-def access_control_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "posttroll access control"]
+def threads_of_loops() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "posttroll loop"]
 
 
 class TestAuthenticator:
-    """One thread answers for all server sockets of the context, as long as there are any."""
+    """One socket answers for all server sockets of the context, as long as there are any."""
 
     def test_nothing_runs_without_need(self):
         with publishing(), nameserver():
-            assert access_control_threads() == []
+            assert posttroll._access_control is None
 
     def test_it_is_shared_and_ends_with_the_last(self, keys):
         with publishing() as first:
+            control = posttroll._access_control
             with publishing() as second, nameserver():
-                assert len(access_control_threads()) == 1
+                assert posttroll._access_control is control is not None
+                assert len(threads_of_loops()) == 1
                 with subscribing(second.port_number) as subscriber:
                     assert deliver(second, subscriber, "second")
             with subscribing(first.port_number) as subscriber:
                 assert deliver(first, subscriber, "first")
-            assert len(access_control_threads()) == 1
-        assert access_control_threads() == []
+            assert posttroll._access_control is control
+        assert posttroll._access_control is None
+        assert threads_of_loops() == []
 
     def test_one_that_stops_takes_nothing_from_the_others(self, keys):
         """Many times, with connections that stand and connections that fail on all of them."""
@@ -9990,7 +9996,8 @@ class TestAuthenticator:
         for number in range(5):
             with publishing() as publisher, subscribing(publisher.port_number) as subscriber:
                 assert deliver(publisher, subscriber, str(number))
-            assert access_control_threads() == []
+            assert posttroll._access_control is None
+            assert threads_of_loops() == []
 
     def test_a_new_one_works_in_a_new_context(self, keys):
         publisher = posttroll.Publisher("tcp://*:0").start()
@@ -11246,7 +11253,7 @@ class TestVendoredBesideKnownPackage:
 # Populated worlds: more than one of everything, processes that write down what they sent and handed out
 # ======================================================================================================================
 
-COUNTED_AT_THE_END = False  # True: a stopped publisher still says how many messages were dropped, its end included
+COUNTED_AT_THE_END = True  # a stopped publisher still says how many messages were dropped, its end included
 
 NUMBERING_PUBLISHER = """
 import json, logging, multiprocessing, os, select, signal, sys, time, posttroll
@@ -11468,16 +11475,32 @@ def bad_ends(crowd: Crowd) -> list[str]:
     return faults
 
 
+def is_in_order(numbers: Sequence[int]) -> bool:
+    """Whether these are two sequences of increasing numbers, mixed: what came live, and what was caught up."""
+    higher = lower = -1
+    for number in numbers:
+        if number > higher:
+            higher = number
+        elif number > lower:
+            lower = number
+        else:
+            return False
+    return True
+
+
 def gaps(crowd: Crowd) -> list[str]:
-    """Return which subscribers did not get all of a publisher, once and in order, from the first that they got."""
+    """Return which subscribers did not get all of a publisher, once and in order, from the earliest that they got.
+
+    Who was killed, or ended before all had come, may lack some of the last ones.
+    """
     found = []
     for publisher in [life.read() for part in crowd.publishers for life in part.lives]:
         for subscriber in [life.read() for part in crowd.subscribers for life in part.lives]:
             got = subscriber.got.get((publisher.part.name, publisher.number), [])
-            expected = [number for number in publisher.sent if got and number >= got[0]]
+            expected = {number for number in publisher.sent if got and number >= min(got)}
             if publisher.ending == signal.SIGKILL or subscriber.ending:
-                expected = expected[: len(got)]
-            if got != expected:
+                expected &= set(got)
+            if len(got) != len(expected) or set(got) != expected or not is_in_order(got):
                 found.append(f"{publisher} to {subscriber}: {len(got)} of {len(expected)}, {publisher.dropped} dropped")
     return found
 
@@ -11554,8 +11577,7 @@ class TestPopulatedWorlds:
             "secure",
             "few files",
             "silent name server",
-            # It fails: servers start only when all names on their list are resolved.
-            pytest.param("silent name server, names on the allow list", marks=pytest.mark.xfail(run=False)),
+            "silent name server, names on the allow list",
         ]
     )
     def crowd(self, request, tmp_path, monkeypatch):
