@@ -3177,7 +3177,7 @@ class History:
         entries.append((now, data))
         self.size += len(data) + self.OVERHEAD
         if self.size > self._size or len(entries) > self._limit:
-            self._drop(self._messages, self._size - self._size // 16)
+            self._drop(self._messages, self._size)
 
     def _drop(self, messages: int, size: int) -> None:
         """Forget the oldest, until there are not more, and not larger ones."""
@@ -3837,7 +3837,7 @@ class Publisher:
             time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
         with self._lock:
             self.reached = audience.count
-        state: Any = None
+        state: Any = True
         since = time.monotonic()
         while True:
             before, state = state, self._state_of(audience)

@@ -11816,14 +11816,14 @@ def short_heartbeats(monkeypatch):
 class TestHistory:
     def test_its_three_bounds(self):
         text = text_message("x" * 100)
-        for settings, kept in (
+        for setting, kept in (
             ({"history_messages": 7}, 7),
             ({"history_bytes": 10 * (len(text) + posttroll.History.OVERHEAD)}, 10),
             ({"history_messages": 0}, 0),
             ({"history_bytes": 0}, 0),
             ({"history_seconds": 0}, 0),
         ):
-            with config.set(settings), posttroll.Publisher("tcp://*:0") as pub:
+            with config.set(setting), posttroll.Publisher("tcp://*:0") as pub:
                 for _ in range(50):
                     pub.send(text)
                 assert pub.history_length == kept, settings
