@@ -3116,21 +3116,23 @@ sendaddressservice = AddressServiceBroadcaster
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <name>         the mark has arrived; all after number will come
+#     hello      H <instance> <number> <ends> <port> <name>  the mark has arrived; all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more.  So a subscriber knows what it has, and asks for what it has not.  It answers a hello
-# by a request, a subscription to <mark>/<instance>/n<number>,<until>/<topics> (what follows that number) or
-# <mark>/<instance>/a<milliseconds>,<until>/<topics> (what is not older), until: the number of the hello.
+# are not in the history any more; port: where it is bound, 0 if not by TCP.  So a subscriber knows what it has, and asks
+# for what it has not.  It answers a hello by a request: it subscribes to
+# <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
+# older than so many milliseconds; until: the number of the hello.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
 _MARK_PATTERN = re.compile(
-    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/([na])(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?", re.DOTALL
+    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
+    re.DOTALL,
 )
 
 
@@ -3258,6 +3260,8 @@ class _Audience:
         self.peers: dict[bytes, _Peer] = {}
         self._topics = 0
         self._name = "_".join(name.split()).encode() or b"-"
+        tcp = _split_tcp(cast(bytes, sock.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode())
+        self._port = tcp[1] if tcp else 0
         self._next_look = 0.0
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3418,7 +3422,8 @@ class _Audience:
     def _greet(self, peer: _Peer) -> None:
         """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
         peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
-        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %s" % (self.instance, number, peer.ends, self._name)):
+        fields = (self.instance, number, peer.ends, self._port, self._name)
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
             peer.hello = peer.told = number
         else:
             self._catch_up_soon(0.02)
@@ -3472,16 +3477,14 @@ class _Audience:
         peer, history = self.peers.get(mark), self.history
         if peer is None or match[3] != self.instance:
             return  # somebody else is asked
-        amount, until = int(match[5]), min(int(match[6]), history.number)
+        after, milliseconds, until = int(match[4]), int(match[5]), min(int(match[6]), history.number)
         if peer.hello is None or until < peer.hello:
             return  # that was over an earlier connection; it asks again when it has our hello
-        if match[4] == b"n":
-            after = amount
-        else:
-            since = time.monotonic() - amount / 1000
-            after = history.last_before(since)
+        if milliseconds:
+            since = time.monotonic() - milliseconds / 1000
+            after = min(after, history.last_before(since))
             if history.has_lost_since(since):
-                after = 0 if self.started >= since else history.first - 2
+                after = min(after, 0 if self.started >= since else history.first - 2)
         peer.greeted = None
         peer.fall_behind(min(after, until), until)
         peer.prefixes = tuple(match[7].split(b"\n"))
@@ -4288,20 +4291,21 @@ class _Connections:
         link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
         return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
 
-    def greet(self, sock: zmq.Socket[bytes], begin: float, index: int) -> tuple[float, int]:
+    def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
 
-        And the index of the first that has come from it; *begin* and *index* if no connection is new.
+        And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
+        can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
         """
         self._take_events(sock, self._monitors[sock])
         new = [
-            (link.changed, link)
-            for (other, _), link in self._links.items()
+            (not endpoint.endswith(f":{port}"), link.changed, link)
+            for (other, endpoint), link in self._links.items()
             if other is sock and link.is_up and not link.is_greeted and time.monotonic() - link.changed < 5
         ]
         if not new:
             return begin, index
-        link = min(new, key=lambda item: item[0])[1]
+        link = min(new, key=lambda item: item[:2])[2]
         link.is_greeted = True
         return link.begin, link.index
 
@@ -4452,7 +4456,8 @@ class _Source:
     def __init__(self) -> None:
         self.name = ""
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
-        self.since: float | None = None  # since when its messages are wanted
+        self.since: Any = None  # since when its messages are wanted
+        self.found = 0  # the number of the first hello
         self.known: set[int] = set()  # numbers behind the position that came under the mark
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
@@ -4482,8 +4487,8 @@ class _CatchUp:
     Args:
         sock: The socket.
         prefixes: What it has subscribed to.
-        since: Called for a publisher that has just been found, with the index of the next message; returns since when
-            its messages are wanted, and the index of the first that may have come from it.
+        since: Called for a publisher that has just been found, with its port and the index of the next message; returns
+            since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
     """
 
@@ -4494,7 +4499,7 @@ class _CatchUp:
         self,
         sock: zmq.Socket[bytes],
         prefixes: Sequence[bytes],
-        since: Callable[[int], tuple[float, int]],
+        since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
     ) -> None:
         self.recv = sock.recv
@@ -4574,8 +4579,11 @@ class _CatchUp:
             self._sources.popitem(last=False)
         return source
 
-    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int) -> None:
+    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
         source.name = name
+        if source.since is None:
+            source.found = number
+            source.since, source.index = self._since(port, self._index)
         self._close(source)
         source.begin(number, ends, self._index)
         self._ask(instance, source)
@@ -4584,11 +4592,10 @@ class _CatchUp:
         """Ask for what is missing up to the hello."""
         self._cancel_request(instance)
         if source.position is None:
-            if source.since is None:
-                source.since, source.index = self._since(self._index)
-            what = b"a%d" % max(int((time.monotonic() - source.since) * 1000), 0)
+            past = max(int((time.monotonic() - source.since) * 1000), 0)
+            what = b"%d+%d" % (source.found, past)
         else:
-            what = b"n%d" % source.position
+            what = b"%d+0" % source.position
         source.unconfirmed = self._live(source.index, source.hello_index)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
