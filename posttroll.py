@@ -1282,6 +1282,8 @@ class Loop:
     is to be done with `call`.  A callback that raises is logged, and ends neither the loop nor its other callbacks.
     """
 
+    LONGEST_POLL = 3600_000  # milliseconds; poll takes an int, and a clock that is frozen by a test leads far away
+
     def __init__(self) -> None:
         self._callbacks: dict[Any, Callable[[], object]] = {}
         self._poller = zmq.Poller()
@@ -1369,7 +1371,8 @@ class Loop:
             return 0
         due = [when for when in (deadline, self._timers[0].when if self._timers else None) if when is not None]
         # One millisecond more: poll rounds down, and would return just before it is due.
-        return max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        wait = max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        return None if wait is None else min(wait, self.LONGEST_POLL)
 
     def _dispatch(self, ready: Iterable[tuple[Any, int]]) -> None:
         for item, _ in ready:
@@ -2139,44 +2142,50 @@ def _is_own_address(address: str) -> bool:
 
 
 class _AddressList:
-    """Addresses, networks and host names; the names are resolved again from time to time, in the background."""
+    """Addresses, networks and host names.
+
+    The names are resolved in the background, again and again; nobody is let in for one that is not resolved yet.
+    """
 
     REFRESH = 30.0
+    PATIENCE = 0.5  # seconds that a server that starts waits for them
 
     def __init__(self, entries: Sequence[str]) -> None:
         self._networks = []
-        self._names = []
+        self._names: dict[str, frozenset[str]] = {}
         for entry in entries:
             try:
                 self._networks.append(ipaddress.ip_network(entry, strict=False))
             except ValueError:
-                self._names.append(entry)
-        self._resolved: frozenset[str] = frozenset()
-        self._thread: threading.Thread | None = None
-        self._resolve()
+                self._names[entry] = frozenset()
+        if self._names:
+            self._resolve_in_background().join(self.PATIENCE)
 
     def __contains__(self, address: str) -> bool:
-        if self._names and time.monotonic() - self._resolved_at > self.REFRESH:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
-                self._thread.start()
+        if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
+            self._resolve_in_background()
         try:
             number = ipaddress.ip_address(address.partition("%")[0])
         except ValueError:
             return False
         number = getattr(number, "ipv4_mapped", None) or number
-        return str(number) in self._resolved or any(number in network for network in self._networks)
+        is_named = any(str(number) in numbers for numbers in self._names.values())
+        return is_named or any(number in network for network in self._networks)
+
+    def _resolve_in_background(self) -> threading.Thread:
+        self._asked = time.monotonic()
+        self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
+        self._thread.start()
+        return self._thread
 
     def _resolve(self) -> None:
-        found: set[str] = set()
         for name in self._names:
             try:
-                found.update(str(info[4][0]) for info in socket.getaddrinfo(name, None))
+                self._names[name] = frozenset(str(info[4][0]) for info in socket.getaddrinfo(name, None))
             except (OSError, UnicodeError) as error:
+                self._names[name] = frozenset()
                 text = "authorized_client_addresses: %r does not resolve (%s), nobody is let in for it"
                 _key_log.warning(name, text, name, error)
-        self._resolved = frozenset(found)
-        self._resolved_at = time.monotonic()
 
 
 class _AccessRules:
@@ -2328,12 +2337,8 @@ class _AccessControl:
 
     def watch(self, monitor: zmq.Socket[bytes]) -> None:
         """Follow what happens to the connections of a socket; its *monitor* now belongs to the loop."""
-
-        def begin() -> None:
-            self._monitors[monitor] = {}
-            self._loop.watch(monitor, partial(self._follow, monitor))
-
-        self._loop.call(begin)
+        self._monitors[monitor] = {}
+        self._loop.call(partial(self._loop.watch, monitor, partial(self._follow, monitor)))
 
     def _close(self) -> None:
         for sock in (self._socket, *self._monitors):
@@ -2904,7 +2909,8 @@ class _NameserverTarget:
         """Take an answer, send a request."""
         sock = cast("zmq.Socket[bytes]", self._socket)
         if int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
-            self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
+            with suppress(zmq.Again):  # it was the answer to an earlier request, which ZeroMQ skips
+                self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
         if self._pending is not None:
             with suppress(zmq.Again):
                 sock.send(self._pending, _NOBLOCK)
@@ -3118,7 +3124,8 @@ sendaddressservice = AddressServiceBroadcaster
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
 #     hello      H <instance> <number> <ends> <name>         the mark has arrived; all after number will come
-#     caught up  C <instance> <number>\0<message>            a message of the past
+#     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
+#     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
@@ -3177,7 +3184,7 @@ class History:
         entries.append((now, data))
         self.size += len(data) + self.OVERHEAD
         if self.size > self._size or len(entries) > self._limit:
-            self._drop(self._messages, self._size - self._size // 16)
+            self._drop(self._messages, self._size)
 
     def _drop(self, messages: int, size: int) -> None:
         """Forget the oldest, until there are not more, and not larger ones."""
@@ -3216,8 +3223,10 @@ class _Peer:
         self.topics = topics
         self.connections = 0
         self.greeted: float | None = None  # when, until it has asked for what it has not
+        self.hello: int | None = None  # the number that the last hello has told, None: a hello is still to be sent
         self.prefixes: tuple[bytes, ...] = (b"",)
-        self.told = 0  # the number that the last position has told
+        self.told = 0  # the number that it was told last
+        self.is_heard = True  # False: what is sent to it may be dropped in silence
         self.begin()
         self.ends = 0
 
@@ -3229,7 +3238,8 @@ class _Peer:
 
     def fall_behind(self, after: int, until: int | None) -> None:
         """Take note of what is to be caught up."""
-        self.after = after if self.after is None else min(self.after, after)
+        if self.after is None or after < self.after:
+            self.after, self.gone = after, 0
         self.until = None if until is None or self.until is None else max(self.until, until)
 
 
@@ -3288,17 +3298,18 @@ class _Audience:
         number, missed = self.history.number, 0
         if self.strangers:
             for peer in self.peers.values():  # it may be dropped for them too, and what follows it
-                peer.fall_behind(number - 1, None)
+                peer.fall_behind(peer.told, None)
+                peer.is_heard = False
             self.socket.setsockopt(zmq.XPUB_NODROP, 0)
             self.socket.send(data, _NOBLOCK)
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)
             missed = 1
         else:
             for peer in self.peers.values():
-                if peer.after is None and self._send_to(peer, b"C %s %d\0%s" % (self.instance, number, data)):
+                if peer.after is None and self._send_to(peer, b"L %s %d\0%s" % (self.instance, number, data)):
                     peer.sent += 1
-                else:
-                    peer.fall_behind(number - 1, None)
+                else:  # from what it was told on: so it can tell copies from messages that were sent several times
+                    peer.fall_behind(peer.told, None)
                     missed += 1
         self._catch_up_soon(0.02)
         if missed:
@@ -3313,6 +3324,19 @@ class _Audience:
         except zmq.Again:
             return False
         return True
+
+    def _hears(self, peer: _Peer) -> bool:
+        """Whether what is sent to *peer* arrives, or is refused.
+
+        When a queue was full and its message dropped, ZeroMQ drops what follows, too, until half of the queue is read,
+        and does not say so.  Only a queue that it uses again can be full: so make them short, and fill this one.
+        """
+        if not peer.is_heard:
+            limit = self.socket.getsockopt(zmq.SNDHWM)
+            self.socket.setsockopt(zmq.SNDHWM, 1)
+            peer.is_heard = not all(self._send_to(peer, b"P %s 0 0 0" % self.instance) for _ in range(100))
+            self.socket.setsockopt(zmq.SNDHWM, limit)
+        return peer.is_heard
 
     # -- who listens --
 
@@ -3396,8 +3420,15 @@ class _Audience:
         peer.connections += 1
         peer.begin()  # it will ask for what it has not
         self.socket.setsockopt(option, mark)
-        peer.greeted = time.monotonic()
-        self._send_to(peer, b"H %s %d %d %s" % (self.instance, self.history.number, peer.ends, self._name))
+        self._greet(peer)
+
+    def _greet(self, peer: _Peer) -> None:
+        """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
+        peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %s" % (self.instance, number, peer.ends, self._name)):
+            peer.hello = peer.told = number
+        else:
+            self._catch_up_soon(0.02)
 
     # -- catching up --
 
@@ -3412,7 +3443,7 @@ class _Audience:
     def _tell_positions(self) -> None:
         number = self.history.number
         for peer in self.peers.values():
-            if peer.told != number and peer.after is None:
+            if peer.told != number and peer.after is None and peer.hello is not None:
                 if self._send_to(peer, b"P %s %d %d %d" % (self.instance, number, peer.ends, peer.sent)):
                     peer.told = number
 
@@ -3449,6 +3480,8 @@ class _Audience:
         if peer is None or match[3] != self.instance:
             return  # somebody else is asked
         amount, until = int(match[5]), min(int(match[6]), history.number)
+        if peer.hello is None or until < peer.hello:
+            return  # that was over an earlier connection; it asks again when it has our hello
         if match[4] == b"n":
             after = amount
         else:
@@ -3466,8 +3499,11 @@ class _Audience:
 
     def _catch_up(self) -> None:
         """Send to each subscriber a part of what it has to catch up."""
-        behind = [peer for peer in self.peers.values() if peer.after is not None]
-        are_served = [self._send_past(peer) for peer in behind]
+        for peer in self.peers.values():
+            if peer.hello is None:
+                self._greet(peer)
+        behind = [peer for peer in self.peers.values() if peer.after is not None and peer.greeted is None]
+        are_served = [self._hears(peer) and self._send_past(peer) for peer in behind]
         if any(peer.after is not None for peer in behind):
             self._catch_up_soon(0 if any(are_served) else 0.02)
 
@@ -3492,6 +3528,7 @@ class _Audience:
         if not self._send_to(peer, b"E %s %d %d %d %d" % (self.instance, until, peer.ends + 1, peer.sent, peer.gone)):
             return False
         peer.ends += 1
+        peer.told = until
         peer.begin()
         return True
 
@@ -3807,7 +3844,7 @@ class Publisher:
             time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
         with self._lock:
             self.reached = audience.count
-        state: Any = None
+        state: Any = True
         since = time.monotonic()
         while True:
             before, state = state, self._state_of(audience)
@@ -4200,6 +4237,7 @@ class _Link:
         self.pause = pause  # seconds until it is made anew
         self.begin = begin
         self.is_greeted = False
+        self.index = 0  # of the first message after it has come up
 
 
 class _Connections:
@@ -4209,7 +4247,8 @@ class _Connections:
         loop: The loop to use; whoever runs it is the only one to call the methods.
         open_socket: Called with the key of a group of addresses; returns a new SUB socket for them.
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
-        on_down: Called with a socket of which a connection has gone down.
+        on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
+            message of that socket.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
@@ -4219,9 +4258,9 @@ class _Connections:
         loop: Loop,
         open_socket: Callable[[Any], Any],
         read_all: Callable[[Any], None],
-        on_down: Callable[[Any], None],
+        on_change: Callable[[Any], int],
     ) -> None:
-        self._on_down = on_down
+        self._on_change = on_change
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
@@ -4230,6 +4269,7 @@ class _Connections:
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
         self._names: dict[str, _Resolution] = {}  # of the addresses that are not numbers
         self.sockets: dict[Any, zmq.Socket[bytes]] = {}
+        self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
@@ -4255,18 +4295,22 @@ class _Connections:
         link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
         return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
 
-    def greet(self, sock: zmq.Socket[bytes], default: float) -> float:
-        """Return since when the messages are wanted of the publisher that has just greeted us on *sock*."""
+    def greet(self, sock: zmq.Socket[bytes], begin: float, index: int) -> tuple[float, int]:
+        """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
+
+        And the index of the first that has come from it; *begin* and *index* if no connection is new.
+        """
+        self._take_events(sock, self._monitors[sock])
         new = [
             (link.changed, link)
             for (other, _), link in self._links.items()
             if other is sock and link.is_up and not link.is_greeted and time.monotonic() - link.changed < 5
         ]
         if not new:
-            return default
+            return begin, index
         link = min(new, key=lambda item: item[0])[1]
         link.is_greeted = True
-        return link.begin
+        return link.begin, link.index
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -4311,6 +4355,7 @@ class _Connections:
         used = {key for key, _ in self._wanted.values()}
         for key in [key for key in self.sockets if key not in used]:
             sock = self.sockets.pop(key)
+            self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
 
@@ -4321,6 +4366,7 @@ class _Connections:
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         monitor = _open_monitor(sock, events | failures)
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
+        self._monitors[sock] = monitor
         return sock
 
     def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
@@ -4339,8 +4385,8 @@ class _Connections:
             if link is not None:
                 was_up = link.is_up
                 self._take_event(link, event, endpoint.decode("utf-8", "replace"))
-                if was_up and not link.is_up:
-                    self._on_down(sock)
+                if was_up != link.is_up:
+                    link.index = self._on_change(sock)
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
         if event == zmq.EVENT_CONNECT_RETRIED:
@@ -4413,7 +4459,7 @@ class _Source:
     def __init__(self) -> None:
         self.name = ""
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
-        self.since: float | None = None  # when all is wanted since, as long as there is no position
+        self.since: float | None = None  # since when its messages are wanted
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
         self.known: set[int] = set()  # numbers behind the position that came under the mark
@@ -4446,7 +4492,8 @@ class _CatchUp:
     Args:
         sock: The socket.
         prefixes: What it has subscribed to.
-        since: Called for a publisher that has just been found; returns since when its messages are wanted.
+        since: Called for a publisher that has just been found, with the index of the next message; returns since when
+            its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -4458,7 +4505,7 @@ class _CatchUp:
         self,
         sock: zmq.Socket[bytes],
         prefixes: Sequence[bytes],
-        since: Callable[[], float],
+        since: Callable[[int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
         durable: _DurableState | None = None,
     ) -> None:
@@ -4488,11 +4535,16 @@ class _CatchUp:
             for source in self._open:
                 source.live[_digest(raw)] += 1  # type: ignore[index]
 
-    def freeze(self) -> None:
-        """Remember what came until now, as a connection is down: its end may not have been confirmed."""
+    def freeze(self) -> int:
+        """Remember what came until now, as a connection is down: its end may not have been confirmed.
+
+        Returns:
+            The index of what comes next.
+        """
         first = self._index - len(self._recent)
         start = max(self._frozen[-1][0] + 1 - first, 0) if self._frozen else 0
         self._frozen.extend((first + start + i, digest) for i, digest in enumerate(islice(self._recent, start, None)))
+        return self._index
 
     def _live(self, since: int, until: int | None = None) -> Counter[int]:
         """Return the digests of what came live, from one index to another."""
@@ -4511,15 +4563,15 @@ class _CatchUp:
         head, _, content = raw.removeprefix(self._mark + b"\0").partition(b"\0")
         try:
             kind, instance, *fields = head.split(b" ")
-            if len(instance) == 16 and kind in (b"H", b"C", b"E", b"P"):
+            if len(instance) == 16 and kind in (b"H", b"L", b"C", b"E", b"P"):
                 name = fields.pop().decode("utf-8", "replace") if kind == b"H" else ""
                 numbers = [int(field) for field in fields]
                 source = self._source(instance) if kind == b"H" else self._sources.get(instance)
                 if source is None:
                     return None
-                if kind == b"C":
+                if kind in (b"L", b"C"):
                     (number,) = numbers
-                    return self._take_past(source, number, content)
+                    return self._take_past(source, number, content, kind == b"L")
                 if kind == b"H":
                     self._take_hello(instance, source, name, *numbers)
                 else:
@@ -4555,13 +4607,13 @@ class _CatchUp:
         self._cancel_request(instance)
         if source.position is None:
             if source.since is None:
-                source.since = self._since()
+                source.since, source.index = self._since(self._index)
                 if self._durable is not None:
                     self._durable.begin_with(instance, source.since)
             what = b"a%d" % max(int((time.monotonic() - source.since) * 1000), 0)
         else:
             what = b"n%d" % source.position
-            source.unconfirmed = self._live(source.index, source.hello_index)
+        source.unconfirmed = self._live(source.index, source.hello_index)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
@@ -4571,11 +4623,13 @@ class _CatchUp:
         if request is not None:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, request)
 
-    def _take_past(self, source: _Source, number: int, content: bytes) -> bytes | None:
+    def _take_past(self, source: _Source, number: int, content: bytes, is_live: bool) -> bytes | None:
         source.came.add(number)
         if number <= (source.position or 0) or number in source.known or not content.startswith(self._prefixes):
             return None
         source.known.add(number)
+        if is_live:
+            return content
         if source.was_handled is not None and source.was_handled(number, content):
             return None
         seen = source.unconfirmed
@@ -5034,7 +5088,7 @@ class Subscriber:
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._owner = 0  # the thread that receives just now
         self._loop = Loop()
-        self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_outage)
+        self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_change)
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
@@ -5180,8 +5234,8 @@ class Subscriber:
         if stream not in self._ready:
             self._ready.append(stream)
 
-    def _note_outage(self, sock: zmq.Socket[bytes]) -> None:
-        self._streams[sock].freeze()
+    def _note_change(self, sock: zmq.Socket[bytes]) -> int:
+        return self._streams[sock].freeze()
 
     def _note_missed(self, publisher: str, count: int) -> None:
         self.missed += count
@@ -6351,8 +6405,9 @@ def _parser() -> argparse.ArgumentParser:
 def _assignment(text: str) -> tuple[str, Any]:
     """Return key and value of ``key=value``, for argparse."""
     key, equals, value = text.partition("=")
-    if not equals or key.replace("-", "_") not in OPTIONS:
-        what = f"there is no key {key!r}, see 'posttroll config'" if equals else f"{text!r} is not KEY=VALUE"
+    if not (key and equals) or key.replace("-", "_") not in OPTIONS:
+        is_pair = key and equals
+        what = f"there is no key {key!r}, see 'posttroll config'" if is_pair else f"{text!r} is not KEY=VALUE"
         raise argparse.ArgumentTypeError(what)
     return key, _literal(value)
 
