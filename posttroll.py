@@ -4609,7 +4609,7 @@ class _CatchUp:
             if source.since is None:
                 source.since, source.index = self._since(self._index)
                 if self._durable is not None:
-                    self._durable.begin_with(instance, source.since)
+                    self._durable.begin_with(instance, source.since, self._index - source.index)
             what = b"a%d" % max(int((time.monotonic() - source.since) * 1000), 0)
         else:
             what = b"n%d" % source.position
@@ -4729,7 +4729,8 @@ class _DurableState:
         self._name = name
         self._since = time.time() - seconds
         self.lines = 0  # how many of the first two kinds there have been
-        self._handled: OrderedDict[bytes, int] = OrderedDict()  # the newest of them, and which they are
+        self._handled: deque[bytes] = deque(maxlen=self.LINES)  # the newest of them
+        self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
         self._places: OrderedDict[bytes, tuple[bytes, int]] = (
             OrderedDict()
         )  # what is after "@", and how many came before
@@ -4809,7 +4810,9 @@ class _DurableState:
         self._since = int(head[1]) / 1000
         for entry in cast("list[re.Match[bytes]]", entries):
             if entry[1] is not None:
-                self._keep(entry[0])
+                self._handled.append(entry[0])
+                self.lines += 1
+                self._past.setdefault(entry[0], []).append(self.lines)
             else:
                 self._places[entry[2]] = (entry[3], self.lines - int(entry[4]))
 
@@ -4845,14 +4848,6 @@ class _DurableState:
         if file is not None:
             file.close()
 
-    def _keep(self, line: bytes) -> None:
-        """Keep a line about a message."""
-        self.lines += 1
-        self._handled[line] = self.lines
-        self._handled.move_to_end(line)
-        if len(self._handled) > self.LINES:
-            self._handled.popitem(last=False)
-
     def _place(self, instance: bytes, place: bytes, lines: int) -> None:
         """Keep a line about a publisher, and write it."""
         self._places[instance] = (place, lines)
@@ -4872,26 +4867,27 @@ class _DurableState:
         with self._guard:
             place, lines = self._places.get(instance, (b"", 0))
         if place:
-            source.was_handled = partial(self._was_handled, instance, lines, set())
+            source.was_handled = partial(self._was_handled, instance, lines)
             if place[:1] == b"n":
                 source.position = int(place[1:])
             else:
                 source.since = time.monotonic() - max(time.time() - int(place[1:]) / 1000, 0)
 
-    def _was_handled(self, instance: bytes, lines: int, seen: set[bytes], number: int, content: bytes) -> bool:
-        """Whether a message was handled already, according to what came after so many *lines*."""
-        if b"+%s %d\n" % (instance, number) in self._handled:
+    def _was_handled(self, instance: bytes, lines: int, number: int, content: bytes) -> bool:
+        """Whether an earlier program has handled a message, according to what came after so many *lines*."""
+        if b"+%s %d\n" % (instance, number) in self._past:
             return True
-        digest = _digest_line(content)
-        if digest in seen or self._handled.get(digest, 0) <= lines:
+        found = self._past.get(_digest_line(content))
+        if not found or found[-1] <= lines:
             return False
-        seen.add(digest)  # the same once more is another message
+        found.pop()  # the same text once more is another message
         return True
 
-    def begin_with(self, instance: bytes, since: float) -> None:
-        """Take note that a publisher has just been found, whose messages are wanted since a time."""
+    def begin_with(self, instance: bytes, since: float, came: int) -> None:
+        """Take note that a publisher has just been found, whose messages are wanted since a time; some came already."""
         with self._guard:
-            self._place(instance, b"a%d" % max(int((time.time() - time.monotonic() + since) * 1000), 0), self.lines)
+            milliseconds = max(int((time.time() - time.monotonic() + since) * 1000), 0)
+            self._place(instance, b"a%d" % milliseconds, max(self.lines - came, 0))
 
     def advance(self, instance: bytes, number: int, lines: int) -> None:
         """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
@@ -4927,7 +4923,8 @@ class _DurableState:
     def _note_handled(self, owner: Any) -> None:
         raw = self._handed.pop(owner)[1]
         line = b"+" + raw.split(b"\0", 2)[1][2:] + b"\n" if raw[:1] == b"~" else _digest_line(raw)
-        self._keep(line)
+        self._handled.append(line)
+        self.lines += 1
         self._append(line)
 
     def leave(self, receiving: Sequence[Any], is_handled: bool, is_left: bool) -> None:
