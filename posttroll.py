@@ -4687,8 +4687,130 @@ def _digest(raw: bytes) -> int:
 
 
 _DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-_DURABLE_HEAD = re.compile(rb"posttroll-durable 1 (\d{1,15})\n")
-_DURABLE_LINE = re.compile(rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) ([na]\d{1,15}) (\d{1,15})\n")
+
+
+class _StateFile:
+    """A file of lines that one process has at a time: it appends to it, and writes it anew when it has become long.
+
+    There is no fsync: the system keeps what has been written whatever happens to the program.  A full disk is warned
+    of, and all is written as soon as there is room.
+
+    Args:
+        name: The name of the file, in the ``durable_directory``.
+    """
+
+    GROWTH = 2**18  # bytes after which it is written anew
+    PAUSE = 1.0  # seconds after a failure until the next attempt
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str) or _DURABLE_NAME.fullmatch(name) is None:
+            raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
+        self._name = name
+        self._log = LimitedLogger("subscriber")
+        self._file: io.FileIO | None = None
+        self._growth = 0
+        self._next_attempt = 0.0
+        default = os.path.join(os.environ.get("XDG_STATE_HOME") or "~/.local/state", "posttroll")
+        directory = os.path.expanduser(config.get("durable_directory") or default)
+        try:
+            if directory.startswith("~"):
+                raise FileNotFoundError(errno.ENOENT, "there is no home directory")
+            os.makedirs(directory, exist_ok=True)
+            self.path = os.path.join(os.path.abspath(directory), name)
+            for path in (directory, self.path):
+                if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._lock = self._locked(os.path.join(directory, f".{name}.lock"))
+        except OSError as error:
+            raise ConfigurationError(
+                f"The state of the durable subscriber {name!r} cannot be kept in {directory} ({error.strerror}): "
+                "set durable_directory (or $POSTTROLL_DURABLE_DIRECTORY) to a directory that can be written."
+            ) from None
+
+    def _locked(self, path: str) -> io.FileIO:
+        """Open *path*, and keep others from doing so as long as this process lives."""
+        lock = io.FileIO(path, "a+")
+        try:
+            if sys.platform == "win32":
+                lock.seek(2**16)  # what is locked cannot be read
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with lock:
+                lock.seek(0)
+                first = lock.read(300).decode("utf-8", "replace") or "another process"
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise  # the file system has no locks
+            raise RuntimeError(
+                f"The durable name {self._name!r} is in use by {first}: each running subscriber needs one of its own."
+            ) from None
+        with suppress(OSError):  # the disk is full
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _state_files.add(self)
+        return lock
+
+    def read(self) -> tuple[list[bytes], float | None]:
+        """Return the lines of earlier programs, and when they were written last; None if there is no file."""
+        try:
+            with open(self.path, "rb") as file:
+                changed = os.fstat(file.fileno()).st_mtime
+                lines = file.read(2**25).splitlines(keepends=True)
+        except FileNotFoundError:
+            return [], None
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()  # it was being written when the disk was full
+        return lines, changed
+
+    def append(self, line: bytes, all_lines: Callable[[], Iterable[bytes]]) -> None:
+        """Write *line*, or, if that is due, all lines that still count (*line* among them)."""
+        if self._file is None and time.monotonic() < self._next_attempt:
+            return
+        try:
+            if self._file is None or self._growth > self.GROWTH:
+                self._rewrite(all_lines())
+            elif self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._growth += len(line)
+        except OSError as error:
+            self._close_file()  # a line may be half written: it is written anew the next time
+            self._next_attempt = time.monotonic() + self.PAUSE
+            text = "Cannot write %s (trying again): %s; until then what is handled may come again after a restart"
+            self._log.warning("write", text, self.path, error.strerror)
+
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
+        self._close_file()
+        new = os.path.join(os.path.dirname(self.path), f".{self._name}.new")
+        with open(new, "wb") as file:
+            file.writelines(lines)
+        os.replace(new, self.path)
+        self._file = io.FileIO(self.path, "a")
+        self._growth = 0
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        """Let go of the file, and let others have it."""
+        self._close_file()
+        self._next_attempt = float("inf")
+        self._lock.close()
+
+
+_state_files: weakref.WeakSet[_StateFile] = weakref.WeakSet()
+
+
+def _leave_state_files_to_parent() -> None:
+    """Let go, in a forked child, of the locks, which else would outlive the parent."""
+    for file in _state_files:
+        file._lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_state_files_to_parent)
 
 
 def _current_owner() -> Any:
@@ -4698,6 +4820,10 @@ def _current_owner() -> Any:
         with suppress(RuntimeError):  # no event loop runs in this thread
             task = sys.modules["asyncio"].current_task()
     return task or threading.current_thread()
+
+
+_DURABLE_HEAD = re.compile(rb"posttroll-durable 1 (\d{1,15})\n")
+_DURABLE_LINE = re.compile(rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) ([na]\d{1,15}) (\d{1,15})\n")
 
 
 class _DurableState:
@@ -4720,92 +4846,38 @@ class _DurableState:
 
     LINES = 16384  # of the first two kinds
     PUBLISHERS = 5000
-    GROWTH = 2**18  # bytes after which it is written anew
-    PAUSE = 1.0  # seconds after a failure until the next attempt to write
 
     def __init__(self, name: str, seconds: float) -> None:
-        if not isinstance(name, str) or _DURABLE_NAME.fullmatch(name) is None:
-            raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
-        self._name = name
+        self._file = _StateFile(name)
         self._since = time.time() - seconds
         self.lines = 0  # how many of the first two kinds there have been
         self._handled: deque[bytes] = deque(maxlen=self.LINES)  # the newest of them
         self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
-        self._places: OrderedDict[bytes, tuple[bytes, int]] = (
-            OrderedDict()
-        )  # what is after "@", and how many came before
+        # What is written after "@", and how many lines of the first two kinds belong to what is before it.
+        self._places: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
         self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
         self._waiting: dict[bytes, tuple[int, bytes, int]] = {}  # places, until all is handled that came before
         self._count = 0  # of what has been handed out
         self._guard = threading.RLock()
-        self._log = LimitedLogger("subscriber")
-        self._file: io.FileIO | None = None
-        self._growth = 0
-        self._next_attempt = 0.0
-        default = os.path.join(os.environ.get("XDG_STATE_HOME") or "~/.local/state", "posttroll")
-        directory = os.path.expanduser(config.get("durable_directory") or default)
-        try:
-            if directory.startswith("~"):
-                raise FileNotFoundError(errno.ENOENT, "there is no home directory")
-            os.makedirs(directory, exist_ok=True)
-            if not os.access(directory, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._path = os.path.join(os.path.abspath(directory), name)
-            self._lock = self._locked(os.path.join(directory, f".{name}.lock"))
-            self._read()
-        except OSError as error:
-            raise ConfigurationError(
-                f"The state of the durable subscriber {name!r} cannot be kept in {directory} ({error.strerror}): "
-                "set durable_directory (or $POSTTROLL_DURABLE_DIRECTORY) to a directory that can be written."
-            ) from None
-        self._append(b"")
+        self._read()
+        self._file.append(b"", self._all)
 
     @property
     def seconds(self) -> float:
         """How long ago it is since when messages are wanted."""
         return max(time.time() - self._since, 0)
 
-    # -- the file --
-
-    def _locked(self, path: str) -> io.FileIO:
-        """Open *path*, and keep others from doing so as long as this process lives."""
-        lock = io.FileIO(path, "a+")
-        try:
-            if sys.platform == "win32":
-                lock.seek(2**16)  # what is locked cannot be read
-                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise  # the file system has no locks
-            lock.seek(0)
-            first = lock.read(300).decode("utf-8", "replace") or "another process"
-            raise RuntimeError(
-                f"The durable name {self._name!r} is in use by {first}: each running subscriber needs one of its own."
-            ) from None
-        with suppress(OSError):  # the disk is full
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        _durable_states.add(self)
-        return lock
-
     def _read(self) -> None:
         """Read what earlier programs have handled."""
-        try:
-            with open(self._path, "rb") as file:
-                changed = os.fstat(file.fileno()).st_mtime
-                lines = file.read(2**25).splitlines(keepends=True)
-        except FileNotFoundError:
-            return
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()  # it was being written when the disk was full
+        lines, changed = self._file.read()
         head = _DURABLE_HEAD.fullmatch(lines[0]) if lines else None
         entries = [_DURABLE_LINE.fullmatch(line) for line in lines[1:]]
         if head is None or None in entries:
-            text = "%s is damaged: begun anew, with the messages since %s, when it was written last"
-            self._log.warning("damaged", text, self._path, datetime.fromtimestamp(changed).isoformat(" ", "seconds"))
-            self._since = changed
+            if changed is not None:
+                text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
+                when = datetime.fromtimestamp(changed).isoformat(" ", "seconds")
+                _log("subscriber").warning(text, self._file.path, when)
+                self._since = changed
             return
         self._since = int(head[1]) / 1000
         for entry in cast("list[re.Match[bytes]]", entries):
@@ -4816,51 +4888,22 @@ class _DurableState:
             else:
                 self._places[entry[2]] = (entry[3], self.lines - int(entry[4]))
 
-    def _append(self, line: bytes) -> None:
-        """Write *line*, which is among what is kept already, to the file, or all if that is due."""
-        if self._file is None and time.monotonic() < self._next_attempt:
-            return
-        try:
-            if self._file is None or self._growth > self.GROWTH:
-                self._rewrite()
-            elif self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._growth += len(line)
-        except OSError as error:
-            self._close_file()  # a line may be half written: it is written anew the next time
-            self._next_attempt = time.monotonic() + self.PAUSE
-            text = "Cannot write %s (trying again): %s; until then what is handled may come again after a restart"
-            self._log.warning("write", text, self._path, error.strerror)
-
-    def _rewrite(self) -> None:
-        """Write the file anew, with all that still counts."""
-        self._close_file()
-        head = b"posttroll-durable 1 %d\n" % max(int(self._since * 1000), 0)
-        new = os.path.join(os.path.dirname(self._path), f".{self._name}.new")
-        with open(new, "wb") as file:
-            file.writelines(chain([head], self._handled, map(self._place_line, self._places)))
-        os.replace(new, self._path)
-        self._file = io.FileIO(self._path, "a")
-        self._growth = 0
-
-    def _close_file(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
-
     def _place(self, instance: bytes, place: bytes, lines: int) -> None:
         """Keep a line about a publisher, and write it."""
         self._places[instance] = (place, lines)
         self._places.move_to_end(instance)
         if len(self._places) > self.PUBLISHERS:
             self._places.popitem(last=False)
-        self._append(self._place_line(instance))
+        self._file.append(self._place_line(instance), self._all)
+
+    def _all(self) -> Iterable[bytes]:
+        """Return all lines that still count."""
+        head = b"posttroll-durable 1 %d\n" % max(int(self._since * 1000), 0)
+        return chain([head], self._handled, map(self._place_line, self._places))
 
     def _place_line(self, instance: bytes) -> bytes:
         place, lines = self._places[instance]
         return b"@%s %s %d\n" % (instance, place, self.lines - lines)
-
-    # -- what a connection has --
 
     def restore(self, instance: bytes, source: _Source) -> None:
         """Let *source*, the publisher *instance* that has just been found, begin where it ended the last time."""
@@ -4897,8 +4940,6 @@ class _DurableState:
             else:
                 self._place(instance, b"n%d" % number, lines)
 
-    # -- what is in hand --
-
     def hand_out(self, owner: Any, raw: bytes) -> None:
         """Take note that a thread or task gets the message in *raw*, as it came."""
         with self._guard:
@@ -4925,7 +4966,7 @@ class _DurableState:
         line = b"+" + raw.split(b"\0", 2)[1][2:] + b"\n" if raw[:1] == b"~" else _digest_line(raw)
         self._handled.append(line)
         self.lines += 1
-        self._append(line)
+        self._file.append(line, self._all)
 
     def leave(self, receiving: Sequence[Any], is_handled: bool, is_left: bool) -> None:
         """Take note that this thread or task closes the subscriber.
@@ -4948,22 +4989,7 @@ class _DurableState:
         """Let go of the file and of the name."""
         with self._guard:
             self._handed.clear()
-            self._close_file()
-            self._next_attempt = float("inf")
-            self._lock.close()
-
-
-_durable_states: weakref.WeakSet[_DurableState] = weakref.WeakSet()
-
-
-def _leave_durable_names_to_parent() -> None:
-    """Let go, in a forked child, of the locks, which else would outlive the parent."""
-    for state in _durable_states:
-        state._lock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_durable_names_to_parent)
+            self._file.close()
 
 
 def _has_ended(owner: Any) -> bool:
