@@ -5316,7 +5316,13 @@ class NSSubscriber:
         """
         if self._subscriber is None:
             _log("subscriber").debug("Subscribing to topics %s", self._topics)
-            subscriber = Subscriber(self._addresses, self._topics, self._filter, self._translate, since=self._since)
+            subscriber = Subscriber(
+                self._addresses,
+                self._topics,
+                message_filter=self._filter,
+                translate=self._translate,
+                since=self._since,
+            )
             try:
                 if self._services and self._nameserver:
                     self._follow(subscriber)
