@@ -371,9 +371,7 @@ class Config:
         assignment = _Assignment(self)
         paths = {tuple(key.replace("-", "_").split(".")): _normalised(value) for key, value in values.items()}
         with self._lock:
-            self._change(
-                [*_without_hidden(self._changes), *((weakref.ref(assignment), *item) for item in paths.items())]
-            )
+            self._change(_without_hidden(self._changes) + [(weakref.ref(assignment), *item) for item in paths.items()])
         return assignment
 
     def _change(self, changes: list[_Change]) -> None:
@@ -2480,7 +2478,7 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
         own: dict[Any, Any] = {option: config.get(name) for option, name in limits.items()}
         own.update(options or {})
         general = {
-            zmq.RECONNECT_IVL_MAX: 2000,
+            zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
             # The system repeats a lost SYN ever more seldom: begin anew, so that a link that is back is used at once.
             zmq.CONNECT_TIMEOUT: 5000,
             **_liveness_options(own[zmq.RCVHWM] != 0),
@@ -3024,6 +3022,13 @@ class MessageBroadcaster:
             target.close()
         self._targets = []
 
+    def abandon(self) -> None:
+        """Do what `stop` does, without waiting for it and without a goodbye."""
+        loop, self._loop = self._loop, None
+        if loop is not None and self._pid == os.getpid():
+            loop.call(self._end)
+            loop.call(partial(_background.leave, self, loop))
+
 
 class AddressBroadcaster(MessageBroadcaster):
     """Announces the address of a publisher, in the background.
@@ -3112,7 +3117,8 @@ sendaddressservice = AddressServiceBroadcaster
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
 #     hello      H <instance> <number> <ends> <name>         the mark has arrived; all after number will come
-#     caught up  C <instance> <number>\0<message>            a message of the past
+#     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
+#     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
@@ -3148,47 +3154,50 @@ class History:
 
     def __init__(self, messages: int, size: int, seconds: float) -> None:
         self._messages = messages if size and seconds else 0
-        self._size_limit = size
+        self._size = size
         self._seconds = seconds
         self._entries: deque[tuple[float, bytes]] = deque()
+        self._limit = self._messages + self._messages // 16  # they are dropped many at once, which costs less
         self.number = 0  # of the newest message
         self.size = 0
         self._newest_gone = float("-inf")
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return min(len(self._entries), self._messages)
 
     @property
     def first(self) -> int:
         """The number of the oldest message that is kept."""
-        return self.number - len(self._entries) + 1
+        return self.number - len(self) + 1
 
     def append(self, data: bytes, now: float) -> None:
         """Keep a message, which was sent *now*."""
         self.number += 1
-        if self._messages:
-            self._entries.append((now, data))
-            self.size += len(data) + self.OVERHEAD
-            while self.size > self._size_limit or len(self._entries) > self._messages:
-                self._drop()
-        else:
-            self._newest_gone = now
+        entries = self._entries
+        entries.append((now, data))
+        self.size += len(data) + self.OVERHEAD
+        if self.size > self._size or len(entries) > self._limit:
+            self._drop(self._messages, self._size)
+
+    def _drop(self, messages: int, size: int) -> None:
+        """Forget the oldest, until there are not more, and not larger ones."""
+        entries = self._entries
+        while entries and (len(entries) > messages or self.size > size):
+            self._newest_gone, data = entries.popleft()
+            self.size -= len(data) + self.OVERHEAD
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
-        while self._entries and self._entries[0][0] < now - self._seconds:
-            self._drop()
+        old = sum(1 for _ in takewhile(lambda entry: entry[0] < now - self._seconds, self._entries))
+        self._drop(len(self._entries) - old, self._size)
         return self._entries[0][0] + self._seconds if self._entries else None
-
-    def _drop(self) -> None:
-        self._newest_gone, data = self._entries.popleft()
-        self.size -= len(data) + self.OVERHEAD
 
     def after(self, number: int, count: int) -> list[tuple[int, bytes]]:
         """Return at most *count* messages after the one with *number*, oldest first, with their numbers."""
-        start = max(number + 1 - self.first, 0)
+        first = max(number + 1, self.first)
+        start = first - self.number + len(self._entries) - 1
         entries = islice(self._entries, start, start + count)
-        return [(self.first + start + index, data) for index, (_, data) in enumerate(entries)]
+        return [(first + index, data) for index, (_, data) in enumerate(entries)]
 
     def last_before(self, when: float) -> int:
         """Return the number of the last message that was sent before *when*."""
@@ -3207,8 +3216,10 @@ class _Peer:
         self.topics = topics
         self.connections = 0
         self.greeted: float | None = None  # when, until it has asked for what it has not
+        self.hello: int | None = None  # the number that the last hello has told, None: a hello is still to be sent
         self.prefixes: tuple[bytes, ...] = (b"",)
-        self.told = 0  # the number that the last position has told
+        self.told = 0  # the number that it was told last
+        self.is_heard = True  # False: what is sent to it may be dropped in silence
         self.begin()
         self.ends = 0
 
@@ -3220,7 +3231,8 @@ class _Peer:
 
     def fall_behind(self, after: int, until: int | None) -> None:
         """Take note of what is to be caught up."""
-        self.after = after if self.after is None else min(self.after, after)
+        if self.after is None or after < self.after:
+            self.after, self.gone = after, 0
         self.until = None if until is None or self.until is None else max(self.until, until)
 
 
@@ -3232,13 +3244,14 @@ class _Audience:
 
     PEERS = 10000
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
-    LOOK_MESSAGES, LOOK_SECONDS = 256, 0.25  # after which subscribers are told what they should have
+    LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
     def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
         self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
         self.socket = sock
+        self._send = sock.send
         self.instance = os.urandom(8).hex().encode()
         self.started = time.monotonic()
         self.dropped = 0
@@ -3258,11 +3271,11 @@ class _Audience:
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
         now = time.monotonic()
-        if now > self._next_look or not self.history.number % self.LOOK_MESSAGES:
+        if now > self._next_look:
             self.look(now)
         self.history.append(data, now)
         try:
-            self.socket.send(data, _NOBLOCK)
+            self._send(data, _NOBLOCK)
         except zmq.Again:
             self._send_around_full_queues(data)
 
@@ -3278,17 +3291,18 @@ class _Audience:
         number, missed = self.history.number, 0
         if self.strangers:
             for peer in self.peers.values():  # it may be dropped for them too, and what follows it
-                peer.fall_behind(number - 1, None)
+                peer.fall_behind(peer.told, None)
+                peer.is_heard = False
             self.socket.setsockopt(zmq.XPUB_NODROP, 0)
             self.socket.send(data, _NOBLOCK)
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)
             missed = 1
         else:
             for peer in self.peers.values():
-                if peer.after is None and self._send_to(peer, b"C %s %d\0%s" % (self.instance, number, data)):
+                if peer.after is None and self._send_to(peer, b"L %s %d\0%s" % (self.instance, number, data)):
                     peer.sent += 1
-                else:
-                    peer.fall_behind(number - 1, None)
+                else:  # from what it was told on: so it can tell copies from messages that were sent several times
+                    peer.fall_behind(peer.told, None)
                     missed += 1
         self._catch_up_soon(0.02)
         if missed:
@@ -3303,6 +3317,19 @@ class _Audience:
         except zmq.Again:
             return False
         return True
+
+    def _hears(self, peer: _Peer) -> bool:
+        """Whether what is sent to *peer* arrives, or is refused.
+
+        When a queue was full and its message dropped, ZeroMQ drops what follows, too, until half of the queue is read,
+        and does not say so.  Only a queue that it uses again can be full: so make them short, and fill this one.
+        """
+        if not peer.is_heard:
+            limit = self.socket.getsockopt(zmq.SNDHWM)
+            self.socket.setsockopt(zmq.SNDHWM, 1)
+            peer.is_heard = not all(self._send_to(peer, b"P %s 0 0 0" % self.instance) for _ in range(100))
+            self.socket.setsockopt(zmq.SNDHWM, limit)
+        return peer.is_heard
 
     # -- who listens --
 
@@ -3386,8 +3413,15 @@ class _Audience:
         peer.connections += 1
         peer.begin()  # it will ask for what it has not
         self.socket.setsockopt(option, mark)
-        peer.greeted = time.monotonic()
-        self._send_to(peer, b"H %s %d %d %s" % (self.instance, self.history.number, peer.ends, self._name))
+        self._greet(peer)
+
+    def _greet(self, peer: _Peer) -> None:
+        """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
+        peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %s" % (self.instance, number, peer.ends, self._name)):
+            peer.hello = peer.told = number
+        else:
+            self._catch_up_soon(0.02)
 
     # -- catching up --
 
@@ -3402,7 +3436,7 @@ class _Audience:
     def _tell_positions(self) -> None:
         number = self.history.number
         for peer in self.peers.values():
-            if peer.told != number and peer.after is None:
+            if peer.told != number and peer.after is None and peer.hello is not None:
                 if self._send_to(peer, b"P %s %d %d %d" % (self.instance, number, peer.ends, peer.sent)):
                     peer.told = number
 
@@ -3439,6 +3473,8 @@ class _Audience:
         if peer is None or match[3] != self.instance:
             return  # somebody else is asked
         amount, until = int(match[5]), min(int(match[6]), history.number)
+        if peer.hello is None or until < peer.hello:
+            return  # that was over an earlier connection; it asks again when it has our hello
         if match[4] == b"n":
             after = amount
         else:
@@ -3456,8 +3492,11 @@ class _Audience:
 
     def _catch_up(self) -> None:
         """Send to each subscriber a part of what it has to catch up."""
-        behind = [peer for peer in self.peers.values() if peer.after is not None]
-        are_served = [self._send_past(peer) for peer in behind]
+        for peer in self.peers.values():
+            if peer.hello is None:
+                self._greet(peer)
+        behind = [peer for peer in self.peers.values() if peer.after is not None and peer.greeted is None]
+        are_served = [self._hears(peer) and self._send_past(peer) for peer in behind]
         if any(peer.after is not None for peer in behind):
             self._catch_up_soon(0 if any(are_served) else 0.02)
 
@@ -3482,6 +3521,7 @@ class _Audience:
         if not self._send_to(peer, b"E %s %d %d %d %d" % (self.instance, until, peer.ends + 1, peer.sent, peer.gone)):
             return False
         peer.ends += 1
+        peer.told = until
         peer.begin()
         return True
 
@@ -3578,6 +3618,7 @@ class Publisher:
     Attributes:
         local_only: Refuse subscribers from other hosts; set it before `start`.
         keeps_history: Whether to keep messages at all; set it before `start`.
+        reached: How many subscribers there were when it stopped.
     """
 
     LINGER_SECONDS = 30.0  # that `stop` waits without progress
@@ -3599,6 +3640,7 @@ class Publisher:
         self._last_beat: float | None = None
         self._pid = os.getpid()
         self._dropped = 0
+        self.reached = 0
 
     def start(self) -> Publisher:
         """Start the publisher: bind its address.
@@ -3789,10 +3831,13 @@ class Publisher:
         if audience.socket.closed:
             audience.close(0)
             return 0
-        young_until = audience.started + (config.get("discovery_seconds") if self._is_announced else 0)
+        is_findable = self._is_announced or not self._address.endswith(":0")
+        young_until = audience.started + (config.get("discovery_seconds") if is_findable else 0)
         while audience.history.number and time.monotonic() < young_until:
             time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
-        state: Any = None
+        with self._lock:
+            self.reached = audience.count
+        state: Any = True
         since = time.monotonic()
         while True:
             before, state = state, self._state_of(audience)
@@ -3948,6 +3993,7 @@ class NoisyPublisher:
         self._publisher: Publisher | None = None
         self._broadcaster: AddressServiceBroadcaster | None = None
         self._dropped = 0
+        self.reached = 0  # as `Publisher.reached`
 
     def start(self) -> NoisyPublisher:
         """Start the publisher, and to announce it.
@@ -3995,15 +4041,18 @@ class NoisyPublisher:
         """Wait until *count* subscribers are connected, as `Publisher.wait_for_subscribers` does."""
         return self._started().wait_for_subscribers(count, timeout)
 
+    async def wait_for_subscribers_async(self, count: int = 1, timeout: float | None = None) -> bool:
+        """Do what `wait_for_subscribers` does, in an asyncio program."""
+        return await self._started().wait_for_subscribers_async(count, timeout)
+
     def stop(self) -> None:
         """Stop the publisher, as `Publisher.stop` does, and then tell the nameservers that it is gone."""
         publisher, self._publisher = self._publisher, None
         broadcaster, self._broadcaster = self._broadcaster, None
         try:
             if publisher is not None:
-                self._dropped = 0
                 publisher.stop()
-                self._dropped = publisher.dropped
+                self._dropped, self.reached = publisher.dropped, publisher.reached
         finally:
             if broadcaster is not None:
                 broadcaster.stop()
@@ -4032,11 +4081,27 @@ class NoisyPublisher:
         """How many subscribers are connected."""
         return self._started().subscriber_count
 
+    @property
+    def history_length(self) -> int:
+        """How many messages are kept for subscribers that were away."""
+        return self._started().history_length
+
     def __enter__(self) -> NoisyPublisher:
         return self.start()
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    async def __aenter__(self) -> NoisyPublisher:
+        return self.start()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.stop)
+
+    def __del__(self) -> None:
+        broadcaster = getattr(self, "_broadcaster", None)
+        if broadcaster is not None:
+            broadcaster.abandon()
 
 
 AnyPublisher = Union[Publisher, NoisyPublisher]
@@ -4089,6 +4154,12 @@ class Publish:
 
     def __exit__(self, *exc_info: object) -> None:
         self.publisher.stop()
+
+    async def __aenter__(self) -> AnyPublisher:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.publisher.stop)
 
 
 def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublisher:
@@ -4159,6 +4230,7 @@ class _Link:
         self.pause = pause  # seconds until it is made anew
         self.begin = begin
         self.is_greeted = False
+        self.index = 0  # of the first message after it has come up
 
 
 class _Connections:
@@ -4168,7 +4240,8 @@ class _Connections:
         loop: The loop to use; whoever runs it is the only one to call the methods.
         open_socket: Called with the key of a group of addresses; returns a new SUB socket for them.
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
-        on_down: Called with a socket of which a connection has gone down.
+        on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
+            message of that socket.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
@@ -4178,9 +4251,9 @@ class _Connections:
         loop: Loop,
         open_socket: Callable[[Any], Any],
         read_all: Callable[[Any], None],
-        on_down: Callable[[Any], None],
+        on_change: Callable[[Any], int],
     ) -> None:
-        self._on_down = on_down
+        self._on_change = on_change
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
@@ -4189,6 +4262,7 @@ class _Connections:
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
         self._names: dict[str, _Resolution] = {}  # of the addresses that are not numbers
         self.sockets: dict[Any, zmq.Socket[bytes]] = {}
+        self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
@@ -4214,18 +4288,22 @@ class _Connections:
         link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
         return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
 
-    def greet(self, sock: zmq.Socket[bytes], default: float) -> float:
-        """Return since when the messages are wanted of the publisher that has just greeted us on *sock*."""
+    def greet(self, sock: zmq.Socket[bytes], begin: float, index: int) -> tuple[float, int]:
+        """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
+
+        And the index of the first that has come from it; *begin* and *index* if no connection is new.
+        """
+        self._take_events(sock, self._monitors[sock])
         new = [
             (link.changed, link)
             for (other, _), link in self._links.items()
             if other is sock and link.is_up and not link.is_greeted and time.monotonic() - link.changed < 5
         ]
         if not new:
-            return default
+            return begin, index
         link = min(new, key=lambda item: item[0])[1]
         link.is_greeted = True
-        return link.begin
+        return link.begin, link.index
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -4270,6 +4348,7 @@ class _Connections:
         used = {key for key, _ in self._wanted.values()}
         for key in [key for key in self.sockets if key not in used]:
             sock = self.sockets.pop(key)
+            self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
 
@@ -4280,6 +4359,7 @@ class _Connections:
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         monitor = _open_monitor(sock, events | failures)
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
+        self._monitors[sock] = monitor
         return sock
 
     def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
@@ -4298,8 +4378,8 @@ class _Connections:
             if link is not None:
                 was_up = link.is_up
                 self._take_event(link, event, endpoint.decode("utf-8", "replace"))
-                if was_up and not link.is_up:
-                    self._on_down(sock)
+                if was_up != link.is_up:
+                    link.index = self._on_change(sock)
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
         if event == zmq.EVENT_CONNECT_RETRIED:
@@ -4372,6 +4452,7 @@ class _Source:
     def __init__(self) -> None:
         self.name = ""
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
+        self.since: float | None = None  # since when its messages are wanted
         self.known: set[int] = set()  # numbers behind the position that came under the mark
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
@@ -4401,7 +4482,8 @@ class _CatchUp:
     Args:
         sock: The socket.
         prefixes: What it has subscribed to.
-        since: Called for a publisher that has just been found; returns since when its messages are wanted.
+        since: Called for a publisher that has just been found, with the index of the next message; returns since when
+            its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
     """
 
@@ -4412,9 +4494,11 @@ class _CatchUp:
         self,
         sock: zmq.Socket[bytes],
         prefixes: Sequence[bytes],
-        since: Callable[[], float],
+        since: Callable[[int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
     ) -> None:
+        self.recv = sock.recv
+        self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
         self._since = since
@@ -4433,16 +4517,21 @@ class _CatchUp:
     def note(self, raw: bytes) -> None:
         """Take note of a message that came live."""
         self._index += 1
-        digest = hash(raw)
-        self._recent.append(digest)
-        for source in self._open:
-            source.live[digest] += 1  # type: ignore[index]
+        self._recent.append(hash(raw[:256]))
+        if self._open:
+            for source in self._open:
+                source.live[_digest(raw)] += 1  # type: ignore[index]
 
-    def freeze(self) -> None:
-        """Remember what came until now, as a connection is down: its end may not have been confirmed."""
+    def freeze(self) -> int:
+        """Remember what came until now, as a connection is down: its end may not have been confirmed.
+
+        Returns:
+            The index of what comes next.
+        """
         first = self._index - len(self._recent)
         start = max(self._frozen[-1][0] + 1 - first, 0) if self._frozen else 0
         self._frozen.extend((first + start + i, digest) for i, digest in enumerate(islice(self._recent, start, None)))
+        return self._index
 
     def _live(self, since: int, until: int | None = None) -> Counter[int]:
         """Return the digests of what came live, from one index to another."""
@@ -4461,15 +4550,15 @@ class _CatchUp:
         head, _, content = raw.removeprefix(self._mark + b"\0").partition(b"\0")
         try:
             kind, instance, *fields = head.split(b" ")
-            if len(instance) == 16 and kind in (b"H", b"C", b"E", b"P"):
+            if len(instance) == 16 and kind in (b"H", b"L", b"C", b"E", b"P"):
                 name = fields.pop().decode("utf-8", "replace") if kind == b"H" else ""
                 numbers = [int(field) for field in fields]
                 source = self._source(instance) if kind == b"H" else self._sources.get(instance)
                 if source is None:
                     return None
-                if kind == b"C":
+                if kind in (b"L", b"C"):
                     (number,) = numbers
-                    return self._take_past(source, number, content)
+                    return self._take_past(source, number, content, kind == b"L")
                 if kind == b"H":
                     self._take_hello(instance, source, name, *numbers)
                 else:
@@ -4495,10 +4584,12 @@ class _CatchUp:
         """Ask for what is missing up to the hello."""
         self._cancel_request(instance)
         if source.position is None:
-            what = b"a%d" % max(int((time.monotonic() - self._since()) * 1000), 0)
+            if source.since is None:
+                source.since, source.index = self._since(self._index)
+            what = b"a%d" % max(int((time.monotonic() - source.since) * 1000), 0)
         else:
             what = b"n%d" % source.position
-            source.unconfirmed = self._live(source.index, source.hello_index)
+        source.unconfirmed = self._live(source.index, source.hello_index)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
@@ -4508,18 +4599,20 @@ class _CatchUp:
         if request is not None:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, request)
 
-    def _take_past(self, source: _Source, number: int, content: bytes) -> bytes | None:
+    def _take_past(self, source: _Source, number: int, content: bytes, is_live: bool) -> bytes | None:
         source.came.add(number)
         if number <= (source.position or 0) or number in source.known or not content.startswith(self._prefixes):
             return None
         source.known.add(number)
+        if is_live:
+            return content
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
             if source.live is None:
                 source.live = self._live(max(source.index, source.hello_index if source.is_asked else 0))
                 self._open.append(source)
             seen = source.live
-        digest = hash(content)
+        digest = _digest(content)
         if seen[digest] > 0:
             seen[digest] -= 1
             return None
@@ -4555,6 +4648,11 @@ class _CatchUp:
 
 
 _catch_up_log = LimitedLogger("subscriber")
+
+
+def _digest(raw: bytes) -> int:
+    """Return what a message is recognised by: its header, with the microsecond, and the beginning of its data."""
+    return hash(raw[:256])
 
 
 # ======================================================================================================================
@@ -4605,11 +4703,11 @@ class _Receiver:
 
     def __init__(self, subscriber: Subscriber) -> None:
         self._subscriber = subscriber
-        self._stops = subscriber._stops
+        self.stops = subscriber._stops  # how many there were when it began
 
     @property
     def is_on(self) -> bool:
-        return self._stops == self._subscriber._stops and not self._subscriber._is_closed
+        return self.stops == self._subscriber._stops and not self._subscriber._is_closed
 
 
 class Subscriber:
@@ -4655,12 +4753,11 @@ class Subscriber:
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._owner = 0  # the thread that receives just now
         self._loop = Loop()
-        self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_outage)
+        self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_change)
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
-        self._catch_ups: dict[zmq.Socket[bytes], _CatchUp] = {}
-        self._origins: dict[zmq.Socket[bytes], str] = {}
-        self._backlog: deque[tuple[bytes, zmq.Socket[bytes]]] = deque()  # read, but not handed out
-        self._ready: list[zmq.Socket[bytes]] = []
+        self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
+        self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
+        self._ready: list[_CatchUp] = []
         self._batch_end = 0.0
         self._bad_log = LimitedLogger("subscriber")
         self._receivers: list[_Receiver] = []
@@ -4793,17 +4890,17 @@ class Subscriber:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._catch_ups[sock] = _CatchUp(sock, topics, since, self._note_missed)
-        self._origins[sock] = origin or ""
-        self._loop.watch(sock, partial(self._note_ready, sock))
+        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed)
+        stream.origin = origin or ""
+        self._loop.watch(sock, partial(self._note_ready, stream))
         return sock
 
-    def _note_ready(self, sock: zmq.Socket[bytes]) -> None:
-        if sock not in self._ready:
-            self._ready.append(sock)
+    def _note_ready(self, stream: _CatchUp) -> None:
+        if stream not in self._ready:
+            self._ready.append(stream)
 
-    def _note_outage(self, sock: zmq.Socket[bytes]) -> None:
-        self._catch_ups[sock].freeze()
+    def _note_change(self, sock: zmq.Socket[bytes]) -> int:
+        return self._streams[sock].freeze()
 
     def _note_missed(self, publisher: str, count: int) -> None:
         self.missed += count
@@ -4814,7 +4911,7 @@ class Subscriber:
         """Read what lies unread in *sock*, to be handed out later."""
         with suppress(zmq.Again):
             while True:
-                self._backlog.append((sock.recv(_NOBLOCK), sock))
+                self._backlog.append((sock.recv(_NOBLOCK), self._streams[sock]))
 
     # -- receiving --
 
@@ -4829,7 +4926,7 @@ class Subscriber:
         """
         with self._receiving() as receiver:
             while True:
-                message = self._next(receiver, None if timeout is None else time.monotonic() + timeout)
+                message = self._next(receiver, timeout)
                 if message is None and not receiver.is_on:
                     return
                 yield message
@@ -4850,25 +4947,26 @@ class Subscriber:
             if self._is_closed:
                 self.close()
 
-    def _next(self, receiver: _Receiver, deadline: float | None) -> Message | None:
-        """Return the next message; None at the *deadline*, or when the receiver is to end."""
+    def _next(self, receiver: _Receiver, timeout: float | None) -> Message | None:
+        """Return the next message; None after *timeout*, or when the receiver is to end."""
         with self._lock:
+            if receiver.stops == self._stops:
+                message = self._take()
+                if message is not None:
+                    return message
+            deadline = None if timeout is None else time.monotonic() + timeout
             if self._turning is not None:
-                raise RuntimeError(
-                    "An asyncio program receives from this subscriber: it cannot be done in a thread too."
-                )
+                raise RuntimeError("An asyncio program receives from this subscriber: a thread cannot do so too.")
             self._owner = threading.get_ident()
             try:
-                has_waited = False
                 while receiver.is_on:
-                    message = self._take()
-                    now = time.monotonic()
-                    if message is not None or (has_waited and deadline is not None and now >= deadline):
-                        return message
-                    longest = now + self._LONGEST_WAIT
-                    self._loop.turn(now if self._ready else longest if deadline is None else min(deadline, longest))
+                    longest = time.monotonic() + self._LONGEST_WAIT
+                    until = 0.0 if self._ready else longest if deadline is None else min(deadline, longest)
+                    self._loop.turn(until)
                     self._batch_end = time.monotonic() + self._BATCH_SECONDS
-                    has_waited = True
+                    message = self._take()
+                    if message is not None or (deadline is not None and time.monotonic() >= deadline):
+                        return message
             finally:
                 self._owner = 0
         return None
@@ -4936,42 +5034,38 @@ class Subscriber:
         """Return the next message of those that are there; None also if all else is to have its turn."""
         while time.monotonic() < self._batch_end:
             if self._backlog:
-                raw, sock = self._backlog.popleft()
+                raw, stream = self._backlog.popleft()
             elif self._ready:
-                sock = self._ready[-1]
+                stream = self._ready[-1]
                 try:
-                    raw = sock.recv(_NOBLOCK)
-                except zmq.Again:
-                    self._ready.pop()
-                    continue
-                except zmq.ZMQError:  # closed meanwhile
-                    self._ready.pop()
+                    raw = stream.recv(_NOBLOCK)
+                except zmq.ZMQError:  # nothing more, or closed meanwhile
+                    self._ready = self._ready[:-1]
                     continue
             else:
                 return None
-            message = self._accept(raw, sock)
+            message = self._accept(raw, stream)
             if message is not None:
                 return message
-        self._ready.reverse()
+        self._ready = self._ready[::-1]  # the other end has its turn
         return None
 
-    def _accept(self, raw: bytes, sock: zmq.Socket[bytes]) -> Message | None:
+    def _accept(self, raw: bytes, stream: _CatchUp) -> Message | None:
         """Return the message in *raw*, None if it is none, or not wanted."""
-        catch_up = self._catch_ups[sock]
-        if raw.startswith(_MARK):
-            past = catch_up.take(raw)
+        if raw[:1] == b"~":
+            past = stream.take(raw)
             if past is None:
                 return None
             raw = past
         else:
-            catch_up.note(raw)
+            stream.note(raw)
         try:
             message = Message.decode(raw)
         except MessageError as error:
             self._bad_log.warning("message", "Skipped a bad message: %s", error)
             return None
         if self._translate:
-            self._translate_sender(message, self._origins[sock])
+            self._translate_sender(message, stream.origin)
         if self._filter is not None and not self._filter(message):
             return None
         return message
@@ -6115,38 +6209,33 @@ def _run_publish(options: argparse.Namespace) -> int:
         with Publish(options.service, options.port, nameservers=nameservers) as publisher:
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
-            return _send_all(publisher, messages)
-
-
-_SETTLING = 0.5  # seconds without a further subscriber after which all that listen are there
+            sent = _send_all(publisher, messages)
+    # Leaving the block has waited for those that were just finding it, and until all is sent.
+    _talk(f"{sent} message{'s' * (sent != 1)} to {publisher.reached} subscriber{'s' * (publisher.reached != 1)}")
+    if publisher.dropped:
+        raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
+    return 0
 
 
 def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> None:
-    """Wait for as many subscribers as were asked for, and on as long as others come."""
-    deadline = time.monotonic() + options.wait
+    """Wait for as many subscribers as were asked for."""
     if not publisher.wait_for_subscribers(options.subscribers, options.wait):
         found = f"{publisher.subscriber_count} of {options.subscribers} subscribers after {options.wait:g} s"
         remedy = "nameservers that run with --no-multicast hear of it only if they are named: --nameserver HOST"
         raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
-    while publisher.wait_for_subscribers(publisher.subscriber_count + 1, _SETTLING) and time.monotonic() < deadline:
-        pass
 
 
 def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
-    """Send messages, tell how many went to how many subscribers, and return the exit status."""
-    subscribers = publisher.subscriber_count
+    """Send messages, and return how many."""
     sent = 0
     try:
         for message in messages:
             publisher.send(message)
             sent += 1
-    finally:
-        text = f"{sent} message{'s' * (sent != 1)} to {subscribers} subscriber{'s' * (subscribers != 1)}"
-        late = publisher.subscriber_count - subscribers
-        _talk(text if late <= 0 else f"{text}, and what was left to {late} more")
-    if publisher.dropped:
-        raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow.")
-    return 0
+    except BaseException:
+        _talk(f"{sent} message{'s' * (sent != 1)} sent until then")
+        raise
+    return sent
 
 
 def _messages_to_publish(options: argparse.Namespace, stream: Any) -> Iterable[Message]:

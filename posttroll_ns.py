@@ -486,9 +486,12 @@ class AddressReceiver:
     def _take(self, data: bytes) -> None:
         """Take an announcement; what is new is published when its sender has its answer."""
         assert self.loop is not None
-        if not self._news:
-            self.loop.call(self._publish_news)
+        is_first = not self._news
         self.process_address_message(data, self._news)
+        if self._news and is_first:
+            self.loop.call(self._publish_news)
+        if self._expiry is None:
+            self._plan_expiry()
 
     def process_address_message(self, data: str | bytes, pub: Any) -> None:
         """Take an announcement, and publish it with *pub* if it is new; or a goodbye, which ends one.
@@ -552,15 +555,17 @@ class AddressReceiver:
         self._publisher.send(posttroll.Message("/heartbeat/address_receiver", "beat", data, version="v1.01").encode())
 
     def _plan_expiry(self) -> None:
-        """Have the next publisher that falls silent expire in time."""
+        """Have the next publisher that falls silent expire in time; who is heard again in the meantime does not."""
         with self._lock:
             due = self._book.next_expiry()
-        if self._expiry is not None:
+        if self._expiry is not None and (due is None or due < self._expiry.when):
             self._expiry.cancel()
-        assert self.loop is not None
-        self._expiry = None if due is None else self.loop.at(due, self._expire)
+            self._expiry = None
+        if self._expiry is None and due is not None and self.loop is not None:
+            self._expiry = self.loop.at(due, self._expire)
 
     def _expire(self) -> None:
+        self._expiry = None
         with self._lock:
             expired = self._book.expire()
         for entry in expired:

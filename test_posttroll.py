@@ -11641,6 +11641,528 @@ class TestPopulatedWorlds:
 
 
 # ======================================================================================================================
+# Catching up: links, processes and queues that fail, and each message comes once all the same
+# ======================================================================================================================
+
+NUMBERS_PROCESS = """
+import sys, posttroll
+address, life, *options = sys.argv[1:]
+if address.startswith("tcp:"):
+    publisher = posttroll.Publisher(address, "numbers")
+else:
+    publisher = posttroll.NoisyPublisher("numbers", int(address), broadcast_interval=0.1, nameservers=["localhost"])
+number = 0
+with publisher:
+    print("port", publisher.port_number, flush=True)
+    for line in sys.stdin:
+        word, _, count = line.strip().partition(" ")
+        if word == "await":
+            assert publisher.wait_for_subscribers(int(count), 20)
+        for _ in range(int(count) if word == "send" else 0):
+            publisher.send(posttroll.Message("/numbers", "info", [life, number]))
+            number += 1
+        print("done", flush=True)
+"""
+
+COLLECTING_PROCESS = """
+import sys, posttroll
+with posttroll.Subscriber(sys.argv[1:]) as subscriber:
+    for message in subscriber.recv():
+        print(message.data, flush=True)
+"""
+
+
+class Relay:
+    """A TCP relay before a port of this host: a cable that can be cut, or go silent as if a host had vanished."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._is_cut = False
+        self._flows = threading.Event()
+        self._flows.set()
+        self._ends: list[socket.socket] = []
+        self._pumps: list[threading.Thread] = []
+        self._acceptor = self._start(self._accept)
+
+    def _start(self, function: Callable[..., None], *args: Any) -> threading.Thread:
+        thread = threading.Thread(target=function, args=args)
+        thread.start()
+        return thread
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self._is_cut:
+                with contextlib.suppress(OSError):
+                    far = socket.create_connection(("127.0.0.1", self._target))
+                    self._ends += [near, far]
+                    self._pumps += [self._start(self._pump, near, far), self._start(self._pump, far, near)]
+                    continue
+            near.close()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                self._flows.wait()
+                if not data:
+                    break
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """End all connections; what is under way is lost, and new ones are refused."""
+        self._is_cut = True
+        self._end_all()
+
+    def _end_all(self) -> None:
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._flows.set()
+        pumps, ends, self._pumps, self._ends = self._pumps, self._ends, [], []
+        for pump in pumps:
+            pump.join(DEADLINE)
+        for end in ends:
+            end.close()
+
+    def silence(self) -> None:
+        """Let nothing through any more, and tell nobody."""
+        self._flows.clear()
+
+    def mend(self) -> None:
+        """Let new connections work; those that were silent are gone, and what they had under way."""
+        if not self._flows.is_set():
+            self._end_all()
+        self._is_cut = False
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._is_cut = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._acceptor.join(DEADLINE)
+        self._listener.close()
+        self._end_all()
+
+
+def await_count(data: list[Any], count: int) -> None:
+    """Wait until there are so many."""
+    deadline = time.monotonic() + DEADLINE
+    while len(data) < count:
+        assert time.monotonic() < deadline, f"Only {len(data)} of {count} have come"
+        time.sleep(0.005)
+
+
+class Numbers:
+    """Sends numbers, each once."""
+
+    def __init__(self, publisher: Any, subject: str = "/numbers", padding: str = "") -> None:
+        self.publisher, self.subject, self.padding = publisher, subject, padding
+        self.count = 0
+
+    def send(self, count: int, pause: float = 0) -> None:
+        for _ in range(count):
+            data = [self.count, self.padding] if self.padding else self.count
+            self.publisher.send(posttroll.Message(self.subject, "info", data))
+            self.count += 1
+            time.sleep(pause)
+
+    def check(self, data: list[Any]) -> None:
+        """Wait until all has come, and look whether it came once."""
+        await_count(data, self.count)
+        wait_for(lambda: not self.publisher._audience.unserved())
+        end = f"end {chance.random()}"
+        self.publisher.send(posttroll.Message(self.subject, "info", end))
+        wait_for(lambda: data[-1] == end or data[-1] == [end, self.padding])
+        data.remove(end)
+        assert sorted(each[0] if self.padding else each for each in data) == list(range(self.count))
+
+
+@contextlib.contextmanager
+def behind_relay(topics: Any = "", **settings: Any) -> Iterator[tuple[Any, Relay, Any]]:
+    """Give a publisher, a relay, and a subscriber that is connected to the publisher by the relay."""
+    with posttroll.Publisher("tcp://*:0", "numbers") as publisher, Relay(publisher.port_number) as relay:
+        with posttroll.Subscriber([local_address(relay.port)], topics, **settings) as subscriber:
+            assert publisher.wait_for_subscribers(1, DEADLINE)
+            yield publisher, relay, subscriber
+
+
+def command_of(running: subprocess.Popen[str], *commands: str) -> None:
+    """Have a process of `NUMBERS_PROCESS` obey."""
+    for each in commands:
+        running.stdin.write(each + "\n")
+        running.stdin.flush()
+        await_line(running, "done")
+
+
+@pytest.fixture
+def short_heartbeats(monkeypatch):
+    """Let dead connections be noticed soon, by this process and by its children."""
+    for name, value in {
+        "ZMTP_HEARTBEAT_INTERVAL": "0.2", "ZMTP_HEARTBEAT_TIMEOUT": "0.6", "RECEIVE_HIGH_WATER_MARK": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv("POSTTROLL_" + name, value)
+
+
+class TestHistory:
+    def test_its_three_bounds(self):
+        text = text_message("x" * 100)
+        for setting, kept in (
+            ({"history_messages": 7}, 7),
+            ({"history_bytes": 10 * (len(text) + posttroll.History.OVERHEAD)}, 10),
+            ({"history_messages": 0}, 0),
+            ({"history_bytes": 0}, 0),
+            ({"history_seconds": 0}, 0),
+        ):
+            with config.set(setting), posttroll.Publisher("tcp://*:0") as pub:
+                for _ in range(50):
+                    pub.send(text)
+                assert pub.history_length == kept, settings
+
+    def test_the_newest_are_kept(self):
+        history = posttroll.History(3, 10**6, 60)
+        for number in range(5):
+            history.append(b"%d" % number, 100.0 + number)
+        assert history.after(0, 10) == [(3, b"2"), (4, b"3"), (5, b"4")]
+        assert history.after(3, 1) == [(4, b"3")]
+        assert history.after(5, 10) == history.after(10**9, 10) == []
+        assert history.last_before(103.5) == 4
+        assert history.has_lost_since(101.0)
+        assert not history.has_lost_since(101.5)
+
+    def test_what_is_too_old_is_forgotten_without_sending(self):
+        """Memory is given back although the publisher is silent."""
+        history = posttroll.History(100, 10**6, 5)
+        for number in range(10):
+            history.append(b"x" * 1000, 100.0 + number)
+        assert history.expire(108.5) == 109.0
+        assert (len(history), history.size) == (6, 6 * (1000 + history.OVERHEAD))
+        assert history.expire(200) is None
+        assert (len(history), history.size, history.first, history.number) == (0, 0, 11, 10)
+
+    def test_a_message_larger_than_all_of_it(self):
+        with config.set(history_bytes=1000), connected() as (pub, sub):
+            pub.send(text_message("small"))
+            pub.send(text_message("x" * 5000))
+            pub.send(text_message("small again"))
+            assert len(received_data(sub, 3)) == 3
+            assert pub.history_length == 1
+
+
+class TestCatchingUp:
+    @pytest.mark.parametrize("kind", ["cut", "silence"])
+    def test_a_link_that_fails_again_and_again(self, kind, short_heartbeats):
+        """What was under way, and what was sent meanwhile, comes afterwards; nothing comes twice."""
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            for _ in range(4):
+                numbers.send(50, 0.001)
+                getattr(relay, kind)()
+                numbers.send(200, 0.004)
+                relay.mend()
+                numbers.send(50, 0.001)
+            numbers.check(data)
+            assert sub.missed == pub.dropped == 0
+
+    def test_a_burst_whose_connection_is_cut_at_any_moment(self, short_heartbeats):
+        """A busy publisher, 20 cuts: much is under way each time."""
+        config.set(history_messages=100_000, history_bytes=10**8)
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            ended = threading.Event()
+
+            def cut() -> None:
+                for _ in range(20):
+                    time.sleep(chance.uniform(0.02, 0.15))
+                    relay.cut()
+                    relay.mend()
+                ended.set()
+
+            with in_thread(cut):
+                while not ended.is_set():
+                    numbers.send(20, 0.0002)
+            numbers.check(data)
+            assert numbers.count > 1000
+
+    def test_those_that_are_caught_up_come_in_order(self, short_heartbeats):
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            numbers.send(1)
+            wait_for(lambda: data == [0])
+            relay.cut()
+            numbers.send(3000)
+            relay.mend()
+            wait_for(lambda: len(data) == 3001)
+            assert data == list(range(3001))
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+    @pytest.mark.parametrize("port", ["the same port", "another port"])
+    def test_a_publisher_that_is_killed_and_restarted(self, port, host, impatient, monkeypatch):
+        """All of its first life that has left it, and all of its second life, from its first message on."""
+        port = free_port() if port == "the same port" else 0
+        with nameserver(), posttroll.Subscribe("numbers", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            for life in ("one", "two", "three"):
+                with python(NUMBERS_PROCESS, port, life) as running:
+                    command_of(running, "send 100", "await 1", "send 100")
+                    wait_for(lambda life=life: len([each for each in data if each[0] == life]) >= 200)
+                    running.kill()
+                    running.wait()
+                monkeypatch.setenv("POSTTROLL_ANNOUNCED_ADDRESS", host)
+            sub.stop()
+        assert sorted(data) == sorted([life, number] for life in ("one", "two", "three") for number in range(200))
+
+    def test_a_subscriber_that_is_stopped_for_a_while(self, short_heartbeats):
+        """As if its host were suspended: the publisher sends meanwhile; then it goes on."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, Relay(pub.port_number) as relay:
+            with python(COLLECTING_PROCESS, local_address(relay.port)) as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                numbers = Numbers(pub)
+                numbers.send(100)
+                for is_cut in (False, True):
+                    running.send_signal(signal.SIGSTOP)
+                    numbers.send(500, 0.003)
+                    if is_cut:
+                        relay.cut()
+                        relay.mend()
+                    running.send_signal(signal.SIGCONT)
+                    numbers.send(10)
+                numbers.send(1)
+                got = [int(running.stdout.readline()) for _ in range(numbers.count)]
+                assert sorted(got) == list(range(numbers.count))
+
+    def test_the_same_text_again_and_again_around_an_outage(self, short_heartbeats):
+        """Programs may send one encoded message as often as they like: each of them comes."""
+        texts = [text_message(letter, "/numbers") for letter in "abc"]
+        sent: list[str] = []
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+
+            def send(count: int) -> None:
+                for _ in range(count):
+                    letter = chance.randrange(3)
+                    pub.send(texts[letter])
+                    sent.append("abc"[letter])
+                    time.sleep(0.001)
+
+            for kind in ("cut", "silence", "cut"):
+                send(100)
+                getattr(relay, kind)()
+                send(100)
+                relay.mend()
+                send(100)
+            await_count(data, len(sent))
+            wait_for(lambda: not pub._audience.unserved())
+            pub.send(text_message("end", "/numbers"))
+            wait_for(lambda: data[-1] == "end")
+            assert sorted(data) == sorted([*sent, "end"])
+
+    def test_many_publishers_of_which_one_is_cut_off(self, short_heartbeats):
+        """They share a socket; the others' messages are not touched."""
+        with contextlib.ExitStack() as stack:
+            pubs = [stack.enter_context(posttroll.Publisher("tcp://*:0", f"pub{n}")) for n in range(8)]
+            relay = stack.enter_context(Relay(pubs[0].port_number))
+            addresses = [local_address(port) for port in (relay.port, *(pub.port_number for pub in pubs[1:]))]
+            sub = stack.enter_context(posttroll.Subscriber(addresses))
+            data = stack.enter_context(serving(sub))
+            assert all(pub.wait_for_subscribers(1, DEADLINE) for pub in pubs)
+
+            def send(count: int) -> None:
+                for _ in range(count):
+                    for number, pub in enumerate(pubs):
+                        pub.send(text_message([number, counts[number]]))
+                        counts[number] += 1
+
+            counts = [0] * len(pubs)
+            for kind in ("cut", "silence", "cut"):
+                send(100)
+                getattr(relay, kind)()
+                send(200)
+                time.sleep(1)  # the duration of the fault
+                relay.mend()
+                send(100)
+            await_count(data, sum(counts))
+            wait_for(lambda: not any(pub._audience.unserved() for pub in pubs))
+            assert sorted(data) == [[pub, number] for pub, count in enumerate(counts) for number in range(count)]
+
+    def test_only_the_topics_that_are_wanted(self, short_heartbeats):
+        """What others get is neither sent to it, nor counted as missed."""
+        with config.set(history_messages=1000), behind_relay(["/wanted", "/also"]) as (pub, relay, sub):
+            with serving(sub) as data:
+                numbers, also, others = Numbers(pub, "/wanted"), Numbers(pub, "/also"), Numbers(pub, "/other")
+                others.send(2000)
+                numbers.send(1)
+                wait_for(lambda: data == [0])
+                relay.cut()
+                for _ in range(200):
+                    others.send(3)
+                    numbers.send(1)
+                relay.mend()
+                others.send(5)
+                numbers.send(5)
+                numbers.check(data)
+                assert (sub.missed, also.count) == (0, 0)
+
+    def test_what_is_beyond_the_history_is_told(self, short_heartbeats, caplog):
+        with config.set(history_messages=100), behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            numbers.send(50)
+            wait_for(lambda: len(data) == 50)
+            wait_for(lambda: all(peer.told == 50 for peer in pub._audience.peers.values()))
+            relay.cut()
+            wait_for(lambda: pub.subscriber_count == 0)
+            numbers.send(312)
+            relay.mend()
+            wait_for(lambda: sub.missed)
+            assert sub.missed == 212
+            assert data == [*range(50), *range(262, 362)]
+        text = "212 messages of numbers are gone"
+        [record] = [record for record in caplog.records if text in record.getMessage()]
+        assert (record.name, record.levelname) == ("posttroll.subscriber", "WARNING")
+
+    def test_without_history_what_is_gone_is_told(self, short_heartbeats):
+        with config.set(history_messages=0), behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            numbers.send(10)
+            wait_for(lambda: len(data) == 10)
+            wait_for(lambda: all(peer.told == 10 for peer in pub._audience.peers.values()))
+            relay.cut()
+            wait_for(lambda: pub.subscriber_count == 0)
+            numbers.send(5)
+            relay.mend()
+            wait_for(lambda: sub.missed == 5)
+            numbers.send(5)
+            wait_for(lambda: len(data) == 15)
+            assert data == [*range(10), *range(15, 20)]
+
+    def test_a_publisher_that_stops_waits_for_whoever_catches_up(self, short_heartbeats):
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            numbers.send(10)
+            wait_for(lambda: len(data) == 10)
+            relay.cut()
+            numbers.send(4000)
+            relay.mend()
+            wait_for(lambda: pub.subscriber_count)
+            pub.stop()
+            await_count(data, numbers.count)
+            assert sorted(data) == list(range(numbers.count))
+
+    def test_two_connections_to_one_publisher(self, short_heartbeats):
+        """By two addresses over one socket: live messages come twice, as ever; nothing else changes."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, Relay(pub.port_number) as relay:
+            addresses = [local_address(relay.port), local_address(pub.port_number)]
+            with posttroll.Subscriber(addresses) as sub, serving(sub) as data:
+                wait_for(lambda: [peer.connections for peer in pub._audience.peers.values()] == [2])
+                assert pub.subscriber_count == 1
+                numbers = Numbers(pub)
+                numbers.send(10)
+                wait_for(lambda: len(data) == 20)
+                relay.cut()
+                wait_for(lambda: [peer.connections for peer in pub._audience.peers.values()] == [1])
+                numbers.send(10)
+                wait_for(lambda: len(data) == 30)
+                relay.mend()
+                wait_for(lambda: [peer.connections for peer in pub._audience.peers.values()] == [2])
+                pub.send(text_message("end"))
+                wait_for(lambda: data.count("end") == 2)
+                assert set(data) == {*range(20), "end"}
+                assert pub.dropped == sub.missed == 0
+
+
+class TestFullQueues:
+    """Queues that are full for a while: who misses something catches up once there is room."""
+
+    @pytest.fixture(autouse=True)
+    def small_queues(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_SEND_HIGH_WATER_MARK", "20")
+        monkeypatch.setenv("POSTTROLL_RECEIVE_HIGH_WATER_MARK", "20")
+        monkeypatch.setenv("POSTTROLL_HISTORY_BYTES", str(10**8))
+
+    @contextlib.contextmanager
+    def crowd(self, pub: Any, count: int, strangers: int = 0) -> Iterator[tuple[list[Any], list[Any]]]:
+        with contextlib.ExitStack() as stack:
+            address = local_address(pub.port_number)
+            subs = [stack.enter_context(posttroll.Subscriber([address])) for _ in range(count)]
+            raw = [stack.enter_context(raw_socket(zmq.SUB)) for _ in range(strangers)]
+            for sock in raw:
+                sock.rcvhwm = 5
+                sock.setsockopt(zmq.RCVBUF, 4096)
+                sock.subscribe(b"pytroll:/")
+                sock.connect(address)
+            assert pub.wait_for_subscribers(count + strangers, DEADLINE)
+            yield subs, raw
+
+    @pytest.mark.parametrize("strangers", [0, 1])
+    def test_busy_subscribers_beside_one_that_keeps_up(self, strangers):
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 4, strangers) as (subs, _):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            with serving(subs[0]) as quick:
+                for _ in range(20):
+                    numbers.send(50)
+                    time.sleep(0.005)
+                assert pub.dropped
+                with serving(subs[1]) as one, serving(subs[2]) as two, serving(subs[3]) as three:
+                    for data in (quick, one, two, three):
+                        await_count(data, numbers.count)
+                        assert sorted(number for number, _ in data) == list(range(numbers.count))
+                    wait_for(lambda: not pub._audience.unserved())
+                    numbers.send(1)
+                    for data in (quick, one, two, three):
+                        wait_for(lambda data=data: data[-1][0] == numbers.count - 1)
+                        assert sorted(number for number, _ in data) == list(range(numbers.count))
+
+    def test_a_stranger_that_never_reads_harms_nobody(self):
+        """Again and again, while subscribers of ours keep up, or lag a little."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 3, 2) as (subs, _):
+            numbers = Numbers(pub, padding="x" * 5000)
+            with serving(subs[0]) as one, serving(subs[1]) as two, serving(subs[2]) as three:
+                for _ in range(60):
+                    numbers.send(chance.randrange(1, 60))
+                    time.sleep(chance.choice([0, 0.002, 0.02]))
+                for data in (one, two, three):
+                    await_count(data, numbers.count)
+                wait_for(lambda: not pub._audience.unserved())
+                for data in (one, two, three):
+                    assert sorted(number for number, _ in data) == list(range(numbers.count))
+
+    def test_the_same_text_while_a_queue_is_full(self):
+        text = text_message("x" * 20_000)
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 2) as (subs, _):
+            with serving(subs[0]) as quick:
+                for _ in range(1000):
+                    pub.send(text)
+                with serving(subs[1]) as slow:
+                    await_count(quick, 1000)
+                    await_count(slow, 1000)
+                    wait_for(lambda: not pub._audience.unserved())
+                    pub.send(text_message("end"))
+                    wait_for(lambda: quick[-1] == slow[-1] == "end")
+                    assert (len(quick), len(slow)) == (1001, 1001)
+
+    def test_full_and_cut(self, monkeypatch):
+        """A queue is full when its connection ends."""
+        with behind_relay() as (pub, relay, sub):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            numbers.send(400)
+            relay.cut()
+            numbers.send(100)
+            relay.mend()
+            numbers.send(100)
+            with serving(sub) as data:
+                await_count(data, numbers.count)
+                wait_for(lambda: not pub._audience.unserved())
+                assert sorted(number for number, _ in data) == list(range(numbers.count))
+
+
+# ======================================================================================================================
 # Chaos: several hosts, everything that goes wrong at random, and not one message unaccounted for
 #
 # Every process of this world writes down what it sent or handed out, line by line.  Afterwards each message is looked
@@ -11648,7 +12170,7 @@ class TestPopulatedWorlds:
 # ======================================================================================================================
 
 CHAOS_SEED = int(os.environ.get("POSTTROLL_CHAOS_SEED") or chance.randrange(10**6))
-CAUGHT_UP = False  # what is demanded.  True: publishers have a history, and whoever was away gets what it missed
+CAUGHT_UP = True  # what is demanded.  True: publishers have a history, and whoever was away gets what it missed
 CONNECT = 15.0  # seconds in which a subscriber must hear a publisher, once nothing hinders it
 NOTICED = 8.0  # seconds until both ends have noticed that a connection is dead (heartbeats: 1 s and 6 s)
 LAG = 2.0  # seconds that a message may be under way where nothing is slow
