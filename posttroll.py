@@ -3123,7 +3123,7 @@ sendaddressservice = AddressServiceBroadcaster
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <port> <name>  the mark has arrived; all after number will come
+#     hello      H <instance> <number> <ends> <port> <name>  the mark has come; all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
@@ -5794,7 +5794,13 @@ class NSSubscriber:
         """
         if self._subscriber is None:
             _log("subscriber").debug("Subscribing to topics %s", self._topics)
-            subscriber = Subscriber(self._addresses, self._topics, self._filter, self._translate, **self._begin)
+            subscriber = Subscriber(
+                self._addresses,
+                self._topics,
+                message_filter=self._filter,
+                translate=self._translate,
+                **self._begin,
+            )
             try:
                 if self._services and self._nameserver:
                     self._follow(subscriber)
