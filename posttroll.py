@@ -3137,7 +3137,7 @@ sendaddressservice = AddressServiceBroadcaster
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not by TCP.  So a
+# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
 # subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
 # older than so many milliseconds; until: the number of the hello.
@@ -3387,7 +3387,10 @@ class _Audience:
                 waiting[1]()
 
     def _take_turn(self) -> None:
-        """Do what the socket has to be done; called by the loop."""
+        """Do what the socket has to be done; called by the loop.
+
+        Whatever uses the socket takes the news of the descriptor: so this follows all other uses, soon.
+        """
         with self.lock:
             if not self.socket.closed:
                 self._take_subscriptions()
@@ -3471,9 +3474,7 @@ class _Audience:
                 del self._timers[callback]
                 if not self.socket.closed:
                     callback()
-                    # Sending takes the signal that something has come, but not what has come.
-                    self._take_subscriptions()
-                    self._tell_waiting()
+                    self._take_turn()
 
         def schedule() -> None:
             self._timers[callback] = self.loop.at(time.monotonic() + seconds, call)
@@ -4615,7 +4616,9 @@ class _CatchUp:
                 self._durable.restore(instance, source)
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
-            self._sources.popitem(last=False)
+            forgotten, old = self._sources.popitem(last=False)
+            self._cancel_request(forgotten)
+            self._close(old)
         return source
 
     def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
