@@ -69,6 +69,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import lru_cache, partial
+from hashlib import blake2b
 from heapq import heappop, heappush
 from itertools import chain, count, islice, takewhile
 from typing import Any, Callable, Union, cast
@@ -76,7 +77,10 @@ from typing import Any, Callable, Union, cast
 import zmq
 from zmq.utils import z85
 
-if sys.platform != "win32":
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
     import pwd
 
 __version__ = "2.0.0"
@@ -128,6 +132,9 @@ OPTIONS: dict[str, _Option] = {
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
     "history_seconds": _Option(600, "number", "how old they may be"),
+    "durable_directory": _Option(
+        None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
+    ),
     "discovery_seconds": _Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
     "max_services": _Option(20000, "int", "publishers that the nameserver keeps at most"),
     "client_secret_key_file": _Option(None, "path", "CURVE: this host's secret key when it connects"),
@@ -3126,21 +3133,23 @@ sendaddressservice = AddressServiceBroadcaster
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <name>         the mark has arrived; all after number will come
+#     hello      H <instance> <number> <ends> <port> <name>  the mark has come; all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more.  So a subscriber knows what it has, and asks for what it has not.  It answers a hello
-# by a request, a subscription to <mark>/<instance>/n<number>,<until>/<topics> (what follows that number) or
-# <mark>/<instance>/a<milliseconds>,<until>/<topics> (what is not older), until: the number of the hello.
+# are not in the history any more; port: where it is bound, 0 if not by TCP.  So a subscriber knows what it has, and asks
+# for what it has not.  It answers a hello by a request: it subscribes to
+# <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
+# older than so many milliseconds; until: the number of the hello.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
 _MARK_PATTERN = re.compile(
-    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/([na])(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?", re.DOTALL
+    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
+    re.DOTALL,
 )
 
 
@@ -3269,6 +3278,8 @@ class _Audience:
         self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
         self._name = "_".join(name.split()).encode() or b"-"
+        tcp = _split_tcp(cast(bytes, sock.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode())
+        self._port = tcp[1] if tcp else 0
         self._next_look = 0.0
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3437,7 +3448,8 @@ class _Audience:
     def _greet(self, peer: _Peer) -> None:
         """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
         peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
-        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %s" % (self.instance, number, peer.ends, self._name)):
+        fields = (self.instance, number, peer.ends, self._port, self._name)
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
             peer.hello = peer.told = number
         else:
             self._catch_up_soon(0.02)
@@ -3491,16 +3503,14 @@ class _Audience:
         peer, history = self.peers.get(mark), self.history
         if peer is None or match[3] != self.instance:
             return  # somebody else is asked
-        amount, until = int(match[5]), min(int(match[6]), history.number)
+        after, milliseconds, until = int(match[4]), int(match[5]), min(int(match[6]), history.number)
         if peer.hello is None or until < peer.hello:
             return  # that was over an earlier connection; it asks again when it has our hello
-        if match[4] == b"n":
-            after = amount
-        else:
-            since = time.monotonic() - amount / 1000
-            after = history.last_before(since)
+        if milliseconds:
+            since = time.monotonic() - milliseconds / 1000
+            after = min(after, history.last_before(since))
             if history.has_lost_since(since):
-                after = 0 if self.started >= since else history.first - 2
+                after = min(after, 0 if self.started >= since else history.first - 2)
         peer.greeted = None
         peer.fall_behind(min(after, until), until)
         peer.prefixes = tuple(match[7].split(b"\n"))
@@ -4308,20 +4318,21 @@ class _Connections:
         link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
         return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
 
-    def greet(self, sock: zmq.Socket[bytes], begin: float, index: int) -> tuple[float, int]:
+    def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
 
-        And the index of the first that has come from it; *begin* and *index* if no connection is new.
+        And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
+        can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
         """
         self._take_events(sock, self._monitors[sock])
         new = [
-            (link.changed, link)
-            for (other, _), link in self._links.items()
+            (not endpoint.endswith(f":{port}"), link.changed, link)
+            for (other, endpoint), link in self._links.items()
             if other is sock and link.is_up and not link.is_greeted and time.monotonic() - link.changed < 5
         ]
         if not new:
             return begin, index
-        link = min(new, key=lambda item: item[0])[1]
+        link = min(new, key=lambda item: item[:2])[2]
         link.is_greeted = True
         return link.begin, link.index
 
@@ -4472,7 +4483,10 @@ class _Source:
     def __init__(self) -> None:
         self.name = ""
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
-        self.since: float | None = None  # since when its messages are wanted
+        self.since: Any = None  # since when its messages are wanted
+        self.found = 0  # the number of the first hello
+        self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
+        self.hello_lines = 0  # of the durable state
         self.known: set[int] = set()  # numbers behind the position that came under the mark
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
@@ -4492,6 +4506,7 @@ class _Source:
     def advance(self, number: int, index: int) -> None:
         """Take note that all messages up to *number* are here, *index* messages having come live."""
         self.position = max(number, self.position or 0)
+        self.was_handled = None
         self.index = index
         self.known = {other for other in self.known if other > self.position}
 
@@ -4502,9 +4517,10 @@ class _CatchUp:
     Args:
         sock: The socket.
         prefixes: What it has subscribed to.
-        since: Called for a publisher that has just been found, with the index of the next message; returns since when
-            its messages are wanted, and the index of the first that may have come from it.
+        since: Called for a publisher that has just been found, with its port and the index of the next message; returns
+            since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
+        durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
 
     RECENT = 16384  # live messages that are recognised when they come once more
@@ -4514,8 +4530,9 @@ class _CatchUp:
         self,
         sock: zmq.Socket[bytes],
         prefixes: Sequence[bytes],
-        since: Callable[[int], tuple[float, int]],
+        since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
+        durable: _DurableState | None = None,
     ) -> None:
         self.recv = sock.recv
         self.origin = ""  # the only address that it is connected to, if that is known
@@ -4523,6 +4540,7 @@ class _CatchUp:
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
+        self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
         for topic in (*prefixes, self._mark):
             sock.setsockopt(zmq.SUBSCRIBE, topic)
@@ -4588,27 +4606,40 @@ class _CatchUp:
         return None
 
     def _source(self, instance: bytes) -> _Source:
-        source = self._sources.setdefault(instance, _Source())
+        source = self._sources.get(instance)
+        if source is None:
+            source = self._sources[instance] = _Source()
+            if self._durable is not None:
+                self._durable.restore(instance, source)
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
             self._sources.popitem(last=False)
         return source
 
-    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int) -> None:
+    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
         source.name = name
+        if source.since is None:
+            source.found = number
+            source.since, source.index = self._since(port, self._index)
+            if self._durable is not None:
+                self._durable.begin_with(instance, source.since, self._index - source.index)
         self._close(source)
-        source.begin(number, ends, self._index)
+        self._begin(source, number, ends)
         self._ask(instance, source)
+
+    def _begin(self, source: _Source, number: int, ends: int) -> None:
+        source.begin(number, ends, self._index)
+        if self._durable is not None:
+            source.hello_lines = self._durable.lines
 
     def _ask(self, instance: bytes, source: _Source) -> None:
         """Ask for what is missing up to the hello."""
         self._cancel_request(instance)
         if source.position is None:
-            if source.since is None:
-                source.since, source.index = self._since(self._index)
-            what = b"a%d" % max(int((time.monotonic() - source.since) * 1000), 0)
+            past = max(int((time.monotonic() - source.since) * 1000), 0)
+            what = b"%d+%d" % (source.found, past)
         else:
-            what = b"n%d" % source.position
+            what = b"%d+0" % source.position
         source.unconfirmed = self._live(source.index, source.hello_index)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
@@ -4626,6 +4657,8 @@ class _CatchUp:
         source.known.add(number)
         if is_live:
             return content
+        if source.was_handled is not None and source.was_handled(number, content):
+            return None
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
             if source.live is None:
@@ -4645,7 +4678,10 @@ class _CatchUp:
         self._close(source)
         if is_whole:
             source.advance(number, source.hello_index if number <= source.hello else self._index)
-        source.begin(number, ends, self._index)
+            if self._durable is not None:
+                lines = source.hello_lines if number <= source.hello else self._durable.lines
+                self._durable.advance(instance, number, lines)
+        self._begin(source, number, ends)
         if not is_whole:
             self._ask(instance, source)
             return
@@ -4659,10 +4695,12 @@ class _CatchUp:
             return
         if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
             source.advance(number, self._index)
+            if self._durable is not None:
+                self._durable.advance(instance, number, self._durable.lines)
             source.counted += len(source.came)
             source.came.clear()
         else:  # something was dropped on the way, because a queue was full
-            source.begin(number, ends, self._index)
+            self._begin(source, number, ends)
             source.counted = sent
             self._ask(instance, source)
 
@@ -4673,6 +4711,320 @@ _catch_up_log = LimitedLogger("subscriber")
 def _digest(raw: bytes) -> int:
     """Return what a message is recognised by: its header, with the microsecond, and the beginning of its data."""
     return hash(raw[:256])
+
+
+_DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+class _StateFile:
+    """A file of lines that one process has at a time: it appends to it, and writes it anew when it has become long.
+
+    There is no fsync: the system keeps what has been written whatever happens to the program.  A full disk is warned
+    of, and all is written as soon as there is room.
+
+    Args:
+        name: The name of the file, in the ``durable_directory``.
+    """
+
+    GROWTH = 2**18  # bytes after which it is written anew
+    PAUSE = 1.0  # seconds after a failure until the next attempt
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str) or _DURABLE_NAME.fullmatch(name) is None:
+            raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
+        self._name = name
+        self._log = LimitedLogger("subscriber")
+        self._file: io.FileIO | None = None
+        self._growth = 0
+        self._next_attempt = 0.0
+        default = os.path.join(os.environ.get("XDG_STATE_HOME") or "~/.local/state", "posttroll")
+        directory = os.path.expanduser(config.get("durable_directory") or default)
+        try:
+            if directory.startswith("~"):
+                raise FileNotFoundError(errno.ENOENT, "there is no home directory")
+            os.makedirs(directory, exist_ok=True)
+            self.path = os.path.join(os.path.abspath(directory), name)
+            for path in (directory, self.path):
+                if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._lock = self._locked(os.path.join(directory, f".{name}.lock"))
+        except OSError as error:
+            raise ConfigurationError(
+                f"The state of the durable subscriber {name!r} cannot be kept in {directory} ({error.strerror}): "
+                "set durable_directory (or $POSTTROLL_DURABLE_DIRECTORY) to a directory that can be written."
+            ) from None
+
+    def _locked(self, path: str) -> io.FileIO:
+        """Open *path*, and keep others from doing so as long as this process lives."""
+        lock = io.FileIO(path, "a+")
+        try:
+            if sys.platform == "win32":
+                lock.seek(2**16)  # what is locked cannot be read
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with lock:
+                lock.seek(0)
+                first = lock.read(300).decode("utf-8", "replace") or "another process"
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise  # the file system has no locks
+            raise RuntimeError(
+                f"The durable name {self._name!r} is in use by {first}: each running subscriber needs one of its own."
+            ) from None
+        with suppress(OSError):  # the disk is full
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _state_files.add(self)
+        return lock
+
+    def read(self) -> tuple[list[bytes], float | None]:
+        """Return the lines of earlier programs, and when they were written last; None if there is no file."""
+        try:
+            with open(self.path, "rb") as file:
+                changed = os.fstat(file.fileno()).st_mtime
+                lines = file.read(2**25).splitlines(keepends=True)
+        except FileNotFoundError:
+            return [], None
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()  # it was being written when the disk was full
+        return lines, changed
+
+    def append(self, line: bytes, all_lines: Callable[[], Iterable[bytes]]) -> None:
+        """Write *line*, or, if that is due, all lines that still count (*line* among them)."""
+        if self._file is None and time.monotonic() < self._next_attempt:
+            return
+        try:
+            if self._file is None or self._growth > self.GROWTH:
+                self._rewrite(all_lines())
+            elif self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._growth += len(line)
+        except OSError as error:
+            self._close_file()  # a line may be half written: it is written anew the next time
+            self._next_attempt = time.monotonic() + self.PAUSE
+            text = "Cannot write %s (trying again): %s; until then what is handled may come again after a restart"
+            self._log.warning("write", text, self.path, error.strerror)
+
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
+        self._close_file()
+        new = os.path.join(os.path.dirname(self.path), f".{self._name}.new")
+        with open(new, "wb") as file:
+            file.writelines(lines)
+        os.replace(new, self.path)
+        self._file = io.FileIO(self.path, "a")
+        self._growth = 0
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        """Let go of the file, and let others have it."""
+        self._close_file()
+        self._next_attempt = float("inf")
+        self._lock.close()
+
+
+_state_files: weakref.WeakSet[_StateFile] = weakref.WeakSet()
+
+
+def _leave_state_files_to_parent() -> None:
+    """Let go, in a forked child, of the locks, which else would outlive the parent."""
+    for file in _state_files:
+        file._lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_state_files_to_parent)
+
+
+def _current_owner() -> Any:
+    """Return the asyncio task, else the thread, that runs this."""
+    task = None
+    if "asyncio" in sys.modules:
+        with suppress(RuntimeError):  # no event loop runs in this thread
+            task = sys.modules["asyncio"].current_task()
+    return task or threading.current_thread()
+
+
+_DURABLE_HEAD = re.compile(rb"posttroll-durable 1 (\d{1,15})\n")
+_DURABLE_LINE = re.compile(rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) ([na]\d{1,15}) (\d{1,15})\n")
+
+
+class _DurableState:
+    """What the subscribers with one durable name have handled, in a file, so that the next one knows.
+
+    The file is a log: a line is written when something has been handled, and the system keeps it whatever happens to
+    the program.  It is written anew when it has become long.  The first line tells since when (in milliseconds, as all
+    times here) messages are wanted; then come lines of these kinds::
+
+        <digest>                       a message that came live has been handled
+        +<instance> <number>           a message of the past has been handled
+        @<instance> n<number> <lines>  all messages of a publisher up to this number have been handled; the last so many
+                                       lines of the first two kinds may be about later ones
+        @<instance> a<time> <lines>    a publisher has been found, its messages since then are wanted
+
+    Args:
+        name: The durable name; the file is called so.
+        seconds: If the name is new: since how long ago messages are wanted.
+    """
+
+    LINES = 16384  # of the first two kinds
+    PUBLISHERS = 5000
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self._file = _StateFile(name)
+        self._since = time.time() - seconds
+        self.lines = 0  # how many of the first two kinds there have been
+        self._handled: deque[bytes] = deque(maxlen=self.LINES)  # the newest of them
+        self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
+        # What is written after "@", and how many lines of the first two kinds belong to what is before it.
+        self._places: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
+        self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
+        self._waiting: dict[bytes, tuple[int, bytes, int]] = {}  # places, until all is handled that came before
+        self._count = 0  # of what has been handed out
+        self._guard = threading.RLock()
+        self._read()
+        self._file.append(b"", self._all)
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it is since when messages are wanted."""
+        return max(time.time() - self._since, 0)
+
+    def _read(self) -> None:
+        """Read what earlier programs have handled."""
+        lines, changed = self._file.read()
+        head = _DURABLE_HEAD.fullmatch(lines[0]) if lines else None
+        entries = [_DURABLE_LINE.fullmatch(line) for line in lines[1:]]
+        if head is None or None in entries:
+            if changed is not None:
+                text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
+                when = datetime.fromtimestamp(changed).isoformat(" ", "seconds")
+                _log("subscriber").warning(text, self._file.path, when)
+                self._since = changed
+            return
+        self._since = int(head[1]) / 1000
+        for entry in cast("list[re.Match[bytes]]", entries):
+            if entry[1] is not None:
+                self._handled.append(entry[0])
+                self.lines += 1
+                self._past.setdefault(entry[0], []).append(self.lines)
+            else:
+                self._places[entry[2]] = (entry[3], self.lines - int(entry[4]))
+
+    def _place(self, instance: bytes, place: bytes, lines: int) -> None:
+        """Keep a line about a publisher, and write it."""
+        self._places[instance] = (place, lines)
+        self._places.move_to_end(instance)
+        if len(self._places) > self.PUBLISHERS:
+            self._places.popitem(last=False)
+        self._file.append(self._place_line(instance), self._all)
+
+    def _all(self) -> Iterable[bytes]:
+        """Return all lines that still count."""
+        head = b"posttroll-durable 1 %d\n" % max(int(self._since * 1000), 0)
+        return chain([head], self._handled, map(self._place_line, self._places))
+
+    def _place_line(self, instance: bytes) -> bytes:
+        place, lines = self._places[instance]
+        return b"@%s %s %d\n" % (instance, place, self.lines - lines)
+
+    def restore(self, instance: bytes, source: _Source) -> None:
+        """Let *source*, the publisher *instance* that has just been found, begin where it ended the last time."""
+        with self._guard:
+            place, lines = self._places.get(instance, (b"", 0))
+        if place:
+            source.was_handled = partial(self._was_handled, instance, lines)
+            if place[:1] == b"n":
+                source.position = int(place[1:])
+            else:
+                source.since = time.monotonic() - max(time.time() - int(place[1:]) / 1000, 0)
+
+    def _was_handled(self, instance: bytes, lines: int, number: int, content: bytes) -> bool:
+        """Whether an earlier program has handled a message, according to what came after so many *lines*."""
+        if b"+%s %d\n" % (instance, number) in self._past:
+            return True
+        found = self._past.get(_digest_line(content))
+        if not found or found[-1] <= lines:
+            return False
+        found.pop()  # the same text once more is another message
+        return True
+
+    def begin_with(self, instance: bytes, since: float, came: int) -> None:
+        """Take note that a publisher has just been found, whose messages are wanted since a time; some came already."""
+        with self._guard:
+            milliseconds = max(int((time.time() - time.monotonic() + since) * 1000), 0)
+            self._place(instance, b"a%d" % milliseconds, max(self.lines - came, 0))
+
+    def advance(self, instance: bytes, number: int, lines: int) -> None:
+        """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
+        with self._guard:
+            if self._handed:
+                self._waiting.setdefault(instance, (self._count, b"n%d" % number, lines))
+            else:
+                self._place(instance, b"n%d" % number, lines)
+
+    def hand_out(self, owner: Any, raw: bytes) -> None:
+        """Take note that a thread or task gets the message in *raw*, as it came."""
+        with self._guard:
+            self._count += 1
+            self._handed[owner] = (self._count, raw)
+
+    def ask(self, owner: Any) -> None:
+        """Take note that a thread or task asks for the next message, so it has handled the last one."""
+        with self._guard:
+            if owner in self._handed:
+                self._note_handled(owner)
+            if self._handed:
+                for other in [other for other in self._handed if _has_ended(other)]:
+                    self._note_handled(other)
+            if self._waiting:
+                oldest = min((count for count, _ in self._handed.values()), default=self._count + 1)
+                for instance, (before, place, lines) in list(self._waiting.items()):
+                    if before < oldest:
+                        del self._waiting[instance]
+                        self._place(instance, place, lines)
+
+    def _note_handled(self, owner: Any) -> None:
+        raw = self._handed.pop(owner)[1]
+        line = b"+" + raw.split(b"\0", 2)[1][2:] + b"\n" if raw[:1] == b"~" else _digest_line(raw)
+        self._handled.append(line)
+        self.lines += 1
+        self._file.append(line, self._all)
+
+    def leave(self, receiving: Sequence[Any], is_handled: bool, is_left: bool) -> None:
+        """Take note that this thread or task closes the subscriber.
+
+        Args:
+            receiving: The threads and tasks in their loops; an asyncio task is for a while after it has left its loop.
+            is_handled: Whether what has been received is handled, by this thread or task and by those that have ended.
+            is_left: Whether this thread is not in its loop; else it may be in a signal handler.
+        """
+        me = _current_owner()
+        is_left = is_left or not isinstance(me, threading.Thread)
+        busy = [owner for owner in receiving if owner is not me or not is_left]
+        with self._guard:
+            if me not in busy:
+                self.ask(me) if is_handled else self._handed.pop(me, None)
+            if not busy:
+                self.close()
+
+    def close(self) -> None:
+        """Let go of the file and of the name."""
+        with self._guard:
+            self._handed.clear()
+            self._file.close()
+
+
+def _has_ended(owner: Any) -> bool:
+    return not owner.is_alive() if isinstance(owner, threading.Thread) else bool(owner.done())
+
+
+def _digest_line(raw: bytes) -> bytes:
+    return blake2b(raw, digest_size=8).hexdigest().encode() + b"\n"
 
 
 # ======================================================================================================================
@@ -4723,6 +5075,7 @@ class _Receiver:
 
     def __init__(self, subscriber: Subscriber) -> None:
         self._subscriber = subscriber
+        self.owner = None if subscriber._durable is None else _current_owner()
         self.stops = subscriber._stops  # how many there were when it began
 
     @property
@@ -4740,13 +5093,22 @@ class Subscriber:
         translate: Put the host of the publisher's address in place of the host of the sender.
         since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
             last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
+        durable: A name under which is written down what has been handled.  The next program with this name gets what
+            came in between, as far as the publishers keep it, and what this one had received, but not handled.
 
     Attributes:
         missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
             keep.  Each time that is also logged as a warning.
 
     Raises:
-        ValueError: An address cannot be used.
+        ValueError: An address cannot be used, or *durable* is no name for a file.
+        ConfigurationError: The ``durable_directory`` cannot be used.
+        RuntimeError: Another subscriber uses the name *durable* just now.
+
+    A message counts as handled when the thread or asyncio task that received it asks for the next one, has ended, or
+    closes the subscriber: by leaving its ``with`` block without an exception, or by `close` (not while an exception is
+    being handled, and not in a signal handler, as its loop goes on).  So does, after `stop`, the last one of a loop.
+    With *durable*, *since* counts only when the name is used for the first time.
 
     It can be iterated over, also with ``async for``, and is a context manager that closes it.  `stop` and `close` may
     be called from other threads and from signal handlers, `add`, `remove` and `update` from other threads.  What a
@@ -4763,12 +5125,15 @@ class Subscriber:
         message_filter: Callable[[Message], Any] | None = None,
         translate: bool = False,
         since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
         _backend()  # an unknown one is an error now
         self._topics = _topic_prefixes(topics)
         self._filter = message_filter
         self._translate = translate
-        self._begin = time.monotonic() - _seconds_since(since)
+        seconds = _seconds_since(since)
+        self._durable = None if durable is None else _DurableState(durable, seconds)
+        self._begin = time.monotonic() - (seconds if self._durable is None else self._durable.seconds)
         self._is_begun = False
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._owner = 0  # the thread that receives just now
@@ -4792,7 +5157,7 @@ class Subscriber:
         except BaseException:
             self.close()
             raise
-        self._is_begun = True
+        self._is_begun = durable is None  # else what was sent before an address was added is wanted, too
 
     # -- addresses --
 
@@ -4910,7 +5275,7 @@ class Subscriber:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed)
+        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._durable)
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._note_ready, stream))
         return sock
@@ -4965,13 +5330,15 @@ class Subscriber:
             if not self._receivers and self._turning is not None:
                 self._turning.cancel()
             if self._is_closed:
-                self.close()
+                self._close()
 
     def _next(self, receiver: _Receiver, timeout: float | None) -> Message | None:
         """Return the next message; None after *timeout*, or when the receiver is to end."""
         with self._lock:
+            if self._durable is not None:
+                self._durable.ask(receiver.owner)
             if receiver.stops == self._stops:
-                message = self._take()
+                message = self._take(receiver)
                 if message is not None:
                     return message
             deadline = None if timeout is None else time.monotonic() + timeout
@@ -4984,7 +5351,7 @@ class Subscriber:
                     until = 0.0 if self._ready else longest if deadline is None else min(deadline, longest)
                     self._loop.turn(until)
                     self._batch_end = time.monotonic() + self._BATCH_SECONDS
-                    message = self._take()
+                    message = self._take(receiver)
                     if message is not None or (deadline is not None and time.monotonic() >= deadline):
                         return message
             finally:
@@ -5025,13 +5392,15 @@ class Subscriber:
         """Do what `_next` does, in an asyncio program; all who await share one task that waits."""
         import asyncio
 
+        if self._durable is not None:
+            self._durable.ask(receiver.owner)
         has_waited = False
         while receiver.is_on:
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
             with self._lock:
-                message = self._take()
+                message = self._take(receiver)
             now = time.monotonic()
             if message is not None or (has_waited and deadline is not None and now >= deadline):
                 return message
@@ -5048,9 +5417,9 @@ class Subscriber:
         if not turning.cancelled() and turning.exception() is not None:
             self._failure = turning.exception()
         if self._is_closed and not self._receivers:
-            self.close()
+            self._close()
 
-    def _take(self) -> Message | None:
+    def _take(self, receiver: _Receiver) -> Message | None:
         """Return the next message of those that are there; None also if all else is to have its turn."""
         while time.monotonic() < self._batch_end:
             if self._backlog:
@@ -5066,6 +5435,8 @@ class Subscriber:
                 return None
             message = self._accept(raw, stream)
             if message is not None:
+                if self._durable is not None:
+                    self._durable.hand_out(receiver.owner, raw)
                 return message
         self._ready = self._ready[::-1]  # the other end has its turn
         return None
@@ -5109,6 +5480,15 @@ class Subscriber:
 
     def close(self) -> None:
         """End the receiving, and close the sockets."""
+        self._leave(is_handled=sys.exc_info()[0] is None)
+
+    def _leave(self, is_handled: bool, is_left: bool = False) -> None:
+        """Close it; what this thread or task received last *is_handled* or not, and its loop *is_left* for sure."""
+        if self._durable is not None and self._pid == os.getpid():
+            self._durable.leave([receiver.owner for receiver in self._receivers], is_handled, is_left)
+        self._close()
+
+    def _close(self) -> None:
         self._is_closed = True
         if self._pid != os.getpid():
             return  # they belong to the parent, whose thread may have held the lock at the time of the fork
@@ -5121,25 +5501,27 @@ class Subscriber:
                 self._connections.close()
                 self._loop.close()
                 self._ready, self._backlog = [], deque()
+                if self._durable is not None and not self._receivers:
+                    self._durable.close()
             finally:
                 self._lock.release()
 
     def __enter__(self) -> Subscriber:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: object = None, *exc_info: object) -> None:
+        self._leave(kind is None, is_left=True)
 
     async def __aenter__(self) -> Subscriber:
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        self.close()
+    async def __aexit__(self, kind: object = None, *exc_info: object) -> None:
+        self._leave(kind is None, is_left=True)
 
     def __del__(self) -> None:
         # Not left to chance: a socket must be closed before its monitor.
         if hasattr(self, "_is_closed") and not self._is_closed:
-            self.close()
+            self._close()
 
 
 def _take_frames(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object]) -> None:
@@ -5392,6 +5774,7 @@ class NSSubscriber:
         nameserver: The host to ask, or a list of them (their answers are merged, one that is down is left out).
             ``host:port`` for one that answers on another port than configured.
         message_filter: Called with each message; those for which it returns a false value are skipped.
+        since, durable: As for `Subscriber`: what was sent before, and what was not handled yet.
     """
 
     def __init__(
@@ -5405,8 +5788,9 @@ class NSSubscriber:
         nameserver: str | Sequence[str] = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
-        self._since = since
+        self._begin: dict[str, Any] = {"since": since, "durable": durable}
         self._services = [services] if isinstance(services, str) else list(services or [])
         self._topics = topics
         self._addr_listener = addr_listener
@@ -5435,7 +5819,7 @@ class NSSubscriber:
                 self._topics,
                 message_filter=self._filter,
                 translate=self._translate,
-                since=self._since,
+                **self._begin,
             )
             try:
                 if self._services and self._nameserver:
@@ -5481,7 +5865,9 @@ class NSSubscriber:
         return self.start()
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stop()
+        subscriber, self._subscriber = self._subscriber, None
+        if subscriber is not None:
+            subscriber.__exit__(*exc_info)
 
 
 class Subscribe:
@@ -5496,6 +5882,7 @@ class Subscribe:
         translate: Put the host of the publisher's address in place of the host of the sender.
         nameserver: The host to ask, a list of them, or False to ask none.
         message_filter: Called with each message; those for which it returns a false value are skipped.
+        since, durable: As for `Subscriber`: what was sent before, and what was not handled yet.
 
     Example::
 
@@ -5514,6 +5901,8 @@ class Subscribe:
         translate: bool = False,
         nameserver: str | Sequence[str] | bool | None = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
+        since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
         settings = {
             "services": services,
@@ -5524,6 +5913,8 @@ class Subscribe:
             "translate": translate,
             "nameserver": nameserver,
             "message_filter": message_filter,
+            "since": since,
+            "durable": durable,
         }
         self.subscriber = create_subscriber_from_dict_config(settings)
 
@@ -5531,7 +5922,7 @@ class Subscribe:
         return self.subscriber
 
     def __exit__(self, *exc_info: object) -> None:
-        self.subscriber.close()
+        self.subscriber.__exit__(*exc_info)
 
 
 def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscriber:
@@ -5542,7 +5933,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
 
     Args:
         settings: ``services``, ``topics``, ``addr_listener``, ``addresses``, ``timeout``, ``translate``,
-            ``nameserver``, ``message_filter``, as documented for the classes.
+            ``nameserver``, ``message_filter``, ``since``, ``durable``, as documented for the classes.
 
     Raises:
         TypeError: There is another key, and no nameserver is to be asked.
@@ -5550,13 +5941,15 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
     """
     nameserver = settings.get("nameserver")
     if nameserver is False and settings.get("addresses"):
-        known = "addresses topics message_filter translate nameserver services addr_listener timeout port"
+        known = "addresses topics message_filter translate nameserver services addr_listener timeout port since durable"
         _refuse_unknown(settings, "Subscriber", known)
         return Subscriber(
             settings["addresses"],
             topics=settings.get("topics", ""),
             message_filter=settings.get("message_filter"),
             translate=settings.get("translate", False),
+            since=settings.get("since"),
+            durable=settings.get("durable"),
         )
     return NSSubscriber(
         services=settings.get("services", ""),
@@ -5567,6 +5960,8 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         translate=settings.get("translate", False),
         nameserver=nameserver or "localhost",
         message_filter=settings.get("message_filter"),
+        since=settings.get("since"),
+        durable=settings.get("durable"),
     ).start()
 
 
@@ -5586,6 +5981,8 @@ class Listener:
         addresses: Addresses to subscribe to in addition to the services.
         nameserver: The host to ask for the services, a list of them, or False to ask none.
         services: The names of the services, ``""`` for all.
+        since, durable: As for `Subscriber`.  A message counts as handled when it is in the queue: who takes it out is
+            not known here.
     """
 
     def __init__(
@@ -5595,7 +5992,11 @@ class Listener:
         addresses: str | Sequence[Any] | None = None,
         nameserver: str | Sequence[str] | bool | None = "localhost",
         services: str | Sequence[str] | None = "",
+        since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
+        self.since = since
+        self.durable = durable
         self.topics = topics
         self.queue = queue
         self.addresses = addresses
@@ -5617,6 +6018,8 @@ class Listener:
                 "addresses": self.addresses,
                 "timeout": 0,
                 "nameserver": self.nameserver,
+                "since": self.since,
+                "durable": self.durable,
             }
             subscriber = create_subscriber_from_dict_config(settings)
             with self._lock:
@@ -5670,6 +6073,8 @@ class ListenerContainer:
         addresses: Addresses to subscribe to in addition to the services.
         nameserver: The host to ask for the services, a list of them, or False to ask none.
         services: The names of the services, ``""`` for all.
+        since, durable: As for `Subscriber`.  A message counts as handled when it is in the queue: who takes it out is
+            not known here.
 
     Attributes:
         output_queue: A `queue.Queue` with the received messages.
@@ -5687,12 +6092,20 @@ class ListenerContainer:
         addresses: str | Sequence[Any] | None = None,
         nameserver: str | Sequence[str] | bool | None = "localhost",
         services: str | Sequence[str] | None = "",
+        since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
         self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
         self.output_queue: queue.Queue[Message] = queue.Queue()
         self.listener: Listener
         self.thread: threading.Thread | None = None
-        self._settings = {"addresses": addresses, "nameserver": nameserver, "services": services}
+        self._settings = {
+            "addresses": addresses,
+            "nameserver": nameserver,
+            "services": services,
+            "since": since,
+            "durable": durable,
+        }
         self._start(topics)
 
     def _start(self, topics: str | Sequence[str] | None) -> None:
@@ -6384,9 +6797,22 @@ def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
     add("--type", action="append", help="only messages of this type")
     add("-n", "--count", type=_number(int, 1), help="end after so many messages")
     add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
+    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
+    add("--durable", metavar="NAME", help="also what was sent since the last 'subscribe' with this name")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+
+
+def _time(text: str) -> timedelta | datetime:
+    """Read a time of the past, for argparse."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhd]?)", text, re.ASCII)
+    if match is not None:
+        return timedelta(seconds=float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]])
+    moment = _parse_datetime(text)
+    if moment is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a time span such as 90, 10m, 2h nor an ISO date-time")
+    return moment
 
 
 @_command("subscribe", _add_subscribe_arguments)
@@ -6397,7 +6823,8 @@ def _run_subscribe(options: argparse.Namespace) -> int:
       posttroll subscribe /segment --service receiver
       posttroll subscribe --json | jq .data.uri
       posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
-      posttroll subscribe --raw > recorded
+      posttroll subscribe --raw --since 10m > recorded
+      posttroll subscribe --json --durable archive >> archive.json
     """
     form: Callable[[Message], str] = _as_json_line if options.json else _recorded
     if sys.stdout.isatty():
@@ -6412,7 +6839,8 @@ def _run_subscribe(options: argparse.Namespace) -> int:
     nameserver = not options.address and _nameservers(options)
     services, topics = options.service or "", options.topics or ""
     received = 0
-    following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted)
+    begin = {"since": options.since, "durable": options.durable}
+    following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted, **begin)
     with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:

@@ -11817,17 +11817,17 @@ def short_heartbeats(monkeypatch):
 class TestHistory:
     def test_its_three_bounds(self):
         text = text_message("x" * 100)
-        for setting, kept in (
+        for bounds, kept in (
             ({"history_messages": 7}, 7),
             ({"history_bytes": 10 * (len(text) + posttroll.History.OVERHEAD)}, 10),
             ({"history_messages": 0}, 0),
             ({"history_bytes": 0}, 0),
             ({"history_seconds": 0}, 0),
         ):
-            with config.set(setting), posttroll.Publisher("tcp://*:0") as pub:
+            with config.set(bounds), posttroll.Publisher("tcp://*:0") as pub:
                 for _ in range(50):
                     pub.send(text)
-                assert pub.history_length == kept, settings
+                assert pub.history_length == kept, bounds
 
     def test_the_newest_are_kept(self):
         history = posttroll.History(3, 10**6, 60)
@@ -11995,7 +11995,7 @@ class TestCatchingUp:
 
     def test_only_the_topics_that_are_wanted(self, short_heartbeats):
         """What others get is neither sent to it, nor counted as missed."""
-        with config.set(history_messages=1000), behind_relay(["/wanted", "/also"]) as (pub, relay, sub):
+        with behind_relay(["/wanted", "/also"]) as (pub, relay, sub):
             with serving(sub) as data:
                 numbers, also, others = Numbers(pub, "/wanted"), Numbers(pub, "/also"), Numbers(pub, "/other")
                 others.send(2000)
@@ -12152,15 +12152,255 @@ class TestFullQueues:
         """A queue is full when its connection ends."""
         with behind_relay() as (pub, relay, sub):
             numbers = Numbers(pub, padding="x" * 20_000)
+            numbers.send(1)
+            assert received_data(sub) == [[0, numbers.padding]]
+            wait_for(lambda: next(sub.recv(0)) is None and not pub._audience.unserved())
             numbers.send(400)
             relay.cut()
             numbers.send(100)
             relay.mend()
             numbers.send(100)
             with serving(sub) as data:
-                await_count(data, numbers.count)
+                await_count(data, numbers.count - 1)
                 wait_for(lambda: not pub._audience.unserved())
-                assert sorted(number for number, _ in data) == list(range(numbers.count))
+                assert sorted(number for number, _ in data) == list(range(1, numbers.count))
+
+
+class TestFirstMessages:
+    """What a publisher sends in the line after its start."""
+
+    @pytest.fixture(params=["registration", "multicast"])
+    def way(self, request):
+        return {"registration": ["localhost"], "multicast": None}[request.param]
+
+    def check(self, way: Any) -> None:
+        with nameserver(multicast_enabled=way is None):
+            with posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+                for life in range(3):
+                    with posttroll.Publish("first", nameservers=way) as pub:
+                        for number in range(3):
+                            pub.send(text_message([life, number]))
+                wait_for(lambda: len(data) >= 9)
+                assert sorted(data) == [[life, number] for life in range(3) for number in range(3)]
+
+    def test_three_at_once_arrive(self, way, monkeypatch):
+        config.set(discovery_seconds=1.5)
+        self.check(way)
+
+    def test_with_curve(self, way, keys):
+        config.set(discovery_seconds=1.5)
+        self.check(way)
+
+    def test_a_process_for_each_message(self, monkeypatch):
+        """As scripts do: 50 of them, with what the configuration is by default, and the same text."""
+        monkeypatch.delenv("POSTTROLL_DISCOVERY_SECONDS")
+        code = """
+import sys, posttroll
+with posttroll.Publish("first", nameservers=["localhost"]) as pub:
+    pub.send("pytroll://first info me@here 2020-01-01T00:00:00 v1.01 application/json %s" % sys.argv[1])
+"""
+        with nameserver(), posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            wait_for(lambda: sub._loop)
+            for batch in range(10):
+                with contextlib.ExitStack() as stack:
+                    running = [stack.enter_context(python(code, batch)) for _ in range(5)]
+                    assert [finish(each)[0] for each in running] == [0] * 5
+            wait_for(lambda: len(data) >= 50)
+            assert sorted(data) == sorted(list(range(10)) * 5)
+
+    def test_nobody_is_waited_for_when_nothing_was_sent(self):
+        config.set(discovery_seconds=1000)
+        with posttroll.Publish("first", nameservers=["localhost"]):
+            pass
+
+    def test_a_publisher_that_is_not_announced_waits_for_nobody(self):
+        config.set(discovery_seconds=1000)
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("nobody hears it"))
+
+    def test_a_publisher_on_its_port_that_nobody_follows_by_a_nameserver(self):
+        """A subscriber that waits for an address gets the first messages when it connects."""
+        port = free_port()
+        with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
+            with posttroll.Publisher(f"tcp://*:{port}") as pub:
+                for number in range(100):
+                    pub.send(text_message(number))
+                wait_for(lambda: len(data) >= 100)
+            assert sorted(data) == list(range(100))
+
+
+class TestNewcomers:
+    """Subscribers that come later get what is sent from then on, unless they ask for more."""
+
+    def test_nothing_old(self):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            for _ in range(100):
+                pub.send(text_message("old"))
+            time.sleep(0.01)  # time is what tells old from new
+            with posttroll.Subscriber([local_address(pub.port_number)]) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("new"))
+                assert received_data(sub) == ["new"]
+                with serving(sub) as data:
+                    wait_for(lambda: not pub._audience.unserved())
+                    pub.send(text_message("newer"))
+                    wait_for(lambda: data == ["newer"])
+
+    def test_an_address_that_is_added_later(self):
+        """Also while the subscriber is busy with other publishers, and has one that is none of ours."""
+        with posttroll.Publisher("tcp://*:0", "busy") as busy, raw_publisher() as (_, address):
+            with posttroll.Subscriber([local_address(busy.port_number), address]) as sub, serving(sub) as data:
+                ended = threading.Event()
+
+                def send() -> None:
+                    while not ended.wait(0.0002):
+                        busy.send(text_message("busy"))
+
+                try:
+                    with in_thread(send):
+                        wait_for(lambda: data)
+                        for number in range(20):
+                            with posttroll.Publisher("tcp://*:0", f"pub{number}") as pub:
+                                for _ in range(20):
+                                    pub.send(text_message("old"))
+                                time.sleep(0.01)
+                                sub.add(local_address(pub.port_number))
+                                assert pub.wait_for_subscribers(1, DEADLINE)
+                                pub.send(text_message(number))
+                                wait_for(lambda number=number: number in data)
+                                wait_for(lambda pub=pub: not pub._audience.unserved())
+                        ended.set()
+                finally:
+                    ended.set()
+                assert "old" not in data
+                assert [each for each in data if each != "busy"] == list(range(20))
+
+    def test_those_that_come_while_a_publisher_sends(self):
+        """What comes live before all their topics have arrived, and what is sent meanwhile: each once."""
+        topics = ["/a", "/b", "/numbers", "/z"]
+        with posttroll.Publisher("tcp://*:0") as pub:
+            numbers, ended = Numbers(pub), threading.Event()
+
+            def send() -> None:
+                while not ended.is_set():
+                    numbers.send(10, 0.00005)
+
+            try:
+                with in_thread(send):
+                    for _ in range(40):
+                        with posttroll.Subscriber([local_address(pub.port_number)], topics) as sub:
+                            got = received_data(sub, 300)
+                            assert len(got) == 300
+                            span = list(range(min(got), max(got) + 1))
+                            assert len(set(got)) == 300, "came twice"
+                            assert sorted(got)[:250] == span[:250]
+                    ended.set()
+            finally:
+                ended.set()
+
+    @pytest.mark.parametrize("form", [float, "timedelta", "datetime"])
+    def test_since(self, form):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("too old"))
+            time.sleep(1.2)
+            pub.send(text_message("old"))
+            since = {
+                float: 1.0,
+                "timedelta": timedelta(seconds=1),
+                "datetime": datetime.now(timezone.utc) - timedelta(seconds=1),
+            }[form]
+            with posttroll.Subscriber([local_address(pub.port_number)], since=since) as sub, serving(sub) as data:
+                wait_for(lambda: data)
+                pub.send(text_message("new"))
+                wait_for(lambda: len(data) == 2)
+                assert data == ["old", "new"]
+
+    def test_since_before_what_is_kept(self, caplog):
+        """What is gone of the time asked for is told; of a publisher that has not been there so long, nothing is."""
+        with config.set(history_messages=10), posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            numbers = Numbers(pub)
+            numbers.send(10)
+            with posttroll.Subscriber([local_address(pub.port_number)], since=100) as sub, serving(sub) as data:
+                wait_for(lambda: len(data) == 10)
+                assert sub.missed == 0
+            numbers.send(5)
+            with posttroll.Subscriber([local_address(pub.port_number)], since=100) as sub, serving(sub) as data:
+                wait_for(lambda: sub.missed)
+                assert sub.missed == 5
+                wait_for(lambda: data == list(range(5, 15)))
+
+    @pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), timedelta(days=-1), 1e300])
+    def test_what_since_cannot_be(self, wrong):
+        with pytest.raises(ValueError, match="since"):
+            posttroll.Subscriber([], since=wrong)
+
+
+@contextlib.contextmanager
+def proxy(port: int) -> Iterator[int]:
+    """Run an XSUB-XPUB proxy before a publisher; gives the port of the proxy."""
+    with zmq.Context() as context:
+        front, back, control, steer = (context.socket(kind) for kind in (zmq.XSUB, zmq.XPUB, zmq.PAIR, zmq.PAIR))
+        for sock in (front, back, control, steer):
+            sock.linger = 0
+        front.connect(local_address(port))
+        out = back.bind_to_random_port("tcp://127.0.0.1")
+        control.bind("inproc://control")
+        steer.connect("inproc://control")
+        with in_thread(lambda: zmq.proxy_steerable(front, back, None, control)):
+            try:
+                yield out
+            finally:
+                steer.send(b"TERMINATE")
+        for sock in (front, back, control, steer):
+            sock.close()
+
+
+class TestProxiesAndNeighbours:
+    @pytest.mark.skipif(
+        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+    )
+    def test_through_a_proxy(self, short_heartbeats):
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, Relay(pub.port_number) as relay:
+            with proxy(relay.port) as port, posttroll.Subscriber([local_address(port)]) as one:
+                with posttroll.Subscriber([local_address(port)], "/numbers") as two:
+                    with serving(one) as first, serving(two) as second:
+                        assert pub.wait_for_subscribers(2, DEADLINE)
+                        assert pub.subscriber_count == 2
+                        numbers = Numbers(pub)
+                        for _ in range(3):
+                            numbers.send(50, 0.001)
+                            relay.cut()
+                            numbers.send(50, 0.001)
+                            relay.mend()
+                            numbers.send(50, 0.001)
+                            await_count(first, numbers.count)
+                            await_count(second, numbers.count)
+                        wait_for(lambda: not pub._audience.unserved())
+                        assert sorted(first) == sorted(second) == list(range(numbers.count))
+
+    def test_what_plain_sockets_see_while_others_catch_up(self, short_heartbeats):
+        """Whole messages on their topics, each once: by an empty subscription, and as the known package subscribes."""
+        prefixes = [b"", b"pytroll:/", b"pytroll://numbers", b"pytroll://other", b"p"]
+        with behind_relay() as (pub, relay, sub), serving(sub) as data, contextlib.ExitStack() as stack:
+            plain = [stack.enter_context(raw_socket(zmq.SUB, pub.port_number)) for _ in prefixes]
+            for sock, prefix in zip(plain, prefixes):
+                sock.subscribe(prefix)
+            assert pub.wait_for_subscribers(1 + len(plain), DEADLINE)
+            numbers = Numbers(pub)
+            for _ in range(3):
+                numbers.send(50)
+                relay.cut()
+                numbers.send(50)
+                relay.mend()
+                wait_for(lambda: pub.subscriber_count == 1 + len(plain))
+            numbers.check(data)
+            sent = [*range(numbers.count), mock.ANY]
+            for sock, prefix in zip(plain, prefixes):
+                expected = [] if b"other" in prefix else sent
+                seen = [sock.recv_multipart() for _ in expected if sock.poll(DEADLINE * 1000)]
+                assert [len(frames) for frames in seen] == [1] * len(expected)
+                assert [posttroll.Message.decode(raw).data for [raw] in seen] == expected
+                assert not sock.poll(50)
 
 
 # ======================================================================================================================
