@@ -68,7 +68,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from heapq import heappop, heappush
 from itertools import chain, count, islice, takewhile
@@ -2067,13 +2067,23 @@ def _load_key(setting: str, kind: str) -> bytes:
     return key
 
 
+@lru_cache(maxsize=16)
+def _public_key(secret: bytes) -> bytes:
+    """Return the public key that belongs to *secret*.
+
+    It is remembered, as computing it makes old releases of libzmq (that of pyzmq 22.0) close the source of random
+    numbers; if another thread of ZeroMQ needs some just then, for a handshake, the process aborts.
+    """
+    return zmq.curve_public(secret)
+
+
 def _load_client_keys(backend: str | None = None) -> dict[str, bytes]:
     """Return the socket options for the keys of a client, none for a plain one; raises ConfigurationError."""
     if _backend(backend) != "secure_zmq":
         return {}
     secret = _load_key("client_secret_key_file", "secret")
     server = _load_key("server_public_key_file", "public")
-    return {"curve_secretkey": secret, "curve_publickey": zmq.curve_public(secret), "curve_serverkey": server}
+    return {"curve_secretkey": secret, "curve_publickey": _public_key(secret), "curve_serverkey": server}
 
 
 _key_log = LimitedLogger("backends.zmq.socket")
@@ -3273,6 +3283,7 @@ class _Audience:
         self.started = time.monotonic()
         self.dropped = 0
         self.peers: dict[bytes, _Peer] = {}
+        self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
         self._name = "_".join(name.split()).encode() or b"-"
         tcp = _split_tcp(cast(bytes, sock.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode())
@@ -3366,6 +3377,12 @@ class _Audience:
         self._take_subscriptions()
         return len(self.peers) + self.strangers
 
+    @property
+    def reached(self) -> int:
+        """How many subscribers there have been; of other implementations the topics that are subscribed to now."""
+        self._take_subscriptions()
+        return len(self._seen) + self.strangers
+
     def when_there_are(self, count: int, callback: Callable[[], object]) -> Callable[[], None]:
         """Have *callback* called once there are *count* subscribers; return what cancels that."""
         waiting = (count, callback)
@@ -3435,6 +3452,8 @@ class _Audience:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
             peer = self.peers[mark] = _Peer(mark, topics)
+        if len(self._seen) < self.PEERS:
+            self._seen.add(mark)
         peer.connections += 1
         peer.begin()  # it will ask for what it has not
         self.socket.setsockopt(option, mark)
@@ -3646,7 +3665,8 @@ class Publisher:
     Attributes:
         local_only: Refuse subscribers from other hosts; set it before `start`.
         keeps_history: Whether to keep messages at all; set it before `start`.
-        reached: How many subscribers there were when it stopped.
+        reached: How many subscribers there had been when it stopped, those that had gone again included; of other
+            implementations the topics that were subscribed to at the end.
     """
 
     LINGER_SECONDS = 30.0  # that `stop` waits without progress
@@ -3854,7 +3874,7 @@ class Publisher:
         while audience.history.number and time.monotonic() < young_until:
             time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
         with self._lock:
-            self.reached = audience.count
+            self.reached = audience.reached
         state: Any = True
         since = time.monotonic()
         while True:
