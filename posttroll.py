@@ -3273,7 +3273,7 @@ class _Audience:
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
-    def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str, keeps_history: bool) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
         self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
@@ -3286,8 +3286,7 @@ class _Audience:
         self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
         self._name = "_".join(name.split()).encode() or b"-"
-        tcp = _split_tcp(cast(bytes, sock.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode())
-        self._port = tcp[1] if tcp else 0
+        self._port = port or 0
         self._next_look = 0.0
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3710,7 +3709,9 @@ class Publisher:
                 sock, self._port, self._authenticator = set_up_server_socket(
                     zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only
                 )
-                self._audience = _Audience(sock, self._lock, self._name or self._address, self.keeps_history)
+                self._audience = _Audience(
+                    sock, self._port, self._lock, self._name or self._address, self.keeps_history
+                )
                 self._pid = os.getpid()
                 _live_publishers.add(self)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
@@ -5836,7 +5837,8 @@ class NSSubscriber:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        self._begin: dict[str, Any] = {"since": since, "durable": durable}
+        begin = {"since": since, "durable": durable}
+        self._begin: dict[str, Any] = {key: value for key, value in begin.items() if value is not None}
         self._services = [services] if isinstance(services, str) else list(services or [])
         self._topics = topics
         self._addr_listener = addr_listener
@@ -5915,6 +5917,13 @@ class NSSubscriber:
         if subscriber is not None:
             subscriber.__exit__(*exc_info)
 
+    async def __aenter__(self) -> Subscriber:
+        self._timeout = 0  # what is not found at once is found while it receives
+        return self.start()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
+
 
 class Subscribe:
     """The subscribing context: gives a `Subscriber`, and closes it at the end.
@@ -5950,7 +5959,7 @@ class Subscribe:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        settings = {
+        self._settings = {
             "services": services,
             "topics": topics,
             "addr_listener": addr_listener,
@@ -5962,13 +5971,34 @@ class Subscribe:
             "since": since,
             "durable": durable,
         }
-        self.subscriber = create_subscriber_from_dict_config(settings)
+        self._subscriber: Subscriber | None = None
+        asyncio = sys.modules.get("asyncio")
+        if asyncio is None or asyncio._get_running_loop() is None:
+            self._create()  # else where it is used: with ``async with``, nothing waits in the thread of the event loop
+
+    def _create(self) -> Subscriber:
+        if self._subscriber is None:
+            self._subscriber = create_subscriber_from_dict_config(self._settings)
+        return self._subscriber
+
+    @property
+    def subscriber(self) -> Subscriber:
+        """The subscriber."""
+        return self._create()
 
     def __enter__(self) -> Subscriber:
         return self.subscriber
 
     def __exit__(self, *exc_info: object) -> None:
         self.subscriber.__exit__(*exc_info)
+        self.subscriber.close()  # a replaced class may do nothing at its exit
+
+    async def __aenter__(self) -> Subscriber:
+        self._settings["timeout"] = 0  # what is not found at once is found while it receives
+        return self.subscriber
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
 
 
 def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscriber:
@@ -5985,6 +6015,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         TypeError: There is another key, and no nameserver is to be asked.
         ValueError: An address cannot be used.
     """
+    begin = {key: settings[key] for key in ("since", "durable") if settings.get(key) is not None}
     nameserver = settings.get("nameserver")
     if nameserver is False and settings.get("addresses"):
         known = "addresses topics message_filter translate nameserver services addr_listener timeout port since durable"
@@ -5994,8 +6025,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
             topics=settings.get("topics", ""),
             message_filter=settings.get("message_filter"),
             translate=settings.get("translate", False),
-            since=settings.get("since"),
-            durable=settings.get("durable"),
+            **begin,
         )
     return NSSubscriber(
         services=settings.get("services", ""),
@@ -6006,8 +6036,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         translate=settings.get("translate", False),
         nameserver=nameserver or "localhost",
         message_filter=settings.get("message_filter"),
-        since=settings.get("since"),
-        durable=settings.get("durable"),
+        **begin,
     ).start()
 
 

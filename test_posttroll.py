@@ -3712,6 +3712,47 @@ class TestAsyncio:
             assert asyncio.run(consume(sub)).data == "found"
 
 
+class TestContextsOfAsyncio:
+    def test_they_start_and_end_without_waiting_in_the_thread(self):
+        """No nameserver answers; what else the program does goes on at once."""
+
+        async def talk():
+            ticks = []
+
+            async def tick():
+                while True:
+                    ticks.append(time.monotonic())
+                    await asyncio.sleep(0.01)
+
+            ticking = asyncio.ensure_future(tick())
+            async with posttroll.Publish("a_service", nameservers=["localhost"]) as pub:
+                address = f"tcp://127.0.0.1:{pub.port_number}"
+                async with posttroll.Subscribe("b_service", addresses=[address], timeout=DEADLINE) as sub:
+                    assert await pub.wait_for_subscribers_async(1, DEADLINE)
+                    assert not await pub.wait_for_subscribers_async(2, 0.1)
+                    pub.send(text_message("here"))
+                    assert (await sub.receive(DEADLINE)).data == "here"
+                async with posttroll.NSSubscriber("b_service", timeout=DEADLINE) as sub:
+                    assert await sub.receive(0) is None
+                async with posttroll.Publisher("tcp://*:0") as plain, posttroll.Subscriber([]) as sub:
+                    assert (plain.port_number is None, sub.addresses) == (False, [])
+            ticking.cancel()
+            return max(later - earlier for earlier, later in zip(ticks, ticks[1:]))
+
+        assert asyncio.run(talk()) < DEADLINE / 4
+
+    def test_without_async_it_waits(self):
+        """In a program with an event loop, too, but not before it is used."""
+
+        async def make():
+            return posttroll.Subscribe("a_service", addresses=["tcp://127.0.0.1:1"], nameserver=False)
+
+        context = asyncio.run(make())
+        with context as sub:
+            assert sub is context.subscriber
+            assert sub.addresses == ["tcp://127.0.0.1:1"]
+
+
 class TestSubscribeAndItsFactory:
     def test_it_gives_a_subscriber(self):
         with posttroll.Subscribe(None, addresses="tcp://127.0.0.1:1") as sub:
