@@ -4660,6 +4660,8 @@ class _CatchUp:
 
     def _ask(self, instance: bytes, source: _Source) -> None:
         """Ask for what is missing up to the hello."""
+        if self._socket.closed:
+            return  # this is of what it had received before
         self._cancel_request(instance)
         if source.position is None:
             past = max(int((time.monotonic() - source.since) * 1000), 0)
@@ -4673,7 +4675,7 @@ class _CatchUp:
 
     def _cancel_request(self, instance: bytes) -> None:
         request = self._requests.pop(instance, None)
-        if request is not None:
+        if request is not None and not self._socket.closed:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, request)
 
     def _take_past(self, source: _Source, number: int, content: bytes, is_live: bool) -> bytes | None:
@@ -5312,6 +5314,9 @@ class Subscriber:
     def _open_socket(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
         prefixes, backend, origin = key
+        unread = {sock for _, sock in self._backlog}
+        for old in [sock for sock in self._catch_ups if sock.closed and sock not in unread]:
+            del self._catch_ups[old], self._origins[old]
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)

@@ -12600,6 +12600,344 @@ class TestWhoComesAndGoes:
                 wait_for(lambda: not pub._audience.peers)
 
 
+class TestNothingFallsBetween:
+    """Restarts, ends, removals and moves, while messages lie unread and consumers are busy."""
+
+    def test_a_nameserver_that_is_killed_under_load(self, impatient):
+        """50 messages a second, by a service that listens and one that does not; the nameserver comes back empty."""
+        with posttroll.Publish("numbers", nameservers=["localhost"], broadcast_interval=1) as pub:
+            numbers = Numbers(pub)
+            with contextlib.ExitStack() as stack:
+                collected = []
+                with nameserver_process("--no-multicast") as server:
+                    for listen in (True, False):
+                        following = posttroll.Subscribe("numbers", addr_listener=listen, timeout=DEADLINE)
+                        collected.append(stack.enter_context(serving(stack.enter_context(following))))
+                    assert pub.wait_for_subscribers(2, DEADLINE)
+                    numbers.send(20, 0.02)
+                    server.kill()
+                    server.wait()
+                for _ in range(3):
+                    numbers.send(20, 0.02)
+                    with nameserver_process("--no-multicast") as server:
+                        numbers.send(75, 0.02)
+                        server.kill()
+                        server.wait()
+                for data in collected:
+                    await_count(data, numbers.count)
+                    assert data == list(range(numbers.count))
+
+    def test_unread_messages_of_a_publisher_that_has_ended(self, impatient):
+        """It says goodbye; its consumer has 1,000 messages before it, and is in no hurry."""
+        with nameserver(), posttroll.Subscribe("numbers", addr_listener=True, timeout=0) as sub:
+            with python(NUMBERS_PROCESS, 0, "only") as running:
+                with serving(sub) as data:
+                    command_of(running, "await 1")
+                assert data == []
+                command_of(running, "send 1000")
+                finish(running)
+            wait_for(lambda: posttroll.get_pub_address("numbers", timeout=DEADLINE) == [])
+            got = []
+            for message in sub.recv(timeout=DEADLINE):
+                assert message is not None, f"only {len(got)}"
+                got.append(message.data[1])
+                time.sleep(0.003)  # being busy
+                if len(got) == 1000:
+                    break
+            assert got == list(range(1000))
+            with serving(sub):
+                wait_for(lambda: sub.addresses == [])
+
+    def test_removing_an_address_with_unread_messages(self):
+        with connected() as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
+            sub.add(local_address(other.port_number))
+            assert other.wait_for_subscribers(1, DEADLINE)
+            for number in range(2000):
+                pub.send(text_message(number))
+            wait_for(lambda: posttroll._unsent_bytes(pub.port_number) in ([], None))
+            sub.remove(local_address(pub.port_number))
+            other.send(text_message("other"))
+            data = received_data(sub, 2001)
+            assert sorted(data, key=str) == sorted([*range(2000), "other"], key=str)
+            assert [each for each in data if each != "other"] == list(range(2000))
+
+    def test_the_last_publisher_goes_while_much_is_unread(self):
+        """Its socket is closed; what it had sent, under the mark too, is handed out all the same."""
+        with behind_relay() as (pub, relay, sub):
+            numbers = Numbers(pub)
+            numbers.send(10)
+            assert received_data(sub, 10) == list(range(10))
+            wait_for(lambda: next(sub.recv(0)) is None and not pub._audience.unserved())
+            relay.cut()
+            wait_for(lambda: pub.subscriber_count == 0)
+            numbers.send(1000)
+            relay.mend()
+            wait_for(lambda: next(sub.recv(0.01)) is not None)
+            numbers.send(1000)
+            wait_for(lambda: not pub._audience.unserved())
+            pub.stop()
+            sub.remove(local_address(relay.port))
+            assert sub.subscribers == []
+            assert sorted(received_data(sub, 1999)) == list(range(11, 2010))
+            for _ in range(10):
+                sub.add("tcp://127.0.0.1:1")
+                sub.remove("tcp://127.0.0.1:1")
+            assert len(sub._catch_ups) == 1
+
+    def test_a_name_that_moves(self, monkeypatch):
+        """First there is nobody at its address; later it leads to another one, and to a third."""
+        port = free_port()
+        where = ["127.0.0.9"]
+        real = socket.getaddrinfo
+        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.2)
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.2)
+
+        def moving(host, *args, **kwargs):
+            return real(where[0] if host == "mover.example" else host, *args, **kwargs)
+
+        monkeypatch.setattr(socket, "getaddrinfo", moving)
+        with posttroll.Subscriber([f"tcp://mover.example:{port}"]) as sub, serving(sub) as data:
+            for number, address in enumerate(("127.0.0.2", "127.0.0.3", "127.0.0.4")):
+                with posttroll.Publisher(f"tcp://{address}:{port}") as pub:
+                    pub.send(text_message(["first", number]))
+                    where[0] = address
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(text_message(["second", number]))
+                    wait_for(lambda number=number: len(data) == 2 * number + 2)
+            assert sorted(data) == [[word, number] for word in ("first", "second") for number in range(3)]
+
+    def test_a_busy_consumer_connects_to_a_new_publisher_at_once(self):
+        """0.1 s for a message, and 400 of them before it."""
+        with nameserver(), posttroll.Publish("old", nameservers=["localhost"]) as old:
+            services = ["old", "new"]
+            with posttroll.Subscribe(services, addr_listener=True, timeout=0) as sub:
+                next(sub.recv(0.1))
+                assert old.wait_for_subscribers(1, DEADLINE) or next(sub.recv(1))
+                for number in range(400):
+                    old.send(text_message(number))
+                handled, ended = [], threading.Event()
+
+                def consume() -> None:
+                    for message in sub.recv():
+                        handled.append(message.data)
+                        if ended.wait(0.1):
+                            return
+
+                with in_thread(consume):
+                    wait_for(lambda: handled)
+                    with posttroll.Publish("new", nameservers=["localhost"], broadcast_interval=0.1) as new:
+                        assert new.wait_for_subscribers(1, DEADLINE)
+                        assert len(handled) < 60
+                        ended.set()
+
+    def test_50_publishers_have_one_thread(self):
+        before = threading.active_count()
+        with contextlib.ExitStack() as stack:
+            pubs = [
+                stack.enter_context(posttroll.Publish(f"pub{n}", nameservers=["localhost"] if n % 2 else None))
+                for n in range(50)
+            ]
+            for pub in pubs:
+                pub.send(text_message("x"))
+            assert threading.active_count() == before + 1
+
+    def test_fork_while_publishers_run(self):
+        """Threads send, subscribers come and go, and 20 children publish something of their own."""
+        code = """
+import os, sys, threading, time, posttroll
+end = threading.Event()
+def send(pub):
+    while not end.wait(0.0005):
+        pub.send(posttroll.Message("/numbers", "info", 1))
+pubs = [posttroll.Publish("numbers", nameservers=["localhost"]).__enter__() for _ in range(5)]
+threads = [threading.Thread(target=send, args=(pub,)) for pub in pubs]
+[thread.start() for thread in threads]
+for _ in range(20):
+    with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}" for pub in pubs]) as sub:
+        next(sub.recv(0.05))
+        pid = os.fork()
+        if not pid:
+            try:
+                pubs[0].send("pytroll://a info me@h 2020-01-01T00:00:00 v1.01 text/ascii x")
+            except RuntimeError:
+                pass
+            pubs[0].stop()
+            own = posttroll.Publisher("tcp://*:0").start()
+            mine = posttroll.Subscriber([f"tcp://127.0.0.1:{own.port_number}"])
+            own.wait_for_subscribers(1, 10)
+            own.send(posttroll.Message("/own", "info", "x"))
+            os._exit(0 if next(mine.recv(10)).data == "x" else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+end.set()
+[thread.join() for thread in threads]
+[pub.stop() for pub in pubs]
+print("fine", flush=True)
+"""
+        with nameserver(), python(code) as running:
+            status, out, err = finish(running, 60)
+        assert (status, out) == (0, "fine\n"), err
+
+
+class TestEndsOfPublishers:
+    @pytest.mark.network
+    def test_stop_on_a_slow_link(self, two_faulty_hosts):
+        """8 Mbit/s: 5,000 messages of 1 kB, and an end: it waits as long as they drain."""
+        two_faulty_hosts.plug_in()
+        send = """
+import sys, time, posttroll
+pub = posttroll.Publisher("tcp://*:9000").start()
+assert pub.wait_for_subscribers(1, 20)
+for number in range(5000):
+    pub.send(posttroll.Message("/a", "info", [number, "x" * 1000]))
+pub.stop()
+print("dropped", pub.dropped)
+"""
+        count = PRINT_MESSAGES.replace("message.data", "message.data[0]")
+        rate = ["tbf", "rate", "8mbit", "burst", "16kb", "latency", "300ms"]
+        name, link = two_faulty_hosts.names[1], two_faulty_hosts.links[1]
+        subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", link, "root", *rate], check=True)
+        with two_faulty_hosts.python(0, count, f"tcp://{two_faulty_hosts.ADDRESSES[1]}:9000") as sub:
+            with two_faulty_hosts.python(1, send) as pub:
+                got = [int(sub.stdout.readline().split()[1]) for _ in range(5000)]
+                assert got == list(range(5000))
+                assert finish(pub)[:2] == (0, "dropped 0\n")
+
+    def test_stop_on_a_dead_link(self, monkeypatch, caplog, short_heartbeats):
+        """Nothing goes on any more: it gives up after its time, counts and says so."""
+        monkeypatch.setattr(posttroll.Publisher, "LINGER_SECONDS", 1.0)
+        with behind_relay() as (pub, relay, sub):
+            relay.silence()
+            for number in range(2000):
+                pub.send(text_message([number, "x" * 10_000]))
+            with in_thread(pub.stop) as stopping:
+                stopping.join(DEADLINE)
+            assert 0 < pub.dropped <= 2000
+            assert sub.missed == 0
+        [record] = [record for record in caplog.records if "did not reach a subscriber" in record.getMessage()]
+        assert record.levelname == "WARNING"
+
+
+class TestAwaiting:
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run(asyncio.wait_for(coroutine, DEADLINE))
+
+    def test_receive_after_break(self):
+        async def check():
+            with connected() as (pub, sub):
+                for number in range(4):
+                    pub.send(text_message(number))
+                async for message in sub:
+                    assert message.data == 0
+                    break
+                assert (await sub.receive(DEADLINE)).data == 1
+                async for message in sub:
+                    assert message.data == 2
+                    break
+                assert (await sub.receive()).data == 3
+                assert await sub.receive(0.01) is None
+
+        self.run(check())
+
+    def test_two_who_receive_at_once(self):
+        async def check():
+            with connected() as (pub, sub):
+                first, second = (asyncio.ensure_future(sub.receive(DEADLINE)) for _ in range(2))
+                impatient = asyncio.ensure_future(sub.receive(0.02))
+                assert await impatient is None
+                pub.send(text_message("one"))
+                pub.send(text_message("two"))
+                assert sorted([(await first).data, (await second).data]) == ["one", "two"]
+
+        self.run(check())
+
+    def test_addresses_change_in_another_thread_meanwhile(self):
+        async def check():
+            with connected() as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
+                address, ended = local_address(other.port_number), threading.Event()
+
+                def change() -> None:
+                    while not ended.is_set():
+                        sub.add(address)
+                        sub.remove(address)
+
+                with in_thread(change):
+                    try:
+                        for number in range(2000):
+                            pub.send(text_message(number))
+                            message = await sub.receive(DEADLINE)
+                            assert message.data == number
+                    finally:
+                        ended.set()
+                sub.add(address)
+                receiving = asyncio.ensure_future(sub.receive(DEADLINE))
+                while not other.subscriber_count:
+                    await asyncio.sleep(0.01)
+                other.send(text_message("other"))
+                assert (await receiving).data == "other"
+
+        self.run(check())
+
+    def test_steady_load_starves_nobody(self):
+        """One publisher without a pause; a second one, which is added meanwhile, is heard, and timers come."""
+
+        async def check():
+            with connected() as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
+                ended = threading.Event()
+
+                def flood() -> None:
+                    while not ended.is_set():
+                        for _ in range(100):
+                            pub.send(text_message("flood"))
+                        time.sleep(0.0005)
+
+                with in_thread(flood):
+                    try:
+                        assert (await sub.receive(DEADLINE)).data == "flood"
+                        sub.add(local_address(other.port_number))
+                        ticks = 0
+
+                        async def tick():
+                            nonlocal ticks
+                            while True:
+                                await asyncio.sleep(0.01)
+                                ticks += 1
+
+                        ticking = asyncio.ensure_future(tick())
+                        has_sent = False
+                        async for message in sub:
+                            if message.data == "other":
+                                break
+                            if not has_sent and other.subscriber_count:
+                                other.send(text_message("other"))
+                                has_sent = True
+                        ticking.cancel()
+                        assert ticks
+                    finally:
+                        ended.set()
+
+        self.run(check())
+
+    def test_a_loop_inside_a_loop(self):
+        """A next() inside a for does not end the for; nor does an old iterator that is dropped."""
+        with connected() as (pub, sub):
+            for number in range(6):
+                pub.send(text_message(number))
+            got = []
+            for message in sub.recv(DEADLINE):
+                got.append(message.data)
+                inner = next(sub.recv(0.2))
+                got.append(inner.data)
+                if len(got) == 6:
+                    break
+            assert got == list(range(6))
+            old = sub.recv(0.01)
+            assert next(old) is None
+            with serving(sub) as data:
+                del old
+                pub.send(text_message("still"))
+                wait_for(lambda: data == ["still"])
+
+
 # ======================================================================================================================
 # Chaos: several hosts, everything that goes wrong at random, and not one message unaccounted for
 #
