@@ -10,6 +10,7 @@ import argparse
 import ast
 import asyncio
 import base64
+import collections
 import contextlib
 import copy
 import datetime as dt
@@ -12117,6 +12118,535 @@ class TestCatchingUp:
                 wait_for(lambda: data.count("end") == 2)
                 assert set(data) == {*range(20), "end"}
                 assert pub.dropped == sub.missed == 0
+
+
+DURABLE_PROCESS = """
+import os, sys, posttroll
+address, output = sys.argv[1:]
+with open(output, "ab", buffering=0) as output, posttroll.Subscriber([address], durable="name") as subscriber:
+    for message in subscriber.recv():
+        output.write(b"%d\\n" % message.data)  # this is the handling
+"""
+
+
+class TestDurable:
+    @pytest.fixture(autouse=True)
+    def directory(self, monkeypatch, tmp_path):
+        directory = tmp_path / "durable"
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(directory))
+        return directory
+
+    @pytest.fixture
+    def kill(self, monkeypatch, tmp_path):
+        """Give what lets subscribers that are made from now on find what a program that is killed now would leave."""
+
+        def kill() -> None:
+            now = tmp_path / f"{chance.random()}"
+            shutil.copytree(config.get("durable_directory"), now)
+            monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(now))
+
+        return kill
+
+    @pytest.fixture
+    def numbers(self):
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            yield Numbers(pub)
+
+    def subscriber(self, numbers: Numbers, name: str = "name", **settings: Any) -> posttroll.Subscriber:
+        """Return a durable subscriber to the numbers, which its publisher knows."""
+        publisher = numbers.publisher.start()
+        before = set(publisher._audience.peers)
+        sub = posttroll.Subscriber([local_address(numbers.publisher.port_number)], durable=name, **settings)
+        wait_for(lambda: set(publisher._audience.peers) - before)
+        return sub
+
+    def rest(self, numbers: Numbers, **settings: Any) -> list[Any]:
+        """Return what the next program gets, up to now."""
+        with self.subscriber(numbers, **settings) as sub:
+            data: list[Any] = []
+            end = ""
+            for message in sub.recv(0.01):
+                if message is not None:
+                    data.append(message.data)
+                elif not end and not numbers.publisher._audience.unserved():  # what is live comes before the past
+                    end = f"end {chance.random()}"
+                    numbers.publisher.send(text_message(end, "/numbers"))
+                if data and data[-1] == end:
+                    return sorted(data[:-1])
+        return pytest.fail("It has ended.")
+
+    # -- at any moment --
+
+    @pytest.mark.parametrize("pause", [0, 0.001])
+    def test_killed_at_any_moment_again_and_again(self, tmp_path, pause):
+        """All once, and what was being handled at the end of a life once more at most."""
+        config.set(history_messages=200_000, history_bytes=10**9)
+        output = tmp_path / "output"
+        output.touch()
+        ended = threading.Event()
+        firsts, lasts = [], []
+
+        def send() -> None:
+            while not ended.is_set():
+                numbers.send(10, pause)
+                time.sleep(0.002)
+
+        def live(condition: Callable[[], bool]) -> None:
+            begin = output.stat().st_size
+            with python(DURABLE_PROCESS, local_address(pub.port_number), output) as running:
+                wait_for(lambda: output.stat().st_size > begin or running.poll() is not None)
+                wait_for(condition)
+                running.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+                running.wait()
+            with output.open("rb") as lines:
+                lines.seek(begin)
+                life = [int(line) for line in lines]
+            firsts.append(life[0])
+            lasts.append(life[-1])
+
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            numbers = Numbers(pub)
+            numbers.send(1)
+            with config.set(durable_directory=os.environ["POSTTROLL_DURABLE_DIRECTORY"]):
+                posttroll.Subscriber([local_address(pub.port_number)], durable="name", since=60).close()
+            with in_thread(send):
+                for _ in range(10):
+                    end = time.monotonic() + chance.uniform(0, 0.4)
+                    live(lambda end=end: time.monotonic() > end)
+                ended.set()
+            live(lambda: str(numbers.count - 1) in output.read_text().split()[-1000:])
+        counts = collections.Counter(map(int, output.read_text().split()))
+        assert sorted(counts) == list(range(numbers.count))
+        assert {number for number, count in counts.items() if count > 1} <= set(lasts)
+        assert max(counts.values()) <= 2
+
+    def test_what_is_being_handled_comes_once_more(self, numbers, kill):
+        sub = self.subscriber(numbers)
+        numbers.send(5)
+        messages = sub.recv(DEADLINE)
+        assert [next(messages).data for _ in range(3)] == [0, 1, 2]
+        kill()
+        assert self.rest(numbers) == [2, 3, 4]
+        kill()
+        assert self.rest(numbers) == []
+        sub.close()
+
+    # -- what counts as handled --
+
+    @pytest.mark.parametrize(
+        ("how", "rest"),
+        [
+            ("break", [3]),
+            ("exception", [2, 3]),
+            ("exception, then close", [2, 3]),
+            ("no loop", [3]),
+            ("stop", [3]),
+            ("close in the loop", [3]),
+            ("close in a signal handler, then killed", [2, 3]),
+            ("forgotten", [2, 3]),
+        ],
+    )
+    def test_how_a_loop_is_left(self, numbers, kill, how, rest):
+        def handle(sub: Any) -> None:
+            for message in sub.recv():
+                if message.data == 2:
+                    if how == "break":
+                        break
+                    if how.startswith("exception"):
+                        raise KeyError
+                    if how == "stop":
+                        sub.stop()
+                    if how == "close in the loop":
+                        sub.close()
+                    if how.startswith("close in a signal"):
+                        signal.raise_signal(signal.SIGUSR1)
+                        kill()
+                        return
+
+        sub = self.subscriber(numbers)
+        numbers.send(4)
+        if how == "no loop":
+            with sub:
+                assert received_data(sub, 3) == [0, 1, 2]
+        elif how == "forgotten":
+            assert received_data(sub, 3) == [0, 1, 2]
+            del sub
+        elif how == "exception, then close":
+            with pytest.raises(KeyError):
+                try:
+                    handle(sub)
+                finally:
+                    sub.close()
+        elif how.startswith("close in a signal"):
+            before = signal.signal(signal.SIGUSR1, lambda *_: sub.close())
+            try:
+                handle(sub)
+            finally:
+                signal.signal(signal.SIGUSR1, before)
+                sub.close()
+        else:
+            with contextlib.suppress(KeyError), sub:
+                handle(sub)
+        assert self.rest(numbers) == rest
+
+    @pytest.mark.parametrize(("how", "rest"), [("break", [3]), ("exception", [2, 3]), ("receive", [3])])
+    def test_in_asyncio(self, numbers, how, rest):
+        async def handle() -> None:
+            async with self.subscriber(numbers) as sub:
+                numbers.send(4)
+                if how == "receive":
+                    assert [(await sub.receive(DEADLINE)).data for _ in range(3)] == [0, 1, 2]
+                    return
+                async for message in sub:
+                    if message.data == 2:
+                        if how == "exception":
+                            raise KeyError
+                        break
+
+        with contextlib.suppress(KeyError):
+            asyncio.run(handle())
+        assert self.rest(numbers) == rest
+
+    def test_two_threads_of_which_one_takes_long(self, numbers, kill):
+        """What the slow one handles comes once more, however far the other one is, and nothing else."""
+        sub = self.subscriber(numbers)
+        numbers.send(1)
+        slow = sub.recv(DEADLINE)
+        assert next(slow).data == 0
+        for _ in range(5):  # positions are told several times
+
+            def work() -> None:
+                numbers.send(20)
+                assert received_data(sub, 20) == list(range(numbers.count - 20, numbers.count))
+                wait_for(lambda: all(peer.told == numbers.count for peer in numbers.publisher._audience.peers.values()))
+                assert receive(sub, 1, 0.01) == []
+
+            with in_thread(work):
+                pass
+        kill()
+        rest = self.rest(numbers)
+        assert rest == [0]
+        sub.close()
+
+    def test_after_the_slow_thread_the_state_goes_on(self, numbers, kill):
+        sub = self.subscriber(numbers)
+        numbers.send(1)
+        slow = sub.recv(0.3)
+        assert next(slow).data == 0
+        numbers.send(50)
+        with in_thread(lambda: received_data(sub, 50)):
+            pass
+        numbers.send(1)
+        assert next(slow).data == 51
+        assert next(slow) is None
+        kill()
+        assert self.rest(numbers) == []
+        places = dict(
+            re.findall(r"^@(\w+) n(\d+) \d+$", (Path(config.get("durable_directory")) / "name").read_text(), re.M)
+        )
+        assert int(max(places.values(), key=int)) > 50
+        sub.close()
+
+    # -- publishers --
+
+    def test_publishers_that_came_and_went_meanwhile(self, impatient):
+        """A publisher begins anew while the subscriber is away: all of its new life comes."""
+        port = free_port()
+        with nameserver():
+            for life in ("one", "two"):
+                with python(NUMBERS_PROCESS, port, life) as running:
+                    command_of(running, "send 100")
+                    with posttroll.Subscribe("numbers", addr_listener=True, since=60, durable="name") as sub:
+                        data = received_data(sub, 100)
+                    assert sorted(data) == [[life, number] for number in range(100)]
+                    command_of(running, "send 10")
+                    with posttroll.Subscribe("numbers", addr_listener=True, durable="name") as sub:
+                        assert sorted(received_data(sub, 10)) == [[life, number] for number in range(100, 110)]
+                    running.kill()
+
+    def test_an_address_that_is_added_later(self, numbers):
+        with posttroll.Subscriber([], durable="name"):
+            pass
+        numbers.send(10)
+        with posttroll.Subscriber([], durable="name") as sub:
+            sub.add(local_address(numbers.publisher.port_number))
+            assert received_data(sub, 10) == list(range(10))
+
+    def test_what_is_beyond_the_history_is_told(self, caplog):
+        with config.set(history_messages=100), posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            numbers = Numbers(pub)
+            with self.subscriber(numbers) as sub:
+                numbers.send(1)
+                assert received_data(sub) == [0]
+                wait_for(lambda: all(peer.told == 1 for peer in pub._audience.peers.values()))
+                assert receive(sub, 1, 0.01) == []
+            numbers.send(150)
+            with self.subscriber(numbers) as sub:
+                assert received_data(sub, 100) == list(range(51, 151))
+                assert receive(sub, 1, 0.01) == []
+                assert sub.missed == 50
+        assert "50 messages of numbers are gone" in caplog.text
+
+    def test_since_counts_at_the_first_time_only(self, numbers):
+        numbers.send(3)
+        assert self.rest(numbers, since=60) == [0, 1, 2]
+        assert self.rest(numbers, since=60) == []
+
+    def test_the_same_text_again_and_again(self, kill):
+        """Each of the messages counts, although they cannot be told apart."""
+        text = text_message("text")
+        with posttroll.Publisher("tcp://*:0") as pub:
+            numbers = Numbers(pub)
+            sub = self.subscriber(numbers)
+            messages = sub.recv(DEADLINE)
+            for _ in range(5):
+                pub.send(text)
+            assert [next(messages).data for _ in range(4)] == ["text"] * 4
+            kill()
+            assert self.rest(numbers) == ["text"] * 2
+            sub.close()
+
+    # -- the name --
+
+    def test_two_programs_with_one_name(self, numbers, tmp_path):
+        with python(DURABLE_PROCESS, local_address(numbers.publisher.port_number), tmp_path / "output") as running:
+            assert numbers.publisher.wait_for_subscribers(1, DEADLINE)
+            with pytest.raises(
+                RuntimeError, match=rf"'name' is in use by process {running.pid} on {socket.gethostname()}"
+            ):
+                self.subscriber(numbers)
+            self.subscriber(numbers, "another_name").close()
+            running.kill()
+            running.wait()
+            self.subscriber(numbers).close()
+
+    def test_twice_in_one_program(self, numbers):
+        with self.subscriber(numbers):
+            with pytest.raises(RuntimeError, match=f"process {os.getpid()} "):
+                self.subscriber(numbers)
+        self.subscriber(numbers).close()
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+    def test_a_forked_child_does_not_keep_the_name(self, numbers):
+        sub = self.subscriber(numbers)
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(write_end)
+            os.read(read_end, 1)  # until the parent lets go
+            os._exit(0)
+        try:
+            sub.close()
+            self.subscriber(numbers).close()
+        finally:
+            os.close(write_end)
+            os.close(read_end)
+            os.waitpid(child, 0)
+
+    @pytest.mark.parametrize("name", ["", "a/b", "..", ".name", "näme", "a" * 101, 5, b"name"])
+    def test_names_that_are_none(self, name):
+        with pytest.raises(ValueError, match="durable is a name"):
+            posttroll.Subscriber([], durable=name)
+
+    # -- the file --
+
+    @pytest.mark.parametrize("damage", ["empty", "other", "line", "beginning"])
+    def test_a_damaged_file(self, numbers, directory, damage, caplog):
+        """It is not known what has been handled: begun anew, with what is sent from now on."""
+        numbers.send(3)
+        assert self.rest(numbers, since=60) == [0, 1, 2]
+        numbers.send(2)
+        content = (directory / "name").read_bytes()
+        broken = {
+            "empty": b"", "other": os.urandom(1000), "line": content.replace(b"@", b"@x", 1), "beginning": content[7:],
+        }  # fmt: skip
+        (directory / "name").write_bytes(broken[damage])
+        numbers.send(2)
+        with self.subscriber(numbers) as sub:
+            assert f"{directory / 'name'} is damaged" in caplog.text
+            assert received_data(sub, 2) == [5, 6]
+        assert self.rest(numbers) == []
+        assert caplog.text.count("damaged") == 1
+
+    def test_a_line_that_was_not_finished(self, numbers, directory, caplog):
+        numbers.send(3)
+        assert self.rest(numbers, since=60) == [0, 1, 2]
+        with (directory / "name").open("ab") as file:
+            file.write(b"0123")
+        numbers.send(2)
+        assert self.rest(numbers) == [3, 4]
+        assert "damaged" not in caplog.text
+
+    def test_it_is_small(self, numbers, directory, monkeypatch):
+        monkeypatch.setattr(posttroll._StateFile, "GROWTH", 2000)
+        monkeypatch.setattr(posttroll._DurableState, "LINES", 100)
+        sizes = []
+        with self.subscriber(numbers) as sub:
+            for _ in range(20):
+                numbers.send(100)
+                received_data(sub, 100)
+                sizes.append((directory / "name").stat().st_size)
+        assert max(sizes) < 5000
+        assert max(sizes) > 2000
+        numbers.send(3)
+        assert self.rest(numbers) == [2000, 2001, 2002]
+
+    def test_a_full_disk(self, numbers, directory):
+        """The program goes on and warns a few times; when there is room again, all is known again."""
+        code = """if True:
+            import resource, sys, posttroll
+            with posttroll.Subscriber(sys.argv[1:], durable="name") as subscriber:
+                for message in subscriber.recv():
+                    print(message.data, flush=True)
+                    if message.data == 99:
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+                    if message.data == 999:
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            """
+        with python(code, local_address(numbers.publisher.port_number)) as running:
+            assert numbers.publisher.wait_for_subscribers(1, DEADLINE)
+            numbers.send(1000)
+            assert [int(running.stdout.readline()) for _ in range(1000)] == list(range(1000))
+            assert (directory / "name").stat().st_size <= 5000
+            wait_for(lambda: self.goes_on(numbers, running) and (directory / "name").stat().st_size > 10000)
+            running.kill()
+            errors = running.stderr.read()
+        assert 1 <= errors.count("Cannot write") <= 5
+        assert "File too large" in errors
+        assert self.rest(numbers) in ([], [numbers.count - 1])
+
+    def goes_on(self, numbers: Numbers, running: Any) -> bool:
+        numbers.send(1, 0.02)
+        return int(running.stdout.readline()) == numbers.count - 1
+
+    def test_a_directory_that_cannot_be_used(self, monkeypatch, tmp_path):
+        (tmp_path / "file").write_text("")
+        for unusable in ("file", "file/directory"):
+            with config.set(durable_directory=str(tmp_path / unusable)):
+                with pytest.raises(ConfigurationError, match="set durable_directory"):
+                    posttroll.Subscriber([], durable="name")
+
+    def test_without_a_home_directory(self, monkeypatch):
+        for variable in ("POSTTROLL_DURABLE_DIRECTORY", "XDG_STATE_HOME", "HOME"):
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as if the user were unknown
+        with pytest.raises(ConfigurationError, match="no home directory"):
+            posttroll.Subscriber([], durable="name")
+
+    @pytest.mark.parametrize(("variable", "place"), [("XDG_STATE_HOME", ""), ("HOME", ".local/state")])
+    def test_where_it_is(self, monkeypatch, tmp_path, variable, place):
+        for name in ("POSTTROLL_DURABLE_DIRECTORY", "XDG_STATE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(variable, str(tmp_path))
+        posttroll.Subscriber([], durable="name").close()
+        assert (tmp_path / place / "posttroll" / "name").read_text().startswith("posttroll-durable 1 ")
+
+    # -- everywhere --
+
+    @pytest.mark.parametrize("way", ["NSSubscriber", "Subscribe", "dictionary", "Listener", "ListenerContainer"])
+    def test_all_that_subscribes(self, numbers, way):
+        addresses = [local_address(numbers.publisher.port_number)]
+        settings = {"addresses": addresses, "nameserver": False, "durable": "name", "services": ""}
+
+        def receive_3() -> list[Any]:
+            if way == "ListenerContainer":
+                with posttroll.ListenerContainer(since=60, **settings) as container:
+                    return [container.output_queue.get(timeout=DEADLINE).data for _ in range(3)]
+            if way == "Listener":
+                messages: queue.Queue[Any] = queue.Queue()
+                listener = posttroll.Listener(queue=messages, since=60, **settings)
+                with in_thread(listener.run):
+                    data = [messages.get(timeout=DEADLINE).data for _ in range(3)]
+                    listener.stop()
+                return data
+            if way == "NSSubscriber":
+                with posttroll.NSSubscriber(None, addresses=addresses, since=60, durable="name") as sub:
+                    return received_data(sub, 3)
+            if way == "Subscribe":
+                with posttroll.Subscribe(since=60, **settings) as sub:
+                    return received_data(sub, 3)
+            with posttroll.create_subscriber_from_dict_config({"since": 60, **settings}) as sub:
+                return received_data(sub, 3)
+
+        for first in (0, 3, 6):
+            numbers.send(3)
+            assert receive_3() == [first, first + 1, first + 2]
+
+    def test_a_container_that_listens_to_other_topics(self, numbers):
+        addresses = [local_address(numbers.publisher.port_number)]
+        with posttroll.ListenerContainer(["/numbers"], addresses, False, durable="name") as container:
+            assert numbers.publisher.wait_for_subscribers(1, DEADLINE)
+            numbers.send(3)
+            assert [container.output_queue.get(timeout=DEADLINE).data for _ in range(3)] == [0, 1, 2]
+            container.restart_listener(["/num"])
+            numbers.send(3)
+            assert [container.output_queue.get(timeout=DEADLINE).data for _ in range(3)] == [3, 4, 5]
+            assert container.output_queue.empty()
+
+    def test_on_the_command_line(self, numbers):
+        address = local_address(numbers.publisher.port_number)
+        words = ["subscribe", "--address", address, "--json", "-n", "3", "--durable", "name", "--since", "1m"]
+        for first in (0, 3):
+            numbers.send(3)
+            status, out, err = run_command(*words)
+            assert (status, [json.loads(line)["data"] for line in out.splitlines()]) == (
+                0,
+                [first, first + 1, first + 2],
+            )
+        with self.subscriber(numbers):
+            status, out, err = run_command(*words)
+            assert (status, out) == (1, "")
+            assert "in use by process" in err
+            assert "Traceback" not in err
+
+
+class TestSince:
+    @pytest.mark.parametrize("way", ["Subscribe", "dictionary", "Listener", "ListenerContainer", "command"])
+    def test_all_that_subscribes(self, way):
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            Numbers(pub).send(3)
+            time.sleep(0.3)
+            begin = datetime.now(timezone.utc)
+            Numbers(pub).send(2)
+            settings = {"addresses": [local_address(pub.port_number)], "nameserver": False}
+            if way in ("Listener", "ListenerContainer"):
+                with posttroll.ListenerContainer(since=begin, **settings) as container:
+                    assert way == "ListenerContainer" or container.listener.since == begin
+                    assert [container.output_queue.get(timeout=DEADLINE).data for _ in range(2)] == [0, 1]
+            elif way == "command":
+                words = ["--address", *settings["addresses"], "--json", "-n", "2", "--since", begin.isoformat()]
+                status, out, _ = run_command("subscribe", *words)
+                assert (status, [json.loads(line)["data"] for line in out.splitlines()]) == (0, [0, 1])
+            else:
+                make = posttroll.Subscribe if way == "Subscribe" else dictionary_subscriber
+                with make(since=begin, **settings) as sub:
+                    assert received_data(sub, 2) == [0, 1]
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("90", timedelta(seconds=90)),
+            ("1.5", timedelta(seconds=1.5)),
+            ("30s", timedelta(seconds=30)),
+            ("10m", timedelta(minutes=10)),
+            ("2h", timedelta(hours=2)),
+            ("1d", timedelta(days=1)),
+            ("2024-04-19T11:14:11Z", datetime(2024, 4, 19, 11, 14, 11, tzinfo=timezone.utc)),
+            ("2024-04-19 11:14", datetime(2024, 4, 19, 11, 14)),
+        ],
+    )
+    def test_texts(self, text, value):
+        assert posttroll._time(text) == value
+
+    @pytest.mark.parametrize("text", ["", "m", "-5", "10 m", "10w", "1e9", "yesterday", "2024-13-01"])
+    def test_texts_that_are_none(self, text):
+        status, _, err = run_command("subscribe", f"--since={text}")
+        assert status == 2
+        assert "neither a time span such as 90, 10m, 2h nor an ISO date-time" in err
+
+
+def dictionary_subscriber(**settings: Any) -> posttroll.Subscriber:
+    return posttroll.create_subscriber_from_dict_config(settings)
 
 
 class TestFullQueues:
