@@ -3140,8 +3140,8 @@ sendaddressservice = AddressServiceBroadcaster
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; port: where it is bound, 0 if not by TCP.  So a subscriber knows what it has, and asks
-# for what it has not.  It answers a hello by a request: it subscribes to
+# are not in the history any more; port: where it is bound, 0 if not by TCP.  So a subscriber knows what it has, and
+# asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
 # older than so many milliseconds; until: the number of the hello.
 # ======================================================================================================================
@@ -3312,9 +3312,14 @@ class _Audience:
         self._take_subscriptions()
         number, missed = self.history.number, 0
         if self.strangers:
-            for peer in self.peers.values():  # it may be dropped for them too, and what follows it
-                peer.fall_behind(peer.told, None)
-                peer.is_heard = False
+            limit = self.socket.getsockopt(zmq.SNDHWM)
+            self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
+            for peer in self.peers.values():
+                has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
+                if not has_room:  # it may be dropped for this one too, and what follows it
+                    peer.fall_behind(peer.told, None)
+                    peer.is_heard = False
+            self.socket.setsockopt(zmq.SNDHWM, limit)
             self.socket.setsockopt(zmq.XPUB_NODROP, 0)
             self.socket.send(data, _NOBLOCK)
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)

@@ -8896,6 +8896,7 @@ print(publisher.dropped)
                     if number % 50 == 49:
                         arrived += [int(message.data.split()[0]) for message in receive(good, 50)]
                 assert arrived == list(range(count))
+                assert good.missed == 0
                 assert 0 < publisher.dropped < count
         warnings = [record for record in caplog.records if "slow subscriber" in record.getMessage()]
         assert 0 < len(warnings) <= 5
