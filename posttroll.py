@@ -3312,7 +3312,7 @@ class _Audience:
         self._take_subscriptions()
         number, missed = self.history.number, 0
         if self.strangers:
-            limit = self.socket.getsockopt(zmq.SNDHWM)
+            limit = cast(int, self.socket.getsockopt(zmq.SNDHWM))
             self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
             for peer in self.peers.values():
                 has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
