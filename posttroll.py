@@ -3265,7 +3265,7 @@ class _Audience:
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
-    def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str, keeps_history: bool) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
         self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
@@ -3278,8 +3278,7 @@ class _Audience:
         self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
         self._name = "_".join(name.split()).encode() or b"-"
-        tcp = _split_tcp(cast(bytes, sock.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode())
-        self._port = tcp[1] if tcp else 0
+        self._port = port or 0
         self._next_look = 0.0
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3697,7 +3696,8 @@ class Publisher:
                 sock, self._port, self._authenticator = set_up_server_socket(
                     zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only
                 )
-                self._audience = _Audience(sock, self._lock, self._name or self._address, self.keeps_history)
+                name = self._name or self._address
+                self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
                 self._pid = os.getpid()
                 self._is_stopped = False
                 _live_publishers.add(self)
@@ -5922,12 +5922,16 @@ class Subscribe:
             "durable": durable,
         }
         self.subscriber = create_subscriber_from_dict_config(settings)
+        self._is_durable = durable is not None
 
     def __enter__(self) -> Subscriber:
         return self.subscriber
 
     def __exit__(self, *exc_info: object) -> None:
-        self.subscriber.__exit__(*exc_info)
+        if self._is_durable:
+            self.subscriber.__exit__(*exc_info)
+        else:  # a class in its place need not be a context manager
+            self.subscriber.close()
 
 
 def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscriber:
@@ -5945,6 +5949,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         ValueError: An address cannot be used.
     """
     nameserver = settings.get("nameserver")
+    begin = {key: settings[key] for key in ("since", "durable") if settings.get(key) is not None}
     if nameserver is False and settings.get("addresses"):
         known = "addresses topics message_filter translate nameserver services addr_listener timeout port since durable"
         _refuse_unknown(settings, "Subscriber", known)
@@ -5953,8 +5958,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
             topics=settings.get("topics", ""),
             message_filter=settings.get("message_filter"),
             translate=settings.get("translate", False),
-            since=settings.get("since"),
-            durable=settings.get("durable"),
+            **begin,
         )
     return NSSubscriber(
         services=settings.get("services", ""),
@@ -5965,8 +5969,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         translate=settings.get("translate", False),
         nameserver=nameserver or "localhost",
         message_filter=settings.get("message_filter"),
-        since=settings.get("since"),
-        durable=settings.get("durable"),
+        **begin,
     ).start()
 
 
