@@ -1413,7 +1413,7 @@ class Background:
     def join(self, duty: object) -> Loop:
         """Return the loop, which runs until *duty* leaves it."""
         with self._lock:
-            if self._loop is None or self._thread is None or not self._thread.is_alive():
+            if self._loop is None or self._loop.is_stopped or self._thread is None or not self._thread.is_alive():
                 self._duties = []
                 self._loop = loop = Loop()
                 self._thread = threading.Thread(target=self._run, args=(loop,), name="posttroll loop", daemon=True)
@@ -1783,10 +1783,10 @@ def destroy_context(linger: int | None = None) -> None:
     with _contexts_lock:
         context = _contexts.pop(os.getpid(), None)
     if context is not None:
-        _background.shut_down()
         for sock in list(context._sockets):
             if not sock.closed:
-                sock.monitor(None, 0)
+                sock.monitor(None, 0)  # before those who listen to it are gone
+        _background.shut_down()
         _lingering_monitors.clear()
         context.destroy(linger)
 
@@ -1919,7 +1919,11 @@ class _Resolution:
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
-            threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
+            try:
+                threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
+            except RuntimeError:  # no more threads: asked again later
+                self._is_asking = False
+                self._free_threads.release()
 
     def _resolve(self) -> None:
         try:
@@ -2251,7 +2255,7 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
 
 
 _lingering_monitors: list[zmq.Socket[bytes]] = []
-_lingering_lock = threading.Lock()
+_lingering_lock = threading.RLock()  # a signal handler may stop a publisher in the middle of another's stop
 
 
 def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> bool:
@@ -2871,6 +2875,7 @@ class _NameserverTarget:
         self._pending: bytes | None = None
         self._when_done: Callable[[], None] | None = None  # set once there is a last request
         self._socket: zmq.Socket[bytes] | None = None
+        self._is_closed = False
         self._last_sign = time.monotonic()
         _load_client_keys()  # what is wrong with them is an error now, not in the loop
 
@@ -2881,7 +2886,7 @@ class _NameserverTarget:
         self._connect()
 
     def _connect(self) -> None:
-        endpoint = self._resolution.check()
+        endpoint = None if self._is_closed else self._resolution.check()
         if self._socket is None and endpoint is not None:
             # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
             options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
@@ -2901,6 +2906,7 @@ class _NameserverTarget:
         if time.monotonic() - self._last_sign > self.RENEWAL:
             self._log.warning("silence", "No answer from the nameserver at %s, trying again", self._endpoint)
             self.close()
+            self._is_closed = False
             self._last_sign = time.monotonic()
             self._resolution = _Resolution(self._endpoint, partial(self._loop.call, self._connect))
         self._pending = text.encode()
@@ -2941,7 +2947,8 @@ class _NameserverTarget:
             self._log.warning("refused", text, self._endpoint, answer[:200].decode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket, for good: its name may still be asked for."""
+        self._is_closed = True
         if self._socket is not None:
             self._loop.unwatch(self._socket)
             close_socket(self._socket)
@@ -3127,21 +3134,21 @@ sendaddressservice = AddressServiceBroadcaster
 # ======================================================================================================================
 # 9. Publishing
 #
-# XPUB sockets: unlike PUB they tell who subscribes, and (XPUB_NODROP) that a queue is full.  With XPUB_MANUAL it is we
+# XPUB sockets: unlike PUB they tell who subscribes, and (XPUB_NODROP) that a queue is full.  With XPUB_MANUAL it is us
 # who apply the subscriptions, so that it is certain what comes before and after them.
 #
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <port> <name>  the mark has come; all after number will come
+#     hello      H <instance> <number> <ends> <port> <name>  the mark is here, all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
-#     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
+#     end        E <instance> <number> <ends> <sent> <gone> <answer>  what was missed up to number has come
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; port: where it is bound, 0 if not by TCP.  So a subscriber knows what it has, and
-# asks for what it has not.  It answers a hello by a request: it subscribes to
+# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
+# subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
 # older than so many milliseconds; until: the number of the hello.
 # ======================================================================================================================
@@ -3247,6 +3254,7 @@ class _Peer:
         self.after: int | None = None  # the number after which to catch up, None: it is up to date
         self.until: int | None = 0  # the last number to catch up, None: as many as there are by then
         self.sent = self.gone = 0
+        self.is_answer = False  # to a request of its own, not only to a full queue
 
     def fall_behind(self, after: int, until: int | None) -> None:
         """Take note of what is to be caught up."""
@@ -3324,8 +3332,11 @@ class _Audience:
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)
             missed = 1
         else:
+            content = b"L %s %d\0%s" % (self.instance, number, data)
             for peer in self.peers.values():
-                if peer.after is None and self._send_to(peer, b"L %s %d\0%s" % (self.instance, number, data)):
+                if not data.startswith(peer.prefixes):
+                    continue
+                if peer.after is None and self._send_to(peer, content):
                     peer.sent += 1
                 else:  # from what it was told on: so it can tell copies from messages that were sent several times
                     peer.fall_behind(peer.told, None)
@@ -3397,7 +3408,10 @@ class _Audience:
                 waiting[1]()
 
     def _take_turn(self) -> None:
-        """Do what the socket has to be done; called by the loop."""
+        """Do what the socket has to be done; called by the loop.
+
+        Whatever uses the socket takes the news of the descriptor: so this follows all other uses, soon.
+        """
         with self.lock:
             if not self.socket.closed:
                 self._take_subscriptions()
@@ -3483,6 +3497,7 @@ class _Audience:
                 del self._timers[callback]
                 if not self.socket.closed:
                     callback()
+                    self._take_turn()
 
         def schedule() -> None:
             self._timers[callback] = self.loop.at(time.monotonic() + seconds, call)
@@ -3517,6 +3532,7 @@ class _Audience:
                 after = min(after, 0 if self.started >= since else history.first - 2)
         peer.greeted = None
         peer.fall_behind(min(after, until), until)
+        peer.is_answer = True
         peer.prefixes = tuple(match[7].split(b"\n"))
         self._catch_up_soon(0)
 
@@ -3551,7 +3567,8 @@ class _Audience:
             peer.after = number
         if peer.after < until:
             return True
-        if not self._send_to(peer, b"E %s %d %d %d %d" % (self.instance, until, peer.ends + 1, peer.sent, peer.gone)):
+        fields = (self.instance, until, peer.ends + 1, peer.sent, peer.gone, peer.is_answer)
+        if not self._send_to(peer, b"E %s %d %d %d %d %d" % fields):
             return False
         peer.ends += 1
         peer.told = until
@@ -3563,6 +3580,7 @@ class _Audience:
     def unserved(self) -> list[tuple[bytes, int | None]]:
         """Return who has to catch up, from where, and who has come so recently that its request is on its way."""
         with self.lock:
+            self._take_subscriptions()
             now = time.monotonic()
             return [
                 (mark, peer.after)
@@ -3670,7 +3688,6 @@ class Publisher:
         self._authenticator: Authenticator | None = None
         self._is_stopped = False
         self._lock = threading.RLock()
-        self._uses = 0  # of the socket, by this thread while it holds the lock
         self._last_beat: float | None = None
         self._pid = os.getpid()
         self._dropped = 0
@@ -3685,6 +3702,7 @@ class Publisher:
         """
         with self._lock:
             if self._audience is None:
+                self._is_stopped = False
                 options = {
                     zmq.XPUB_MANUAL: 1,
                     zmq.XPUB_NODROP: 1,
@@ -3696,10 +3714,10 @@ class Publisher:
                 sock, self._port, self._authenticator = set_up_server_socket(
                     zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only
                 )
-                name = self._name or self._address
-                self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
+                self._audience = _Audience(
+                    sock, self._port, self._lock, self._name or self._address, self.keeps_history
+                )
                 self._pid = os.getpid()
-                self._is_stopped = False
                 _live_publishers.add(self)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
@@ -3743,11 +3761,7 @@ class Publisher:
             audience = self._audience
             if audience is None or self._pid != os.getpid():
                 audience = self._open_audience()
-            self._uses += 1
-            try:
-                audience.send(data)
-            finally:
-                self._uses -= 1
+            audience.send(data)
         if self._is_stopped:
             self.stop()  # a signal handler wanted it, in the middle of the above
 
@@ -3785,12 +3799,7 @@ class Publisher:
     def _use(self, function: Callable[[_Audience], Any]) -> Any:
         """Return what *function* does under the lock; a signal handler that stops meanwhile does so after it."""
         with self._lock:
-            audience = self._open_audience()
-            self._uses += 1
-            try:
-                result = function(audience)
-            finally:
-                self._uses -= 1
+            result = function(self._open_audience())
         if self._is_stopped:
             self.stop()
         return result
@@ -3841,10 +3850,10 @@ class Publisher:
         if self._pid != os.getpid():
             self._audience, self._is_stopped = None, True  # the parent stops its own; its locks are of no use here
             return
+        self._is_stopped = True
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            return  # in a signal handler, in the middle of something that stops it then
         with self._lock:
-            self._is_stopped = True
-            if self._uses:
-                return  # in a signal handler, in the middle of something that stops it then
             audience, self._audience = self._audience, None
             authenticator, self._authenticator = self._authenticator, None
         _live_publishers.discard(self)
@@ -4277,6 +4286,7 @@ class _Connections:
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
         on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
             message of that socket.
+        on_close: Called with a socket that is closed.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
@@ -4287,8 +4297,10 @@ class _Connections:
         open_socket: Callable[[Any], Any],
         read_all: Callable[[Any], None],
         on_change: Callable[[Any], int],
+        on_close: Callable[[Any], object],
     ) -> None:
         self._on_change = on_change
+        self._on_close = on_close
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
@@ -4307,8 +4319,13 @@ class _Connections:
         current = self._connected.get(address)
         if current is not None and current[0] is not self.sockets.get(key):
             self._disconnect(address)
-        self._connect(address)
-        self._close_unused()
+        try:
+            self._connect(address)
+        except BaseException:
+            del self._wanted[address]
+            raise
+        finally:
+            self._close_unused()
 
     def drop(self, address: str) -> None:
         """Disconnect from *address*."""
@@ -4387,13 +4404,20 @@ class _Connections:
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
+            self._on_close(sock)
 
     def _new_socket(self, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
-        self.sockets[key] = sock
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        monitor = _open_monitor(sock, events | failures)
+        try:
+            monitor = _open_monitor(sock, events | failures)
+        except zmq.ZMQError:  # no descriptors left
+            self._loop.unwatch(sock)
+            close_socket(sock)
+            self._on_close(sock)
+            raise
+        self.sockets[key] = sock
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
         self._monitors[sock] = monitor
         return sock
@@ -4618,7 +4642,9 @@ class _CatchUp:
                 self._durable.restore(instance, source)
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
-            self._sources.popitem(last=False)
+            forgotten, old = self._sources.popitem(last=False)
+            self._cancel_request(forgotten)
+            self._close(old)
         return source
 
     def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
@@ -4676,11 +4702,17 @@ class _CatchUp:
             return None
         return content
 
-    def _take_end(self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int) -> None:
+    def _take_end(
+        self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, is_answer: int
+    ) -> None:
         if ends <= source.ends:
             return  # the same over a second connection
         is_whole = sent == source.counted + len(source.came)
         self._close(source)
+        if source.is_asked and not is_answer:  # a full queue came between: what was asked for is still to come
+            source.ends, source.counted = ends, 0
+            source.came.clear()
+            return
         if is_whole:
             source.advance(number, source.hello_index if number <= source.hello else self._index)
             if self._durable is not None:
@@ -4698,6 +4730,7 @@ class _CatchUp:
     def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
         if not number or (source.is_asked and time.monotonic() - source.asked < 5):
             return
+        self._close(source)
         if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
             source.advance(number, self._index)
             if self._durable is not None:
@@ -5143,9 +5176,11 @@ class Subscriber:
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._owner = 0  # the thread that receives just now
         self._loop = Loop()
-        self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_change)
-        self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
+        self._connections = _Connections(
+            self._loop, self._open_socket, self._read_all, self._note_change, lambda sock: self._streams.pop(sock, None)
+        )
+        self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
         self._ready: list[_CatchUp] = []
         self._batch_end = 0.0
@@ -5192,7 +5227,11 @@ class Subscriber:
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
             self._wanted[address] = (prefixes, backend)
             key = (prefixes, backend, address if self._translate else None)
-            self._change(partial(self._connections.want, address, key, begin))
+            try:
+                self._change(partial(self._connections.want, address, key, begin))
+            except BaseException:
+                self._wanted.pop(address, None)
+                raise
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
@@ -5264,15 +5303,16 @@ class Subscriber:
 
     def _change(self, change: Callable[[], None]) -> None:
         """Apply *change* to the sockets: now if nobody else waits on them, else by who does."""
-        if self._turning is None and self._lock.acquire(blocking=False):
+        if self._lock.acquire(blocking=False):
             try:
-                self._loop.settle()
-                if not self._is_closed:
-                    change()
+                if not self._is_awaited:
+                    self._loop.settle()
+                    if not self._is_closed:
+                        change()
+                    return
             finally:
                 self._lock.release()
-        else:
-            self._loop.call(change)
+        self._loop.call(change)
 
     def _open_socket(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
@@ -5332,7 +5372,7 @@ class Subscriber:
             yield receiver
         finally:
             self._receivers.remove(receiver)
-            if not self._receivers and self._turning is not None:
+            if not self._receivers and self._is_awaited:
                 self._turning.cancel()
             if self._is_closed:
                 self._close()
@@ -5347,7 +5387,7 @@ class Subscriber:
                 if message is not None:
                     return message
             deadline = None if timeout is None else time.monotonic() + timeout
-            if self._turning is not None:
+            if self._is_awaited:
                 raise RuntimeError("An asyncio program receives from this subscriber: a thread cannot do so too.")
             self._owner = threading.get_ident()
             try:
@@ -5406,16 +5446,22 @@ class Subscriber:
                 raise failure
             with self._lock:
                 message = self._take(receiver)
-            now = time.monotonic()
-            if message is not None or (has_waited and deadline is not None and now >= deadline):
-                return message
-            if self._turning is None:
-                self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
-                self._turning.add_done_callback(self._end_turning)
+                now = time.monotonic()
+                if message is not None or (has_waited and deadline is not None and now >= deadline):
+                    return message
+                if not self._is_awaited:
+                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
+                    self._turning.add_done_callback(self._end_turning)
             await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
             self._batch_end = time.monotonic() + self._BATCH_SECONDS
             has_waited = True
         return None
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether an asyncio program waits on the sockets; not if its event loop has ended in the middle of it."""
+        turning = self._turning
+        return turning is not None and not turning.done() and not turning.get_loop().is_closed()
 
     def _end_turning(self, turning: Any) -> None:
         self._turning = None
@@ -5443,7 +5489,7 @@ class Subscriber:
                 if self._durable is not None:
                     self._durable.hand_out(receiver.owner, raw)
                 return message
-        self._ready = self._ready[::-1]  # the other end has its turn
+        self._ready = self._ready[-1:] + self._ready[:-1]  # the next has its turn
         return None
 
     def _accept(self, raw: bytes, stream: _CatchUp) -> Message | None:
@@ -5498,11 +5544,13 @@ class Subscriber:
         if self._pid != os.getpid():
             return  # they belong to the parent, whose thread may have held the lock at the time of the fork
         self.stop()
-        if self._owner == threading.get_ident() or self._turning is not None:
+        if self._owner == threading.get_ident():
             return  # in a signal handler or a callback: who receives closes them
         # Whoever receives in another thread closes them; this thread waits for it, but not for ever.
         if self._lock.acquire(timeout=1):
             try:
+                if self._is_awaited:
+                    return
                 self._connections.close()
                 self._loop.close()
                 self._ready, self._backlog = [], deque()
@@ -5613,9 +5661,8 @@ class _Follower:
             endpoint = self._resolutions[host].check()
             if host not in self._sockets and endpoint is not None:
                 self._last_answer[host] = now
-                self._sockets[host] = [self._open_lookups(host, endpoint)]
-                if self._listen:
-                    self._sockets[host] += self._open_news(host, endpoint)
+                news = self._open_news(host, endpoint) if self._listen else []
+                self._sockets[host] = [self._open_lookups(host, endpoint), *news]
 
     def _resolution(self, host: str) -> _Resolution:
         return _Resolution(_lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
@@ -5736,7 +5783,7 @@ class _Follower:
             if address not in self._subscriber.addresses:  # else the program itself has added it, and may remove it
                 try:
                     self._subscriber._add({"URI": address, "backend": backend}, None, self._subscriber._begin)
-                except ConfigurationError as error:  # the keys are just being replaced
+                except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
                     self._log.warning("keys", "Cannot connect to %s (trying again): %s", address, error)
                     return
                 publisher.is_ours = True
@@ -5795,7 +5842,8 @@ class NSSubscriber:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        self._begin: dict[str, Any] = {"since": since, "durable": durable}
+        begin = {"since": since, "durable": durable}
+        self._begin: dict[str, Any] = {key: value for key, value in begin.items() if value is not None}
         self._services = [services] if isinstance(services, str) else list(services or [])
         self._topics = topics
         self._addr_listener = addr_listener
@@ -5874,6 +5922,13 @@ class NSSubscriber:
         if subscriber is not None:
             subscriber.__exit__(*exc_info)
 
+    async def __aenter__(self) -> Subscriber:
+        self._timeout = 0  # what is not found at once is found while it receives
+        return self.start()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
+
 
 class Subscribe:
     """The subscribing context: gives a `Subscriber`, and closes it at the end.
@@ -5909,7 +5964,7 @@ class Subscribe:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        settings = {
+        self._settings = {
             "services": services,
             "topics": topics,
             "addr_listener": addr_listener,
@@ -5921,17 +5976,34 @@ class Subscribe:
             "since": since,
             "durable": durable,
         }
-        self.subscriber = create_subscriber_from_dict_config(settings)
-        self._is_durable = durable is not None
+        self._subscriber: Subscriber | None = None
+        asyncio = sys.modules.get("asyncio")
+        if asyncio is None or asyncio._get_running_loop() is None:
+            self._create()  # else where it is used: with ``async with``, nothing waits in the thread of the event loop
+
+    def _create(self) -> Subscriber:
+        if self._subscriber is None:
+            self._subscriber = create_subscriber_from_dict_config(self._settings)
+        return self._subscriber
+
+    @property
+    def subscriber(self) -> Subscriber:
+        """The subscriber."""
+        return self._create()
 
     def __enter__(self) -> Subscriber:
         return self.subscriber
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._is_durable:
-            self.subscriber.__exit__(*exc_info)
-        else:  # a class in its place need not be a context manager
-            self.subscriber.close()
+        self.subscriber.__exit__(*exc_info)
+        self.subscriber.close()  # a replaced class may do nothing at its exit
+
+    async def __aenter__(self) -> Subscriber:
+        self._settings["timeout"] = 0  # what is not found at once is found while it receives
+        return self.subscriber
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
 
 
 def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscriber:
@@ -5948,8 +6020,8 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         TypeError: There is another key, and no nameserver is to be asked.
         ValueError: An address cannot be used.
     """
-    nameserver = settings.get("nameserver")
     begin = {key: settings[key] for key in ("since", "durable") if settings.get(key) is not None}
+    nameserver = settings.get("nameserver")
     if nameserver is False and settings.get("addresses"):
         known = "addresses topics message_filter translate nameserver services addr_listener timeout port since durable"
         _refuse_unknown(settings, "Subscriber", known)
