@@ -611,7 +611,7 @@ class _DefaultVersion(str):
 
 
 _DEFAULT_VERSION = _DefaultVersion("v1.2")
-_TIMEZONE_OF_VERSION = {"v1.01": False, "v1.2": True}  # the versions that we write; those that we read: _is_readable
+WRITTEN_VERSIONS = {"v1.01": False, "v1.2": True}  # the versions that we write; those that we read: _is_readable
 
 
 class MessageError(Exception):
@@ -731,16 +731,14 @@ def create_datetime_json_encoder_for_version(version: str = "v1.2") -> Callable[
 def _keeps_timezone(version: str) -> bool:
     """Whether timestamps of *version* have a time zone; raises MessageError for a version that we do not write."""
     try:
-        return _TIMEZONE_OF_VERSION[version]
+        return WRITTEN_VERSIONS[version]
     except (KeyError, TypeError):
-        raise MessageError(
-            f"Invalid message version: {version!r}. Use one of {', '.join(_TIMEZONE_OF_VERSION)}."
-        ) from None
+        raise MessageError(f"Invalid message version: {version!r}. Use one of {', '.join(WRITTEN_VERSIONS)}.") from None
 
 
 def _is_readable(version: str) -> bool:
     """Whether a message of *version* can be decoded: any up to the newest that we write."""
-    if version in _TIMEZONE_OF_VERSION:
+    if version in WRITTEN_VERSIONS:
         return True
     match = re.fullmatch(r"v(\d{1,9}\.\d{1,9})", version, re.ASCII)
     return match is not None and float(match[1]) <= 1.2
@@ -929,7 +927,7 @@ def _check_header(*fields: Any) -> None:
 _sender: str | None = None
 
 
-def _get_sender() -> str:
+def get_sender() -> str:
     """Return ``user@host``, found out once: the account of the process, whatever the environment says it is."""
     global _sender
     if _sender is None:
@@ -990,7 +988,7 @@ class Message:
             return
         self.subject = subject
         self.type = atype
-        self.sender = _sender or _get_sender()
+        self.sender = _sender or get_sender()
         self.time = datetime.now(timezone.utc)
         self.data = data
         self.binary = binary
@@ -1038,7 +1036,7 @@ class Message:
         version = self.version
         if version is _DEFAULT_VERSION:
             version = config.get("message_version")
-        elif version not in _TIMEZONE_OF_VERSION and version != "auto" and _is_readable(version):
+        elif version not in WRITTEN_VERSIONS and version != "auto" and _is_readable(version):
             version = "v1.01"  # decoded from something older
         prefix, text, version = _encode_data(self.data, self.binary, version)
         subject, atype, sender, moment = self.subject, self.type, self.sender, self.time
@@ -1090,7 +1088,7 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
     if count < 7:
         fields = [*fields, "", ""][:7]
     magick_subject, message.type, message.sender, stamp, version, mime, text = fields
-    if version not in _TIMEZONE_OF_VERSION and not _is_readable(version):
+    if version not in WRITTEN_VERSIONS and not _is_readable(version):
         raise MessageError(f"Invalid message version: {version[:80]!r}. This program reads versions up to v1.2.")
     message.subject = magick_subject[9:]
     if not message.subject:
@@ -1552,12 +1550,12 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
 
 SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 
-_DATAGRAM_SIZE = 65535
+DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL = 49  # of Linux, see ip(7)
 _BROADCAST_GROUPS = ("0.0.0.0", "255.255.255.255", "<broadcast>")
 
 
-def _multicast_group(mcgroup: str | None) -> str:
+def multicast_group(mcgroup: str | None) -> str:
     """Return the address of the group; raises OSError if it is no IPv4 multicast address."""
     group = config.get("mc_group") if mcgroup is None else mcgroup
     if group in _BROADCAST_GROUPS:
@@ -1611,7 +1609,7 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
     Raises:
         OSError: The group is no multicast address, or the socket cannot be set up.
     """
-    group = _multicast_group(mcgroup)
+    group = multicast_group(mcgroup)
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1643,7 +1641,7 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
     Raises:
         OSError: The group is no multicast address, the port is taken, or no interface can receive multicast.
     """
-    group = _multicast_group(mcgroup)
+    group = multicast_group(mcgroup)
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1696,7 +1694,7 @@ class MulticastReceiver:
 
     def __call__(self) -> tuple[str, tuple[str, int]]:
         """Return the next datagram as text, and the address and port that it came from."""
-        data, sender = self.socket.recvfrom(max(self.BUFSIZE, _DATAGRAM_SIZE))
+        data, sender = self.socket.recvfrom(max(self.BUFSIZE, DATAGRAM_SIZE))
         return data.decode("utf-8", "replace"), sender
 
     def fileno(self) -> int:
@@ -1861,7 +1859,7 @@ def _is_number(host: str) -> bool:
         return False
 
 
-def _split_tcp(address: str) -> tuple[str, int] | None:
+def split_tcp_address(address: str) -> tuple[str, int] | None:
     """Return host and port of a ``tcp://`` address, None if it is something else."""
     match = _TCP_ADDRESS.fullmatch(address)
     if match is None or (match[1].startswith("[") and not _is_number(match[1])):
@@ -1869,15 +1867,15 @@ def _split_tcp(address: str) -> tuple[str, int] | None:
     return match[1], int(match[2])
 
 
-def _is_remote(address: Any) -> bool:
+def is_connectable(address: Any) -> bool:
     """Whether *address* may come from others: only TCP, as inproc and ipc lead into this process and this host."""
-    tcp = _split_tcp(address) if isinstance(address, str) else None
+    tcp = split_tcp_address(address) if isinstance(address, str) else None
     return tcp is not None and tcp[0] != "*" and 0 < tcp[1] < 65536
 
 
 def _check_connectable(address: Any) -> str:
     """Return *address*; raises ValueError if no client socket could connect to it."""
-    if not (_is_remote(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
+    if not (is_connectable(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
         raise ValueError(f"Cannot connect to {address!r}: an address looks like 'tcp://hostname:9000'.")
     return cast(str, address)
 
@@ -1896,7 +1894,7 @@ class _Resolution:
     _free_threads = threading.Semaphore(8)  # anybody can announce any number of names
 
     def __init__(self, address: str, on_success: Callable[[], None] = lambda: None) -> None:
-        tcp = _split_tcp(address)
+        tcp = split_tcp_address(address)
         self._host, self._port = tcp or ("", 0)
         self._on_success = on_success
         self._is_asking = False
@@ -2038,7 +2036,7 @@ def _read_keys(path: str) -> dict[str, bytes]:
     return keys
 
 
-def _backend(name: str | None = None) -> str:
+def configured_backend(name: str | None = None) -> str:
     """Return the backend to use; raises NotImplementedError if there is none of this name."""
     backend = config.get("backend") if name is None else name
     if backend not in ("unsecure_zmq", "secure_zmq"):
@@ -2079,7 +2077,7 @@ def _public_key(secret: bytes) -> bytes:
 
 def _load_client_keys(backend: str | None = None) -> dict[str, bytes]:
     """Return the socket options for the keys of a client, none for a plain one; raises ConfigurationError."""
-    if _backend(backend) != "secure_zmq":
+    if configured_backend(backend) != "secure_zmq":
         return {}
     secret = _load_key("client_secret_key_file", "secret")
     server = _load_key("server_public_key_file", "public")
@@ -2136,7 +2134,7 @@ class _ClientKeys:
 _IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
 
 
-def _is_own_address(address: str) -> bool:
+def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
     address = address.removeprefix("::ffff:")
     if not address or _IPC_PEER.fullmatch(address):
@@ -2202,7 +2200,7 @@ class _AddressList:
                 _key_log.warning(name, text, name, error)
 
 
-class _AccessRules:
+class AccessRules:
     """Who may connect to a server socket: from which addresses, and with CURVE with which keys."""
 
     def __init__(self, local_only: bool = False, keys: _ClientKeys | None = None) -> None:
@@ -2222,7 +2220,7 @@ class _AccessRules:
             return False
         if self._addresses is not None and not self._local_only and address in self._addresses:
             return False
-        return not _is_own_address(address)
+        return not is_own_address(address)
 
     def refusal(self, address: str, mechanism: bytes, credentials: Sequence[bytes]) -> str:
         """Return why a client is not let in, empty if it is."""
@@ -2310,7 +2308,7 @@ class _AccessControl:
     DOMAIN = b"posttroll-"
 
     def __init__(self) -> None:
-        self._rules: dict[bytes, _AccessRules] = {}
+        self._rules: dict[bytes, AccessRules] = {}
         self._monitors: dict[zmq.Socket[bytes], dict[int, str]] = {}  # the addresses of the peers, by descriptor
         self._count = 0
         self._log = LimitedLogger("backends.zmq.socket")
@@ -2325,7 +2323,7 @@ class _AccessControl:
             raise
         self._loop.call(partial(self._loop.watch, self._socket, self._take_requests))
 
-    def add(self, rules: _AccessRules) -> Authenticator:
+    def add(self, rules: AccessRules) -> Authenticator:
         """Start to apply *rules* to the sockets of a new domain."""
         self._count += 1
         domain = self.DOMAIN + b"%d" % self._count
@@ -2439,7 +2437,7 @@ _access_lock = threading.RLock()
 _ZAP_ENFORCE_DOMAIN = 93  # of libzmq; pyzmq has no name for it before release 23
 
 
-def _apply_access_rules(sock: zmq.Socket[bytes], rules: _AccessRules) -> Authenticator | None:
+def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenticator | None:
     """Let only those connect to *sock* whom *rules* let in, before it is bound."""
     global _access_control
     if rules.lets_everybody_in:
@@ -2572,9 +2570,9 @@ def set_up_server_socket(
         NotImplementedError: There is no such backend.
         zmq.ZMQError: The port is taken, or the address cannot be used.
     """
-    is_secure = _backend(backend) == "secure_zmq" and not destination.startswith("inproc://")
+    is_secure = configured_backend(backend) == "secure_zmq" and not destination.startswith("inproc://")
     secret = _load_key("server_secret_key_file", "secret") if is_secure else b""
-    rules = _AccessRules(local_only, _ClientKeys("clients_public_keys_directory") if is_secure else None)
+    rules = AccessRules(local_only, _ClientKeys("clients_public_keys_directory") if is_secure else None)
     sock = _new_socket(socket_type, options)
     authenticator = None
     try:
@@ -2596,7 +2594,7 @@ def set_up_server_socket(
 
 def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | None, int | None]) -> int | None:
     """Bind *sock*, to a free port if that of *destination* is 0; return the port."""
-    tcp = _split_tcp(destination)
+    tcp = split_tcp_address(destination)
     if tcp is None or tcp[1]:
         _bind_to(sock, destination)
         return tcp[1] if tcp else None
@@ -2683,7 +2681,7 @@ def _nameserver_endpoint(nameserver: str, port: int) -> str:
 
 def _lookup_endpoint(nameserver: str) -> str:
     """Return the address on which *nameserver* answers lookups."""
-    secure_port = config.get("secure_zmq_nameserver_port") if _backend() == "secure_zmq" else None
+    secure_port = config.get("secure_zmq_nameserver_port") if configured_backend() == "secure_zmq" else None
     return _nameserver_endpoint(nameserver, secure_port or get_configured_nameserver_port())
 
 
@@ -2701,7 +2699,7 @@ def _addresses_in(answer: bytes) -> list[dict[str, Any]]:
         return []
     if not isinstance(entries, list):
         return []
-    good = [entry for entry in entries if isinstance(entry, dict) and _is_remote(entry.get("URI"))]
+    good = [entry for entry in entries if isinstance(entry, dict) and is_connectable(entry.get("URI"))]
     if len(good) < len(entries):
         _lookup_log.warning("entries", "Skipped %d broken entries of an answer", len(entries) - len(good))
     return good
@@ -2834,7 +2832,7 @@ class _MulticastTarget:
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._group = _multicast_group(None)  # a wrong group is an error now, a missing network is not
+        self._group = multicast_group(None)  # a wrong group is an error now, a missing network is not
         self._sender: MulticastSender | None = None
         self._log = LimitedLogger("message_broadcaster")
 
@@ -2981,7 +2979,7 @@ class MessageBroadcaster:
         receivers = [designated_receivers] if isinstance(designated_receivers, str) else designated_receivers
         self._receivers = [_nameserver_endpoint(host, port) for host in dict.fromkeys(receivers or ())]
         if not self._receivers:
-            _multicast_group(None)
+            multicast_group(None)
         self._targets: list[Any] = []
         self._loop: Loop | None = None
         self._timer: Timer | None = None
@@ -3077,7 +3075,7 @@ class AddressBroadcaster(MessageBroadcaster):
 
     def _content(self) -> dict[str, Any]:
         """Return the data of the announcement."""
-        tcp = _split_tcp(self._address)
+        tcp = split_tcp_address(self._address)
         uri = self._address if tcp is None or tcp[0] != "*" else f"tcp://{get_own_ip()}:{tcp[1]}"
         return {"URI": uri}
 
@@ -3123,7 +3121,7 @@ class AddressServiceBroadcaster(AddressBroadcaster):
             **super()._content(),
             "service": self._services,
             "supported_message_version": str(_DEFAULT_VERSION),
-            "backend": _backend(),
+            "backend": configured_backend(),
         }
 
 
@@ -3319,9 +3317,14 @@ class _Audience:
         self._take_subscriptions()
         number, missed = self.history.number, 0
         if self.strangers:
-            for peer in self.peers.values():  # it may be dropped for them too, and what follows it
-                peer.fall_behind(peer.told, None)
-                peer.is_heard = False
+            limit = cast(int, self.socket.getsockopt(zmq.SNDHWM))
+            self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
+            for peer in self.peers.values():
+                has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
+                if not has_room:  # it may be dropped for this one too, and what follows it
+                    peer.fall_behind(peer.told, None)
+                    peer.is_heard = False
+            self.socket.setsockopt(zmq.SNDHWM, limit)
             self.socket.setsockopt(zmq.XPUB_NODROP, 0)
             self.socket.send(data, _NOBLOCK)
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)
@@ -3671,7 +3674,7 @@ class Publisher:
     LINGER_SECONDS = 30.0  # that `stop` waits without progress
 
     def __init__(self, address: str, name: str = "", min_port: int | None = None, max_port: int | None = None) -> None:
-        _backend()  # an unknown one is an error now
+        configured_backend()  # an unknown one is an error now
         self._name = name
         self._address = _bind_address(address)
         self._port_interval = (min_port, max_port)
@@ -3971,16 +3974,16 @@ if hasattr(os, "register_at_fork"):
 
 def _bind_address(address: str) -> str:
     """Return the address to bind for *address*; raises ValueError if there is none."""
-    tcp = _split_tcp(address) if isinstance(address, str) else None
+    tcp = split_tcp_address(address) if isinstance(address, str) else None
     if tcp is not None and tcp[1] < 65536:
         host = "127.0.0.1" if tcp[0].lower() == "localhost" else tcp[0]
-        return f"tcp://{host if _is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
+        return f"tcp://{host if is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
     if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
 
 
-def _close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
+def close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     """Close *sock*, and wait until what it has queued is sent, or *timeout* seconds."""
     try:
         monitor = _open_monitor(sock, 0)  # its end tells when the socket is really gone
@@ -5098,7 +5101,7 @@ def _backend_towards(announced: Any) -> str | None:
     Anybody can announce anything, so a secure process uses CURVE whatever it is told: the worst that a false
     announcement causes is an attempt to connect that fails.
     """
-    own = _backend()
+    own = configured_backend()
     if own == "secure_zmq" or announced in (None, own):
         return own
     has_keys = config.get("client_secret_key_file") and config.get("server_public_key_file")
@@ -5162,7 +5165,7 @@ class Subscriber:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        _backend()  # an unknown one is an error now
+        configured_backend()  # an unknown one is an error now
         self._topics = _topic_prefixes(topics)
         self._filter = message_filter
         self._translate = translate
@@ -5217,7 +5220,9 @@ class Subscriber:
         # What stays in the process needs no keys.
         backend = "unsecure_zmq" if address.startswith("inproc://") else _backend_towards(announced)
         if backend is None:
-            raise ValueError(f"{address} uses the backend {announced!r}, this program {_backend()!r}: not connected.")
+            raise ValueError(
+                f"{address} uses the backend {announced!r}, this program {configured_backend()!r}: not connected."
+            )
         prefixes = self._topics if topics is None else _topic_prefixes(topics)
         if self._wanted.get(address) != (prefixes, backend):
             if not address.startswith("inproc:"):
@@ -5514,7 +5519,7 @@ class Subscriber:
 
     def _translate_sender(self, message: Message, address: str) -> None:
         """Put the host of *address*, which the message came from, in place of the one that its sender says."""
-        tcp = _split_tcp(address)
+        tcp = split_tcp_address(address)
         if tcp is not None:
             message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
 
@@ -5770,7 +5775,7 @@ class _Follower:
         """Connect the subscriber to a publisher of *service* that *host* told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
-        if not _is_remote(address) or _backend_towards(backend) is None:
+        if not is_connectable(address) or _backend_towards(backend) is None:
             self._log.warning("address", "Skipped the address %.200r with the backend %.200r", address, backend)
             return
         assert isinstance(address, str)
@@ -6531,14 +6536,14 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
-        add("--set", metavar="KEY=VALUE", action="append", default=[], type=_assignment, help="set a configuration key")
+        add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
         add_arguments(command)
         command.set_defaults(run=run)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
     return parser
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
     """Return key and value of ``key=value``, for argparse."""
     key, equals, value = text.partition("=")
     if not (key and equals) or key.replace("-", "_") not in OPTIONS:
@@ -7057,7 +7062,7 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
     ours is never sent.
     """
-    tcp = _split_tcp(address) or ("", 0)
+    tcp = split_tcp_address(address) or ("", 0)
     received = b""
     with suppress(OSError), socket.create_connection(tcp, timeout) as connection:  # what has come by then tells enough
         for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
@@ -7383,7 +7388,7 @@ class _Doctor:
     def check_multicast(self) -> None:
         """Send to the multicast group, and receive it."""
         try:
-            group = _multicast_group(None)
+            group = multicast_group(None)
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 if group != "<broadcast>" and not config.get("multicast_interface"):
                     probe.connect((group, 9))
@@ -7411,7 +7416,7 @@ class _Doctor:
     def check_keys(self) -> None:
         """Read the key files."""
         settings = ("server_secret_key_file", "server_public_key_file", "client_secret_key_file")
-        if _backend() != "secure_zmq" and not any(map(config.get, settings)):
+        if configured_backend() != "secure_zmq" and not any(map(config.get, settings)):
             self.say("ok", "keys", "the backend unsecure_zmq needs none")
             return
         for setting in settings:
@@ -7455,12 +7460,12 @@ class _Doctor:
             endpoint = _lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
-                socket.getaddrinfo(cast("tuple[str, int]", _split_tcp(endpoint))[0], None)
+                socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0], None)
             except OSError as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue
             mechanism, received = _mechanism_at(endpoint)
-            wanted = "CURVE" if _backend() == "secure_zmq" else "NULL"
+            wanted = "CURVE" if configured_backend() == "secure_zmq" else "NULL"
             if not received:
                 remedy = "start it (nameserver), or open the port in the firewall"
                 self.say("FAIL", name, f"nobody answers at {endpoint}", remedy)
