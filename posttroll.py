@@ -5319,9 +5319,6 @@ class Subscriber:
     def _open_socket(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
         prefixes, backend, origin = key
-        unread = {sock for _, sock in self._backlog}
-        for old in [sock for sock in self._catch_ups if sock.closed and sock not in unread]:
-            del self._catch_ups[old], self._origins[old]
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
