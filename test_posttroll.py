@@ -13119,7 +13119,7 @@ class TestMarks:
                     numbers.send(100)
                     wait_for(lambda: len(data) >= 101)
                     assert data == ["sent as any publisher can", *range(100)]
-                    [catch_up] = sub._catch_ups.values()
+                    [catch_up] = sub._streams.values()
                     assert len(catch_up._sources) <= catch_up.SOURCES
                     assert len(catch_up._requests) <= catch_up.SOURCES
 
@@ -13219,7 +13219,7 @@ class TestNothingFallsBetween:
             for _ in range(10):
                 sub.add("tcp://127.0.0.1:1")
                 sub.remove("tcp://127.0.0.1:1")
-            assert len(sub._catch_ups) == 1
+            assert len(sub._streams) == 1
 
     def test_a_name_that_moves(self, monkeypatch):
         """First there is nobody at its address; later it leads to another one, and to a third."""
