@@ -68,7 +68,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
-from functools import partial
+from functools import lru_cache, partial
+from hashlib import blake2b
 from heapq import heappop, heappush
 from itertools import chain, count, islice, takewhile
 from typing import Any, Callable, Union, cast
@@ -76,7 +77,10 @@ from typing import Any, Callable, Union, cast
 import zmq
 from zmq.utils import z85
 
-if sys.platform != "win32":
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
     import pwd
 
 __version__ = "2.0.0"
@@ -128,6 +132,9 @@ OPTIONS: dict[str, _Option] = {
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
     "history_seconds": _Option(600, "number", "how old they may be"),
+    "durable_directory": _Option(
+        None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
+    ),
     "discovery_seconds": _Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
     "max_services": _Option(20000, "int", "publishers that the nameserver keeps at most"),
     "client_secret_key_file": _Option(None, "path", "CURVE: this host's secret key when it connects"),
@@ -604,7 +611,7 @@ class _DefaultVersion(str):
 
 
 _DEFAULT_VERSION = _DefaultVersion("v1.2")
-_TIMEZONE_OF_VERSION = {"v1.01": False, "v1.2": True}  # the versions that we write; those that we read: _is_readable
+WRITTEN_VERSIONS = {"v1.01": False, "v1.2": True}  # the versions that we write; those that we read: _is_readable
 
 
 class MessageError(Exception):
@@ -724,16 +731,14 @@ def create_datetime_json_encoder_for_version(version: str = "v1.2") -> Callable[
 def _keeps_timezone(version: str) -> bool:
     """Whether timestamps of *version* have a time zone; raises MessageError for a version that we do not write."""
     try:
-        return _TIMEZONE_OF_VERSION[version]
+        return WRITTEN_VERSIONS[version]
     except (KeyError, TypeError):
-        raise MessageError(
-            f"Invalid message version: {version!r}. Use one of {', '.join(_TIMEZONE_OF_VERSION)}."
-        ) from None
+        raise MessageError(f"Invalid message version: {version!r}. Use one of {', '.join(WRITTEN_VERSIONS)}.") from None
 
 
 def _is_readable(version: str) -> bool:
     """Whether a message of *version* can be decoded: any up to the newest that we write."""
-    if version in _TIMEZONE_OF_VERSION:
+    if version in WRITTEN_VERSIONS:
         return True
     match = re.fullmatch(r"v(\d{1,9}\.\d{1,9})", version, re.ASCII)
     return match is not None and float(match[1]) <= 1.2
@@ -922,7 +927,7 @@ def _check_header(*fields: Any) -> None:
 _sender: str | None = None
 
 
-def _get_sender() -> str:
+def get_sender() -> str:
     """Return ``user@host``, found out once: the account of the process, whatever the environment says it is."""
     global _sender
     if _sender is None:
@@ -983,7 +988,7 @@ class Message:
             return
         self.subject = subject
         self.type = atype
-        self.sender = _sender or _get_sender()
+        self.sender = _sender or get_sender()
         self.time = datetime.now(timezone.utc)
         self.data = data
         self.binary = binary
@@ -1031,7 +1036,7 @@ class Message:
         version = self.version
         if version is _DEFAULT_VERSION:
             version = config.get("message_version")
-        elif version not in _TIMEZONE_OF_VERSION and version != "auto" and _is_readable(version):
+        elif version not in WRITTEN_VERSIONS and version != "auto" and _is_readable(version):
             version = "v1.01"  # decoded from something older
         prefix, text, version = _encode_data(self.data, self.binary, version)
         subject, atype, sender, moment = self.subject, self.type, self.sender, self.time
@@ -1083,7 +1088,7 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
     if count < 7:
         fields = [*fields, "", ""][:7]
     magick_subject, message.type, message.sender, stamp, version, mime, text = fields
-    if version not in _TIMEZONE_OF_VERSION and not _is_readable(version):
+    if version not in WRITTEN_VERSIONS and not _is_readable(version):
         raise MessageError(f"Invalid message version: {version[:80]!r}. This program reads versions up to v1.2.")
     message.subject = magick_subject[9:]
     if not message.subject:
@@ -1275,6 +1280,8 @@ class Loop:
     is to be done with `call`.  A callback that raises is logged, and ends neither the loop nor its other callbacks.
     """
 
+    LONGEST_POLL = 3600_000  # milliseconds; poll takes an int, and a clock that is frozen by a test leads far away
+
     def __init__(self) -> None:
         self._callbacks: dict[Any, Callable[[], object]] = {}
         self._poller = zmq.Poller()
@@ -1362,7 +1369,8 @@ class Loop:
             return 0
         due = [when for when in (deadline, self._timers[0].when if self._timers else None) if when is not None]
         # One millisecond more: poll rounds down, and would return just before it is due.
-        return max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        wait = max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
+        return None if wait is None else min(wait, self.LONGEST_POLL)
 
     def _dispatch(self, ready: Iterable[tuple[Any, int]]) -> None:
         for item, _ in ready:
@@ -1403,7 +1411,7 @@ class Background:
     def join(self, duty: object) -> Loop:
         """Return the loop, which runs until *duty* leaves it."""
         with self._lock:
-            if self._loop is None or self._thread is None or not self._thread.is_alive():
+            if self._loop is None or self._loop.is_stopped or self._thread is None or not self._thread.is_alive():
                 self._duties = []
                 self._loop = loop = Loop()
                 self._thread = threading.Thread(target=self._run, args=(loop,), name="posttroll loop", daemon=True)
@@ -1542,12 +1550,12 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
 
 SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 
-_DATAGRAM_SIZE = 65535
+DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL = 49  # of Linux, see ip(7)
 _BROADCAST_GROUPS = ("0.0.0.0", "255.255.255.255", "<broadcast>")
 
 
-def _multicast_group(mcgroup: str | None) -> str:
+def multicast_group(mcgroup: str | None) -> str:
     """Return the address of the group; raises OSError if it is no IPv4 multicast address."""
     group = config.get("mc_group") if mcgroup is None else mcgroup
     if group in _BROADCAST_GROUPS:
@@ -1601,7 +1609,7 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
     Raises:
         OSError: The group is no multicast address, or the socket cannot be set up.
     """
-    group = _multicast_group(mcgroup)
+    group = multicast_group(mcgroup)
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1633,7 +1641,7 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
     Raises:
         OSError: The group is no multicast address, the port is taken, or no interface can receive multicast.
     """
-    group = _multicast_group(mcgroup)
+    group = multicast_group(mcgroup)
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1686,7 +1694,7 @@ class MulticastReceiver:
 
     def __call__(self) -> tuple[str, tuple[str, int]]:
         """Return the next datagram as text, and the address and port that it came from."""
-        data, sender = self.socket.recvfrom(max(self.BUFSIZE, _DATAGRAM_SIZE))
+        data, sender = self.socket.recvfrom(max(self.BUFSIZE, DATAGRAM_SIZE))
         return data.decode("utf-8", "replace"), sender
 
     def fileno(self) -> int:
@@ -1773,10 +1781,10 @@ def destroy_context(linger: int | None = None) -> None:
     with _contexts_lock:
         context = _contexts.pop(os.getpid(), None)
     if context is not None:
-        _background.shut_down()
         for sock in list(context._sockets):
             if not sock.closed:
-                sock.monitor(None, 0)
+                sock.monitor(None, 0)  # before those who listen to it are gone
+        _background.shut_down()
         _lingering_monitors.clear()
         context.destroy(linger)
 
@@ -1851,7 +1859,7 @@ def _is_number(host: str) -> bool:
         return False
 
 
-def _split_tcp(address: str) -> tuple[str, int] | None:
+def split_tcp_address(address: str) -> tuple[str, int] | None:
     """Return host and port of a ``tcp://`` address, None if it is something else."""
     match = _TCP_ADDRESS.fullmatch(address)
     if match is None or (match[1].startswith("[") and not _is_number(match[1])):
@@ -1859,15 +1867,15 @@ def _split_tcp(address: str) -> tuple[str, int] | None:
     return match[1], int(match[2])
 
 
-def _is_remote(address: Any) -> bool:
+def is_connectable(address: Any) -> bool:
     """Whether *address* may come from others: only TCP, as inproc and ipc lead into this process and this host."""
-    tcp = _split_tcp(address) if isinstance(address, str) else None
+    tcp = split_tcp_address(address) if isinstance(address, str) else None
     return tcp is not None and tcp[0] != "*" and 0 < tcp[1] < 65536
 
 
 def _check_connectable(address: Any) -> str:
     """Return *address*; raises ValueError if no client socket could connect to it."""
-    if not (_is_remote(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
+    if not (is_connectable(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
         raise ValueError(f"Cannot connect to {address!r}: an address looks like 'tcp://hostname:9000'.")
     return cast(str, address)
 
@@ -1886,7 +1894,7 @@ class _Resolution:
     _free_threads = threading.Semaphore(8)  # anybody can announce any number of names
 
     def __init__(self, address: str, on_success: Callable[[], None] = lambda: None) -> None:
-        tcp = _split_tcp(address)
+        tcp = split_tcp_address(address)
         self._host, self._port = tcp or ("", 0)
         self._on_success = on_success
         self._is_asking = False
@@ -1909,7 +1917,11 @@ class _Resolution:
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
-            threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
+            try:
+                threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
+            except RuntimeError:  # no more threads: asked again later
+                self._is_asking = False
+                self._free_threads.release()
 
     def _resolve(self) -> None:
         try:
@@ -2024,7 +2036,7 @@ def _read_keys(path: str) -> dict[str, bytes]:
     return keys
 
 
-def _backend(name: str | None = None) -> str:
+def configured_backend(name: str | None = None) -> str:
     """Return the backend to use; raises NotImplementedError if there is none of this name."""
     backend = config.get("backend") if name is None else name
     if backend not in ("unsecure_zmq", "secure_zmq"):
@@ -2053,13 +2065,23 @@ def _load_key(setting: str, kind: str) -> bytes:
     return key
 
 
+@lru_cache(maxsize=16)
+def _public_key(secret: bytes) -> bytes:
+    """Return the public key that belongs to *secret*.
+
+    It is remembered, as computing it makes old releases of libzmq (that of pyzmq 22.0) close the source of random
+    numbers; if another thread of ZeroMQ needs some just then, for a handshake, the process aborts.
+    """
+    return zmq.curve_public(secret)
+
+
 def _load_client_keys(backend: str | None = None) -> dict[str, bytes]:
     """Return the socket options for the keys of a client, none for a plain one; raises ConfigurationError."""
-    if _backend(backend) != "secure_zmq":
+    if configured_backend(backend) != "secure_zmq":
         return {}
     secret = _load_key("client_secret_key_file", "secret")
     server = _load_key("server_public_key_file", "public")
-    return {"curve_secretkey": secret, "curve_publickey": zmq.curve_public(secret), "curve_serverkey": server}
+    return {"curve_secretkey": secret, "curve_publickey": _public_key(secret), "curve_serverkey": server}
 
 
 _key_log = LimitedLogger("backends.zmq.socket")
@@ -2112,7 +2134,7 @@ class _ClientKeys:
 _IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
 
 
-def _is_own_address(address: str) -> bool:
+def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
     address = address.removeprefix("::ffff:")
     if not address or _IPC_PEER.fullmatch(address):
@@ -2132,47 +2154,53 @@ def _is_own_address(address: str) -> bool:
 
 
 class _AddressList:
-    """Addresses, networks and host names; the names are resolved again from time to time, in the background."""
+    """Addresses, networks and host names.
+
+    The names are resolved in the background, again and again; nobody is let in for one that is not resolved yet.
+    """
 
     REFRESH = 30.0
+    PATIENCE = 0.5  # seconds that a server that starts waits for them
 
     def __init__(self, entries: Sequence[str]) -> None:
         self._networks = []
-        self._names = []
+        self._names: dict[str, frozenset[str]] = {}
         for entry in entries:
             try:
                 self._networks.append(ipaddress.ip_network(entry, strict=False))
             except ValueError:
-                self._names.append(entry)
-        self._resolved: frozenset[str] = frozenset()
-        self._thread: threading.Thread | None = None
-        self._resolve()
+                self._names[entry] = frozenset()
+        if self._names:
+            self._resolve_in_background().join(self.PATIENCE)
 
     def __contains__(self, address: str) -> bool:
-        if self._names and time.monotonic() - self._resolved_at > self.REFRESH:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
-                self._thread.start()
+        if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
+            self._resolve_in_background()
         try:
             number = ipaddress.ip_address(address.partition("%")[0])
         except ValueError:
             return False
         number = getattr(number, "ipv4_mapped", None) or number
-        return str(number) in self._resolved or any(number in network for network in self._networks)
+        is_named = any(str(number) in numbers for numbers in self._names.values())
+        return is_named or any(number in network for network in self._networks)
+
+    def _resolve_in_background(self) -> threading.Thread:
+        self._asked = time.monotonic()
+        self._thread = threading.Thread(target=self._resolve, name="resolve clients", daemon=True)
+        self._thread.start()
+        return self._thread
 
     def _resolve(self) -> None:
-        found: set[str] = set()
         for name in self._names:
             try:
-                found.update(str(info[4][0]) for info in socket.getaddrinfo(name, None))
+                self._names[name] = frozenset(str(info[4][0]) for info in socket.getaddrinfo(name, None))
             except (OSError, UnicodeError) as error:
+                self._names[name] = frozenset()
                 text = "authorized_client_addresses: %r does not resolve (%s), nobody is let in for it"
                 _key_log.warning(name, text, name, error)
-        self._resolved = frozenset(found)
-        self._resolved_at = time.monotonic()
 
 
-class _AccessRules:
+class AccessRules:
     """Who may connect to a server socket: from which addresses, and with CURVE with which keys."""
 
     def __init__(self, local_only: bool = False, keys: _ClientKeys | None = None) -> None:
@@ -2192,7 +2220,7 @@ class _AccessRules:
             return False
         if self._addresses is not None and not self._local_only and address in self._addresses:
             return False
-        return not _is_own_address(address)
+        return not is_own_address(address)
 
     def refusal(self, address: str, mechanism: bytes, credentials: Sequence[bytes]) -> str:
         """Return why a client is not let in, empty if it is."""
@@ -2225,7 +2253,7 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
 
 
 _lingering_monitors: list[zmq.Socket[bytes]] = []
-_lingering_lock = threading.Lock()
+_lingering_lock = threading.RLock()  # a signal handler may stop a publisher in the middle of another's stop
 
 
 def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> bool:
@@ -2280,7 +2308,7 @@ class _AccessControl:
     DOMAIN = b"posttroll-"
 
     def __init__(self) -> None:
-        self._rules: dict[bytes, _AccessRules] = {}
+        self._rules: dict[bytes, AccessRules] = {}
         self._monitors: dict[zmq.Socket[bytes], dict[int, str]] = {}  # the addresses of the peers, by descriptor
         self._count = 0
         self._log = LimitedLogger("backends.zmq.socket")
@@ -2295,7 +2323,7 @@ class _AccessControl:
             raise
         self._loop.call(partial(self._loop.watch, self._socket, self._take_requests))
 
-    def add(self, rules: _AccessRules) -> Authenticator:
+    def add(self, rules: AccessRules) -> Authenticator:
         """Start to apply *rules* to the sockets of a new domain."""
         self._count += 1
         domain = self.DOMAIN + b"%d" % self._count
@@ -2321,12 +2349,8 @@ class _AccessControl:
 
     def watch(self, monitor: zmq.Socket[bytes]) -> None:
         """Follow what happens to the connections of a socket; its *monitor* now belongs to the loop."""
-
-        def begin() -> None:
-            self._monitors[monitor] = {}
-            self._loop.watch(monitor, partial(self._follow, monitor))
-
-        self._loop.call(begin)
+        self._monitors[monitor] = {}
+        self._loop.call(partial(self._loop.watch, monitor, partial(self._follow, monitor)))
 
     def _close(self) -> None:
         for sock in (self._socket, *self._monitors):
@@ -2413,7 +2437,7 @@ _access_lock = threading.RLock()
 _ZAP_ENFORCE_DOMAIN = 93  # of libzmq; pyzmq has no name for it before release 23
 
 
-def _apply_access_rules(sock: zmq.Socket[bytes], rules: _AccessRules) -> Authenticator | None:
+def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenticator | None:
     """Let only those connect to *sock* whom *rules* let in, before it is bound."""
     global _access_control
     if rules.lets_everybody_in:
@@ -2473,7 +2497,7 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
         own: dict[Any, Any] = {option: config.get(name) for option, name in limits.items()}
         own.update(options or {})
         general = {
-            zmq.RECONNECT_IVL_MAX: 2000,
+            zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
             # The system repeats a lost SYN ever more seldom: begin anew, so that a link that is back is used at once.
             zmq.CONNECT_TIMEOUT: 5000,
             **_liveness_options(own[zmq.RCVHWM] != 0),
@@ -2546,9 +2570,9 @@ def set_up_server_socket(
         NotImplementedError: There is no such backend.
         zmq.ZMQError: The port is taken, or the address cannot be used.
     """
-    is_secure = _backend(backend) == "secure_zmq" and not destination.startswith("inproc://")
+    is_secure = configured_backend(backend) == "secure_zmq" and not destination.startswith("inproc://")
     secret = _load_key("server_secret_key_file", "secret") if is_secure else b""
-    rules = _AccessRules(local_only, _ClientKeys("clients_public_keys_directory") if is_secure else None)
+    rules = AccessRules(local_only, _ClientKeys("clients_public_keys_directory") if is_secure else None)
     sock = _new_socket(socket_type, options)
     authenticator = None
     try:
@@ -2570,7 +2594,7 @@ def set_up_server_socket(
 
 def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | None, int | None]) -> int | None:
     """Bind *sock*, to a free port if that of *destination* is 0; return the port."""
-    tcp = _split_tcp(destination)
+    tcp = split_tcp_address(destination)
     if tcp is None or tcp[1]:
         _bind_to(sock, destination)
         return tcp[1] if tcp else None
@@ -2657,7 +2681,7 @@ def _nameserver_endpoint(nameserver: str, port: int) -> str:
 
 def _lookup_endpoint(nameserver: str) -> str:
     """Return the address on which *nameserver* answers lookups."""
-    secure_port = config.get("secure_zmq_nameserver_port") if _backend() == "secure_zmq" else None
+    secure_port = config.get("secure_zmq_nameserver_port") if configured_backend() == "secure_zmq" else None
     return _nameserver_endpoint(nameserver, secure_port or get_configured_nameserver_port())
 
 
@@ -2675,7 +2699,7 @@ def _addresses_in(answer: bytes) -> list[dict[str, Any]]:
         return []
     if not isinstance(entries, list):
         return []
-    good = [entry for entry in entries if isinstance(entry, dict) and _is_remote(entry.get("URI"))]
+    good = [entry for entry in entries if isinstance(entry, dict) and is_connectable(entry.get("URI"))]
     if len(good) < len(entries):
         _lookup_log.warning("entries", "Skipped %d broken entries of an answer", len(entries) - len(good))
     return good
@@ -2808,7 +2832,7 @@ class _MulticastTarget:
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._group = _multicast_group(None)  # a wrong group is an error now, a missing network is not
+        self._group = multicast_group(None)  # a wrong group is an error now, a missing network is not
         self._sender: MulticastSender | None = None
         self._log = LimitedLogger("message_broadcaster")
 
@@ -2849,6 +2873,7 @@ class _NameserverTarget:
         self._pending: bytes | None = None
         self._when_done: Callable[[], None] | None = None  # set once there is a last request
         self._socket: zmq.Socket[bytes] | None = None
+        self._is_closed = False
         self._last_sign = time.monotonic()
         _load_client_keys()  # what is wrong with them is an error now, not in the loop
 
@@ -2859,7 +2884,7 @@ class _NameserverTarget:
         self._connect()
 
     def _connect(self) -> None:
-        endpoint = self._resolution.check()
+        endpoint = None if self._is_closed else self._resolution.check()
         if self._socket is None and endpoint is not None:
             # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
             options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
@@ -2879,6 +2904,7 @@ class _NameserverTarget:
         if time.monotonic() - self._last_sign > self.RENEWAL:
             self._log.warning("silence", "No answer from the nameserver at %s, trying again", self._endpoint)
             self.close()
+            self._is_closed = False
             self._last_sign = time.monotonic()
             self._resolution = _Resolution(self._endpoint, partial(self._loop.call, self._connect))
         self._pending = text.encode()
@@ -2897,7 +2923,8 @@ class _NameserverTarget:
         """Take an answer, send a request."""
         sock = cast("zmq.Socket[bytes]", self._socket)
         if int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
-            self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
+            with suppress(zmq.Again):  # it was the answer to an earlier request, which ZeroMQ skips
+                self._take_answer(sock.recv_multipart(_NOBLOCK)[0])
         if self._pending is not None:
             with suppress(zmq.Again):
                 sock.send(self._pending, _NOBLOCK)
@@ -2918,7 +2945,8 @@ class _NameserverTarget:
             self._log.warning("refused", text, self._endpoint, answer[:200].decode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket, for good: its name may still be asked for."""
+        self._is_closed = True
         if self._socket is not None:
             self._loop.unwatch(self._socket)
             close_socket(self._socket)
@@ -2951,7 +2979,7 @@ class MessageBroadcaster:
         receivers = [designated_receivers] if isinstance(designated_receivers, str) else designated_receivers
         self._receivers = [_nameserver_endpoint(host, port) for host in dict.fromkeys(receivers or ())]
         if not self._receivers:
-            _multicast_group(None)
+            multicast_group(None)
         self._targets: list[Any] = []
         self._loop: Loop | None = None
         self._timer: Timer | None = None
@@ -3016,6 +3044,13 @@ class MessageBroadcaster:
             target.close()
         self._targets = []
 
+    def abandon(self) -> None:
+        """Do what `stop` does, without waiting for it and without a goodbye."""
+        loop, self._loop = self._loop, None
+        if loop is not None and self._pid == os.getpid():
+            loop.call(self._end)
+            loop.call(partial(_background.leave, self, loop))
+
 
 class AddressBroadcaster(MessageBroadcaster):
     """Announces the address of a publisher, in the background.
@@ -3040,7 +3075,7 @@ class AddressBroadcaster(MessageBroadcaster):
 
     def _content(self) -> dict[str, Any]:
         """Return the data of the announcement."""
-        tcp = _split_tcp(self._address)
+        tcp = split_tcp_address(self._address)
         uri = self._address if tcp is None or tcp[0] != "*" else f"tcp://{get_own_ip()}:{tcp[1]}"
         return {"URI": uri}
 
@@ -3086,7 +3121,7 @@ class AddressServiceBroadcaster(AddressBroadcaster):
             **super()._content(),
             "service": self._services,
             "supported_message_version": str(_DEFAULT_VERSION),
-            "backend": _backend(),
+            "backend": configured_backend(),
         }
 
 
@@ -3097,21 +3132,21 @@ sendaddressservice = AddressServiceBroadcaster
 # ======================================================================================================================
 # 9. Publishing
 #
-# XPUB sockets: unlike PUB they tell who subscribes, and (XPUB_NODROP) that a queue is full.  With XPUB_MANUAL it is we
+# XPUB sockets: unlike PUB they tell who subscribes, and (XPUB_NODROP) that a queue is full.  With XPUB_MANUAL it is us
 # who apply the subscriptions, so that it is certain what comes before and after them.
 #
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <port> <name>  the mark has arrived; all after number will come
+#     hello      H <instance> <number> <ends> <port> <name>  the mark is here, all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
-#     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
+#     end        E <instance> <number> <ends> <sent> <gone> <answer>  what was missed up to number has come
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; port: where it is bound, 0 if not TCP.  So a subscriber knows what it has, and asks
-# for what it has not.  It answers a hello by a request: it subscribes to
+# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
+# subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
 # older than so many milliseconds; until: the number of the hello.
 # ======================================================================================================================
@@ -3143,47 +3178,50 @@ class History:
 
     def __init__(self, messages: int, size: int, seconds: float) -> None:
         self._messages = messages if size and seconds else 0
-        self._size_limit = size
+        self._size = size
         self._seconds = seconds
         self._entries: deque[tuple[float, bytes]] = deque()
+        self._limit = self._messages + self._messages // 16  # they are dropped many at once, which costs less
         self.number = 0  # of the newest message
         self.size = 0
         self._newest_gone = float("-inf")
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return min(len(self._entries), self._messages)
 
     @property
     def first(self) -> int:
         """The number of the oldest message that is kept."""
-        return self.number - len(self._entries) + 1
+        return self.number - len(self) + 1
 
     def append(self, data: bytes, now: float) -> None:
         """Keep a message, which was sent *now*."""
         self.number += 1
-        if self._messages:
-            self._entries.append((now, data))
-            self.size += len(data) + self.OVERHEAD
-            while self.size > self._size_limit or len(self._entries) > self._messages:
-                self._drop()
-        else:
-            self._newest_gone = now
+        entries = self._entries
+        entries.append((now, data))
+        self.size += len(data) + self.OVERHEAD
+        if self.size > self._size or len(entries) > self._limit:
+            self._drop(self._messages, self._size)
+
+    def _drop(self, messages: int, size: int) -> None:
+        """Forget the oldest, until there are not more, and not larger ones."""
+        entries = self._entries
+        while entries and (len(entries) > messages or self.size > size):
+            self._newest_gone, data = entries.popleft()
+            self.size -= len(data) + self.OVERHEAD
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
-        while self._entries and self._entries[0][0] < now - self._seconds:
-            self._drop()
+        old = sum(1 for _ in takewhile(lambda entry: entry[0] < now - self._seconds, self._entries))
+        self._drop(len(self._entries) - old, self._size)
         return self._entries[0][0] + self._seconds if self._entries else None
-
-    def _drop(self) -> None:
-        self._newest_gone, data = self._entries.popleft()
-        self.size -= len(data) + self.OVERHEAD
 
     def after(self, number: int, count: int) -> list[tuple[int, bytes]]:
         """Return at most *count* messages after the one with *number*, oldest first, with their numbers."""
-        start = max(number + 1 - self.first, 0)
+        first = max(number + 1, self.first)
+        start = first - self.number + len(self._entries) - 1
         entries = islice(self._entries, start, start + count)
-        return [(self.first + start + index, data) for index, (_, data) in enumerate(entries)]
+        return [(first + index, data) for index, (_, data) in enumerate(entries)]
 
     def last_before(self, when: float) -> int:
         """Return the number of the last message that was sent before *when*."""
@@ -3214,6 +3252,7 @@ class _Peer:
         self.after: int | None = None  # the number after which to catch up, None: it is up to date
         self.until: int | None = 0  # the last number to catch up, None: as many as there are by then
         self.sent = self.gone = 0
+        self.is_answer = False  # to a request of its own, not only to a full queue
 
     def fall_behind(self, after: int, until: int | None) -> None:
         """Take note of what is to be caught up."""
@@ -3230,21 +3269,22 @@ class _Audience:
 
     PEERS = 10000
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
-    LOOK_MESSAGES, LOOK_SECONDS = 256, 0.25  # after which subscribers are told what they should have
+    LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
-    def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str, keeps_history: bool) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
         self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
         self.socket = sock
+        self._send = sock.send
         self.instance = os.urandom(8).hex().encode()
         self.started = time.monotonic()
         self.dropped = 0
         self.peers: dict[bytes, _Peer] = {}
+        self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
         self._name = "_".join(name.split()).encode() or b"-"
-        tcp = _split_tcp(cast(bytes, sock.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode())
-        self._port = tcp[1] if tcp else 0
+        self._port = port or 0
         self._next_look = 0.0
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3258,11 +3298,11 @@ class _Audience:
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
         now = time.monotonic()
-        if now > self._next_look or not self.history.number % self.LOOK_MESSAGES:
+        if now > self._next_look:
             self.look(now)
         self.history.append(data, now)
         try:
-            self.socket.send(data, _NOBLOCK)
+            self._send(data, _NOBLOCK)
         except zmq.Again:
             self._send_around_full_queues(data)
 
@@ -3277,16 +3317,24 @@ class _Audience:
         self._take_subscriptions()
         number, missed = self.history.number, 0
         if self.strangers:
-            for peer in self.peers.values():  # it may be dropped for them too, and what follows it
-                peer.fall_behind(peer.told, None)
-                peer.is_heard = False
+            limit = cast(int, self.socket.getsockopt(zmq.SNDHWM))
+            self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
+            for peer in self.peers.values():
+                has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
+                if not has_room:  # it may be dropped for this one too, and what follows it
+                    peer.fall_behind(peer.told, None)
+                    peer.is_heard = False
+            self.socket.setsockopt(zmq.SNDHWM, limit)
             self.socket.setsockopt(zmq.XPUB_NODROP, 0)
             self.socket.send(data, _NOBLOCK)
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)
             missed = 1
         else:
+            content = b"L %s %d\0%s" % (self.instance, number, data)
             for peer in self.peers.values():
-                if peer.after is None and self._send_to(peer, b"L %s %d\0%s" % (self.instance, number, data)):
+                if not data.startswith(peer.prefixes):
+                    continue
+                if peer.after is None and self._send_to(peer, content):
                     peer.sent += 1
                 else:  # from what it was told on: so it can tell copies from messages that were sent several times
                     peer.fall_behind(peer.told, None)
@@ -3330,6 +3378,12 @@ class _Audience:
         """How many subscribers there are now; one of another implementation counts for each of its topics."""
         self._take_subscriptions()
         return len(self.peers) + self.strangers
+
+    @property
+    def reached(self) -> int:
+        """How many subscribers there have been; of other implementations the topics that are subscribed to now."""
+        self._take_subscriptions()
+        return len(self._seen) + self.strangers
 
     def when_there_are(self, count: int, callback: Callable[[], object]) -> Callable[[], None]:
         """Have *callback* called once there are *count* subscribers; return what cancels that."""
@@ -3400,6 +3454,8 @@ class _Audience:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
             peer = self.peers[mark] = _Peer(mark, topics)
+        if len(self._seen) < self.PEERS:
+            self._seen.add(mark)
         peer.connections += 1
         peer.begin()  # it will ask for what it has not
         self.socket.setsockopt(option, mark)
@@ -3474,6 +3530,7 @@ class _Audience:
                 after = min(after, 0 if self.started >= since else history.first - 2)
         peer.greeted = None
         peer.fall_behind(min(after, until), until)
+        peer.is_answer = True
         peer.prefixes = tuple(match[7].split(b"\n"))
         self._catch_up_soon(0)
 
@@ -3508,7 +3565,8 @@ class _Audience:
             peer.after = number
         if peer.after < until:
             return True
-        if not self._send_to(peer, b"E %s %d %d %d %d" % (self.instance, until, peer.ends + 1, peer.sent, peer.gone)):
+        fields = (self.instance, until, peer.ends + 1, peer.sent, peer.gone, peer.is_answer)
+        if not self._send_to(peer, b"E %s %d %d %d %d %d" % fields):
             return False
         peer.ends += 1
         peer.told = until
@@ -3520,6 +3578,7 @@ class _Audience:
     def unserved(self) -> list[tuple[bytes, int | None]]:
         """Return who has to catch up, from where, and who has come so recently that its request is on its way."""
         with self.lock:
+            self._take_subscriptions()
             now = time.monotonic()
             return [
                 (mark, peer.after)
@@ -3608,12 +3667,14 @@ class Publisher:
     Attributes:
         local_only: Refuse subscribers from other hosts; set it before `start`.
         keeps_history: Whether to keep messages at all; set it before `start`.
+        reached: How many subscribers there had been when it stopped, those that had gone again included; of other
+            implementations the topics that were subscribed to at the end.
     """
 
     LINGER_SECONDS = 30.0  # that `stop` waits without progress
 
     def __init__(self, address: str, name: str = "", min_port: int | None = None, max_port: int | None = None) -> None:
-        _backend()  # an unknown one is an error now
+        configured_backend()  # an unknown one is an error now
         self._name = name
         self._address = _bind_address(address)
         self._port_interval = (min_port, max_port)
@@ -3625,10 +3686,10 @@ class Publisher:
         self._authenticator: Authenticator | None = None
         self._is_stopped = False
         self._lock = threading.RLock()
-        self._uses = 0  # of the socket, by this thread while it holds the lock
         self._last_beat: float | None = None
         self._pid = os.getpid()
         self._dropped = 0
+        self.reached = 0
 
     def start(self) -> Publisher:
         """Start the publisher: bind its address.
@@ -3639,6 +3700,7 @@ class Publisher:
         """
         with self._lock:
             if self._audience is None:
+                self._is_stopped = False
                 options = {
                     zmq.XPUB_MANUAL: 1,
                     zmq.XPUB_NODROP: 1,
@@ -3650,9 +3712,10 @@ class Publisher:
                 sock, self._port, self._authenticator = set_up_server_socket(
                     zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only
                 )
-                self._audience = _Audience(sock, self._lock, self._name or self._address, self.keeps_history)
+                self._audience = _Audience(
+                    sock, self._port, self._lock, self._name or self._address, self.keeps_history
+                )
                 self._pid = os.getpid()
-                self._is_stopped = False
                 _live_publishers.add(self)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
@@ -3696,11 +3759,7 @@ class Publisher:
             audience = self._audience
             if audience is None or self._pid != os.getpid():
                 audience = self._open_audience()
-            self._uses += 1
-            try:
-                audience.send(data)
-            finally:
-                self._uses -= 1
+            audience.send(data)
         if self._is_stopped:
             self.stop()  # a signal handler wanted it, in the middle of the above
 
@@ -3738,12 +3797,7 @@ class Publisher:
     def _use(self, function: Callable[[_Audience], Any]) -> Any:
         """Return what *function* does under the lock; a signal handler that stops meanwhile does so after it."""
         with self._lock:
-            audience = self._open_audience()
-            self._uses += 1
-            try:
-                result = function(audience)
-            finally:
-                self._uses -= 1
+            result = function(self._open_audience())
         if self._is_stopped:
             self.stop()
         return result
@@ -3794,10 +3848,10 @@ class Publisher:
         if self._pid != os.getpid():
             self._audience, self._is_stopped = None, True  # the parent stops its own; its locks are of no use here
             return
+        self._is_stopped = True
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            return  # in a signal handler, in the middle of something that stops it then
         with self._lock:
-            self._is_stopped = True
-            if self._uses:
-                return  # in a signal handler, in the middle of something that stops it then
             audience, self._audience = self._audience, None
             authenticator, self._authenticator = self._authenticator, None
         _live_publishers.discard(self)
@@ -3819,10 +3873,13 @@ class Publisher:
         if audience.socket.closed:
             audience.close(0)
             return 0
-        young_until = audience.started + (config.get("discovery_seconds") if self._is_announced else 0)
+        is_findable = self._is_announced or not self._address.endswith(":0")
+        young_until = audience.started + (config.get("discovery_seconds") if is_findable else 0)
         while audience.history.number and time.monotonic() < young_until:
             time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
-        state: Any = None
+        with self._lock:
+            self.reached = audience.reached
+        state: Any = True
         since = time.monotonic()
         while True:
             before, state = state, self._state_of(audience)
@@ -3917,16 +3974,16 @@ if hasattr(os, "register_at_fork"):
 
 def _bind_address(address: str) -> str:
     """Return the address to bind for *address*; raises ValueError if there is none."""
-    tcp = _split_tcp(address) if isinstance(address, str) else None
+    tcp = split_tcp_address(address) if isinstance(address, str) else None
     if tcp is not None and tcp[1] < 65536:
         host = "127.0.0.1" if tcp[0].lower() == "localhost" else tcp[0]
-        return f"tcp://{host if _is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
+        return f"tcp://{host if is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
     if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
 
 
-def _close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
+def close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     """Close *sock*, and wait until what it has queued is sent, or *timeout* seconds."""
     try:
         monitor = _open_monitor(sock, 0)  # its end tells when the socket is really gone
@@ -3978,6 +4035,7 @@ class NoisyPublisher:
         self._publisher: Publisher | None = None
         self._broadcaster: AddressServiceBroadcaster | None = None
         self._dropped = 0
+        self.reached = 0  # as `Publisher.reached`
 
     def start(self) -> NoisyPublisher:
         """Start the publisher, and to announce it.
@@ -4025,15 +4083,18 @@ class NoisyPublisher:
         """Wait until *count* subscribers are connected, as `Publisher.wait_for_subscribers` does."""
         return self._started().wait_for_subscribers(count, timeout)
 
+    async def wait_for_subscribers_async(self, count: int = 1, timeout: float | None = None) -> bool:
+        """Do what `wait_for_subscribers` does, in an asyncio program."""
+        return await self._started().wait_for_subscribers_async(count, timeout)
+
     def stop(self) -> None:
         """Stop the publisher, as `Publisher.stop` does, and then tell the nameservers that it is gone."""
         publisher, self._publisher = self._publisher, None
         broadcaster, self._broadcaster = self._broadcaster, None
         try:
             if publisher is not None:
-                self._dropped = 0
                 publisher.stop()
-                self._dropped = publisher.dropped
+                self._dropped, self.reached = publisher.dropped, publisher.reached
         finally:
             if broadcaster is not None:
                 broadcaster.stop()
@@ -4062,11 +4123,27 @@ class NoisyPublisher:
         """How many subscribers are connected."""
         return self._started().subscriber_count
 
+    @property
+    def history_length(self) -> int:
+        """How many messages are kept for subscribers that were away."""
+        return self._started().history_length
+
     def __enter__(self) -> NoisyPublisher:
         return self.start()
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    async def __aenter__(self) -> NoisyPublisher:
+        return self.start()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.stop)
+
+    def __del__(self) -> None:
+        broadcaster = getattr(self, "_broadcaster", None)
+        if broadcaster is not None:
+            broadcaster.abandon()
 
 
 AnyPublisher = Union[Publisher, NoisyPublisher]
@@ -4119,6 +4196,12 @@ class Publish:
 
     def __exit__(self, *exc_info: object) -> None:
         self.publisher.stop()
+
+    async def __aenter__(self) -> AnyPublisher:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.publisher.stop)
 
 
 def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublisher:
@@ -4201,6 +4284,7 @@ class _Connections:
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
         on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
             message of that socket.
+        on_close: Called with a socket that is closed.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
@@ -4211,8 +4295,10 @@ class _Connections:
         open_socket: Callable[[Any], Any],
         read_all: Callable[[Any], None],
         on_change: Callable[[Any], int],
+        on_close: Callable[[Any], object],
     ) -> None:
         self._on_change = on_change
+        self._on_close = on_close
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
@@ -4231,8 +4317,13 @@ class _Connections:
         current = self._connected.get(address)
         if current is not None and current[0] is not self.sockets.get(key):
             self._disconnect(address)
-        self._connect(address)
-        self._close_unused()
+        try:
+            self._connect(address)
+        except BaseException:
+            del self._wanted[address]
+            raise
+        finally:
+            self._close_unused()
 
     def drop(self, address: str) -> None:
         """Disconnect from *address*."""
@@ -4311,13 +4402,20 @@ class _Connections:
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
+            self._on_close(sock)
 
     def _new_socket(self, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
-        self.sockets[key] = sock
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        monitor = _open_monitor(sock, events | failures)
+        try:
+            monitor = _open_monitor(sock, events | failures)
+        except zmq.ZMQError:  # no descriptors left
+            self._loop.unwatch(sock)
+            close_socket(sock)
+            self._on_close(sock)
+            raise
+        self.sockets[key] = sock
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
         self._monitors[sock] = monitor
         return sock
@@ -4414,6 +4512,8 @@ class _Source:
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
         self.since: Any = None  # since when its messages are wanted
         self.found = 0  # the number of the first hello
+        self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
+        self.hello_lines = 0  # of the durable state
         self.known: set[int] = set()  # numbers behind the position that came under the mark
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
@@ -4433,6 +4533,7 @@ class _Source:
     def advance(self, number: int, index: int) -> None:
         """Take note that all messages up to *number* are here, *index* messages having come live."""
         self.position = max(number, self.position or 0)
+        self.was_handled = None
         self.index = index
         self.known = {other for other in self.known if other > self.position}
 
@@ -4446,6 +4547,7 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
+        durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
 
     RECENT = 16384  # live messages that are recognised when they come once more
@@ -4457,11 +4559,15 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
+        durable: _DurableState | None = None,
     ) -> None:
+        self.recv = sock.recv
+        self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
+        self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
         for topic in (*prefixes, self._mark):
             sock.setsockopt(zmq.SUBSCRIBE, topic)
@@ -4476,10 +4582,10 @@ class _CatchUp:
     def note(self, raw: bytes) -> None:
         """Take note of a message that came live."""
         self._index += 1
-        digest = hash(raw)
-        self._recent.append(digest)
-        for source in self._open:
-            source.live[digest] += 1  # type: ignore[index]
+        self._recent.append(hash(raw[:256]))
+        if self._open:
+            for source in self._open:
+                source.live[_digest(raw)] += 1  # type: ignore[index]
 
     def freeze(self) -> int:
         """Remember what came until now, as a connection is down: its end may not have been confirmed.
@@ -4527,7 +4633,11 @@ class _CatchUp:
         return None
 
     def _source(self, instance: bytes) -> _Source:
-        source = self._sources.setdefault(instance, _Source())
+        source = self._sources.get(instance)
+        if source is None:
+            source = self._sources[instance] = _Source()
+            if self._durable is not None:
+                self._durable.restore(instance, source)
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
             forgotten, old = self._sources.popitem(last=False)
@@ -4540,9 +4650,16 @@ class _CatchUp:
         if source.since is None:
             source.found = number
             source.since, source.index = self._since(port, self._index)
+            if self._durable is not None:
+                self._durable.begin_with(instance, source.since, self._index - source.index)
         self._close(source)
-        source.begin(number, ends, self._index)
+        self._begin(source, number, ends)
         self._ask(instance, source)
+
+    def _begin(self, source: _Source, number: int, ends: int) -> None:
+        source.begin(number, ends, self._index)
+        if self._durable is not None:
+            source.hello_lines = self._durable.lines
 
     def _ask(self, instance: bytes, source: _Source) -> None:
         """Ask for what is missing up to the hello."""
@@ -4571,26 +4688,37 @@ class _CatchUp:
         source.known.add(number)
         if is_live:
             return content
+        if source.was_handled is not None and source.was_handled(number, content):
+            return None
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
             if source.live is None:
                 source.live = self._live(max(source.index, source.hello_index if source.is_asked else 0))
                 self._open.append(source)
             seen = source.live
-        digest = hash(content)
+        digest = _digest(content)
         if seen[digest] > 0:
             seen[digest] -= 1
             return None
         return content
 
-    def _take_end(self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int) -> None:
+    def _take_end(
+        self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, is_answer: int
+    ) -> None:
         if ends <= source.ends:
             return  # the same over a second connection
         is_whole = sent == source.counted + len(source.came)
         self._close(source)
+        if source.is_asked and not is_answer:  # a full queue came between: what was asked for is still to come
+            source.ends, source.counted = ends, 0
+            source.came.clear()
+            return
         if is_whole:
             source.advance(number, source.hello_index if number <= source.hello else self._index)
-        source.begin(number, ends, self._index)
+            if self._durable is not None:
+                lines = source.hello_lines if number <= source.hello else self._durable.lines
+                self._durable.advance(instance, number, lines)
+        self._begin(source, number, ends)
         if not is_whole:
             self._ask(instance, source)
             return
@@ -4602,17 +4730,339 @@ class _CatchUp:
     def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
         if not number or (source.is_asked and time.monotonic() - source.asked < 5):
             return
+        self._close(source)
         if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
             source.advance(number, self._index)
+            if self._durable is not None:
+                self._durable.advance(instance, number, self._durable.lines)
             source.counted += len(source.came)
             source.came.clear()
         else:  # something was dropped on the way, because a queue was full
-            source.begin(number, ends, self._index)
+            self._begin(source, number, ends)
             source.counted = sent
             self._ask(instance, source)
 
 
 _catch_up_log = LimitedLogger("subscriber")
+
+
+def _digest(raw: bytes) -> int:
+    """Return what a message is recognised by: its header, with the microsecond, and the beginning of its data."""
+    return hash(raw[:256])
+
+
+_DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+class _StateFile:
+    """A file of lines that one process has at a time: it appends to it, and writes it anew when it has become long.
+
+    There is no fsync: the system keeps what has been written whatever happens to the program.  A full disk is warned
+    of, and all is written as soon as there is room.
+
+    Args:
+        name: The name of the file, in the ``durable_directory``.
+    """
+
+    GROWTH = 2**18  # bytes after which it is written anew
+    PAUSE = 1.0  # seconds after a failure until the next attempt
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str) or _DURABLE_NAME.fullmatch(name) is None:
+            raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
+        self._name = name
+        self._log = LimitedLogger("subscriber")
+        self._file: io.FileIO | None = None
+        self._growth = 0
+        self._next_attempt = 0.0
+        default = os.path.join(os.environ.get("XDG_STATE_HOME") or "~/.local/state", "posttroll")
+        directory = os.path.expanduser(config.get("durable_directory") or default)
+        try:
+            if directory.startswith("~"):
+                raise FileNotFoundError(errno.ENOENT, "there is no home directory")
+            os.makedirs(directory, exist_ok=True)
+            self.path = os.path.join(os.path.abspath(directory), name)
+            for path in (directory, self.path):
+                if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._lock = self._locked(os.path.join(directory, f".{name}.lock"))
+        except OSError as error:
+            raise ConfigurationError(
+                f"The state of the durable subscriber {name!r} cannot be kept in {directory} ({error.strerror}): "
+                "set durable_directory (or $POSTTROLL_DURABLE_DIRECTORY) to a directory that can be written."
+            ) from None
+
+    def _locked(self, path: str) -> io.FileIO:
+        """Open *path*, and keep others from doing so as long as this process lives."""
+        lock = io.FileIO(path, "a+")
+        try:
+            if sys.platform == "win32":
+                lock.seek(2**16)  # what is locked cannot be read
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with lock:
+                lock.seek(0)
+                first = lock.read(300).decode("utf-8", "replace") or "another process"
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise  # the file system has no locks
+            raise RuntimeError(
+                f"The durable name {self._name!r} is in use by {first}: each running subscriber needs one of its own."
+            ) from None
+        with suppress(OSError):  # the disk is full
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _state_files.add(self)
+        return lock
+
+    def read(self) -> tuple[list[bytes], float | None]:
+        """Return the lines of earlier programs, and when they were written last; None if there is no file."""
+        try:
+            with open(self.path, "rb") as file:
+                changed = os.fstat(file.fileno()).st_mtime
+                lines = file.read(2**25).splitlines(keepends=True)
+        except FileNotFoundError:
+            return [], None
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()  # it was being written when the disk was full
+        return lines, changed
+
+    def append(self, line: bytes, all_lines: Callable[[], Iterable[bytes]]) -> None:
+        """Write *line*, or, if that is due, all lines that still count (*line* among them)."""
+        if self._file is None and time.monotonic() < self._next_attempt:
+            return
+        try:
+            if self._file is None or self._growth > self.GROWTH:
+                self._rewrite(all_lines())
+            elif self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._growth += len(line)
+        except OSError as error:
+            self._close_file()  # a line may be half written: it is written anew the next time
+            self._next_attempt = time.monotonic() + self.PAUSE
+            text = "Cannot write %s (trying again): %s; until then what is handled may come again after a restart"
+            self._log.warning("write", text, self.path, error.strerror)
+
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
+        self._close_file()
+        new = os.path.join(os.path.dirname(self.path), f".{self._name}.new")
+        with open(new, "wb") as file:
+            file.writelines(lines)
+        os.replace(new, self.path)
+        self._file = io.FileIO(self.path, "a")
+        self._growth = 0
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        """Let go of the file, and let others have it."""
+        self._close_file()
+        self._next_attempt = float("inf")
+        self._lock.close()
+
+
+_state_files: weakref.WeakSet[_StateFile] = weakref.WeakSet()
+
+
+def _leave_state_files_to_parent() -> None:
+    """Let go, in a forked child, of the locks, which else would outlive the parent."""
+    for file in _state_files:
+        file._lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_state_files_to_parent)
+
+
+def _current_owner() -> Any:
+    """Return the asyncio task, else the thread, that runs this."""
+    task = None
+    if "asyncio" in sys.modules:
+        with suppress(RuntimeError):  # no event loop runs in this thread
+            task = sys.modules["asyncio"].current_task()
+    return task or threading.current_thread()
+
+
+_DURABLE_HEAD = re.compile(rb"posttroll-durable 1 (\d{1,15})\n")
+_DURABLE_LINE = re.compile(rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) ([na]\d{1,15}) (\d{1,15})\n")
+
+
+class _DurableState:
+    """What the subscribers with one durable name have handled, in a file, so that the next one knows.
+
+    The file is a log: a line is written when something has been handled, and the system keeps it whatever happens to
+    the program.  It is written anew when it has become long.  The first line tells since when (in milliseconds, as all
+    times here) messages are wanted; then come lines of these kinds::
+
+        <digest>                       a message that came live has been handled
+        +<instance> <number>           a message of the past has been handled
+        @<instance> n<number> <lines>  all messages of a publisher up to this number have been handled; the last so many
+                                       lines of the first two kinds may be about later ones
+        @<instance> a<time> <lines>    a publisher has been found, its messages since then are wanted
+
+    Args:
+        name: The durable name; the file is called so.
+        seconds: If the name is new: since how long ago messages are wanted.
+    """
+
+    LINES = 16384  # of the first two kinds
+    PUBLISHERS = 5000
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self._file = _StateFile(name)
+        self._since = time.time() - seconds
+        self.lines = 0  # how many of the first two kinds there have been
+        self._handled: deque[bytes] = deque(maxlen=self.LINES)  # the newest of them
+        self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
+        # What is written after "@", and how many lines of the first two kinds belong to what is before it.
+        self._places: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
+        self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
+        self._waiting: dict[bytes, tuple[int, bytes, int]] = {}  # places, until all is handled that came before
+        self._count = 0  # of what has been handed out
+        self._guard = threading.RLock()
+        self._read()
+        self._file.append(b"", self._all)
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it is since when messages are wanted."""
+        return max(time.time() - self._since, 0)
+
+    def _read(self) -> None:
+        """Read what earlier programs have handled."""
+        lines, changed = self._file.read()
+        head = _DURABLE_HEAD.fullmatch(lines[0]) if lines else None
+        entries = [_DURABLE_LINE.fullmatch(line) for line in lines[1:]]
+        if head is None or None in entries:
+            if changed is not None:
+                text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
+                when = datetime.fromtimestamp(changed).isoformat(" ", "seconds")
+                _log("subscriber").warning(text, self._file.path, when)
+                self._since = changed
+            return
+        self._since = int(head[1]) / 1000
+        for entry in cast("list[re.Match[bytes]]", entries):
+            if entry[1] is not None:
+                self._handled.append(entry[0])
+                self.lines += 1
+                self._past.setdefault(entry[0], []).append(self.lines)
+            else:
+                self._places[entry[2]] = (entry[3], self.lines - int(entry[4]))
+
+    def _place(self, instance: bytes, place: bytes, lines: int) -> None:
+        """Keep a line about a publisher, and write it."""
+        self._places[instance] = (place, lines)
+        self._places.move_to_end(instance)
+        if len(self._places) > self.PUBLISHERS:
+            self._places.popitem(last=False)
+        self._file.append(self._place_line(instance), self._all)
+
+    def _all(self) -> Iterable[bytes]:
+        """Return all lines that still count."""
+        head = b"posttroll-durable 1 %d\n" % max(int(self._since * 1000), 0)
+        return chain([head], self._handled, map(self._place_line, self._places))
+
+    def _place_line(self, instance: bytes) -> bytes:
+        place, lines = self._places[instance]
+        return b"@%s %s %d\n" % (instance, place, self.lines - lines)
+
+    def restore(self, instance: bytes, source: _Source) -> None:
+        """Let *source*, the publisher *instance* that has just been found, begin where it ended the last time."""
+        with self._guard:
+            place, lines = self._places.get(instance, (b"", 0))
+        if place:
+            source.was_handled = partial(self._was_handled, instance, lines)
+            if place[:1] == b"n":
+                source.position = int(place[1:])
+            else:
+                source.since = time.monotonic() - max(time.time() - int(place[1:]) / 1000, 0)
+
+    def _was_handled(self, instance: bytes, lines: int, number: int, content: bytes) -> bool:
+        """Whether an earlier program has handled a message, according to what came after so many *lines*."""
+        if b"+%s %d\n" % (instance, number) in self._past:
+            return True
+        found = self._past.get(_digest_line(content))
+        if not found or found[-1] <= lines:
+            return False
+        found.pop()  # the same text once more is another message
+        return True
+
+    def begin_with(self, instance: bytes, since: float, came: int) -> None:
+        """Take note that a publisher has just been found, whose messages are wanted since a time; some came already."""
+        with self._guard:
+            milliseconds = max(int((time.time() - time.monotonic() + since) * 1000), 0)
+            self._place(instance, b"a%d" % milliseconds, max(self.lines - came, 0))
+
+    def advance(self, instance: bytes, number: int, lines: int) -> None:
+        """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
+        with self._guard:
+            if self._handed:
+                self._waiting.setdefault(instance, (self._count, b"n%d" % number, lines))
+            else:
+                self._place(instance, b"n%d" % number, lines)
+
+    def hand_out(self, owner: Any, raw: bytes) -> None:
+        """Take note that a thread or task gets the message in *raw*, as it came."""
+        with self._guard:
+            self._count += 1
+            self._handed[owner] = (self._count, raw)
+
+    def ask(self, owner: Any) -> None:
+        """Take note that a thread or task asks for the next message, so it has handled the last one."""
+        with self._guard:
+            if owner in self._handed:
+                self._note_handled(owner)
+            if self._handed:
+                for other in [other for other in self._handed if _has_ended(other)]:
+                    self._note_handled(other)
+            if self._waiting:
+                oldest = min((count for count, _ in self._handed.values()), default=self._count + 1)
+                for instance, (before, place, lines) in list(self._waiting.items()):
+                    if before < oldest:
+                        del self._waiting[instance]
+                        self._place(instance, place, lines)
+
+    def _note_handled(self, owner: Any) -> None:
+        raw = self._handed.pop(owner)[1]
+        line = b"+" + raw.split(b"\0", 2)[1][2:] + b"\n" if raw[:1] == b"~" else _digest_line(raw)
+        self._handled.append(line)
+        self.lines += 1
+        self._file.append(line, self._all)
+
+    def leave(self, receiving: Sequence[Any], is_handled: bool, is_left: bool) -> None:
+        """Take note that this thread or task closes the subscriber.
+
+        Args:
+            receiving: The threads and tasks in their loops; an asyncio task is for a while after it has left its loop.
+            is_handled: Whether what has been received is handled, by this thread or task and by those that have ended.
+            is_left: Whether this thread is not in its loop; else it may be in a signal handler.
+        """
+        me = _current_owner()
+        is_left = is_left or not isinstance(me, threading.Thread)
+        busy = [owner for owner in receiving if owner is not me or not is_left]
+        with self._guard:
+            if me not in busy:
+                self.ask(me) if is_handled else self._handed.pop(me, None)
+            if not busy:
+                self.close()
+
+    def close(self) -> None:
+        """Let go of the file and of the name."""
+        with self._guard:
+            self._handed.clear()
+            self._file.close()
+
+
+def _has_ended(owner: Any) -> bool:
+    return not owner.is_alive() if isinstance(owner, threading.Thread) else bool(owner.done())
+
+
+def _digest_line(raw: bytes) -> bytes:
+    return blake2b(raw, digest_size=8).hexdigest().encode() + b"\n"
 
 
 # ======================================================================================================================
@@ -4651,7 +5101,7 @@ def _backend_towards(announced: Any) -> str | None:
     Anybody can announce anything, so a secure process uses CURVE whatever it is told: the worst that a false
     announcement causes is an attempt to connect that fails.
     """
-    own = _backend()
+    own = configured_backend()
     if own == "secure_zmq" or announced in (None, own):
         return own
     has_keys = config.get("client_secret_key_file") and config.get("server_public_key_file")
@@ -4663,11 +5113,12 @@ class _Receiver:
 
     def __init__(self, subscriber: Subscriber) -> None:
         self._subscriber = subscriber
-        self._stops = subscriber._stops
+        self.owner = None if subscriber._durable is None else _current_owner()
+        self.stops = subscriber._stops  # how many there were when it began
 
     @property
     def is_on(self) -> bool:
-        return self._stops == self._subscriber._stops and not self._subscriber._is_closed
+        return self.stops == self._subscriber._stops and not self._subscriber._is_closed
 
 
 class Subscriber:
@@ -4680,13 +5131,22 @@ class Subscriber:
         translate: Put the host of the publisher's address in place of the host of the sender.
         since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
             last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
+        durable: A name under which is written down what has been handled.  The next program with this name gets what
+            came in between, as far as the publishers keep it, and what this one had received, but not handled.
 
     Attributes:
         missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
             keep.  Each time that is also logged as a warning.
 
     Raises:
-        ValueError: An address cannot be used.
+        ValueError: An address cannot be used, or *durable* is no name for a file.
+        ConfigurationError: The ``durable_directory`` cannot be used.
+        RuntimeError: Another subscriber uses the name *durable* just now.
+
+    A message counts as handled when the thread or asyncio task that received it asks for the next one, has ended, or
+    closes the subscriber: by leaving its ``with`` block without an exception, or by `close` (not while an exception is
+    being handled, and not in a signal handler, as its loop goes on).  So does, after `stop`, the last one of a loop.
+    With *durable*, *since* counts only when the name is used for the first time.
 
     It can be iterated over, also with ``async for``, and is a context manager that closes it.  `stop` and `close` may
     be called from other threads and from signal handlers, `add`, `remove` and `update` from other threads.  What a
@@ -4703,22 +5163,26 @@ class Subscriber:
         message_filter: Callable[[Message], Any] | None = None,
         translate: bool = False,
         since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
-        _backend()  # an unknown one is an error now
+        configured_backend()  # an unknown one is an error now
         self._topics = _topic_prefixes(topics)
         self._filter = message_filter
         self._translate = translate
-        self._begin = time.monotonic() - _seconds_since(since)
+        seconds = _seconds_since(since)
+        self._durable = None if durable is None else _DurableState(durable, seconds)
+        self._begin = time.monotonic() - (seconds if self._durable is None else self._durable.seconds)
         self._is_begun = False
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._owner = 0  # the thread that receives just now
         self._loop = Loop()
-        self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_change)
+        self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
+        self._connections = _Connections(
+            self._loop, self._open_socket, self._read_all, self._note_change, lambda sock: self._streams.pop(sock, None)
+        )
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
-        self._catch_ups: dict[zmq.Socket[bytes], _CatchUp] = {}
-        self._origins: dict[zmq.Socket[bytes], str] = {}
-        self._backlog: deque[tuple[bytes, zmq.Socket[bytes]]] = deque()  # read, but not handed out
-        self._ready: list[zmq.Socket[bytes]] = []
+        self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
+        self._ready: list[_CatchUp] = []
         self._batch_end = 0.0
         self._bad_log = LimitedLogger("subscriber")
         self._receivers: list[_Receiver] = []
@@ -4733,7 +5197,7 @@ class Subscriber:
         except BaseException:
             self.close()
             raise
-        self._is_begun = True
+        self._is_begun = durable is None  # else what was sent before an address was added is wanted, too
 
     # -- addresses --
 
@@ -4756,14 +5220,20 @@ class Subscriber:
         # What stays in the process needs no keys.
         backend = "unsecure_zmq" if address.startswith("inproc://") else _backend_towards(announced)
         if backend is None:
-            raise ValueError(f"{address} uses the backend {announced!r}, this program {_backend()!r}: not connected.")
+            raise ValueError(
+                f"{address} uses the backend {announced!r}, this program {configured_backend()!r}: not connected."
+            )
         prefixes = self._topics if topics is None else _topic_prefixes(topics)
         if self._wanted.get(address) != (prefixes, backend):
             if not address.startswith("inproc:"):
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
             self._wanted[address] = (prefixes, backend)
             key = (prefixes, backend, address if self._translate else None)
-            self._change(partial(self._connections.want, address, key, begin))
+            try:
+                self._change(partial(self._connections.want, address, key, begin))
+            except BaseException:
+                self._wanted.pop(address, None)
+                raise
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
@@ -4835,36 +5305,34 @@ class Subscriber:
 
     def _change(self, change: Callable[[], None]) -> None:
         """Apply *change* to the sockets: now if nobody else waits on them, else by who does."""
-        if self._turning is None and self._lock.acquire(blocking=False):
+        if self._lock.acquire(blocking=False):
             try:
-                self._loop.settle()
-                if not self._is_closed:
-                    change()
+                if not self._is_awaited:
+                    self._loop.settle()
+                    if not self._is_closed:
+                        change()
+                    return
             finally:
                 self._lock.release()
-        else:
-            self._loop.call(change)
+        self._loop.call(change)
 
     def _open_socket(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
         prefixes, backend, origin = key
-        unread = {sock for _, sock in self._backlog}
-        for old in [sock for sock in self._catch_ups if sock.closed and sock not in unread]:
-            del self._catch_ups[old], self._origins[old]
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._catch_ups[sock] = _CatchUp(sock, topics, since, self._note_missed)
-        self._origins[sock] = origin or ""
-        self._loop.watch(sock, partial(self._note_ready, sock))
+        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._durable)
+        stream.origin = origin or ""
+        self._loop.watch(sock, partial(self._note_ready, stream))
         return sock
 
-    def _note_ready(self, sock: zmq.Socket[bytes]) -> None:
-        if sock not in self._ready:
-            self._ready.append(sock)
+    def _note_ready(self, stream: _CatchUp) -> None:
+        if stream not in self._ready:
+            self._ready.append(stream)
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
-        return self._catch_ups[sock].freeze()
+        return self._streams[sock].freeze()
 
     def _note_missed(self, publisher: str, count: int) -> None:
         self.missed += count
@@ -4875,7 +5343,7 @@ class Subscriber:
         """Read what lies unread in *sock*, to be handed out later."""
         with suppress(zmq.Again):
             while True:
-                self._backlog.append((sock.recv(_NOBLOCK), sock))
+                self._backlog.append((sock.recv(_NOBLOCK), self._streams[sock]))
 
     # -- receiving --
 
@@ -4890,7 +5358,7 @@ class Subscriber:
         """
         with self._receiving() as receiver:
             while True:
-                message = self._next(receiver, None if timeout is None else time.monotonic() + timeout)
+                message = self._next(receiver, timeout)
                 if message is None and not receiver.is_on:
                     return
                 yield message
@@ -4906,30 +5374,33 @@ class Subscriber:
             yield receiver
         finally:
             self._receivers.remove(receiver)
-            if not self._receivers and self._turning is not None:
+            if not self._receivers and self._is_awaited:
                 self._turning.cancel()
             if self._is_closed:
-                self.close()
+                self._close()
 
-    def _next(self, receiver: _Receiver, deadline: float | None) -> Message | None:
-        """Return the next message; None at the *deadline*, or when the receiver is to end."""
+    def _next(self, receiver: _Receiver, timeout: float | None) -> Message | None:
+        """Return the next message; None after *timeout*, or when the receiver is to end."""
         with self._lock:
-            if self._turning is not None:
-                raise RuntimeError(
-                    "An asyncio program receives from this subscriber: it cannot be done in a thread too."
-                )
+            if self._durable is not None:
+                self._durable.ask(receiver.owner)
+            if receiver.stops == self._stops:
+                message = self._take(receiver)
+                if message is not None:
+                    return message
+            deadline = None if timeout is None else time.monotonic() + timeout
+            if self._is_awaited:
+                raise RuntimeError("An asyncio program receives from this subscriber: a thread cannot do so too.")
             self._owner = threading.get_ident()
             try:
-                has_waited = False
                 while receiver.is_on:
-                    message = self._take()
-                    now = time.monotonic()
-                    if message is not None or (has_waited and deadline is not None and now >= deadline):
-                        return message
-                    longest = now + self._LONGEST_WAIT
-                    self._loop.turn(now if self._ready else longest if deadline is None else min(deadline, longest))
+                    longest = time.monotonic() + self._LONGEST_WAIT
+                    until = 0.0 if self._ready else longest if deadline is None else min(deadline, longest)
+                    self._loop.turn(until)
                     self._batch_end = time.monotonic() + self._BATCH_SECONDS
-                    has_waited = True
+                    message = self._take(receiver)
+                    if message is not None or (deadline is not None and time.monotonic() >= deadline):
+                        return message
             finally:
                 self._owner = 0
         return None
@@ -4968,78 +5439,84 @@ class Subscriber:
         """Do what `_next` does, in an asyncio program; all who await share one task that waits."""
         import asyncio
 
+        if self._durable is not None:
+            self._durable.ask(receiver.owner)
         has_waited = False
         while receiver.is_on:
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
             with self._lock:
-                message = self._take()
-            now = time.monotonic()
-            if message is not None or (has_waited and deadline is not None and now >= deadline):
-                return message
-            if self._turning is None:
-                self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
-                self._turning.add_done_callback(self._end_turning)
+                message = self._take(receiver)
+                now = time.monotonic()
+                if message is not None or (has_waited and deadline is not None and now >= deadline):
+                    return message
+                if not self._is_awaited:
+                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
+                    self._turning.add_done_callback(self._end_turning)
             await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
             self._batch_end = time.monotonic() + self._BATCH_SECONDS
             has_waited = True
         return None
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether an asyncio program waits on the sockets; not if its event loop has ended in the middle of it."""
+        turning = self._turning
+        return turning is not None and not turning.done() and not turning.get_loop().is_closed()
 
     def _end_turning(self, turning: Any) -> None:
         self._turning = None
         if not turning.cancelled() and turning.exception() is not None:
             self._failure = turning.exception()
         if self._is_closed and not self._receivers:
-            self.close()
+            self._close()
 
-    def _take(self) -> Message | None:
+    def _take(self, receiver: _Receiver) -> Message | None:
         """Return the next message of those that are there; None also if all else is to have its turn."""
         while time.monotonic() < self._batch_end:
             if self._backlog:
-                raw, sock = self._backlog.popleft()
+                raw, stream = self._backlog.popleft()
             elif self._ready:
-                sock = self._ready[-1]
+                stream = self._ready[-1]
                 try:
-                    raw = sock.recv(_NOBLOCK)
-                except zmq.Again:
-                    self._ready.pop()
-                    continue
-                except zmq.ZMQError:  # closed meanwhile
-                    self._ready.pop()
+                    raw = stream.recv(_NOBLOCK)
+                except zmq.ZMQError:  # nothing more, or closed meanwhile
+                    self._ready = self._ready[:-1]
                     continue
             else:
                 return None
-            message = self._accept(raw, sock)
+            message = self._accept(raw, stream)
             if message is not None:
+                if self._durable is not None:
+                    self._durable.hand_out(receiver.owner, raw)
                 return message
-        self._ready.reverse()
+        self._ready = self._ready[-1:] + self._ready[:-1]  # the next has its turn
         return None
 
-    def _accept(self, raw: bytes, sock: zmq.Socket[bytes]) -> Message | None:
+    def _accept(self, raw: bytes, stream: _CatchUp) -> Message | None:
         """Return the message in *raw*, None if it is none, or not wanted."""
-        catch_up = self._catch_ups[sock]
-        if raw.startswith(_MARK):
-            past = catch_up.take(raw)
+        if raw[:1] == b"~":
+            past = stream.take(raw)
             if past is None:
                 return None
             raw = past
         else:
-            catch_up.note(raw)
+            stream.note(raw)
         try:
             message = Message.decode(raw)
         except MessageError as error:
             self._bad_log.warning("message", "Skipped a bad message: %s", error)
             return None
         if self._translate:
-            self._translate_sender(message, self._origins[sock])
+            self._translate_sender(message, stream.origin)
         if self._filter is not None and not self._filter(message):
             return None
         return message
 
     def _translate_sender(self, message: Message, address: str) -> None:
         """Put the host of *address*, which the message came from, in place of the one that its sender says."""
-        tcp = _split_tcp(address)
+        tcp = split_tcp_address(address)
         if tcp is not None:
             message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
 
@@ -5056,37 +5533,50 @@ class Subscriber:
 
     def close(self) -> None:
         """End the receiving, and close the sockets."""
+        self._leave(is_handled=sys.exc_info()[0] is None)
+
+    def _leave(self, is_handled: bool, is_left: bool = False) -> None:
+        """Close it; what this thread or task received last *is_handled* or not, and its loop *is_left* for sure."""
+        if self._durable is not None and self._pid == os.getpid():
+            self._durable.leave([receiver.owner for receiver in self._receivers], is_handled, is_left)
+        self._close()
+
+    def _close(self) -> None:
         self._is_closed = True
         if self._pid != os.getpid():
             return  # they belong to the parent, whose thread may have held the lock at the time of the fork
         self.stop()
-        if self._owner == threading.get_ident() or self._turning is not None:
+        if self._owner == threading.get_ident():
             return  # in a signal handler or a callback: who receives closes them
         # Whoever receives in another thread closes them; this thread waits for it, but not for ever.
         if self._lock.acquire(timeout=1):
             try:
+                if self._is_awaited:
+                    return
                 self._connections.close()
                 self._loop.close()
                 self._ready, self._backlog = [], deque()
+                if self._durable is not None and not self._receivers:
+                    self._durable.close()
             finally:
                 self._lock.release()
 
     def __enter__(self) -> Subscriber:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: object = None, *exc_info: object) -> None:
+        self._leave(kind is None, is_left=True)
 
     async def __aenter__(self) -> Subscriber:
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        self.close()
+    async def __aexit__(self, kind: object = None, *exc_info: object) -> None:
+        self._leave(kind is None, is_left=True)
 
     def __del__(self) -> None:
         # Not left to chance: a socket must be closed before its monitor.
         if hasattr(self, "_is_closed") and not self._is_closed:
-            self.close()
+            self._close()
 
 
 def _take_frames(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object]) -> None:
@@ -5173,9 +5663,8 @@ class _Follower:
             endpoint = self._resolutions[host].check()
             if host not in self._sockets and endpoint is not None:
                 self._last_answer[host] = now
-                self._sockets[host] = [self._open_lookups(host, endpoint)]
-                if self._listen:
-                    self._sockets[host] += self._open_news(host, endpoint)
+                news = self._open_news(host, endpoint) if self._listen else []
+                self._sockets[host] = [self._open_lookups(host, endpoint), *news]
 
     def _resolution(self, host: str) -> _Resolution:
         return _Resolution(_lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
@@ -5283,7 +5772,7 @@ class _Follower:
         """Connect the subscriber to a publisher of *service* that *host* told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
-        if not _is_remote(address) or _backend_towards(backend) is None:
+        if not is_connectable(address) or _backend_towards(backend) is None:
             self._log.warning("address", "Skipped the address %.200r with the backend %.200r", address, backend)
             return
         assert isinstance(address, str)
@@ -5296,7 +5785,7 @@ class _Follower:
             if address not in self._subscriber.addresses:  # else the program itself has added it, and may remove it
                 try:
                     self._subscriber._add({"URI": address, "backend": backend}, None, self._subscriber._begin)
-                except ConfigurationError as error:  # the keys are just being replaced
+                except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
                     self._log.warning("keys", "Cannot connect to %s (trying again): %s", address, error)
                     return
                 publisher.is_ours = True
@@ -5339,6 +5828,7 @@ class NSSubscriber:
         nameserver: The host to ask, or a list of them (their answers are merged, one that is down is left out).
             ``host:port`` for one that answers on another port than configured.
         message_filter: Called with each message; those for which it returns a false value are skipped.
+        since, durable: As for `Subscriber`: what was sent before, and what was not handled yet.
     """
 
     def __init__(
@@ -5352,8 +5842,10 @@ class NSSubscriber:
         nameserver: str | Sequence[str] = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
-        self._since = since
+        begin = {"since": since, "durable": durable}
+        self._begin: dict[str, Any] = {key: value for key, value in begin.items() if value is not None}
         self._services = [services] if isinstance(services, str) else list(services or [])
         self._topics = topics
         self._addr_listener = addr_listener
@@ -5377,7 +5869,13 @@ class NSSubscriber:
         """
         if self._subscriber is None:
             _log("subscriber").debug("Subscribing to topics %s", self._topics)
-            subscriber = Subscriber(self._addresses, self._topics, self._filter, self._translate, since=self._since)
+            subscriber = Subscriber(
+                self._addresses,
+                self._topics,
+                message_filter=self._filter,
+                translate=self._translate,
+                **self._begin,
+            )
             try:
                 if self._services and self._nameserver:
                     self._follow(subscriber)
@@ -5422,7 +5920,16 @@ class NSSubscriber:
         return self.start()
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stop()
+        subscriber, self._subscriber = self._subscriber, None
+        if subscriber is not None:
+            subscriber.__exit__(*exc_info)
+
+    async def __aenter__(self) -> Subscriber:
+        self._timeout = 0  # what is not found at once is found while it receives
+        return self.start()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
 
 
 class Subscribe:
@@ -5437,6 +5944,7 @@ class Subscribe:
         translate: Put the host of the publisher's address in place of the host of the sender.
         nameserver: The host to ask, a list of them, or False to ask none.
         message_filter: Called with each message; those for which it returns a false value are skipped.
+        since, durable: As for `Subscriber`: what was sent before, and what was not handled yet.
 
     Example::
 
@@ -5455,8 +5963,10 @@ class Subscribe:
         translate: bool = False,
         nameserver: str | Sequence[str] | bool | None = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
+        since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
-        settings = {
+        self._settings = {
             "services": services,
             "topics": topics,
             "addr_listener": addr_listener,
@@ -5465,14 +5975,37 @@ class Subscribe:
             "translate": translate,
             "nameserver": nameserver,
             "message_filter": message_filter,
+            "since": since,
+            "durable": durable,
         }
-        self.subscriber = create_subscriber_from_dict_config(settings)
+        self._subscriber: Subscriber | None = None
+        asyncio = sys.modules.get("asyncio")
+        if asyncio is None or asyncio._get_running_loop() is None:
+            self._create()  # else where it is used: with ``async with``, nothing waits in the thread of the event loop
+
+    def _create(self) -> Subscriber:
+        if self._subscriber is None:
+            self._subscriber = create_subscriber_from_dict_config(self._settings)
+        return self._subscriber
+
+    @property
+    def subscriber(self) -> Subscriber:
+        """The subscriber."""
+        return self._create()
 
     def __enter__(self) -> Subscriber:
         return self.subscriber
 
     def __exit__(self, *exc_info: object) -> None:
-        self.subscriber.close()
+        self.subscriber.__exit__(*exc_info)
+        self.subscriber.close()  # a replaced class may do nothing at its exit
+
+    async def __aenter__(self) -> Subscriber:
+        self._settings["timeout"] = 0  # what is not found at once is found while it receives
+        return self.subscriber
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
 
 
 def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscriber:
@@ -5483,21 +6016,23 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
 
     Args:
         settings: ``services``, ``topics``, ``addr_listener``, ``addresses``, ``timeout``, ``translate``,
-            ``nameserver``, ``message_filter``, as documented for the classes.
+            ``nameserver``, ``message_filter``, ``since``, ``durable``, as documented for the classes.
 
     Raises:
         TypeError: There is another key, and no nameserver is to be asked.
         ValueError: An address cannot be used.
     """
+    begin = {key: settings[key] for key in ("since", "durable") if settings.get(key) is not None}
     nameserver = settings.get("nameserver")
     if nameserver is False and settings.get("addresses"):
-        known = "addresses topics message_filter translate nameserver services addr_listener timeout port"
+        known = "addresses topics message_filter translate nameserver services addr_listener timeout port since durable"
         _refuse_unknown(settings, "Subscriber", known)
         return Subscriber(
             settings["addresses"],
             topics=settings.get("topics", ""),
             message_filter=settings.get("message_filter"),
             translate=settings.get("translate", False),
+            **begin,
         )
     return NSSubscriber(
         services=settings.get("services", ""),
@@ -5508,6 +6043,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         translate=settings.get("translate", False),
         nameserver=nameserver or "localhost",
         message_filter=settings.get("message_filter"),
+        **begin,
     ).start()
 
 
@@ -5527,6 +6063,8 @@ class Listener:
         addresses: Addresses to subscribe to in addition to the services.
         nameserver: The host to ask for the services, a list of them, or False to ask none.
         services: The names of the services, ``""`` for all.
+        since, durable: As for `Subscriber`.  A message counts as handled when it is in the queue: who takes it out is
+            not known here.
     """
 
     def __init__(
@@ -5536,7 +6074,11 @@ class Listener:
         addresses: str | Sequence[Any] | None = None,
         nameserver: str | Sequence[str] | bool | None = "localhost",
         services: str | Sequence[str] | None = "",
+        since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
+        self.since = since
+        self.durable = durable
         self.topics = topics
         self.queue = queue
         self.addresses = addresses
@@ -5558,6 +6100,8 @@ class Listener:
                 "addresses": self.addresses,
                 "timeout": 0,
                 "nameserver": self.nameserver,
+                "since": self.since,
+                "durable": self.durable,
             }
             subscriber = create_subscriber_from_dict_config(settings)
             with self._lock:
@@ -5611,6 +6155,8 @@ class ListenerContainer:
         addresses: Addresses to subscribe to in addition to the services.
         nameserver: The host to ask for the services, a list of them, or False to ask none.
         services: The names of the services, ``""`` for all.
+        since, durable: As for `Subscriber`.  A message counts as handled when it is in the queue: who takes it out is
+            not known here.
 
     Attributes:
         output_queue: A `queue.Queue` with the received messages.
@@ -5628,12 +6174,20 @@ class ListenerContainer:
         addresses: str | Sequence[Any] | None = None,
         nameserver: str | Sequence[str] | bool | None = "localhost",
         services: str | Sequence[str] | None = "",
+        since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
     ) -> None:
         self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
         self.output_queue: queue.Queue[Message] = queue.Queue()
         self.listener: Listener
         self.thread: threading.Thread | None = None
-        self._settings = {"addresses": addresses, "nameserver": nameserver, "services": services}
+        self._settings = {
+            "addresses": addresses,
+            "nameserver": nameserver,
+            "services": services,
+            "since": since,
+            "durable": durable,
+        }
         self._start(topics)
 
     def _start(self, topics: str | Sequence[str] | None) -> None:
@@ -5979,18 +6533,19 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
-        add("--set", metavar="KEY=VALUE", action="append", default=[], type=_assignment, help="set a configuration key")
+        add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
         add_arguments(command)
         command.set_defaults(run=run)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
     return parser
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
     """Return key and value of ``key=value``, for argparse."""
     key, equals, value = text.partition("=")
-    if not equals or key.replace("-", "_") not in OPTIONS:
-        what = f"there is no key {key!r}, see 'posttroll config'" if equals else f"{text!r} is not KEY=VALUE"
+    if not (key and equals) or key.replace("-", "_") not in OPTIONS:
+        is_pair = key and equals
+        what = f"there is no key {key!r}, see 'posttroll config'" if is_pair else f"{text!r} is not KEY=VALUE"
         raise argparse.ArgumentTypeError(what)
     return key, _literal(value)
 
@@ -6169,38 +6724,33 @@ def _run_publish(options: argparse.Namespace) -> int:
         with Publish(options.service, options.port, nameservers=nameservers) as publisher:
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
-            return _send_all(publisher, messages)
-
-
-_SETTLING = 0.5  # seconds without a further subscriber after which all that listen are there
+            sent = _send_all(publisher, messages)
+    # Leaving the block has waited for those that were just finding it, and until all is sent.
+    _talk(f"{sent} message{'s' * (sent != 1)} to {publisher.reached} subscriber{'s' * (publisher.reached != 1)}")
+    if publisher.dropped:
+        raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
+    return 0
 
 
 def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> None:
-    """Wait for as many subscribers as were asked for, and on as long as others come."""
-    deadline = time.monotonic() + options.wait
+    """Wait for as many subscribers as were asked for."""
     if not publisher.wait_for_subscribers(options.subscribers, options.wait):
         found = f"{publisher.subscriber_count} of {options.subscribers} subscribers after {options.wait:g} s"
         remedy = "nameservers that run with --no-multicast hear of it only if they are named: --nameserver HOST"
         raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
-    while publisher.wait_for_subscribers(publisher.subscriber_count + 1, _SETTLING) and time.monotonic() < deadline:
-        pass
 
 
 def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
-    """Send messages, tell how many went to how many subscribers, and return the exit status."""
-    subscribers = publisher.subscriber_count
+    """Send messages, and return how many."""
     sent = 0
     try:
         for message in messages:
             publisher.send(message)
             sent += 1
-    finally:
-        text = f"{sent} message{'s' * (sent != 1)} to {subscribers} subscriber{'s' * (subscribers != 1)}"
-        late = publisher.subscriber_count - subscribers
-        _talk(text if late <= 0 else f"{text}, and what was left to {late} more")
-    if publisher.dropped:
-        raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow.")
-    return 0
+    except BaseException:
+        _talk(f"{sent} message{'s' * (sent != 1)} sent until then")
+        raise
+    return sent
 
 
 def _messages_to_publish(options: argparse.Namespace, stream: Any) -> Iterable[Message]:
@@ -6329,9 +6879,22 @@ def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
     add("--type", action="append", help="only messages of this type")
     add("-n", "--count", type=_number(int, 1), help="end after so many messages")
     add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
+    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
+    add("--durable", metavar="NAME", help="also what was sent since the last 'subscribe' with this name")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+
+
+def _time(text: str) -> timedelta | datetime:
+    """Read a time of the past, for argparse."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhd]?)", text, re.ASCII)
+    if match is not None:
+        return timedelta(seconds=float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]])
+    moment = _parse_datetime(text)
+    if moment is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a time span such as 90, 10m, 2h nor an ISO date-time")
+    return moment
 
 
 @_command("subscribe", _add_subscribe_arguments)
@@ -6342,7 +6905,8 @@ def _run_subscribe(options: argparse.Namespace) -> int:
       posttroll subscribe /segment --service receiver
       posttroll subscribe --json | jq .data.uri
       posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
-      posttroll subscribe --raw > recorded
+      posttroll subscribe --raw --since 10m > recorded
+      posttroll subscribe --json --durable archive >> archive.json
     """
     form: Callable[[Message], str] = _as_json_line if options.json else _recorded
     if sys.stdout.isatty():
@@ -6357,7 +6921,8 @@ def _run_subscribe(options: argparse.Namespace) -> int:
     nameserver = not options.address and _nameservers(options)
     services, topics = options.service or "", options.topics or ""
     received = 0
-    following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted)
+    begin = {"since": options.since, "durable": options.durable}
+    following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted, **begin)
     with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
@@ -6494,7 +7059,7 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
     ours is never sent.
     """
-    tcp = _split_tcp(address) or ("", 0)
+    tcp = split_tcp_address(address) or ("", 0)
     received = b""
     with suppress(OSError), socket.create_connection(tcp, timeout) as connection:  # what has come by then tells enough
         for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
@@ -6820,7 +7385,7 @@ class _Doctor:
     def check_multicast(self) -> None:
         """Send to the multicast group, and receive it."""
         try:
-            group = _multicast_group(None)
+            group = multicast_group(None)
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 if group != "<broadcast>" and not config.get("multicast_interface"):
                     probe.connect((group, 9))
@@ -6848,7 +7413,7 @@ class _Doctor:
     def check_keys(self) -> None:
         """Read the key files."""
         settings = ("server_secret_key_file", "server_public_key_file", "client_secret_key_file")
-        if _backend() != "secure_zmq" and not any(map(config.get, settings)):
+        if configured_backend() != "secure_zmq" and not any(map(config.get, settings)):
             self.say("ok", "keys", "the backend unsecure_zmq needs none")
             return
         for setting in settings:
@@ -6892,12 +7457,12 @@ class _Doctor:
             endpoint = _lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
-                socket.getaddrinfo(cast("tuple[str, int]", _split_tcp(endpoint))[0], None)
+                socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0], None)
             except OSError as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue
             mechanism, received = _mechanism_at(endpoint)
-            wanted = "CURVE" if _backend() == "secure_zmq" else "NULL"
+            wanted = "CURVE" if configured_backend() == "secure_zmq" else "NULL"
             if not received:
                 remedy = "start it (nameserver), or open the port in the firewall"
                 self.say("FAIL", name, f"nobody answers at {endpoint}", remedy)
