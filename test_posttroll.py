@@ -2074,7 +2074,7 @@ class TestSocketOptions:
     def test_peers_that_are_gone_are_noticed_by_default(self):
         """By ZMTP heartbeats, or by TCP keepalive where the queue of received messages is limited."""
         with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
-            assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 10000
+            assert pub._audience.socket.getsockopt(zmq.TCP_KEEPALIVE_IDLE) == 10
             [sock] = sub.subscribers
             assert sock.getsockopt(zmq.TCP_KEEPALIVE) == 1
             assert (sock.getsockopt(zmq.TCP_KEEPALIVE_IDLE), sock.getsockopt(zmq.TCP_KEEPALIVE_INTVL)) == (10, 10)
@@ -2086,7 +2086,7 @@ class TestSocketOptions:
     def test_the_times_are_configurable(self):
         with config.set(zmtp_heartbeat_interval=0.5, zmtp_heartbeat_timeout=2, receive_high_water_mark=0):
             with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
-                assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 500
+                assert pub._audience.socket.getsockopt(zmq.TCP_KEEPALIVE_IDLE) == 1
                 assert sub.subscribers[0].getsockopt(zmq.HEARTBEAT_TIMEOUT) == 2000
         with config.set(zmtp_heartbeat_interval=0), posttroll.Publisher("tcp://*:0") as pub:
             assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
@@ -13761,7 +13761,9 @@ class Oracle:
         throttled = BACKLOG if subscriber.part.environment else LAG
         begin = max(publisher.started, subscriber.started)
         known = publisher.started < subscriber.started or not CAUGHT_UP
-        spans = [(float("-inf"), self.connected(begin))] if known else []
+        unfound = self.connected(begin)
+        was_there_too_shortly = not self._got and publisher.ended < unfound
+        spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
         if not CAUGHT_UP:
             spans += [(self.under_way(start, throttled), self.connected(end, NOTICED)) for start, end in self._cuts]
         if publisher.ending == signal.SIGKILL:
@@ -13823,8 +13825,10 @@ def judge(world: World) -> tuple[list[str], str]:
 
 
 def uses_no_more(life: Life, before: dict[str, float]) -> bool:
+    """Whether it does; one that is slow had a long queue once, whose memory may not have been given back."""
     now = life.resources()
-    return all(now[key] <= before[key] + more for key, more in (("threads", 0), ("files", 4), ("MB", 15)))
+    megabytes = 60 if life.part.kind == "subscriber" and life.part.pace else 15
+    return all(now[key] <= before[key] + more for key, more in (("threads", 0), ("files", 4), ("MB", megabytes)))
 
 
 @pytest.mark.long
