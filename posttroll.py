@@ -6807,7 +6807,10 @@ def _run_subscribe(options: argparse.Namespace) -> int:
     services, topics = options.service or "", options.topics or ""
     received = 0
     begin = {"since": options.since, "durable": options.durable}
-    following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted, **begin)
+    try:
+        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted, **begin)
+    except RuntimeError as error:  # the durable name is in use
+        raise _CommandError(str(error)) from None
     with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
