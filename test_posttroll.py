@@ -12420,8 +12420,9 @@ class TestDurable:
         broken = {
             "empty": b"", "other": os.urandom(1000), "line": content.replace(b"@", b"@x", 1), "beginning": content[7:],
         }  # fmt: skip
+        time.sleep(0.1)  # what is sent in the same milliseconds may count as sent before or afterwards
         (directory / "name").write_bytes(broken[damage])
-        time.sleep(0.1)  # what is sent in the same milliseconds may count as sent before
+        time.sleep(0.1)
         numbers.send(2)
         with self.subscriber(numbers) as sub:
             assert f"{directory / 'name'} is damaged" in caplog.text
