@@ -68,7 +68,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from heapq import heappop, heappush
 from itertools import chain, count, islice, takewhile
@@ -611,7 +611,7 @@ class _DefaultVersion(str):
 
 
 _DEFAULT_VERSION = _DefaultVersion("v1.2")
-_TIMEZONE_OF_VERSION = {"v1.01": False, "v1.2": True}  # the versions that we write; those that we read: _is_readable
+WRITTEN_VERSIONS = {"v1.01": False, "v1.2": True}  # the versions that we write; those that we read: _is_readable
 
 
 class MessageError(Exception):
@@ -731,16 +731,14 @@ def create_datetime_json_encoder_for_version(version: str = "v1.2") -> Callable[
 def _keeps_timezone(version: str) -> bool:
     """Whether timestamps of *version* have a time zone; raises MessageError for a version that we do not write."""
     try:
-        return _TIMEZONE_OF_VERSION[version]
+        return WRITTEN_VERSIONS[version]
     except (KeyError, TypeError):
-        raise MessageError(
-            f"Invalid message version: {version!r}. Use one of {', '.join(_TIMEZONE_OF_VERSION)}."
-        ) from None
+        raise MessageError(f"Invalid message version: {version!r}. Use one of {', '.join(WRITTEN_VERSIONS)}.") from None
 
 
 def _is_readable(version: str) -> bool:
     """Whether a message of *version* can be decoded: any up to the newest that we write."""
-    if version in _TIMEZONE_OF_VERSION:
+    if version in WRITTEN_VERSIONS:
         return True
     match = re.fullmatch(r"v(\d{1,9}\.\d{1,9})", version, re.ASCII)
     return match is not None and float(match[1]) <= 1.2
@@ -929,7 +927,7 @@ def _check_header(*fields: Any) -> None:
 _sender: str | None = None
 
 
-def _get_sender() -> str:
+def get_sender() -> str:
     """Return ``user@host``, found out once: the account of the process, whatever the environment says it is."""
     global _sender
     if _sender is None:
@@ -990,7 +988,7 @@ class Message:
             return
         self.subject = subject
         self.type = atype
-        self.sender = _sender or _get_sender()
+        self.sender = _sender or get_sender()
         self.time = datetime.now(timezone.utc)
         self.data = data
         self.binary = binary
@@ -1038,7 +1036,7 @@ class Message:
         version = self.version
         if version is _DEFAULT_VERSION:
             version = config.get("message_version")
-        elif version not in _TIMEZONE_OF_VERSION and version != "auto" and _is_readable(version):
+        elif version not in WRITTEN_VERSIONS and version != "auto" and _is_readable(version):
             version = "v1.01"  # decoded from something older
         prefix, text, version = _encode_data(self.data, self.binary, version)
         subject, atype, sender, moment = self.subject, self.type, self.sender, self.time
@@ -1090,7 +1088,7 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
     if count < 7:
         fields = [*fields, "", ""][:7]
     magick_subject, message.type, message.sender, stamp, version, mime, text = fields
-    if version not in _TIMEZONE_OF_VERSION and not _is_readable(version):
+    if version not in WRITTEN_VERSIONS and not _is_readable(version):
         raise MessageError(f"Invalid message version: {version[:80]!r}. This program reads versions up to v1.2.")
     message.subject = magick_subject[9:]
     if not message.subject:
@@ -1413,7 +1411,7 @@ class Background:
     def join(self, duty: object) -> Loop:
         """Return the loop, which runs until *duty* leaves it."""
         with self._lock:
-            if self._loop is None or self._thread is None or not self._thread.is_alive():
+            if self._loop is None or self._loop.is_stopped or self._thread is None or not self._thread.is_alive():
                 self._duties = []
                 self._loop = loop = Loop()
                 self._thread = threading.Thread(target=self._run, args=(loop,), name="posttroll loop", daemon=True)
@@ -1552,12 +1550,12 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
 
 SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 
-_DATAGRAM_SIZE = 65535
+DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL = 49  # of Linux, see ip(7)
 _BROADCAST_GROUPS = ("0.0.0.0", "255.255.255.255", "<broadcast>")
 
 
-def _multicast_group(mcgroup: str | None) -> str:
+def multicast_group(mcgroup: str | None) -> str:
     """Return the address of the group; raises OSError if it is no IPv4 multicast address."""
     group = config.get("mc_group") if mcgroup is None else mcgroup
     if group in _BROADCAST_GROUPS:
@@ -1611,7 +1609,7 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
     Raises:
         OSError: The group is no multicast address, or the socket cannot be set up.
     """
-    group = _multicast_group(mcgroup)
+    group = multicast_group(mcgroup)
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1643,7 +1641,7 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
     Raises:
         OSError: The group is no multicast address, the port is taken, or no interface can receive multicast.
     """
-    group = _multicast_group(mcgroup)
+    group = multicast_group(mcgroup)
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1696,7 +1694,7 @@ class MulticastReceiver:
 
     def __call__(self) -> tuple[str, tuple[str, int]]:
         """Return the next datagram as text, and the address and port that it came from."""
-        data, sender = self.socket.recvfrom(max(self.BUFSIZE, _DATAGRAM_SIZE))
+        data, sender = self.socket.recvfrom(max(self.BUFSIZE, DATAGRAM_SIZE))
         return data.decode("utf-8", "replace"), sender
 
     def fileno(self) -> int:
@@ -1783,10 +1781,10 @@ def destroy_context(linger: int | None = None) -> None:
     with _contexts_lock:
         context = _contexts.pop(os.getpid(), None)
     if context is not None:
-        _background.shut_down()
         for sock in list(context._sockets):
             if not sock.closed:
-                sock.monitor(None, 0)
+                sock.monitor(None, 0)  # before those who listen to it are gone
+        _background.shut_down()
         _lingering_monitors.clear()
         context.destroy(linger)
 
@@ -1861,7 +1859,7 @@ def _is_number(host: str) -> bool:
         return False
 
 
-def _split_tcp(address: str) -> tuple[str, int] | None:
+def split_tcp_address(address: str) -> tuple[str, int] | None:
     """Return host and port of a ``tcp://`` address, None if it is something else."""
     match = _TCP_ADDRESS.fullmatch(address)
     if match is None or (match[1].startswith("[") and not _is_number(match[1])):
@@ -1869,15 +1867,15 @@ def _split_tcp(address: str) -> tuple[str, int] | None:
     return match[1], int(match[2])
 
 
-def _is_remote(address: Any) -> bool:
+def is_connectable(address: Any) -> bool:
     """Whether *address* may come from others: only TCP, as inproc and ipc lead into this process and this host."""
-    tcp = _split_tcp(address) if isinstance(address, str) else None
+    tcp = split_tcp_address(address) if isinstance(address, str) else None
     return tcp is not None and tcp[0] != "*" and 0 < tcp[1] < 65536
 
 
 def _check_connectable(address: Any) -> str:
     """Return *address*; raises ValueError if no client socket could connect to it."""
-    if not (_is_remote(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
+    if not (is_connectable(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
         raise ValueError(f"Cannot connect to {address!r}: an address looks like 'tcp://hostname:9000'.")
     return cast(str, address)
 
@@ -1896,7 +1894,7 @@ class _Resolution:
     _free_threads = threading.Semaphore(8)  # anybody can announce any number of names
 
     def __init__(self, address: str, on_success: Callable[[], None] = lambda: None) -> None:
-        tcp = _split_tcp(address)
+        tcp = split_tcp_address(address)
         self._host, self._port = tcp or ("", 0)
         self._on_success = on_success
         self._is_asking = False
@@ -1919,7 +1917,11 @@ class _Resolution:
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
-            threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
+            try:
+                threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
+            except RuntimeError:  # no more threads: asked again later
+                self._is_asking = False
+                self._free_threads.release()
 
     def _resolve(self) -> None:
         try:
@@ -2034,7 +2036,7 @@ def _read_keys(path: str) -> dict[str, bytes]:
     return keys
 
 
-def _backend(name: str | None = None) -> str:
+def configured_backend(name: str | None = None) -> str:
     """Return the backend to use; raises NotImplementedError if there is none of this name."""
     backend = config.get("backend") if name is None else name
     if backend not in ("unsecure_zmq", "secure_zmq"):
@@ -2063,13 +2065,23 @@ def _load_key(setting: str, kind: str) -> bytes:
     return key
 
 
+@lru_cache(maxsize=16)
+def _public_key(secret: bytes) -> bytes:
+    """Return the public key that belongs to *secret*.
+
+    It is remembered, as computing it makes old releases of libzmq (that of pyzmq 22.0) close the source of random
+    numbers; if another thread of ZeroMQ needs some just then, for a handshake, the process aborts.
+    """
+    return zmq.curve_public(secret)
+
+
 def _load_client_keys(backend: str | None = None) -> dict[str, bytes]:
     """Return the socket options for the keys of a client, none for a plain one; raises ConfigurationError."""
-    if _backend(backend) != "secure_zmq":
+    if configured_backend(backend) != "secure_zmq":
         return {}
     secret = _load_key("client_secret_key_file", "secret")
     server = _load_key("server_public_key_file", "public")
-    return {"curve_secretkey": secret, "curve_publickey": zmq.curve_public(secret), "curve_serverkey": server}
+    return {"curve_secretkey": secret, "curve_publickey": _public_key(secret), "curve_serverkey": server}
 
 
 _key_log = LimitedLogger("backends.zmq.socket")
@@ -2122,7 +2134,7 @@ class _ClientKeys:
 _IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
 
 
-def _is_own_address(address: str) -> bool:
+def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
     address = address.removeprefix("::ffff:")
     if not address or _IPC_PEER.fullmatch(address):
@@ -2188,7 +2200,7 @@ class _AddressList:
                 _key_log.warning(name, text, name, error)
 
 
-class _AccessRules:
+class AccessRules:
     """Who may connect to a server socket: from which addresses, and with CURVE with which keys."""
 
     def __init__(self, local_only: bool = False, keys: _ClientKeys | None = None) -> None:
@@ -2208,7 +2220,7 @@ class _AccessRules:
             return False
         if self._addresses is not None and not self._local_only and address in self._addresses:
             return False
-        return not _is_own_address(address)
+        return not is_own_address(address)
 
     def refusal(self, address: str, mechanism: bytes, credentials: Sequence[bytes]) -> str:
         """Return why a client is not let in, empty if it is."""
@@ -2241,7 +2253,7 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
 
 
 _lingering_monitors: list[zmq.Socket[bytes]] = []
-_lingering_lock = threading.Lock()
+_lingering_lock = threading.RLock()  # a signal handler may stop a publisher in the middle of another's stop
 
 
 def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> bool:
@@ -2296,7 +2308,7 @@ class _AccessControl:
     DOMAIN = b"posttroll-"
 
     def __init__(self) -> None:
-        self._rules: dict[bytes, _AccessRules] = {}
+        self._rules: dict[bytes, AccessRules] = {}
         self._monitors: dict[zmq.Socket[bytes], dict[int, str]] = {}  # the addresses of the peers, by descriptor
         self._count = 0
         self._log = LimitedLogger("backends.zmq.socket")
@@ -2311,7 +2323,7 @@ class _AccessControl:
             raise
         self._loop.call(partial(self._loop.watch, self._socket, self._take_requests))
 
-    def add(self, rules: _AccessRules) -> Authenticator:
+    def add(self, rules: AccessRules) -> Authenticator:
         """Start to apply *rules* to the sockets of a new domain."""
         self._count += 1
         domain = self.DOMAIN + b"%d" % self._count
@@ -2425,7 +2437,7 @@ _access_lock = threading.RLock()
 _ZAP_ENFORCE_DOMAIN = 93  # of libzmq; pyzmq has no name for it before release 23
 
 
-def _apply_access_rules(sock: zmq.Socket[bytes], rules: _AccessRules) -> Authenticator | None:
+def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenticator | None:
     """Let only those connect to *sock* whom *rules* let in, before it is bound."""
     global _access_control
     if rules.lets_everybody_in:
@@ -2558,9 +2570,9 @@ def set_up_server_socket(
         NotImplementedError: There is no such backend.
         zmq.ZMQError: The port is taken, or the address cannot be used.
     """
-    is_secure = _backend(backend) == "secure_zmq" and not destination.startswith("inproc://")
+    is_secure = configured_backend(backend) == "secure_zmq" and not destination.startswith("inproc://")
     secret = _load_key("server_secret_key_file", "secret") if is_secure else b""
-    rules = _AccessRules(local_only, _ClientKeys("clients_public_keys_directory") if is_secure else None)
+    rules = AccessRules(local_only, _ClientKeys("clients_public_keys_directory") if is_secure else None)
     sock = _new_socket(socket_type, options)
     authenticator = None
     try:
@@ -2582,7 +2594,7 @@ def set_up_server_socket(
 
 def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | None, int | None]) -> int | None:
     """Bind *sock*, to a free port if that of *destination* is 0; return the port."""
-    tcp = _split_tcp(destination)
+    tcp = split_tcp_address(destination)
     if tcp is None or tcp[1]:
         _bind_to(sock, destination)
         return tcp[1] if tcp else None
@@ -2669,7 +2681,7 @@ def _nameserver_endpoint(nameserver: str, port: int) -> str:
 
 def _lookup_endpoint(nameserver: str) -> str:
     """Return the address on which *nameserver* answers lookups."""
-    secure_port = config.get("secure_zmq_nameserver_port") if _backend() == "secure_zmq" else None
+    secure_port = config.get("secure_zmq_nameserver_port") if configured_backend() == "secure_zmq" else None
     return _nameserver_endpoint(nameserver, secure_port or get_configured_nameserver_port())
 
 
@@ -2687,7 +2699,7 @@ def _addresses_in(answer: bytes) -> list[dict[str, Any]]:
         return []
     if not isinstance(entries, list):
         return []
-    good = [entry for entry in entries if isinstance(entry, dict) and _is_remote(entry.get("URI"))]
+    good = [entry for entry in entries if isinstance(entry, dict) and is_connectable(entry.get("URI"))]
     if len(good) < len(entries):
         _lookup_log.warning("entries", "Skipped %d broken entries of an answer", len(entries) - len(good))
     return good
@@ -2820,7 +2832,7 @@ class _MulticastTarget:
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._group = _multicast_group(None)  # a wrong group is an error now, a missing network is not
+        self._group = multicast_group(None)  # a wrong group is an error now, a missing network is not
         self._sender: MulticastSender | None = None
         self._log = LimitedLogger("message_broadcaster")
 
@@ -2861,6 +2873,7 @@ class _NameserverTarget:
         self._pending: bytes | None = None
         self._when_done: Callable[[], None] | None = None  # set once there is a last request
         self._socket: zmq.Socket[bytes] | None = None
+        self._is_closed = False
         self._last_sign = time.monotonic()
         _load_client_keys()  # what is wrong with them is an error now, not in the loop
 
@@ -2871,7 +2884,7 @@ class _NameserverTarget:
         self._connect()
 
     def _connect(self) -> None:
-        endpoint = self._resolution.check()
+        endpoint = None if self._is_closed else self._resolution.check()
         if self._socket is None and endpoint is not None:
             # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
             options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
@@ -2891,6 +2904,7 @@ class _NameserverTarget:
         if time.monotonic() - self._last_sign > self.RENEWAL:
             self._log.warning("silence", "No answer from the nameserver at %s, trying again", self._endpoint)
             self.close()
+            self._is_closed = False
             self._last_sign = time.monotonic()
             self._resolution = _Resolution(self._endpoint, partial(self._loop.call, self._connect))
         self._pending = text.encode()
@@ -2931,7 +2945,8 @@ class _NameserverTarget:
             self._log.warning("refused", text, self._endpoint, answer[:200].decode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket, for good: its name may still be asked for."""
+        self._is_closed = True
         if self._socket is not None:
             self._loop.unwatch(self._socket)
             close_socket(self._socket)
@@ -2964,7 +2979,7 @@ class MessageBroadcaster:
         receivers = [designated_receivers] if isinstance(designated_receivers, str) else designated_receivers
         self._receivers = [_nameserver_endpoint(host, port) for host in dict.fromkeys(receivers or ())]
         if not self._receivers:
-            _multicast_group(None)
+            multicast_group(None)
         self._targets: list[Any] = []
         self._loop: Loop | None = None
         self._timer: Timer | None = None
@@ -3060,7 +3075,7 @@ class AddressBroadcaster(MessageBroadcaster):
 
     def _content(self) -> dict[str, Any]:
         """Return the data of the announcement."""
-        tcp = _split_tcp(self._address)
+        tcp = split_tcp_address(self._address)
         uri = self._address if tcp is None or tcp[0] != "*" else f"tcp://{get_own_ip()}:{tcp[1]}"
         return {"URI": uri}
 
@@ -3106,7 +3121,7 @@ class AddressServiceBroadcaster(AddressBroadcaster):
             **super()._content(),
             "service": self._services,
             "supported_message_version": str(_DEFAULT_VERSION),
-            "backend": _backend(),
+            "backend": configured_backend(),
         }
 
 
@@ -3117,27 +3132,29 @@ sendaddressservice = AddressServiceBroadcaster
 # ======================================================================================================================
 # 9. Publishing
 #
-# XPUB sockets: unlike PUB they tell who subscribes, and (XPUB_NODROP) that a queue is full.  With XPUB_MANUAL it is we
+# XPUB sockets: unlike PUB they tell who subscribes, and (XPUB_NODROP) that a queue is full.  With XPUB_MANUAL it is us
 # who apply the subscriptions, so that it is certain what comes before and after them.
 #
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <name>         the mark has arrived; all after number will come
+#     hello      H <instance> <number> <ends> <port> <name>  the mark is here, all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
-#     end        E <instance> <number> <ends> <sent> <gone>  what was asked for, up to number, has been sent
+#     end        E <instance> <number> <ends> <sent> <gone> <answer>  what was missed up to number has come
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more.  So a subscriber knows what it has, and asks for what it has not.  It answers a hello
-# by a request, a subscription to <mark>/<instance>/n<number>,<until>/<topics> (what follows that number) or
-# <mark>/<instance>/a<milliseconds>,<until>/<topics> (what is not older), until: the number of the hello.
+# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
+# subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
+# <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
+# older than so many milliseconds; until: the number of the hello.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
 _MARK_PATTERN = re.compile(
-    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/([na])(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?", re.DOTALL
+    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
+    re.DOTALL,
 )
 
 
@@ -3235,6 +3252,7 @@ class _Peer:
         self.after: int | None = None  # the number after which to catch up, None: it is up to date
         self.until: int | None = 0  # the last number to catch up, None: as many as there are by then
         self.sent = self.gone = 0
+        self.is_answer = False  # to a request of its own, not only to a full queue
 
     def fall_behind(self, after: int, until: int | None) -> None:
         """Take note of what is to be caught up."""
@@ -3253,7 +3271,7 @@ class _Audience:
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
-    def __init__(self, sock: zmq.Socket[bytes], lock: Any, name: str, keeps_history: bool) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
         self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
@@ -3263,8 +3281,10 @@ class _Audience:
         self.started = time.monotonic()
         self.dropped = 0
         self.peers: dict[bytes, _Peer] = {}
+        self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
         self._name = "_".join(name.split()).encode() or b"-"
+        self._port = port or 0
         self._next_look = 0.0
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3297,16 +3317,24 @@ class _Audience:
         self._take_subscriptions()
         number, missed = self.history.number, 0
         if self.strangers:
-            for peer in self.peers.values():  # it may be dropped for them too, and what follows it
-                peer.fall_behind(peer.told, None)
-                peer.is_heard = False
+            limit = cast(int, self.socket.getsockopt(zmq.SNDHWM))
+            self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
+            for peer in self.peers.values():
+                has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
+                if not has_room:  # it may be dropped for this one too, and what follows it
+                    peer.fall_behind(peer.told, None)
+                    peer.is_heard = False
+            self.socket.setsockopt(zmq.SNDHWM, limit)
             self.socket.setsockopt(zmq.XPUB_NODROP, 0)
             self.socket.send(data, _NOBLOCK)
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)
             missed = 1
         else:
+            content = b"L %s %d\0%s" % (self.instance, number, data)
             for peer in self.peers.values():
-                if peer.after is None and self._send_to(peer, b"L %s %d\0%s" % (self.instance, number, data)):
+                if not data.startswith(peer.prefixes):
+                    continue
+                if peer.after is None and self._send_to(peer, content):
                     peer.sent += 1
                 else:  # from what it was told on: so it can tell copies from messages that were sent several times
                     peer.fall_behind(peer.told, None)
@@ -3351,6 +3379,12 @@ class _Audience:
         self._take_subscriptions()
         return len(self.peers) + self.strangers
 
+    @property
+    def reached(self) -> int:
+        """How many subscribers there have been; of other implementations the topics that are subscribed to now."""
+        self._take_subscriptions()
+        return len(self._seen) + self.strangers
+
     def when_there_are(self, count: int, callback: Callable[[], object]) -> Callable[[], None]:
         """Have *callback* called once there are *count* subscribers; return what cancels that."""
         waiting = (count, callback)
@@ -3372,7 +3406,10 @@ class _Audience:
                 waiting[1]()
 
     def _take_turn(self) -> None:
-        """Do what the socket has to be done; called by the loop."""
+        """Do what the socket has to be done; called by the loop.
+
+        Whatever uses the socket takes the news of the descriptor: so this follows all other uses, soon.
+        """
         with self.lock:
             if not self.socket.closed:
                 self._take_subscriptions()
@@ -3417,6 +3454,8 @@ class _Audience:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
             peer = self.peers[mark] = _Peer(mark, topics)
+        if len(self._seen) < self.PEERS:
+            self._seen.add(mark)
         peer.connections += 1
         peer.begin()  # it will ask for what it has not
         self.socket.setsockopt(option, mark)
@@ -3425,7 +3464,8 @@ class _Audience:
     def _greet(self, peer: _Peer) -> None:
         """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
         peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
-        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %s" % (self.instance, number, peer.ends, self._name)):
+        fields = (self.instance, number, peer.ends, self._port, self._name)
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
             peer.hello = peer.told = number
         else:
             self._catch_up_soon(0.02)
@@ -3455,6 +3495,7 @@ class _Audience:
                 del self._timers[callback]
                 if not self.socket.closed:
                     callback()
+                    self._take_turn()
 
         def schedule() -> None:
             self._timers[callback] = self.loop.at(time.monotonic() + seconds, call)
@@ -3479,18 +3520,17 @@ class _Audience:
         peer, history = self.peers.get(mark), self.history
         if peer is None or match[3] != self.instance:
             return  # somebody else is asked
-        amount, until = int(match[5]), min(int(match[6]), history.number)
+        after, milliseconds, until = int(match[4]), int(match[5]), min(int(match[6]), history.number)
         if peer.hello is None or until < peer.hello:
             return  # that was over an earlier connection; it asks again when it has our hello
-        if match[4] == b"n":
-            after = amount
-        else:
-            since = time.monotonic() - amount / 1000
-            after = history.last_before(since)
+        if milliseconds:
+            since = time.monotonic() - milliseconds / 1000
+            after = min(after, history.last_before(since))
             if history.has_lost_since(since):
-                after = 0 if self.started >= since else history.first - 2
+                after = min(after, 0 if self.started >= since else history.first - 2)
         peer.greeted = None
         peer.fall_behind(min(after, until), until)
+        peer.is_answer = True
         peer.prefixes = tuple(match[7].split(b"\n"))
         self._catch_up_soon(0)
 
@@ -3525,7 +3565,8 @@ class _Audience:
             peer.after = number
         if peer.after < until:
             return True
-        if not self._send_to(peer, b"E %s %d %d %d %d" % (self.instance, until, peer.ends + 1, peer.sent, peer.gone)):
+        fields = (self.instance, until, peer.ends + 1, peer.sent, peer.gone, peer.is_answer)
+        if not self._send_to(peer, b"E %s %d %d %d %d %d" % fields):
             return False
         peer.ends += 1
         peer.told = until
@@ -3537,6 +3578,7 @@ class _Audience:
     def unserved(self) -> list[tuple[bytes, int | None]]:
         """Return who has to catch up, from where, and who has come so recently that its request is on its way."""
         with self.lock:
+            self._take_subscriptions()
             now = time.monotonic()
             return [
                 (mark, peer.after)
@@ -3625,13 +3667,14 @@ class Publisher:
     Attributes:
         local_only: Refuse subscribers from other hosts; set it before `start`.
         keeps_history: Whether to keep messages at all; set it before `start`.
-        reached: How many subscribers there were when it stopped.
+        reached: How many subscribers there had been when it stopped, those that had gone again included; of other
+            implementations the topics that were subscribed to at the end.
     """
 
     LINGER_SECONDS = 30.0  # that `stop` waits without progress
 
     def __init__(self, address: str, name: str = "", min_port: int | None = None, max_port: int | None = None) -> None:
-        _backend()  # an unknown one is an error now
+        configured_backend()  # an unknown one is an error now
         self._name = name
         self._address = _bind_address(address)
         self._port_interval = (min_port, max_port)
@@ -3643,7 +3686,6 @@ class Publisher:
         self._authenticator: Authenticator | None = None
         self._is_stopped = False
         self._lock = threading.RLock()
-        self._uses = 0  # of the socket, by this thread while it holds the lock
         self._last_beat: float | None = None
         self._pid = os.getpid()
         self._dropped = 0
@@ -3658,6 +3700,7 @@ class Publisher:
         """
         with self._lock:
             if self._audience is None:
+                self._is_stopped = False
                 options = {
                     zmq.XPUB_MANUAL: 1,
                     zmq.XPUB_NODROP: 1,
@@ -3669,9 +3712,10 @@ class Publisher:
                 sock, self._port, self._authenticator = set_up_server_socket(
                     zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only
                 )
-                self._audience = _Audience(sock, self._lock, self._name or self._address, self.keeps_history)
+                self._audience = _Audience(
+                    sock, self._port, self._lock, self._name or self._address, self.keeps_history
+                )
                 self._pid = os.getpid()
-                self._is_stopped = False
                 _live_publishers.add(self)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
@@ -3715,11 +3759,7 @@ class Publisher:
             audience = self._audience
             if audience is None or self._pid != os.getpid():
                 audience = self._open_audience()
-            self._uses += 1
-            try:
-                audience.send(data)
-            finally:
-                self._uses -= 1
+            audience.send(data)
         if self._is_stopped:
             self.stop()  # a signal handler wanted it, in the middle of the above
 
@@ -3757,12 +3797,7 @@ class Publisher:
     def _use(self, function: Callable[[_Audience], Any]) -> Any:
         """Return what *function* does under the lock; a signal handler that stops meanwhile does so after it."""
         with self._lock:
-            audience = self._open_audience()
-            self._uses += 1
-            try:
-                result = function(audience)
-            finally:
-                self._uses -= 1
+            result = function(self._open_audience())
         if self._is_stopped:
             self.stop()
         return result
@@ -3813,10 +3848,10 @@ class Publisher:
         if self._pid != os.getpid():
             self._audience, self._is_stopped = None, True  # the parent stops its own; its locks are of no use here
             return
+        self._is_stopped = True
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            return  # in a signal handler, in the middle of something that stops it then
         with self._lock:
-            self._is_stopped = True
-            if self._uses:
-                return  # in a signal handler, in the middle of something that stops it then
             audience, self._audience = self._audience, None
             authenticator, self._authenticator = self._authenticator, None
         _live_publishers.discard(self)
@@ -3843,7 +3878,7 @@ class Publisher:
         while audience.history.number and time.monotonic() < young_until:
             time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
         with self._lock:
-            self.reached = audience.count
+            self.reached = audience.reached
         state: Any = True
         since = time.monotonic()
         while True:
@@ -3939,16 +3974,16 @@ if hasattr(os, "register_at_fork"):
 
 def _bind_address(address: str) -> str:
     """Return the address to bind for *address*; raises ValueError if there is none."""
-    tcp = _split_tcp(address) if isinstance(address, str) else None
+    tcp = split_tcp_address(address) if isinstance(address, str) else None
     if tcp is not None and tcp[1] < 65536:
         host = "127.0.0.1" if tcp[0].lower() == "localhost" else tcp[0]
-        return f"tcp://{host if _is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
+        return f"tcp://{host if is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
     if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
 
 
-def _close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
+def close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     """Close *sock*, and wait until what it has queued is sent, or *timeout* seconds."""
     try:
         monitor = _open_monitor(sock, 0)  # its end tells when the socket is really gone
@@ -4249,6 +4284,7 @@ class _Connections:
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
         on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
             message of that socket.
+        on_close: Called with a socket that is closed.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
@@ -4259,8 +4295,10 @@ class _Connections:
         open_socket: Callable[[Any], Any],
         read_all: Callable[[Any], None],
         on_change: Callable[[Any], int],
+        on_close: Callable[[Any], object],
     ) -> None:
         self._on_change = on_change
+        self._on_close = on_close
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
@@ -4279,8 +4317,13 @@ class _Connections:
         current = self._connected.get(address)
         if current is not None and current[0] is not self.sockets.get(key):
             self._disconnect(address)
-        self._connect(address)
-        self._close_unused()
+        try:
+            self._connect(address)
+        except BaseException:
+            del self._wanted[address]
+            raise
+        finally:
+            self._close_unused()
 
     def drop(self, address: str) -> None:
         """Disconnect from *address*."""
@@ -4295,20 +4338,21 @@ class _Connections:
         link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
         return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
 
-    def greet(self, sock: zmq.Socket[bytes], begin: float, index: int) -> tuple[float, int]:
+    def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
 
-        And the index of the first that has come from it; *begin* and *index* if no connection is new.
+        And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
+        can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
         """
         self._take_events(sock, self._monitors[sock])
         new = [
-            (link.changed, link)
-            for (other, _), link in self._links.items()
+            (not endpoint.endswith(f":{port}"), link.changed, link)
+            for (other, endpoint), link in self._links.items()
             if other is sock and link.is_up and not link.is_greeted and time.monotonic() - link.changed < 5
         ]
         if not new:
             return begin, index
-        link = min(new, key=lambda item: item[0])[1]
+        link = min(new, key=lambda item: item[:2])[2]
         link.is_greeted = True
         return link.begin, link.index
 
@@ -4358,13 +4402,20 @@ class _Connections:
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
+            self._on_close(sock)
 
     def _new_socket(self, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
-        self.sockets[key] = sock
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        monitor = _open_monitor(sock, events | failures)
+        try:
+            monitor = _open_monitor(sock, events | failures)
+        except zmq.ZMQError:  # no descriptors left
+            self._loop.unwatch(sock)
+            close_socket(sock)
+            self._on_close(sock)
+            raise
+        self.sockets[key] = sock
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
         self._monitors[sock] = monitor
         return sock
@@ -4459,7 +4510,8 @@ class _Source:
     def __init__(self) -> None:
         self.name = ""
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
-        self.since: float | None = None  # since when its messages are wanted
+        self.since: Any = None  # since when its messages are wanted
+        self.found = 0  # the number of the first hello
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
         self.known: set[int] = set()  # numbers behind the position that came under the mark
@@ -4492,8 +4544,8 @@ class _CatchUp:
     Args:
         sock: The socket.
         prefixes: What it has subscribed to.
-        since: Called for a publisher that has just been found, with the index of the next message; returns since when
-            its messages are wanted, and the index of the first that may have come from it.
+        since: Called for a publisher that has just been found, with its port and the index of the next message; returns
+            since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -4505,7 +4557,7 @@ class _CatchUp:
         self,
         sock: zmq.Socket[bytes],
         prefixes: Sequence[bytes],
-        since: Callable[[int], tuple[float, int]],
+        since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
         durable: _DurableState | None = None,
     ) -> None:
@@ -4588,11 +4640,18 @@ class _CatchUp:
                 self._durable.restore(instance, source)
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
-            self._sources.popitem(last=False)
+            forgotten, old = self._sources.popitem(last=False)
+            self._cancel_request(forgotten)
+            self._close(old)
         return source
 
-    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int) -> None:
+    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
         source.name = name
+        if source.since is None:
+            source.found = number
+            source.since, source.index = self._since(port, self._index)
+            if self._durable is not None:
+                self._durable.begin_with(instance, source.since, self._index - source.index)
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -4604,15 +4663,14 @@ class _CatchUp:
 
     def _ask(self, instance: bytes, source: _Source) -> None:
         """Ask for what is missing up to the hello."""
+        if self._socket.closed:
+            return  # this is of what it had received before
         self._cancel_request(instance)
         if source.position is None:
-            if source.since is None:
-                source.since, source.index = self._since(self._index)
-                if self._durable is not None:
-                    self._durable.begin_with(instance, source.since, self._index - source.index)
-            what = b"a%d" % max(int((time.monotonic() - source.since) * 1000), 0)
+            past = max(int((time.monotonic() - source.since) * 1000), 0)
+            what = b"%d+%d" % (source.found, past)
         else:
-            what = b"n%d" % source.position
+            what = b"%d+0" % source.position
         source.unconfirmed = self._live(source.index, source.hello_index)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
@@ -4620,7 +4678,7 @@ class _CatchUp:
 
     def _cancel_request(self, instance: bytes) -> None:
         request = self._requests.pop(instance, None)
-        if request is not None:
+        if request is not None and not self._socket.closed:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, request)
 
     def _take_past(self, source: _Source, number: int, content: bytes, is_live: bool) -> bytes | None:
@@ -4644,11 +4702,17 @@ class _CatchUp:
             return None
         return content
 
-    def _take_end(self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int) -> None:
+    def _take_end(
+        self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, is_answer: int
+    ) -> None:
         if ends <= source.ends:
             return  # the same over a second connection
         is_whole = sent == source.counted + len(source.came)
         self._close(source)
+        if source.is_asked and not is_answer:  # a full queue came between: what was asked for is still to come
+            source.ends, source.counted = ends, 0
+            source.came.clear()
+            return
         if is_whole:
             source.advance(number, source.hello_index if number <= source.hello else self._index)
             if self._durable is not None:
@@ -4666,6 +4730,7 @@ class _CatchUp:
     def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
         if not number or (source.is_asked and time.monotonic() - source.asked < 5):
             return
+        self._close(source)
         if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
             source.advance(number, self._index)
             if self._durable is not None:
@@ -5036,7 +5101,7 @@ def _backend_towards(announced: Any) -> str | None:
     Anybody can announce anything, so a secure process uses CURVE whatever it is told: the worst that a false
     announcement causes is an attempt to connect that fails.
     """
-    own = _backend()
+    own = configured_backend()
     if own == "secure_zmq" or announced in (None, own):
         return own
     has_keys = config.get("client_secret_key_file") and config.get("server_public_key_file")
@@ -5100,7 +5165,7 @@ class Subscriber:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        _backend()  # an unknown one is an error now
+        configured_backend()  # an unknown one is an error now
         self._topics = _topic_prefixes(topics)
         self._filter = message_filter
         self._translate = translate
@@ -5111,9 +5176,11 @@ class Subscriber:
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._owner = 0  # the thread that receives just now
         self._loop = Loop()
-        self._connections = _Connections(self._loop, self._open_socket, self._read_all, self._note_change)
-        self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
+        self._connections = _Connections(
+            self._loop, self._open_socket, self._read_all, self._note_change, lambda sock: self._streams.pop(sock, None)
+        )
+        self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
         self._ready: list[_CatchUp] = []
         self._batch_end = 0.0
@@ -5153,14 +5220,20 @@ class Subscriber:
         # What stays in the process needs no keys.
         backend = "unsecure_zmq" if address.startswith("inproc://") else _backend_towards(announced)
         if backend is None:
-            raise ValueError(f"{address} uses the backend {announced!r}, this program {_backend()!r}: not connected.")
+            raise ValueError(
+                f"{address} uses the backend {announced!r}, this program {configured_backend()!r}: not connected."
+            )
         prefixes = self._topics if topics is None else _topic_prefixes(topics)
         if self._wanted.get(address) != (prefixes, backend):
             if not address.startswith("inproc:"):
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
             self._wanted[address] = (prefixes, backend)
             key = (prefixes, backend, address if self._translate else None)
-            self._change(partial(self._connections.want, address, key, begin))
+            try:
+                self._change(partial(self._connections.want, address, key, begin))
+            except BaseException:
+                self._wanted.pop(address, None)
+                raise
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
@@ -5232,15 +5305,16 @@ class Subscriber:
 
     def _change(self, change: Callable[[], None]) -> None:
         """Apply *change* to the sockets: now if nobody else waits on them, else by who does."""
-        if self._turning is None and self._lock.acquire(blocking=False):
+        if self._lock.acquire(blocking=False):
             try:
-                self._loop.settle()
-                if not self._is_closed:
-                    change()
+                if not self._is_awaited:
+                    self._loop.settle()
+                    if not self._is_closed:
+                        change()
+                    return
             finally:
                 self._lock.release()
-        else:
-            self._loop.call(change)
+        self._loop.call(change)
 
     def _open_socket(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
@@ -5300,7 +5374,7 @@ class Subscriber:
             yield receiver
         finally:
             self._receivers.remove(receiver)
-            if not self._receivers and self._turning is not None:
+            if not self._receivers and self._is_awaited:
                 self._turning.cancel()
             if self._is_closed:
                 self._close()
@@ -5315,7 +5389,7 @@ class Subscriber:
                 if message is not None:
                     return message
             deadline = None if timeout is None else time.monotonic() + timeout
-            if self._turning is not None:
+            if self._is_awaited:
                 raise RuntimeError("An asyncio program receives from this subscriber: a thread cannot do so too.")
             self._owner = threading.get_ident()
             try:
@@ -5374,16 +5448,22 @@ class Subscriber:
                 raise failure
             with self._lock:
                 message = self._take(receiver)
-            now = time.monotonic()
-            if message is not None or (has_waited and deadline is not None and now >= deadline):
-                return message
-            if self._turning is None:
-                self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
-                self._turning.add_done_callback(self._end_turning)
+                now = time.monotonic()
+                if message is not None or (has_waited and deadline is not None and now >= deadline):
+                    return message
+                if not self._is_awaited:
+                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
+                    self._turning.add_done_callback(self._end_turning)
             await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
             self._batch_end = time.monotonic() + self._BATCH_SECONDS
             has_waited = True
         return None
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether an asyncio program waits on the sockets; not if its event loop has ended in the middle of it."""
+        turning = self._turning
+        return turning is not None and not turning.done() and not turning.get_loop().is_closed()
 
     def _end_turning(self, turning: Any) -> None:
         self._turning = None
@@ -5411,7 +5491,7 @@ class Subscriber:
                 if self._durable is not None:
                     self._durable.hand_out(receiver.owner, raw)
                 return message
-        self._ready = self._ready[::-1]  # the other end has its turn
+        self._ready = self._ready[-1:] + self._ready[:-1]  # the next has its turn
         return None
 
     def _accept(self, raw: bytes, stream: _CatchUp) -> Message | None:
@@ -5436,7 +5516,7 @@ class Subscriber:
 
     def _translate_sender(self, message: Message, address: str) -> None:
         """Put the host of *address*, which the message came from, in place of the one that its sender says."""
-        tcp = _split_tcp(address)
+        tcp = split_tcp_address(address)
         if tcp is not None:
             message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
 
@@ -5466,11 +5546,13 @@ class Subscriber:
         if self._pid != os.getpid():
             return  # they belong to the parent, whose thread may have held the lock at the time of the fork
         self.stop()
-        if self._owner == threading.get_ident() or self._turning is not None:
+        if self._owner == threading.get_ident():
             return  # in a signal handler or a callback: who receives closes them
         # Whoever receives in another thread closes them; this thread waits for it, but not for ever.
         if self._lock.acquire(timeout=1):
             try:
+                if self._is_awaited:
+                    return
                 self._connections.close()
                 self._loop.close()
                 self._ready, self._backlog = [], deque()
@@ -5581,9 +5663,8 @@ class _Follower:
             endpoint = self._resolutions[host].check()
             if host not in self._sockets and endpoint is not None:
                 self._last_answer[host] = now
-                self._sockets[host] = [self._open_lookups(host, endpoint)]
-                if self._listen:
-                    self._sockets[host] += self._open_news(host, endpoint)
+                news = self._open_news(host, endpoint) if self._listen else []
+                self._sockets[host] = [self._open_lookups(host, endpoint), *news]
 
     def _resolution(self, host: str) -> _Resolution:
         return _Resolution(_lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
@@ -5691,7 +5772,7 @@ class _Follower:
         """Connect the subscriber to a publisher of *service* that *host* told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
-        if not _is_remote(address) or _backend_towards(backend) is None:
+        if not is_connectable(address) or _backend_towards(backend) is None:
             self._log.warning("address", "Skipped the address %.200r with the backend %.200r", address, backend)
             return
         assert isinstance(address, str)
@@ -5704,7 +5785,7 @@ class _Follower:
             if address not in self._subscriber.addresses:  # else the program itself has added it, and may remove it
                 try:
                     self._subscriber._add({"URI": address, "backend": backend}, None, self._subscriber._begin)
-                except ConfigurationError as error:  # the keys are just being replaced
+                except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
                     self._log.warning("keys", "Cannot connect to %s (trying again): %s", address, error)
                     return
                 publisher.is_ours = True
@@ -5763,7 +5844,8 @@ class NSSubscriber:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        self._begin: dict[str, Any] = {"since": since, "durable": durable}
+        begin = {"since": since, "durable": durable}
+        self._begin: dict[str, Any] = {key: value for key, value in begin.items() if value is not None}
         self._services = [services] if isinstance(services, str) else list(services or [])
         self._topics = topics
         self._addr_listener = addr_listener
@@ -5787,7 +5869,13 @@ class NSSubscriber:
         """
         if self._subscriber is None:
             _log("subscriber").debug("Subscribing to topics %s", self._topics)
-            subscriber = Subscriber(self._addresses, self._topics, self._filter, self._translate, **self._begin)
+            subscriber = Subscriber(
+                self._addresses,
+                self._topics,
+                message_filter=self._filter,
+                translate=self._translate,
+                **self._begin,
+            )
             try:
                 if self._services and self._nameserver:
                     self._follow(subscriber)
@@ -5836,6 +5924,13 @@ class NSSubscriber:
         if subscriber is not None:
             subscriber.__exit__(*exc_info)
 
+    async def __aenter__(self) -> Subscriber:
+        self._timeout = 0  # what is not found at once is found while it receives
+        return self.start()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
+
 
 class Subscribe:
     """The subscribing context: gives a `Subscriber`, and closes it at the end.
@@ -5871,7 +5966,7 @@ class Subscribe:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        settings = {
+        self._settings = {
             "services": services,
             "topics": topics,
             "addr_listener": addr_listener,
@@ -5883,13 +5978,34 @@ class Subscribe:
             "since": since,
             "durable": durable,
         }
-        self.subscriber = create_subscriber_from_dict_config(settings)
+        self._subscriber: Subscriber | None = None
+        asyncio = sys.modules.get("asyncio")
+        if asyncio is None or asyncio._get_running_loop() is None:
+            self._create()  # else where it is used: with ``async with``, nothing waits in the thread of the event loop
+
+    def _create(self) -> Subscriber:
+        if self._subscriber is None:
+            self._subscriber = create_subscriber_from_dict_config(self._settings)
+        return self._subscriber
+
+    @property
+    def subscriber(self) -> Subscriber:
+        """The subscriber."""
+        return self._create()
 
     def __enter__(self) -> Subscriber:
         return self.subscriber
 
     def __exit__(self, *exc_info: object) -> None:
         self.subscriber.__exit__(*exc_info)
+        self.subscriber.close()  # a replaced class may do nothing at its exit
+
+    async def __aenter__(self) -> Subscriber:
+        self._settings["timeout"] = 0  # what is not found at once is found while it receives
+        return self.subscriber
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
 
 
 def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscriber:
@@ -5906,6 +6022,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         TypeError: There is another key, and no nameserver is to be asked.
         ValueError: An address cannot be used.
     """
+    begin = {key: settings[key] for key in ("since", "durable") if settings.get(key) is not None}
     nameserver = settings.get("nameserver")
     if nameserver is False and settings.get("addresses"):
         known = "addresses topics message_filter translate nameserver services addr_listener timeout port since durable"
@@ -5915,8 +6032,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
             topics=settings.get("topics", ""),
             message_filter=settings.get("message_filter"),
             translate=settings.get("translate", False),
-            since=settings.get("since"),
-            durable=settings.get("durable"),
+            **begin,
         )
     return NSSubscriber(
         services=settings.get("services", ""),
@@ -5927,8 +6043,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         translate=settings.get("translate", False),
         nameserver=nameserver or "localhost",
         message_filter=settings.get("message_filter"),
-        since=settings.get("since"),
-        durable=settings.get("durable"),
+        **begin,
     ).start()
 
 
@@ -6418,14 +6533,14 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
-        add("--set", metavar="KEY=VALUE", action="append", default=[], type=_assignment, help="set a configuration key")
+        add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
         add_arguments(command)
         command.set_defaults(run=run)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
     return parser
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
     """Return key and value of ``key=value``, for argparse."""
     key, equals, value = text.partition("=")
     if not (key and equals) or key.replace("-", "_") not in OPTIONS:
@@ -6947,7 +7062,7 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
     ours is never sent.
     """
-    tcp = _split_tcp(address) or ("", 0)
+    tcp = split_tcp_address(address) or ("", 0)
     received = b""
     with suppress(OSError), socket.create_connection(tcp, timeout) as connection:  # what has come by then tells enough
         for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
@@ -7273,7 +7388,7 @@ class _Doctor:
     def check_multicast(self) -> None:
         """Send to the multicast group, and receive it."""
         try:
-            group = _multicast_group(None)
+            group = multicast_group(None)
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 if group != "<broadcast>" and not config.get("multicast_interface"):
                     probe.connect((group, 9))
@@ -7301,7 +7416,7 @@ class _Doctor:
     def check_keys(self) -> None:
         """Read the key files."""
         settings = ("server_secret_key_file", "server_public_key_file", "client_secret_key_file")
-        if _backend() != "secure_zmq" and not any(map(config.get, settings)):
+        if configured_backend() != "secure_zmq" and not any(map(config.get, settings)):
             self.say("ok", "keys", "the backend unsecure_zmq needs none")
             return
         for setting in settings:
@@ -7345,12 +7460,12 @@ class _Doctor:
             endpoint = _lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
-                socket.getaddrinfo(cast("tuple[str, int]", _split_tcp(endpoint))[0], None)
+                socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0], None)
             except OSError as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue
             mechanism, received = _mechanism_at(endpoint)
-            wanted = "CURVE" if _backend() == "secure_zmq" else "NULL"
+            wanted = "CURVE" if configured_backend() == "secure_zmq" else "NULL"
             if not received:
                 remedy = "start it (nameserver), or open the port in the firewall"
                 self.say("FAIL", name, f"nobody answers at {endpoint}", remedy)

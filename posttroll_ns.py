@@ -119,7 +119,7 @@ class AddressBook:
         if not isinstance(data, dict):
             raise AnnouncementError("its data are no object")
         address = data.get("URI")
-        if not posttroll._is_remote(address) or len(cast(str, address)) > self.MAX_TEXT:
+        if not posttroll.is_connectable(address) or len(cast(str, address)) > self.MAX_TEXT:
             raise AnnouncementError(f"its URI {str(address)[:80]!r} is no TCP address to connect to")
         services = data.get("service", [name])
         if not isinstance(services, list) or not all(map(self._is_text, services)) or not services:
@@ -237,12 +237,12 @@ class _MulticastSource:
 
     RETRY = 2.0
 
-    def __init__(self, port: int, rules: posttroll._AccessRules, log: posttroll.LimitedLogger) -> None:
+    def __init__(self, port: int, rules: posttroll.AccessRules, log: posttroll.LimitedLogger) -> None:
         self._port = port
         self._rules = rules
         self._log = log
         self._receiver: posttroll.MulticastReceiver | None = None
-        self._group = posttroll._multicast_group(None)  # a wrong group is an error now, a missing network is not
+        self._group = posttroll.multicast_group(None)  # a wrong group is an error now, a missing network is not
         self._try_to_open()
 
     def _try_to_open(self) -> None:
@@ -272,7 +272,7 @@ class _MulticastSource:
         assert self._receiver is not None
         for _ in range(100):
             try:
-                data, sender = self._receiver.socket.recvfrom(posttroll._DATAGRAM_SIZE)
+                data, sender = self._receiver.socket.recvfrom(posttroll.DATAGRAM_SIZE)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -359,7 +359,7 @@ class _Server:
         """Close the socket."""
         if self._loop is not None:
             self._loop.unwatch(self.socket)
-        posttroll._close_flushed(self.socket, 0.1)  # the last answers should still arrive
+        posttroll.close_flushed(self.socket, 0.1)  # the last answers should still arrive
         if self._authenticator is not None:
             self._authenticator.stop()
 
@@ -414,7 +414,7 @@ class AddressReceiver:
         """
         if self.is_running():
             return self
-        posttroll._get_sender()  # reads a file, and clients may have used up all file descriptors later
+        posttroll.get_sender()  # reads a file, and clients may have used up all file descriptors later
         self._source = self.set_up_address_receiver(self._port)
         try:
             self._publisher = self._set_up_publisher()
@@ -469,7 +469,7 @@ class AddressReceiver:
     def set_up_address_receiver(self, port: int) -> Any:
         """Return the source of announcements: UDP multicast, or requests on the TCP *port*."""
         if self._multicast_enabled:
-            return _MulticastSource(port, posttroll._AccessRules(self._local_only), self._log)
+            return _MulticastSource(port, posttroll.AccessRules(self._local_only), self._log)
         return _RequestSource(port, self._local_only, self._log)
 
     def _set_up_publisher(self) -> Any:
@@ -541,8 +541,8 @@ class AddressReceiver:
 
         Who is connected to both gets every message twice; not at once, so that nobody misses one.
         """
-        tcp = posttroll._split_tcp(entry.address)
-        if tcp is not None and tcp[0] != "127.0.0.1" and posttroll._is_own_address(tcp[0]):
+        tcp = posttroll.split_tcp_address(entry.address)
+        if tcp is not None and tcp[0] != "127.0.0.1" and posttroll.is_own_address(tcp[0]):
             with self._lock:
                 self._book.retire(f"tcp://127.0.0.1:{tcp[1]}", entry.name)
 
@@ -610,7 +610,7 @@ class NameServer:
         multicast_enabled: bool = True,
         restrict_to_localhost: bool = False,
     ) -> None:
-        posttroll._backend()  # an unknown one is an error now
+        posttroll.configured_backend()  # an unknown one is an error now
         self._max_age = dt.timedelta(minutes=10) if max_age is None else max_age
         self._multicast_enabled = multicast_enabled
         self._local_only = restrict_to_localhost
@@ -672,7 +672,7 @@ class NameServer:
 
     def _addresses(self, nameserver_address: str | None) -> Iterator[tuple[str, str]]:
         """Yield the addresses to answer on, each with its backend."""
-        own = posttroll._backend()
+        own = posttroll.configured_backend()
         port = posttroll.get_configured_nameserver_port()
         yield nameserver_address or f"tcp://*:{port}", own
         if nameserver_address is None:
@@ -687,7 +687,7 @@ class NameServer:
         version = "v1.01"
         try:
             message = posttroll.Message.decode(request)
-            if message.version in posttroll._TIMEZONE_OF_VERSION:
+            if message.version in posttroll.WRITTEN_VERSIONS:
                 version = message.version
             service = message.data.get("service") if isinstance(message.data, dict) else None
             if not isinstance(service, str):
@@ -960,8 +960,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-multicast", action="store_true", help="disable address broadcasting via multicasting")
     add("-L", "--local-only", action="store_true", help="accept connections only from localhost")
     add("--pid-file", help="file with the process id of the daemon (one for each user and port)")
-    assignment = posttroll._assignment
-    add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], type=posttroll.assignment, help="set a key")
     add("--version", action="version", version=f"nameserver of posttroll {posttroll.__version__}")
     return parser
 
