@@ -4654,8 +4654,8 @@ class _CatchUp:
         if source.since is None:
             source.found = number
             source.since, source.index = self._since(port, self._index)
-            if self._durable is not None:
-                self._durable.begin_with(instance, source.since, self._index - source.index)
+            if self._durable is not None and source.position is None:
+                self._durable.begin_with(instance, source, self._index - source.index)
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -4892,7 +4892,9 @@ def _current_owner() -> Any:
 
 
 _DURABLE_HEAD = re.compile(rb"posttroll-durable 1 (\d{1,15})\n")
-_DURABLE_LINE = re.compile(rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) ([na]\d{1,15}) (\d{1,15})\n")
+_DURABLE_LINE = re.compile(
+    rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
+)
 
 
 class _DurableState:
@@ -4906,7 +4908,9 @@ class _DurableState:
         +<instance> <number>           a message of the past has been handled
         @<instance> n<number> <lines>  all messages of a publisher up to this number have been handled; the last so many
                                        lines of the first two kinds may be about later ones
-        @<instance> a<time> <lines>    a publisher has been found, its messages since then are wanted
+        @<instance> a<time>,<number> <lines>
+                                       a publisher has been found when it was at this number; what it sent after that
+                                       number, or since that time, is wanted
 
     Args:
         name: The durable name; the file is called so.
@@ -4983,7 +4987,8 @@ class _DurableState:
             if place[:1] == b"n":
                 source.position = int(place[1:])
             else:
-                source.since = time.monotonic() - max(time.time() - int(place[1:]) / 1000, 0)
+                milliseconds, source.found = map(int, place[1:].split(b","))
+                source.since = time.monotonic() - max(time.time() - milliseconds / 1000, 0)
 
     def _was_handled(self, instance: bytes, lines: int, number: int, content: bytes) -> bool:
         """Whether an earlier program has handled a message, according to what came after so many *lines*."""
@@ -4995,11 +5000,11 @@ class _DurableState:
         found.pop()  # the same text once more is another message
         return True
 
-    def begin_with(self, instance: bytes, since: float, came: int) -> None:
-        """Take note that a publisher has just been found, whose messages are wanted since a time; some came already."""
+    def begin_with(self, instance: bytes, source: _Source, came: int) -> None:
+        """Take note that *source*, a publisher, has just been found; so many messages may have come from it already."""
         with self._guard:
-            milliseconds = max(int((time.time() - time.monotonic() + since) * 1000), 0)
-            self._place(instance, b"a%d" % milliseconds, max(self.lines - came, 0))
+            milliseconds = max(int((time.time() - time.monotonic() + source.since) * 1000), 0)
+            self._place(instance, b"a%d,%d" % (milliseconds, source.found), max(self.lines - came, 0))
 
     def advance(self, instance: bytes, number: int, lines: int) -> None:
         """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
@@ -6926,7 +6931,10 @@ def _run_subscribe(options: argparse.Namespace) -> int:
     services, topics = options.service or "", options.topics or ""
     received = 0
     begin = {"since": options.since, "durable": options.durable}
-    following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted, **begin)
+    try:
+        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted, **begin)
+    except RuntimeError as error:  # the durable name is in use
+        raise _CommandError(str(error)) from None
     with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:

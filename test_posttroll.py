@@ -16,6 +16,7 @@ import copy
 import datetime as dt
 import enum
 import errno
+import gc
 import importlib
 import inspect
 import io
@@ -12179,7 +12180,7 @@ class TestDurable:
                     end = f"end {chance.random()}"
                     numbers.publisher.send(text_message(end, "/numbers"))
                 if data and data[-1] == end:
-                    return sorted(data[:-1])
+                    return sorted(data[:-1], key=str)
         return pytest.fail("It has ended.")
 
     # -- at any moment --
@@ -12278,6 +12279,7 @@ class TestDurable:
         elif how == "forgotten":
             assert received_data(sub, 3) == [0, 1, 2]
             del sub
+            gc.collect()
         elif how == "exception, then close":
             with pytest.raises(KeyError):
                 try:
@@ -12467,13 +12469,15 @@ class TestDurable:
         broken = {
             "empty": b"", "other": os.urandom(1000), "line": content.replace(b"@", b"@x", 1), "beginning": content[7:],
         }  # fmt: skip
+        time.sleep(0.1)  # what is sent in the same milliseconds may count as sent before or afterwards
         (directory / "name").write_bytes(broken[damage])
+        time.sleep(0.1)
         numbers.send(2)
         with self.subscriber(numbers) as sub:
             assert f"{directory / 'name'} is damaged" in caplog.text
             assert received_data(sub, 2) == [5, 6]
-        assert self.rest(numbers) == []
-        assert caplog.text.count("damaged") == 1
+        assert [each for each in self.rest(numbers) if isinstance(each, int)] == []
+        assert caplog.text.count(" is damaged:") == 1
 
     def test_a_line_that_was_not_finished(self, numbers, directory, caplog):
         numbers.send(3)
@@ -12482,21 +12486,20 @@ class TestDurable:
             file.write(b"0123")
         numbers.send(2)
         assert self.rest(numbers) == [3, 4]
-        assert "damaged" not in caplog.text
+        assert " is damaged:" not in caplog.text
 
     def test_it_is_small(self, numbers, directory, monkeypatch):
         monkeypatch.setattr(posttroll._StateFile, "GROWTH", 2000)
-        monkeypatch.setattr(posttroll._DurableState, "LINES", 100)
+        monkeypatch.setattr(posttroll._DurableState, "LINES", 1000)
         sizes = []
         with self.subscriber(numbers) as sub:
-            for _ in range(20):
+            for _ in range(50):
                 numbers.send(100)
                 received_data(sub, 100)
                 sizes.append((directory / "name").stat().st_size)
-        assert max(sizes) < 5000
-        assert max(sizes) > 2000
+        assert 17000 < max(sizes) < 25000  # 17 bytes a message
         numbers.send(3)
-        assert self.rest(numbers) == [2000, 2001, 2002]
+        assert self.rest(numbers) == [5000, 5001, 5002]
 
     def test_a_full_disk(self, numbers, directory):
         """The program goes on and warns a few times; when there is room again, all is known again."""

@@ -641,6 +641,12 @@ class LibraryWorker(Worker):
 
         self.messages = Subscriber(addresses, "").recv()
 
+    def open_durable_subscriber(self, addresses: list[str], directory: str) -> None:
+        from posttroll.subscriber import Subscriber
+
+        os.environ["POSTTROLL_DURABLE_DIRECTORY"] = directory
+        self.messages = Subscriber(addresses, "", durable="bench").recv()
+
     def receive_many(self, count: int) -> None:
         for _ in itertools.islice(self.messages, count):
             pass
@@ -1214,6 +1220,29 @@ def measure_receive(bench: Bench) -> None:
         receiving.add(name, cpu * 1e6)
 
 
+def measure_durable(bench: Bench) -> None:
+    """What it costs to write down what has been handled."""
+    row = bench.row("durable against not: CPU of the subscriber, more", "us/msg", 5, absolute=True)
+    [side] = [side for side in bench.sides if side.name == "ours"]
+    raw, messages = floor_encode(SUBJECT, "file", dictionary()), 20000
+    with tempfile.TemporaryDirectory() as directory:
+        pairs = []
+        for opening in (("open_subscriber",), ("open_durable_subscriber", directory)):
+            source, subscriber, counter = side.worker(), side.worker(), side.counter()
+            subscriber.ask(opening[0], source.ask("open_sources", 1), *opening[1:])
+            source.ask("await_subscriptions")
+            pairs.append((source, subscriber, counter))
+        for _ in range(5 if bench.quick else 21):
+            seconds = []
+            for source, subscriber, counter in pairs:
+                Counter(counter).set(0)
+                subscriber.tell("consume", messages, counter)
+                source.ask("send_encoded", messages, counter, raw, 10**9)
+                seconds.append(subscriber.answer()["cpu"])
+            row.add("ours", (seconds[1] - seconds[0]) / messages * 1e6)
+        side.close()
+
+
 def measure_latency(bench: Bench) -> None:
     """One-way latency."""
     row = bench.row("one-way latency at 100 msgs/s, median", "us", 1.05)
@@ -1485,6 +1514,7 @@ def measure_history(bench: Bench) -> None:
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "messages": measure_messages,
     "receive": measure_receive,
+    "durable": measure_durable,
     "latency": measure_latency,
     "encode": measure_encode,
     "decode": measure_decode,
