@@ -13008,7 +13008,7 @@ class TestMarks:
             for junk in (
                 posttroll._MARK,
                 posttroll._MARK[:-3],
-                posttroll._MARK + b"x" * 100_000,
+                posttroll._MARK + b"x" * 10_000,  # more is too much for the socket that sends it, with libzmq 4.3.4
                 posttroll._MARK + b"0123456789abcdef/" + b"9" * 10_000,
                 self.mark() + b"/" + b"f" * 16 + b"/1+0,1/pytroll:/",  # of another instance
                 self.mark() + f"/{instance}/{huge}+{huge},{huge}/".encode(),
