@@ -4760,6 +4760,8 @@ class TestPublishAndSubscribe:
         with posttroll.Publisher("tcp://*:0") as publisher:
             with command("subscribe", "--address", f"tcp://localhost:{publisher.port_number}") as subscribe:
                 assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a", "info", "up"))
+                await_line(subscribe, "up")  # it may be connected before it is prepared for signals
                 subscribe.send_signal(number)
                 assert finish(subscribe) == (0, "", "")
 
