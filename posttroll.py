@@ -3706,8 +3706,12 @@ class Publisher:
                     zmq.XPUB_NODROP: 1,
                     zmq.RCVHWM: 0,
                     # A subscriber too busy to answer is not dead; to give it up would lose all that is queued for it.
-                    zmq.HEARTBEAT_TIMEOUT: 0,
-                    zmq.HEARTBEAT_TTL: 0,
+                    # So it is not asked for signs of life.  Nor may it be: if its queue is full, it finds what it was
+                    # asked when its connection is gone, and libzmq (4.3.5) aborts the process as it tries to answer.
+                    **_liveness_options(True),
+                    zmq.HEARTBEAT_IVL: 0,
+                    zmq.TCP_MAXRT: 0,
+                    **get_tcp_keepalive_options(),
                 }
                 sock, self._port, self._authenticator = set_up_server_socket(
                     zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only

@@ -2075,7 +2075,7 @@ class TestSocketOptions:
     def test_peers_that_are_gone_are_noticed_by_default(self):
         """By ZMTP heartbeats, or by TCP keepalive where the queue of received messages is limited."""
         with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
-            assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 10000
+            assert pub._audience.socket.getsockopt(zmq.TCP_KEEPALIVE_IDLE) == 10
             [sock] = sub.subscribers
             assert sock.getsockopt(zmq.TCP_KEEPALIVE) == 1
             assert (sock.getsockopt(zmq.TCP_KEEPALIVE_IDLE), sock.getsockopt(zmq.TCP_KEEPALIVE_INTVL)) == (10, 10)
@@ -2087,7 +2087,7 @@ class TestSocketOptions:
     def test_the_times_are_configurable(self):
         with config.set(zmtp_heartbeat_interval=0.5, zmtp_heartbeat_timeout=2, receive_high_water_mark=0):
             with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
-                assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 500
+                assert pub._audience.socket.getsockopt(zmq.TCP_KEEPALIVE_IDLE) == 1
                 assert sub.subscribers[0].getsockopt(zmq.HEARTBEAT_TIMEOUT) == 2000
         with config.set(zmtp_heartbeat_interval=0), posttroll.Publisher("tcp://*:0") as pub:
             assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
@@ -13398,7 +13398,7 @@ class TestAwaiting:
                 address, ended = local_address(other.port_number), threading.Event()
 
                 def change() -> None:
-                    while not ended.is_set():
+                    while not ended.wait(0.0005):
                         sub.add(address)
                         sub.remove(address)
 
@@ -13445,15 +13445,15 @@ class TestAwaiting:
                                 ticks += 1
 
                         ticking = asyncio.ensure_future(tick())
-                        has_sent = False
+                        has_sent = has_come = False
                         async for message in sub:
-                            if message.data == "other":
+                            has_come = has_come or message.data == "other"
+                            if has_come and ticks >= 5:
                                 break
                             if not has_sent and other.subscriber_count:
                                 other.send(text_message("other"))
                                 has_sent = True
                         ticking.cancel()
-                        assert ticks
                     finally:
                         ended.set()
 
@@ -13766,7 +13766,9 @@ class Oracle:
         throttled = BACKLOG if subscriber.part.environment else LAG
         begin = max(publisher.started, subscriber.started)
         known = publisher.started < subscriber.started or not CAUGHT_UP
-        spans = [(float("-inf"), self.connected(begin))] if known else []
+        unfound = self.connected(begin)
+        was_there_too_shortly = not self._got and publisher.ended < unfound
+        spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
         if not CAUGHT_UP:
             spans += [(self.under_way(start, throttled), self.connected(end, NOTICED)) for start, end in self._cuts]
         if publisher.ending == signal.SIGKILL:
@@ -13828,8 +13830,10 @@ def judge(world: World) -> tuple[list[str], str]:
 
 
 def uses_no_more(life: Life, before: dict[str, float]) -> bool:
+    """Whether it does; one that is slow had a long queue once, whose memory may not have been given back."""
     now = life.resources()
-    return all(now[key] <= before[key] + more for key, more in (("threads", 0), ("files", 4), ("MB", 15)))
+    megabytes = 60 if life.part.kind == "subscriber" and life.part.pace else 15
+    return all(now[key] <= before[key] + more for key, more in (("threads", 0), ("files", 4), ("MB", megabytes)))
 
 
 @pytest.mark.long

@@ -1466,6 +1466,51 @@ def measure_growth(bench: Bench) -> None:
             side.close()
 
 
+HISTORY_PROGRAM = """
+import subprocess, sys, time, posttroll
+count = int(sys.argv[1])
+listen = "import sys, zmq; sock = zmq.Context().socket(zmq.SUB); sock.rcvhwm = 0; sock.subscribe(b'pytroll:/'); "
+listen += "sock.connect(sys.argv[1]); [sock.recv() for _ in range(int(sys.argv[2]))]"
+with posttroll.Publisher("tcp://*:0") as publisher:
+    address = f"tcp://127.0.0.1:{publisher.port_number}"
+    listening = subprocess.Popen([sys.executable, "-c", listen, address, str(count)])
+    publisher.wait_for_subscribers(1)
+    before = time.process_time()
+    for number in range(count):
+        publisher.send(posttroll.Message("/a", "info", {"number": number, "padding": "x" * 300}))
+    listening.wait()
+    print((time.process_time() - before) / count * 1e6)
+    with posttroll.Subscriber([address], since=600) as subscriber:
+        start = time.perf_counter()
+        for _ in range(publisher.history_length):
+            next(subscriber.recv(5))
+        print((time.perf_counter() - start) * 1e3)
+"""
+
+
+def measure_history(bench: Bench) -> None:
+    """What it costs a publisher to keep its newest messages, and how soon a subscriber has all of them."""
+    side = bench.sides[1]
+    rows = {
+        "5000": bench.row("send, 5,000 messages kept: CPU", "us/msg"),
+        "0": bench.row("send, none kept: CPU", "us/msg"),
+    }
+    more = bench.row("  with history in relation to without", "", 1.03, absolute=True)
+    caught_up = bench.row("a subscriber catches up with 5,000 messages", "ms")
+    for _ in range(4 if bench.quick else 15):
+        costs = {}
+        for kept, row in rows.items():
+            environment = {**side.surroundings["env"], "POSTTROLL_HISTORY_MESSAGES": kept}
+            command = [side.python, "-c", HISTORY_PROGRAM, "50000"]
+            surroundings = {**side.surroundings, "env": environment}
+            out = subprocess.run(command, check=True, capture_output=True, text=True, **surroundings).stdout.split()
+            costs[kept] = float(out[0])
+            row.add(side.name, costs[kept])
+            if kept != "0":
+                caught_up.add(side.name, float(out[1]))
+        more.add(side.name, costs["5000"] / costs["0"])
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "messages": measure_messages,
     "receive": measure_receive,
@@ -1477,6 +1522,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "register": measure_register,
     "addresses": measure_addresses,
     "fanout": measure_fanout,
+    "history": measure_history,
     "idle": measure_idle,
     "first": measure_first,
     "start": measure_start,
