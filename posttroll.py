@@ -3505,8 +3505,11 @@ class _Audience:
             self.loop.call(schedule)
 
     def _look_again(self) -> None:
+        left = self._next_look - time.monotonic()
         if any(peer.told != self.history.number for peer in self.peers.values()):
             self.look(time.monotonic())
+        elif left > 0:
+            self._later(left + 0.001, self._look_again)  # what is sent until then does not look
         self._expire()
 
     def _expire(self) -> None:
@@ -4758,6 +4761,22 @@ def _digest(raw: bytes) -> int:
 _DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
+def _try_to_lock(file: io.FileIO) -> bool:
+    """Lock a file for this process; return whether nobody else has. Raises OSError if the file system has no locks."""
+    try:
+        if sys.platform == "win32":
+            file.seek(2**16)  # what is locked cannot be read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            file.close()
+            raise
+        return False
+    return True
+
+
 class _StateFile:
     """A file of lines that one process has at a time: it appends to it, and writes it anew when it has become long.
 
@@ -4799,21 +4818,15 @@ class _StateFile:
     def _locked(self, path: str) -> io.FileIO:
         """Open *path*, and keep others from doing so as long as this process lives."""
         lock = io.FileIO(path, "a+")
-        try:
-            if sys.platform == "win32":
-                lock.seek(2**16)  # what is locked cannot be read
-                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            with lock:
-                lock.seek(0)
-                first = lock.read(300).decode("utf-8", "replace") or "another process"
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise  # the file system has no locks
-            raise RuntimeError(
-                f"The durable name {self._name!r} is in use by {first}: each running subscriber needs one of its own."
-            ) from None
+        deadline = time.monotonic() + 1  # a child that was forked just now may not have let go of it
+        while not _try_to_lock(lock):
+            if time.monotonic() > deadline:
+                with lock:
+                    lock.seek(0)
+                    first = lock.read(300).decode("utf-8", "replace") or "another process"
+                what = f"The durable name {self._name!r} is in use by {first}"
+                raise RuntimeError(f"{what}: each running subscriber needs one of its own.")
+            time.sleep(0.02)
         with suppress(OSError):  # the disk is full
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
