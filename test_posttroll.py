@@ -11350,7 +11350,7 @@ settings, pace, record = json.loads(sys.argv[1])
 record = open(record, "a", buffering=1)
 with posttroll.create_subscriber_from_dict_config({"topics": "/numbers", "timeout": 0, **settings}) as subscriber:
     signal.signal(signal.SIGTERM, lambda *args: subscriber.stop())
-    print("up", file=record)
+    print("up", time.monotonic(), file=record)
     for message in subscriber.recv():
         print("got", message.data["name"], message.data["life"], message.data["number"], file=record)
         time.sleep(pace)
@@ -11412,6 +11412,7 @@ class Life:
                 self.dropped = int(words[0])
             elif what == "up":
                 self.up = True
+                self.started = float(words[0]) if words else self.started  # a busy host takes its time until then
             else:
                 self.children.append(words[0])
         return self
