@@ -3261,15 +3261,13 @@ class _Peer:
         self.until = None if until is None or self.until is None else max(self.until, until)
 
 
-class _Audience:
-    """The socket of a publisher and those who listen to it: who they are, what they have, what they missed.
+class _Listeners:
+    """The socket of a publisher and those who listen to it.
 
     The background loop serves them, and so does whoever sends; the lock says whose turn it is.
     """
 
     PEERS = 10000
-    CHUNK = 200  # messages that one subscriber catches up before the next has its turn
-    LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
     def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
@@ -3292,81 +3290,6 @@ class _Audience:
         self._descriptor = int(cast(int, sock.get(zmq.FD)))
         self.loop = _background.join(self)
         self.loop.call(partial(self.loop.watch, self._descriptor, self._take_turn))
-
-    # -- sending --
-
-    def send(self, data: bytes) -> None:
-        """Send a message to those who have subscribed to it."""
-        now = time.monotonic()
-        if now > self._next_look:
-            self.look(now)
-        self.history.append(data, now)
-        try:
-            self._send(data, _NOBLOCK)
-        except zmq.Again:
-            self._send_around_full_queues(data)
-
-    def _send_around_full_queues(self, data: bytes) -> None:
-        """Send to those whose queue is not full, and count the others.
-
-        Subscribers of ours are asked one by one, by their marks; those that miss it catch up when there is room.
-        Strangers have no mark: it goes to all at once, and ZeroMQ drops it in silence where a queue is full, as it does
-        what follows until half of that queue is read.  So what they miss is counted only once each time that their
-        queue fills up.
-        """
-        self._take_subscriptions()
-        number, missed = self.history.number, 0
-        if self.strangers:
-            limit = cast(int, self.socket.getsockopt(zmq.SNDHWM))
-            self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
-            for peer in self.peers.values():
-                has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
-                if not has_room:  # it may be dropped for this one too, and what follows it
-                    peer.fall_behind(peer.told, None)
-                    peer.is_heard = False
-            self.socket.setsockopt(zmq.SNDHWM, limit)
-            self.socket.setsockopt(zmq.XPUB_NODROP, 0)
-            self.socket.send(data, _NOBLOCK)
-            self.socket.setsockopt(zmq.XPUB_NODROP, 1)
-            missed = 1
-        else:
-            content = b"L %s %d\0%s" % (self.instance, number, data)
-            for peer in self.peers.values():
-                if not data.startswith(peer.prefixes):
-                    continue
-                if peer.after is None and self._send_to(peer, content):
-                    peer.sent += 1
-                else:  # from what it was told on: so it can tell copies from messages that were sent several times
-                    peer.fall_behind(peer.told, None)
-                    missed += 1
-        self._catch_up_soon(0.02)
-        if missed:
-            self.dropped += missed
-            text = "Publisher %s: the queue of a slow subscriber is full, it misses messages (%d so far)"
-            self._log.warning("full", text, self._name.decode(), self.dropped)
-
-    def _send_to(self, peer: _Peer, content: bytes) -> bool:
-        """Send to one subscriber of ours alone; return False if its queue is full."""
-        try:
-            self.socket.send(peer.mark + b"\0" + content, _NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def _hears(self, peer: _Peer) -> bool:
-        """Whether what is sent to *peer* arrives, or is refused.
-
-        When a queue was full and its message dropped, ZeroMQ drops what follows, too, until half of the queue is read,
-        and does not say so.  Only a queue that it uses again can be full: so make them short, and fill this one.
-        """
-        if not peer.is_heard:
-            limit = self.socket.getsockopt(zmq.SNDHWM)
-            self.socket.setsockopt(zmq.SNDHWM, 1)
-            peer.is_heard = not all(self._send_to(peer, b"P %s 0 0 0" % self.instance) for _ in range(100))
-            self.socket.setsockopt(zmq.SNDHWM, limit)
-        return peer.is_heard
-
-    # -- who listens --
 
     @property
     def strangers(self) -> int:
@@ -3404,6 +3327,12 @@ class _Audience:
                 with suppress(ValueError):
                     self._waiting.remove(waiting)
                 waiting[1]()
+
+    def release_waiting(self) -> None:
+        """Call all that waits for subscribers: there will not be any more."""
+        waiting, self._waiting = self._waiting, []
+        for _, callback in waiting:
+            callback()
 
     def _take_turn(self) -> None:
         """Do what the socket has to be done; called by the loop.
@@ -3461,31 +3390,13 @@ class _Audience:
         self.socket.setsockopt(option, mark)
         self._greet(peer)
 
-    def _greet(self, peer: _Peer) -> None:
-        """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
-        peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
-        fields = (self.instance, number, peer.ends, self._port, self._name)
-        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
-            peer.hello = peer.told = number
-        else:
-            self._catch_up_soon(0.02)
-
-    # -- catching up --
-
-    def look(self, now: float) -> None:
-        """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
-        self._next_look = now + self.LOOK_SECONDS
-        self._take_subscriptions()
-        self._tell_positions()
-        if self._look_again not in self._timers:
-            self._later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
-
-    def _tell_positions(self) -> None:
-        number = self.history.number
-        for peer in self.peers.values():
-            if peer.told != number and peer.after is None and peer.hello is not None:
-                if self._send_to(peer, b"P %s %d %d %d" % (self.instance, number, peer.ends, peer.sent)):
-                    peer.told = number
+    def _send_to(self, peer: _Peer, content: bytes) -> bool:
+        """Send to one subscriber of ours alone; return False if its queue is full."""
+        try:
+            self.socket.send(peer.mark + b"\0" + content, _NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Have *callback* called by the loop under the lock, unless it is to be already."""
@@ -3503,6 +3414,133 @@ class _Audience:
         if callback not in self._timers:
             self._timers[callback] = None
             self.loop.call(schedule)
+
+    def close(self, linger: int) -> None:
+        """Close the socket; what is queued may still take *linger* milliseconds."""
+        _background.finish(partial(self._close, linger), self.loop)
+        _background.leave(self, self.loop)
+
+    def abandon(self, linger: int, authenticator: Authenticator | None) -> None:
+        """Do what `close` does, without waiting for it: this thread may hold the lock of another publisher."""
+
+        def close() -> None:
+            self._close(linger)
+            if authenticator is not None:
+                authenticator.stop()
+            _background.leave(self, self.loop)
+
+        self.loop.call(close)
+
+    def _close(self, linger: int) -> None:
+        self.loop.unwatch(self._descriptor)
+        with self.lock:
+            for timer in self._timers.values():
+                if timer is not None:
+                    timer.cancel()
+            if not self.socket.closed:
+                self.socket.close(linger)
+
+    def _greet(self, peer: _Peer) -> None:
+        """Greet a subscriber of ours that has come."""
+        raise NotImplementedError
+
+    def _take_request(self, mark: bytes, match: re.Match[bytes]) -> None:
+        """Take what a subscriber of ours asks for."""
+        raise NotImplementedError
+
+
+class _Audience(_Listeners):
+    """What those who listen to a publisher get, have, and have missed."""
+
+    CHUNK = 200  # messages that one subscriber catches up before the next has its turn
+    LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
+
+    def send(self, data: bytes) -> None:
+        """Send a message to those who have subscribed to it."""
+        now = time.monotonic()
+        if now > self._next_look:
+            self.look(now)
+        self.history.append(data, now)
+        try:
+            self._send(data, _NOBLOCK)
+        except zmq.Again:
+            self._send_around_full_queues(data)
+
+    def _send_around_full_queues(self, data: bytes) -> None:
+        """Send to those whose queue is not full, and count the others.
+
+        Subscribers of ours are asked one by one, by their marks; those that miss it catch up when there is room.
+        Strangers have no mark: it goes to all at once, and ZeroMQ drops it in silence where a queue is full, as it does
+        what follows until half of that queue is read.  So what they miss is counted only once each time that their
+        queue fills up.
+        """
+        self._take_subscriptions()
+        number, missed = self.history.number, 0
+        if self.strangers:
+            limit = cast(int, self.socket.getsockopt(zmq.SNDHWM))
+            self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
+            for peer in self.peers.values():
+                has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
+                if not has_room:  # it may be dropped for this one too, and what follows it
+                    peer.fall_behind(peer.told, None)
+                    peer.is_heard = False
+            self.socket.setsockopt(zmq.SNDHWM, limit)
+            self.socket.setsockopt(zmq.XPUB_NODROP, 0)
+            self.socket.send(data, _NOBLOCK)
+            self.socket.setsockopt(zmq.XPUB_NODROP, 1)
+            missed = 1
+        else:
+            content = b"L %s %d\0%s" % (self.instance, number, data)
+            for peer in self.peers.values():
+                if not data.startswith(peer.prefixes):
+                    continue
+                if peer.after is None and self._send_to(peer, content):
+                    peer.sent += 1
+                else:  # from what it was told on: so it can tell copies from messages that were sent several times
+                    peer.fall_behind(peer.told, None)
+                    missed += 1
+        self._catch_up_soon(0.02)
+        if missed:
+            self.dropped += missed
+            text = "Publisher %s: the queue of a slow subscriber is full, it misses messages (%d so far)"
+            self._log.warning("full", text, self._name.decode(), self.dropped)
+
+    def _hears(self, peer: _Peer) -> bool:
+        """Whether what is sent to *peer* arrives, or is refused.
+
+        When a queue was full and its message dropped, ZeroMQ drops what follows, too, until half of the queue is read,
+        and does not say so.  Only a queue that it uses again can be full: so make them short, and fill this one.
+        """
+        if not peer.is_heard:
+            limit = self.socket.getsockopt(zmq.SNDHWM)
+            self.socket.setsockopt(zmq.SNDHWM, 1)
+            peer.is_heard = not all(self._send_to(peer, b"P %s 0 0 0" % self.instance) for _ in range(100))
+            self.socket.setsockopt(zmq.SNDHWM, limit)
+        return peer.is_heard
+
+    def _greet(self, peer: _Peer) -> None:
+        """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
+        peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
+        fields = (self.instance, number, peer.ends, self._port, self._name)
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
+            peer.hello = peer.told = number
+        else:
+            self._catch_up_soon(0.02)
+
+    def look(self, now: float) -> None:
+        """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
+        self._next_look = now + self.LOOK_SECONDS
+        self._take_subscriptions()
+        self._tell_positions()
+        if self._look_again not in self._timers:
+            self._later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
+
+    def _tell_positions(self) -> None:
+        number = self.history.number
+        for peer in self.peers.values():
+            if peer.told != number and peer.after is None and peer.hello is not None:
+                if self._send_to(peer, b"P %s %d %d %d" % (self.instance, number, peer.ends, peer.sent)):
+                    peer.told = number
 
     def _look_again(self) -> None:
         left = self._next_look - time.monotonic()
@@ -3576,8 +3614,6 @@ class _Audience:
         peer.begin()
         return True
 
-    # -- the end --
-
     def unserved(self) -> list[tuple[bytes, int | None]]:
         """Return who has to catch up, from where, and who has come so recently that its request is on its way."""
         with self.lock:
@@ -3588,37 +3624,6 @@ class _Audience:
                 for mark, peer in self.peers.items()
                 if peer.after is not None or (peer.greeted is not None and now - peer.greeted < 0.5)
             ]
-
-    def release_waiting(self) -> None:
-        """Call all that waits for subscribers: there will not be any more."""
-        waiting, self._waiting = self._waiting, []
-        for _, callback in waiting:
-            callback()
-
-    def close(self, linger: int) -> None:
-        """Close the socket; what is queued may still take *linger* milliseconds."""
-        _background.finish(partial(self._close, linger), self.loop)
-        _background.leave(self, self.loop)
-
-    def abandon(self, linger: int, authenticator: Authenticator | None) -> None:
-        """Do what `close` does, without waiting for it: this thread may hold the lock of another publisher."""
-
-        def close() -> None:
-            self._close(linger)
-            if authenticator is not None:
-                authenticator.stop()
-            _background.leave(self, self.loop)
-
-        self.loop.call(close)
-
-    def _close(self, linger: int) -> None:
-        self.loop.unwatch(self._descriptor)
-        with self.lock:
-            for timer in self._timers.values():
-                if timer is not None:
-                    timer.cancel()
-            if not self.socket.closed:
-                self.socket.close(linger)
 
     def measure_left(self) -> int:
         """Return how many messages are queued for the slowest subscriber of ours: try how many it has room for."""
@@ -3652,6 +3657,75 @@ def _unsent_bytes(port: int | None) -> list[str] | None:
     except (OSError, ValueError, IndexError):
         return None
     return queues if os.path.exists("/proc/net/tcp") else None
+
+
+class _Ending:
+    """The end of a publisher, which waits as long as its queues drain.
+
+    Args:
+        audience: Those who listen to it.
+        port: Its port, None if it is not TCP.
+        name: What to call it in the log.
+        patience: Seconds without progress after which it gives up.
+    """
+
+    def __init__(self, audience: _Audience, port: int | None, name: str, patience: float) -> None:
+        self._audience = audience
+        self._port = port
+        self._name = name
+        self._patience = patience
+        self.reached = 0
+
+    def drain(self, young: float) -> int:
+        """Close the socket when all is sent; return how many messages are left if nothing goes on any more.
+
+        Args:
+            young: Seconds in the life of a publisher in which subscribers may be just finding it.
+        """
+        audience = self._audience
+        if audience.socket.closed:
+            audience.close(0)
+            return 0
+        while audience.history.number and time.monotonic() < audience.started + young:
+            time.sleep(min(0.02, max(audience.started + young - time.monotonic(), 0)))
+        with audience.lock:
+            self.reached = audience.reached
+        if not self._wait():
+            return self._give_up()
+        monitor = None
+        with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
+            monitor = _open_monitor(audience.socket, 0)  # its end tells when the socket is really gone
+        audience.close(int(self._patience * 1000))
+        if monitor is not None and not _close_monitor(monitor, self._patience):
+            _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
+        return 0
+
+    def _wait(self) -> bool:
+        """Wait until all is sent; return False if nothing goes on any more."""
+        state: Any = True
+        since = time.monotonic()
+        while True:
+            before, state = state, self._state()
+            if not (state or before):
+                return True  # twice nothing: what was sent last has come as far as the system's queue
+            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
+            if state != before:
+                since = time.monotonic()
+            elif time.monotonic() - since > self._patience:
+                return False
+
+    def _state(self) -> Any:
+        """Return what changes as long as the queues drain, something empty when they are."""
+        behind = self._audience.unserved()
+        unsent = _unsent_bytes(self._port) if self._port else None
+        return (behind, unsent) if behind or unsent else None
+
+    def _give_up(self) -> int:
+        left = self._audience.measure_left()
+        text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
+        _log("publisher").warning(text, self._name, self._patience, left or "the last")
+        self._audience.close(0)
+        return left or 1
 
 
 class Publisher:
@@ -3866,7 +3940,11 @@ class Publisher:
             return
         audience.release_waiting()
         try:
-            left = self._drain(audience)
+            is_findable = self._is_announced or not self._address.endswith(":0")
+            young = config.get("discovery_seconds") if is_findable else 0
+            ending = _Ending(audience, self._port, self._name or self._address, self.LINGER_SECONDS)
+            left = ending.drain(young)
+            self.reached = ending.reached
         except BaseException:  # Control-C, once more
             audience.close(0)
             raise
@@ -3874,50 +3952,6 @@ class Publisher:
         if authenticator is not None:
             authenticator.stop()
         _log("publisher").debug("Publisher for %s stopped", self._address)
-
-    def _drain(self, audience: _Audience) -> int:
-        """Close the socket when all is sent; return how many messages are left if nothing goes on any more."""
-        if audience.socket.closed:
-            audience.close(0)
-            return 0
-        is_findable = self._is_announced or not self._address.endswith(":0")
-        young_until = audience.started + (config.get("discovery_seconds") if is_findable else 0)
-        while audience.history.number and time.monotonic() < young_until:
-            time.sleep(min(0.02, max(young_until - time.monotonic(), 0)))
-        with self._lock:
-            self.reached = audience.reached
-        state: Any = True
-        since = time.monotonic()
-        while True:
-            before, state = state, self._state_of(audience)
-            if not (state or before):
-                break  # twice nothing: what was sent last has come as far as the system's queue
-            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
-            if state != before:
-                since = time.monotonic()
-            elif time.monotonic() - since > self.LINGER_SECONDS:
-                return self._give_up(audience)
-        monitor = None
-        with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
-            monitor = _open_monitor(audience.socket, 0)  # its end tells when the socket is really gone
-        audience.close(int(self.LINGER_SECONDS * 1000))
-        if monitor is not None and not _close_monitor(monitor, self.LINGER_SECONDS):
-            _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name or self._address)
-        return 0
-
-    def _state_of(self, audience: _Audience) -> Any:
-        """Return what changes as long as the queues drain, something empty when they are."""
-        behind = audience.unserved()
-        unsent = _unsent_bytes(self._port) if self._port else None
-        return (behind, unsent) if behind or unsent else None
-
-    def _give_up(self, audience: _Audience) -> int:
-        left = audience.measure_left()
-        text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
-        number = left or "the last"
-        _log("publisher").warning(text, self._name or self._address, self.LINGER_SECONDS, number)
-        audience.close(0)
-        return left or 1
 
     def close(self) -> None:
         """Alias for stop."""
@@ -5143,61 +5177,27 @@ class _Receiver:
         return self.stops == self._subscriber._stops and not self._subscriber._is_closed
 
 
-class Subscriber:
-    """Subscribes to message streams.
-
-    Args:
-        addresses: The publishers' addresses, as text, or as `get_pub_address` returns them.
-        topics: The beginnings of the subjects to subscribe to; by default everything.
-        message_filter: Called with each message; those for which it returns a false value are skipped.
-        translate: Put the host of the publisher's address in place of the host of the sender.
-        since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
-            last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
-        durable: A name under which is written down what has been handled.  The next program with this name gets what
-            came in between, as far as the publishers keep it, and what this one had received, but not handled.
-
-    Attributes:
-        missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
-            keep.  Each time that is also logged as a warning.
-
-    Raises:
-        ValueError: An address cannot be used, or *durable* is no name for a file.
-        ConfigurationError: The ``durable_directory`` cannot be used.
-        RuntimeError: Another subscriber uses the name *durable* just now.
-
-    A message counts as handled when the thread or asyncio task that received it asks for the next one, has ended, or
-    closes the subscriber: by leaving its ``with`` block without an exception, or by `close` (not while an exception is
-    being handled, and not in a signal handler, as its loop goes on).  So does, after `stop`, the last one of a loop.
-    With *durable*, *since* counts only when the name is used for the first time.
-
-    It can be iterated over, also with ``async for``, and is a context manager that closes it.  `stop` and `close` may
-    be called from other threads and from signal handlers, `add`, `remove` and `update` from other threads.  What a
-    publisher of ours has sent while there was no connection to it comes as soon as there is one again.
-    """
-
-    _BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
-    _LONGEST_WAIT = 0.9  # a signal that arrives just before a poll begins does not end it, and on Windows none does
+class _SubscriberSockets:
+    """Where the messages of a subscriber come from: its addresses and hooks, and the sockets for them."""
 
     def __init__(
         self,
-        addresses: str | Iterable[Any],
-        topics: str | Iterable[str] | None = "",
-        message_filter: Callable[[Message], Any] | None = None,
-        translate: bool = False,
-        since: float | timedelta | datetime | None = None,
-        durable: str | None = None,
+        topics: str | Iterable[str] | None,
+        translate: bool,
+        since: float | timedelta | datetime | None,
+        durable: str | None,
     ) -> None:
         configured_backend()  # an unknown one is an error now
         self._topics = _topic_prefixes(topics)
-        self._filter = message_filter
         self._translate = translate
         seconds = _seconds_since(since)
         self._durable = None if durable is None else _DurableState(durable, seconds)
         self._begin = time.monotonic() - (seconds if self._durable is None else self._durable.seconds)
         self._is_begun = False
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
-        self._owner = 0  # the thread that receives just now
         self._loop = Loop()
+        self._turning: Any = None  # the asyncio task that waits for all who await
+        self._is_closed = False
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._connections = _Connections(
             self._loop, self._open_socket, self._read_all, self._note_change, lambda sock: self._streams.pop(sock, None)
@@ -5205,23 +5205,8 @@ class Subscriber:
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
         self._ready: list[_CatchUp] = []
-        self._batch_end = 0.0
         self._bad_log = LimitedLogger("subscriber")
-        self._receivers: list[_Receiver] = []
-        self._turning: Any = None  # the asyncio task that waits for all who await
-        self._failure: BaseException | None = None  # of that task
-        self._stops = 0
-        self._is_closed = False
-        self._pid = os.getpid()
         self.missed = 0
-        try:
-            self.update(addresses)
-        except BaseException:
-            self.close()
-            raise
-        self._is_begun = durable is None  # else what was sent before an address was added is wanted, too
-
-    # -- addresses --
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
         """Add an address.
@@ -5367,6 +5352,72 @@ class Subscriber:
             while True:
                 self._backlog.append((sock.recv(_NOBLOCK), self._streams[sock]))
 
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether an asyncio program waits on the sockets; not if its event loop has ended in the middle of it."""
+        turning = self._turning
+        return turning is not None and not turning.done() and not turning.get_loop().is_closed()
+
+
+class Subscriber(_SubscriberSockets):
+    """Subscribes to message streams.
+
+    Args:
+        addresses: The publishers' addresses, as text, or as `get_pub_address` returns them.
+        topics: The beginnings of the subjects to subscribe to; by default everything.
+        message_filter: Called with each message; those for which it returns a false value are skipped.
+        translate: Put the host of the publisher's address in place of the host of the sender.
+        since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
+            last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
+        durable: A name under which is written down what has been handled.  The next program with this name gets what
+            came in between, as far as the publishers keep it, and what this one had received, but not handled.
+
+    Attributes:
+        missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
+            keep.  Each time that is also logged as a warning.
+
+    Raises:
+        ValueError: An address cannot be used, or *durable* is no name for a file.
+        ConfigurationError: The ``durable_directory`` cannot be used.
+        RuntimeError: Another subscriber uses the name *durable* just now.
+
+    A message counts as handled when the thread or asyncio task that received it asks for the next one, has ended, or
+    closes the subscriber: by leaving its ``with`` block without an exception, or by `close` (not while an exception is
+    being handled, and not in a signal handler, as its loop goes on).  So does, after `stop`, the last one of a loop.
+    With *durable*, *since* counts only when the name is used for the first time.
+
+    It can be iterated over, also with ``async for``, and is a context manager that closes it.  `stop` and `close` may
+    be called from other threads and from signal handlers, `add`, `remove` and `update` from other threads.  What a
+    publisher of ours has sent while there was no connection to it comes as soon as there is one again.
+    """
+
+    _BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
+    _LONGEST_WAIT = 0.9  # a signal that arrives just before a poll begins does not end it, and on Windows none does
+
+    def __init__(
+        self,
+        addresses: str | Iterable[Any],
+        topics: str | Iterable[str] | None = "",
+        message_filter: Callable[[Message], Any] | None = None,
+        translate: bool = False,
+        since: float | timedelta | datetime | None = None,
+        durable: str | None = None,
+    ) -> None:
+        super().__init__(topics, translate, since, durable)
+        self._filter = message_filter
+        self._owner = 0  # the thread that receives just now
+        self._batch_end = 0.0
+        self._receivers: list[_Receiver] = []
+        self._failure: BaseException | None = None  # of that task
+        self._stops = 0
+        self._pid = os.getpid()
+        try:
+            self.update(addresses)
+        except BaseException:
+            self.close()
+            raise
+        self._is_begun = durable is None  # else what was sent before an address was added is wanted, too
+
     # -- receiving --
 
     def recv(self, timeout: float | None = None) -> Iterator[Message | None]:
@@ -5480,12 +5531,6 @@ class Subscriber:
             self._batch_end = time.monotonic() + self._BATCH_SECONDS
             has_waited = True
         return None
-
-    @property
-    def _is_awaited(self) -> bool:
-        """Whether an asyncio program waits on the sockets; not if its event loop has ended in the middle of it."""
-        turning = self._turning
-        return turning is not None and not turning.done() and not turning.get_loop().is_closed()
 
     def _end_turning(self, turning: Any) -> None:
         self._turning = None
