@@ -16,17 +16,20 @@ The file is read from top to bottom, each section uses only what stands above it
 
  1. configuration             ``config``
  2. messages                  ``Message``, ``MessageError``
- 3. multicast sockets         ``MulticastSender``, ``MulticastReceiver``
- 4. ZeroMQ sockets            contexts, options, CURVE, access control
- 5. asking the nameserver     ``get_pub_address``
- 6. announcing an address     ``AddressServiceBroadcaster``
- 7. publishing                ``Publisher``, ``NoisyPublisher``, ``Publish``
- 8. subscribing               ``Subscriber``, ``NSSubscriber``, ``Subscribe``
- 9. listening                 ``Listener``, ``ListenerContainer``
-10. logging over messages     ``PytrollHandler``, ``Logger``
-11. testing helpers           ``patched_publisher``, ``patched_subscriber_recv``
-12. command line              ``main``
-13. documented import paths   ``posttroll.publisher``, ``posttroll.ns``, ...
+ 3. the loop                  ``Loop``, ``call_on_signals``
+ 4. multicast sockets         ``MulticastSender``, ``MulticastReceiver``
+ 5. ZeroMQ sockets            ``get_context``; addresses and host names
+ 6. keys and access           CURVE, access control; binding and connecting
+ 7. asking the nameserver     ``get_pub_address``
+ 8. announcing an address     ``AddressServiceBroadcaster``
+ 9. publishing                ``Publisher``, ``NoisyPublisher``, ``Publish``; their history
+10. connections               which addresses, alive or not; what has come, and what was handled
+11. subscribing               ``Subscriber``, ``NSSubscriber``, ``Subscribe``
+12. listening                 ``Listener``, ``ListenerContainer``
+13. logging over messages     ``PytrollHandler``, ``Logger``
+14. testing helpers           ``patched_publisher``, ``patched_subscriber_recv``
+15. command line              ``main``
+16. documented import paths   ``posttroll.publisher``, ``posttroll.ns``, ...
 
 Copy it into any package; the only dependency is pyzmq.
 """
@@ -1745,6 +1748,58 @@ def get_local_ips() -> list[str]:
 # One context for each process; monitors, addresses, and host names, which ZeroMQ itself must never resolve.
 # ======================================================================================================================
 
+# -- monitors --
+
+_monitor_numbers = count()
+
+
+def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
+    """Return a new socket that receives the *events* of *sock*, and EVENT_MONITOR_STOPPED at the end.
+
+    Unlike `zmq.Socket.get_monitor_socket`, it ends another monitor of *sock* (with EVENT_MONITOR_STOPPED), and it may
+    be handed to another thread: closing *sock* does not close it.
+    """
+    endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
+    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
+    monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
+    monitor.linger = 0
+    monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
+    monitor.connect(endpoint)
+    return monitor
+
+
+_lingering_monitors: list[zmq.Socket[bytes]] = []
+_lingering_lock = threading.RLock()  # a signal handler may stop a publisher in the middle of another's stop
+
+
+def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> bool:
+    """Close a monitor, but not before its socket is gone: ZeroMQ's own thread would wait for ever to tell it so.
+
+    Waits up to *timeout* seconds for that, and returns whether it is; if not, the monitor is closed by a later call.
+    """
+    is_over = _is_over(monitor, timeout)
+    if is_over:
+        monitor.close(0)
+    with _lingering_lock:
+        for other in [other for other in _lingering_monitors if _is_over(other, 0)]:
+            other.close(0)
+            _lingering_monitors.remove(other)
+        if not monitor.closed:
+            _lingering_monitors.append(monitor)
+    return is_over
+
+
+def _is_over(monitor: zmq.Socket[bytes], timeout: float) -> bool:
+    """Whether the socket of *monitor* is gone, or goes in *timeout* seconds."""
+    deadline = time.monotonic() + timeout
+    while not monitor.closed:
+        if not monitor.poll(max(int((deadline - time.monotonic()) * 1000), 0)):
+            return False
+        if struct.unpack("=HI", monitor.recv_multipart(_NOBLOCK)[0])[0] == zmq.EVENT_MONITOR_STOPPED:
+            return True
+    return True
+
+
 # -- contexts --
 
 
@@ -1832,18 +1887,6 @@ class _IdleSockets:
 
 _idle_sockets = _IdleSockets()
 
-
-def _renew_locks_in_child() -> None:
-    """Replace what another thread of the parent may have held at the time of a fork."""
-    global _contexts_lock, _access_lock, _access_control, _idle_sockets
-    _contexts_lock, _access_lock, _access_control = threading.Lock(), threading.RLock(), None
-    _idle_sockets = _IdleSockets()
-    _Resolution._free_threads = threading.Semaphore(8)
-    _lingering_monitors.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks_in_child)
 
 # -- addresses --
 
@@ -2234,56 +2277,6 @@ class AccessRules:
         return "" if key in self._keys else f"its public key {key.decode()} is not in {self._keys.directory}"
 
 
-_monitor_numbers = count()
-
-
-def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
-    """Return a new socket that receives the *events* of *sock*, and EVENT_MONITOR_STOPPED at the end.
-
-    Unlike `zmq.Socket.get_monitor_socket`, it ends another monitor of *sock* (with EVENT_MONITOR_STOPPED), and it may
-    be handed to another thread: closing *sock* does not close it.
-    """
-    endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
-    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
-    monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
-    monitor.linger = 0
-    monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
-    monitor.connect(endpoint)
-    return monitor
-
-
-_lingering_monitors: list[zmq.Socket[bytes]] = []
-_lingering_lock = threading.RLock()  # a signal handler may stop a publisher in the middle of another's stop
-
-
-def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> bool:
-    """Close a monitor, but not before its socket is gone: ZeroMQ's own thread would wait for ever to tell it so.
-
-    Waits up to *timeout* seconds for that, and returns whether it is; if not, the monitor is closed by a later call.
-    """
-    is_over = _is_over(monitor, timeout)
-    if is_over:
-        monitor.close(0)
-    with _lingering_lock:
-        for other in [other for other in _lingering_monitors if _is_over(other, 0)]:
-            other.close(0)
-            _lingering_monitors.remove(other)
-        if not monitor.closed:
-            _lingering_monitors.append(monitor)
-    return is_over
-
-
-def _is_over(monitor: zmq.Socket[bytes], timeout: float) -> bool:
-    """Whether the socket of *monitor* is gone, or goes in *timeout* seconds."""
-    deadline = time.monotonic() + timeout
-    while not monitor.closed:
-        if not monitor.poll(max(int((deadline - time.monotonic()) * 1000), 0)):
-            return False
-        if struct.unpack("=HI", monitor.recv_multipart(_NOBLOCK)[0])[0] == zmq.EVENT_MONITOR_STOPPED:
-            return True
-    return True
-
-
 class Authenticator:
     """The access rules of one server socket; `stop` it after the socket has been closed."""
 
@@ -2435,6 +2428,19 @@ _access_lock = threading.RLock()
 
 
 _ZAP_ENFORCE_DOMAIN = 93  # of libzmq; pyzmq has no name for it before release 23
+
+
+def _renew_locks_in_child() -> None:
+    """Replace what another thread of the parent may have held at the time of a fork."""
+    global _contexts_lock, _access_lock, _access_control, _idle_sockets
+    _contexts_lock, _access_lock, _access_control = threading.Lock(), threading.RLock(), None
+    _idle_sockets = _IdleSockets()
+    _Resolution._free_threads = threading.Semaphore(8)
+    _lingering_monitors.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks_in_child)
 
 
 def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenticator | None:
