@@ -3290,6 +3290,7 @@ class _Listeners:
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._next_look = 0.0
+        self._patience = max(config.get("discovery_seconds"), 0.5)  # seconds that a busy subscriber has to ask
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
         self._log = LimitedLogger("publisher")
@@ -3628,7 +3629,7 @@ class _Audience(_Listeners):
             return [
                 (mark, peer.after)
                 for mark, peer in self.peers.items()
-                if peer.after is not None or (peer.greeted is not None and now - peer.greeted < 0.5)
+                if peer.after is not None or (peer.greeted is not None and now - peer.greeted < self._patience)
             ]
 
     def measure_left(self) -> int:
@@ -4599,6 +4600,7 @@ class _CatchUp:
 
     RECENT = 16384  # live messages that are recognised when they come once more
     SOURCES = 20000
+    PAST = 1000000  # messages that come under the mark until there is an end
 
     def __init__(
         self,
@@ -4622,7 +4624,7 @@ class _CatchUp:
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
         self._requests: dict[bytes, bytes] = {}
         self._recent: deque[int] = deque(maxlen=self.RECENT)  # digests of what came live
-        self._frozen: deque[tuple[int, int]] = deque(maxlen=4 * self.RECENT)  # with their numbers, before an outage
+        self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
         self._open: list[_Source] = []  # those of which messages come live and under the mark
 
@@ -4729,6 +4731,8 @@ class _CatchUp:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, request)
 
     def _take_past(self, source: _Source, number: int, content: bytes, is_live: bool) -> bytes | None:
+        if len(source.came) >= self.PAST:
+            raise ValueError(f"more than {self.PAST} messages without an end")
         source.came.add(number)
         if number <= (source.position or 0) or number in source.known or not content.startswith(self._prefixes):
             return None
@@ -5380,7 +5384,7 @@ class Subscriber(_SubscriberSockets):
 
     Attributes:
         missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
-            keep.  Each time that is also logged as a warning.
+            keep, whatever their subjects.  Each time that is also logged as a warning.
 
     Raises:
         ValueError: An address cannot be used, or *durable* is no name for a file.
