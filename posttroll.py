@@ -1188,21 +1188,19 @@ class LimitedLogger:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._lock = threading.Lock()
         self._kinds: dict[str, tuple[float, int]] = {}
 
     def log(self, level: int, kind: str, text: str, *args: Any, exc_info: bool = False) -> None:
         """Log *text* with *args*, unless there has been enough of this *kind*."""
         now = time.monotonic()
-        with self._lock:
-            start, count = self._kinds.get(kind, (now, 0))
-            suppressed = 0
-            if now - start > self.PERIOD:
-                suppressed = max(count - self.BURST, 0)
-                start, count = now, 0
-            if len(self._kinds) >= self.KINDS and kind not in self._kinds:
-                self._kinds.clear()
-            self._kinds[kind] = (start, count + 1)
+        start, count = self._kinds.get(kind, (now, 0))
+        suppressed = 0
+        if now - start > self.PERIOD:
+            suppressed = max(count - self.BURST, 0)
+            start, count = now, 0
+        if len(self._kinds) >= self.KINDS and kind not in self._kinds:
+            self._kinds.clear()
+        self._kinds[kind] = (start, count + 1)
         if suppressed:
             _log(self._path).log(level, "%d more messages of the kind '%s' were not logged", suppressed, kind)
         if count < self.BURST:
@@ -2432,7 +2430,8 @@ _ZAP_ENFORCE_DOMAIN = 93  # of libzmq; pyzmq has no name for it before release 2
 
 def _renew_locks_in_child() -> None:
     """Replace what another thread of the parent may have held at the time of a fork."""
-    global _contexts_lock, _access_lock, _access_control, _idle_sockets
+    global _contexts_lock, _access_lock, _access_control, _idle_sockets, _lingering_lock
+    _lingering_lock = threading.RLock()
     _contexts_lock, _access_lock, _access_control = threading.Lock(), threading.RLock(), None
     _idle_sockets = _IdleSockets()
     _Resolution._free_threads = threading.Semaphore(8)
@@ -3029,9 +3028,11 @@ class MessageBroadcaster:
 
     def stop(self) -> MessageBroadcaster:
         """Stop the broadcasting, and wait until it has ended."""
+        if self._pid != os.getpid():
+            return self  # the parent stops its own
         with self._lock:
             loop, self._loop = self._loop, None
-            if loop is None or self._pid != os.getpid():
+            if loop is None:
                 return self
         goodbye = self._goodbye()
         if goodbye is not None and not loop.is_stopped and not _background.is_here:
@@ -4015,9 +4016,16 @@ def _stop_live_publishers() -> None:
         publisher.stop()
 
 
+def _leave_publishers_to_parent() -> None:
+    """In a forked child: the parent stops its own; what is asked of them here must not wait for a thread of its."""
+    for publisher in list(_live_publishers):
+        publisher._lock = threading.RLock()
+    _live_publishers.clear()
+
+
 atexit.register(_stop_live_publishers)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_live_publishers.clear)  # the parent stops its own
+    os.register_at_fork(after_in_child=_leave_publishers_to_parent)
 
 
 def _bind_address(address: str) -> str:
