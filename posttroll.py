@@ -3166,7 +3166,7 @@ _MARK_PATTERN = re.compile(
 
 
 class PublisherStoppedError(RuntimeError, zmq.ZMQError):
-    """Sending with a publisher that has been stopped."""
+    """Sending with a publisher that has been stopped, or needs to be started."""
 
     def __init__(self, text: str) -> None:
         zmq.ZMQError.__init__(self, zmq.ENOTSOCK, text)
@@ -4122,7 +4122,7 @@ class NoisyPublisher:
 
     def _started(self) -> Publisher:
         if self._publisher is None:
-            raise RuntimeError(f"The publisher {self._name} is not started.")
+            raise PublisherStoppedError(f"The publisher {self._name} is not started.")
         return self._publisher
 
     def send(self, msg: str | bytes | Message) -> None:

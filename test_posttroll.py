@@ -2839,6 +2839,16 @@ class TestPublisher:
         with pytest.raises(RuntimeError, match="a_name has been stopped"):
             pub.send(text_message("too late"))
 
+    @pytest.mark.parametrize("expected", [RuntimeError, zmq.ZMQError, posttroll.PublisherStoppedError])
+    def test_programs_catch_either_error(self, expected):
+        noisy = posttroll.NoisyPublisher("a_name").start()
+        for pub in (posttroll.Publisher("tcp://*:0").start(), posttroll.Publisher("tcp://*:0"), noisy):
+            pub.stop()
+            for send in (pub.send, pub.send_string):
+                with pytest.raises(expected, match="has been stopped|is not started") as caught:
+                    send(text_message("too late"))
+                assert caught.value.errno == zmq.ENOTSOCK
+
     def test_an_exception_in_the_block_stops_it(self):
         with pytest.raises(KeyError), posttroll.Publisher("tcp://*:0") as pub:
             raise KeyError
