@@ -2845,7 +2845,7 @@ class TestPublisher:
         for pub in (posttroll.Publisher("tcp://*:0").start(), posttroll.Publisher("tcp://*:0"), noisy):
             pub.stop()
             for send in (pub.send, pub.send_string):
-                with pytest.raises(expected, match="has been stopped|is not started") as caught:
+                with pytest.raises(expected, match=r"has been stopped|is not started") as caught:
                     send(text_message("too late"))
                 assert caught.value.errno == zmq.ENOTSOCK
 
