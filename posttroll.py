@@ -4994,7 +4994,7 @@ class _DurableState:
         # What is written after "@", and how many lines of the first two kinds belong to what is before it.
         self._places: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
         self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
-        self._waiting: dict[bytes, tuple[int, bytes, int]] = {}  # places, until all is handled that came before
+        self._waiting: dict[bytes, list[tuple[int, bytes, int]]] = {}  # places, until all is handled that came before
         self._count = 0  # of what has been handed out
         self._guard = threading.RLock()
         self._read()
@@ -5075,7 +5075,8 @@ class _DurableState:
         """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
         with self._guard:
             if self._handed:
-                self._waiting.setdefault(instance, (self._count, b"n%d" % number, lines))
+                waiting = self._waiting.setdefault(instance, [])
+                waiting[1:] = [(self._count, b"n%d" % number, lines)]  # the first, and the newest
             else:
                 self._place(instance, b"n%d" % number, lines)
 
@@ -5095,10 +5096,10 @@ class _DurableState:
                     self._note_handled(other)
             if self._waiting:
                 oldest = min((count for count, _ in self._handed.values()), default=self._count + 1)
-                for instance, (before, place, lines) in list(self._waiting.items()):
-                    if before < oldest:
-                        del self._waiting[instance]
-                        self._place(instance, place, lines)
+                for instance, waiting in self._waiting.items():
+                    while waiting and waiting[0][0] < oldest:
+                        self._place(instance, *waiting.pop(0)[1:])
+                self._waiting = {instance: waiting for instance, waiting in self._waiting.items() if waiting}
 
     def _note_handled(self, owner: Any) -> None:
         raw = self._handed.pop(owner)[1]
