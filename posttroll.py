@@ -5673,13 +5673,14 @@ def _take_frames(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object
 
 
 def _seconds_since(since: float | timedelta | datetime | None) -> float:
-    """Return how many seconds ago *since* is; raises ValueError if it is no such time."""
+    """Return how many seconds ago *since* is, and a little more; raises ValueError if it is no such time."""
     if isinstance(since, datetime):
-        return max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
-    seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
+        seconds = max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
+    else:
+        seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
     if not 0 <= seconds < 1e9:
         raise ValueError(f"since is a number of seconds, a timedelta or a datetime of the past, not {since!r}.")
-    return seconds
+    return seconds + 0.1 if seconds else 0.0  # the request takes its time, and counts from its arrival
 
 
 class _Publisher:
