@@ -4782,6 +4782,7 @@ class _CatchUp:
             self._ask(instance, source)
             return
         source.is_asked = False
+        source.unconfirmed = Counter()  # it may have been large
         self._cancel_request(instance)
         if gone > 0:
             self._on_gone(source.name, gone)
