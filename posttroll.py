@@ -5206,12 +5206,114 @@ class _Receiver:
         return self.stops == self._subscriber._stops and not self._subscriber._is_closed
 
 
+class _Inbox:
+    """The messages that are there for a subscriber: lying in its sockets, read from them, or accepted already.
+
+    Whoever calls its methods holds the subscriber's lock; `accepted` can be used without.
+    """
+
+    AHEAD = 16  # messages that are accepted at once
+    BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
+
+    def __init__(
+        self, message_filter: Callable[[Message], Any] | None, translate: bool, durable: _DurableState | None
+    ) -> None:
+        self._filter = message_filter
+        self._translate = translate
+        self._durable = durable
+        self._streams: list[_CatchUp] = []  # of which the socket has something
+        self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
+        self.accepted: deque[Message] = deque()  # but not handed out
+        self._batch_end = 0.0
+        self.bad_log = LimitedLogger("subscriber")
+
+    def note_ready(self, stream: _CatchUp) -> None:
+        """Take note that there is something in the socket of *stream*."""
+        if stream not in self._streams:
+            self._streams.append(stream)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there may be something in the sockets."""
+        return bool(self._streams)
+
+    def read_all(self, stream: _CatchUp) -> None:
+        """Read what lies unread in the socket of *stream*, to be handed out later."""
+        with suppress(zmq.Again):
+            while True:
+                self._unread.append((stream.recv(_NOBLOCK), stream))
+
+    def begin_batch(self) -> None:
+        """Take note that all else has had its turn."""
+        self._batch_end = time.monotonic() + self.BATCH_SECONDS
+
+    def take(self, owner: Any) -> Message | None:
+        """Return the next message, for *owner* to handle; None also if all else is to have its turn."""
+        if not self.accepted:
+            self._accept_some(owner)
+        try:
+            return self.accepted.popleft()
+        except IndexError:
+            return None
+
+    def _accept_some(self, owner: Any) -> None:
+        """Accept messages of those that are there; only one if it is then to be known who handles which."""
+        accepted, durable = self.accepted, self._durable
+        count = self.AHEAD if durable is None and self._filter is None else 1
+        while time.monotonic() < self._batch_end:
+            for _ in range(count):
+                if self._unread:
+                    raw, stream = self._unread.popleft()
+                elif self._streams:
+                    stream = self._streams[-1]
+                    try:
+                        raw = stream.recv(_NOBLOCK)
+                    except zmq.ZMQError:  # nothing more, or closed meanwhile
+                        self._streams = self._streams[:-1]
+                        continue
+                else:
+                    return
+                content = raw if raw[:1] != b"~" else stream.take(raw)
+                if content is raw:
+                    stream.note(raw)
+                message = None if content is None else self._accept(content, stream)
+                if message is not None:
+                    accepted.append(message)
+            if accepted:
+                if durable is not None:
+                    durable.hand_out(owner, raw)
+                return
+        self._streams = self._streams[-1:] + self._streams[:-1]  # the next has its turn
+
+    def _accept(self, content: bytes, stream: _CatchUp) -> Message | None:
+        """Return the message in *content*, None if it is none, or not wanted."""
+        try:
+            message = Message.decode(content)
+        except MessageError as error:
+            self.bad_log.warning("message", "Skipped a bad message: %s", error)
+            return None
+        if self._translate:
+            tcp = split_tcp_address(stream.origin)
+            if tcp is not None:  # the host that it came from, in place of the one that its sender says
+                message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
+        if self._filter is not None and not self._filter(message):
+            return None
+        return message
+
+    def clear(self) -> None:
+        """Forget all; the sockets are closed."""
+        self._streams = []
+        self._unread.clear()
+        self.accepted.clear()
+
+
 class _SubscriberSockets:
     """Where the messages of a subscriber come from: its addresses and hooks, and the sockets for them."""
 
     def __init__(
         self,
         topics: str | Iterable[str] | None,
+        message_filter: Callable[[Message], Any] | None,
         translate: bool,
         since: float | timedelta | datetime | None,
         durable: str | None,
@@ -5229,12 +5331,14 @@ class _SubscriberSockets:
         self._is_closed = False
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._connections = _Connections(
-            self._loop, self._open_socket, self._read_all, self._note_change, lambda sock: self._streams.pop(sock, None)
+            self._loop,
+            self._open_socket,
+            lambda sock: self._inbox.read_all(self._streams[sock]),
+            self._note_change,
+            lambda sock: self._streams.pop(sock, None),
         )
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
-        self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
-        self._ready: list[_CatchUp] = []
-        self._bad_log = LimitedLogger("subscriber")
+        self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
@@ -5325,7 +5429,7 @@ class _SubscriberSockets:
             try:
                 message = Message.decode(frames[0])
             except MessageError as error:
-                self._bad_log.warning("hook", "Skipped a bad message from %s: %s", address, error)
+                self._inbox.bad_log.warning("hook", "Skipped a bad message from %s: %s", address, error)
             else:
                 callback(message)
 
@@ -5360,12 +5464,8 @@ class _SubscriberSockets:
         since = partial(self._connections.greet, sock, self._begin)
         self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._durable)
         stream.origin = origin or ""
-        self._loop.watch(sock, partial(self._note_ready, stream))
+        self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
-
-    def _note_ready(self, stream: _CatchUp) -> None:
-        if stream not in self._ready:
-            self._ready.append(stream)
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
         return self._streams[sock].freeze()
@@ -5374,12 +5474,6 @@ class _SubscriberSockets:
         self.missed += count
         text = "%d messages of %s are gone: it keeps less than it sent while there was no connection"
         _log("subscriber").warning(text, count, publisher)
-
-    def _read_all(self, sock: zmq.Socket[bytes]) -> None:
-        """Read what lies unread in *sock*, to be handed out later."""
-        with suppress(zmq.Again):
-            while True:
-                self._backlog.append((sock.recv(_NOBLOCK), self._streams[sock]))
 
     @property
     def _is_awaited(self) -> bool:
@@ -5420,8 +5514,6 @@ class Subscriber(_SubscriberSockets):
     publisher of ours has sent while there was no connection to it comes as soon as there is one again.
     """
 
-    _BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
-    _AHEAD = 16  # messages that are accepted at once
     _LONGEST_WAIT = 0.9  # a signal that arrives just before a poll begins does not end it, and on Windows none does
 
     def __init__(
@@ -5433,11 +5525,8 @@ class Subscriber(_SubscriberSockets):
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        super().__init__(topics, translate, since, durable)
-        self._filter = message_filter
+        super().__init__(topics, message_filter, translate, since, durable)
         self._owner = 0  # the thread that receives just now
-        self._batch_end = 0.0
-        self._accepted: deque[Message] = deque()  # but not handed out
         self._receivers: list[_Receiver] = []
         self._failure: BaseException | None = None  # of that task
         self._stops = 0
@@ -5461,12 +5550,12 @@ class Subscriber(_SubscriberSockets):
             The messages; None each time that *timeout* has passed without one.
         """
         with self._receiving() as receiver:
-            accepted = self._accepted if self._durable is None else ()
+            accepted = self._inbox.accepted if self._durable is None else deque()
             while True:
                 message = None
                 if accepted and receiver.stops == self._stops:  # needs no lock, and takes no call
                     try:
-                        message = self._accepted.popleft()
+                        message = accepted.popleft()
                     except IndexError:  # another thread was faster
                         continue
                 else:
@@ -5498,7 +5587,7 @@ class Subscriber(_SubscriberSockets):
             if self._durable is not None:
                 self._durable.ask(receiver.owner)
             if receiver.stops == self._stops:
-                message = self._take(receiver)
+                message = self._inbox.take(receiver.owner)
                 if message is not None:
                     return message
             deadline = None if timeout is None else time.monotonic() + timeout
@@ -5508,10 +5597,10 @@ class Subscriber(_SubscriberSockets):
             try:
                 while receiver.is_on:
                     longest = time.monotonic() + self._LONGEST_WAIT
-                    until = 0.0 if self._ready else longest if deadline is None else min(deadline, longest)
+                    until = 0.0 if self._inbox.is_ready else longest if deadline is None else min(deadline, longest)
                     self._loop.turn(until)
-                    self._batch_end = time.monotonic() + self._BATCH_SECONDS
-                    message = self._take(receiver)
+                    self._inbox.begin_batch()
+                    message = self._inbox.take(receiver.owner)
                     if message is not None or (deadline is not None and time.monotonic() >= deadline):
                         return message
             finally:
@@ -5562,15 +5651,15 @@ class Subscriber(_SubscriberSockets):
                 failure, self._failure = self._failure, None
                 raise failure
             with self._lock:
-                message = self._take(receiver)
+                message = self._inbox.take(receiver.owner)
                 now = time.monotonic()
                 if message is not None or (has_waited and deadline is not None and now >= deadline):
                     return message
                 if not self._is_awaited:
-                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
+                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._inbox.is_ready else None))
                     self._turning.add_done_callback(self._end_turning)
             await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
-            self._batch_end = time.monotonic() + self._BATCH_SECONDS
+            self._inbox.begin_batch()
             has_waited = True
         return None
 
@@ -5580,58 +5669,6 @@ class Subscriber(_SubscriberSockets):
             self._failure = turning.exception()
         if self._is_closed and not self._receivers:
             self._close()
-
-    def _take(self, receiver: _Receiver) -> Message | None:
-        """Return the next message of those that are there; None also if all else is to have its turn."""
-        if not self._accepted:
-            self._accept_some(receiver)
-        try:
-            return self._accepted.popleft()
-        except IndexError:
-            return None
-
-    def _accept_some(self, receiver: _Receiver) -> None:
-        """Accept messages of those that are there; only one if it is then to be known who handles which."""
-        accepted, durable = self._accepted, self._durable
-        count = self._AHEAD if durable is None and self._filter is None else 1
-        while time.monotonic() < self._batch_end:
-            for _ in range(count):
-                if self._backlog:
-                    raw, stream = self._backlog.popleft()
-                elif self._ready:
-                    stream = self._ready[-1]
-                    try:
-                        raw = stream.recv(_NOBLOCK)
-                    except zmq.ZMQError:  # nothing more, or closed meanwhile
-                        self._ready = self._ready[:-1]
-                        continue
-                else:
-                    return
-                past = raw if raw[:1] != b"~" else stream.take(raw)
-                if past is None:
-                    continue
-                if past is raw:
-                    stream.note(raw)
-                try:
-                    message = Message.decode(past)
-                except MessageError as error:
-                    self._bad_log.warning("message", "Skipped a bad message: %s", error)
-                    continue
-                if self._translate:
-                    self._translate_sender(message, stream.origin)
-                if self._filter is None or self._filter(message):
-                    accepted.append(message)
-            if accepted:
-                if durable is not None:
-                    durable.hand_out(receiver.owner, raw)
-                return
-        self._ready = self._ready[-1:] + self._ready[:-1]  # the next has its turn
-
-    def _translate_sender(self, message: Message, address: str) -> None:
-        """Put the host of *address*, which the message came from, in place of the one that its sender says."""
-        tcp = split_tcp_address(address)
-        if tcp is not None:
-            message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
 
     @property
     def running(self) -> bool:
@@ -5668,8 +5705,7 @@ class Subscriber(_SubscriberSockets):
                     return
                 self._connections.close()
                 self._loop.close()
-                self._ready, self._backlog = [], deque()
-                self._accepted.clear()
+                self._inbox.clear()
                 if self._durable is not None and not self._receivers:
                     self._durable.close()
             finally:
