@@ -3741,6 +3741,22 @@ class _Ending:
         return left or 1
 
 
+def _publisher_options() -> dict[int, Any]:
+    """Return the options of a publisher's socket."""
+    return {
+        zmq.XPUB_MANUAL: 1,
+        zmq.XPUB_NODROP: 1,
+        zmq.RCVHWM: 0,
+        # A subscriber too busy to answer is not dead; to give it up would lose all that is queued for it.  So it is not
+        # asked for signs of life.  Nor may it be: if its queue is full, it finds what it was asked when its connection
+        # is gone, and libzmq (4.3.5) aborts the process as it tries to answer.
+        **_liveness_options(True),
+        zmq.HEARTBEAT_IVL: 0,
+        zmq.TCP_MAXRT: 0,
+        **get_tcp_keepalive_options(),
+    }
+
+
 class Publisher:
     """Publishes messages on an address.
 
@@ -3791,24 +3807,11 @@ class Publisher:
         with self._lock:
             if self._audience is None and self._inherited is None:
                 self._is_stopped = False
-                options = {
-                    zmq.XPUB_MANUAL: 1,
-                    zmq.XPUB_NODROP: 1,
-                    zmq.RCVHWM: 0,
-                    # A subscriber too busy to answer is not dead; to give it up would lose all that is queued for it.
-                    # So it is not asked for signs of life.  Nor may it be: if its queue is full, it finds what it was
-                    # asked when its connection is gone, and libzmq (4.3.5) aborts the process as it tries to answer.
-                    **_liveness_options(True),
-                    zmq.HEARTBEAT_IVL: 0,
-                    zmq.TCP_MAXRT: 0,
-                    **get_tcp_keepalive_options(),
-                }
                 sock, self._port, self._authenticator = set_up_server_socket(
-                    zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only
+                    zmq.XPUB, self._address, _publisher_options(), self._port_interval, local_only=self.local_only
                 )
-                self._audience = _Audience(
-                    sock, self._port, self._lock, self._name or self._address, self.keeps_history
-                )
+                name = self._name or self._address
+                self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
                 _live_publishers.add(self)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
