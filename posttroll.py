@@ -4018,11 +4018,12 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
+_live_noisy_publishers: weakref.WeakSet[NoisyPublisher] = weakref.WeakSet()
 
 
 def _stop_live_publishers() -> None:
-    """At the end of the program: let those publishers that nobody stopped send what they have."""
-    for publisher in list(_live_publishers):
+    """At the end of the program: let those publishers that nobody stopped send what they have, and say goodbye."""
+    for publisher in [*_live_noisy_publishers, *_live_publishers]:
         publisher.stop()
 
 
@@ -4032,6 +4033,7 @@ def _leave_publishers_to_parent() -> None:
         publisher._lock = threading.RLock()
         publisher._inherited, publisher._audience = publisher._audience, None
     _live_publishers.clear()
+    _live_noisy_publishers.clear()
 
 
 atexit.register(_stop_live_publishers)
@@ -4129,6 +4131,7 @@ class NoisyPublisher:
                 publisher.stop()
                 raise
             self._publisher = publisher
+            _live_noisy_publishers.add(self)
         return self
 
     def _started(self) -> Publisher:

@@ -8795,6 +8795,18 @@ sys.exit(status)
             status, _, _ = finish(running)
             assert status == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1)
 
+    @pytest.mark.parametrize("nameservers", [["localhost"], None], ids=["registration", "multicast"])
+    def test_a_forgotten_publisher_says_goodbye(self, nameservers):
+        code = f"""
+import sys, posttroll
+publishers = [posttroll.NoisyPublisher(name, nameservers={nameservers}).start() for name in ("a", "b")]
+sys.stdin.read()
+"""
+        with nameserver(multicast_enabled=nameservers is None), python(code) as running:
+            wait_for(lambda: len(posttroll.get_pub_address("", timeout=DEADLINE)) == 2)
+            assert finish(running) == (0, "", "")
+            wait_for(lambda: posttroll.get_pub_address("", timeout=DEADLINE) == [])
+
     def test_fork_after_use(self):
         """Parent and child can both work; what the parent has made stays the parent's."""
         code = """
