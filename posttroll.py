@@ -4023,7 +4023,8 @@ _live_noisy_publishers: weakref.WeakSet[NoisyPublisher] = weakref.WeakSet()
 
 def _stop_live_publishers() -> None:
     """At the end of the program: let those publishers that nobody stopped send what they have, and say goodbye."""
-    for publisher in [*_live_noisy_publishers, *_live_publishers]:
+    publishers: list[AnyPublisher] = [*_live_noisy_publishers, *_live_publishers]
+    for publisher in publishers:
         publisher.stop()
 
 
