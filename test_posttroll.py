@@ -12642,7 +12642,7 @@ class TestSince:
     def test_all_that_subscribes(self, way):
         with posttroll.Publisher("tcp://*:0", "numbers") as pub:
             Numbers(pub).send(3)
-            time.sleep(0.3)
+            time.sleep(0.01)  # time is what tells old from new
             begin = datetime.now(timezone.utc)
             Numbers(pub).send(2)
             settings = {"addresses": [local_address(pub.port_number)], "nameserver": False}
@@ -12910,18 +12910,47 @@ class TestNewcomers:
     def test_since(self, form):
         with posttroll.Publisher("tcp://*:0") as pub:
             pub.send(text_message("too old"))
-            time.sleep(1.2)
+            entries = pub._audience.history._entries
+            entries[0] = (entries[0][0] - 200, entries[0][1])  # so long ago
             pub.send(text_message("old"))
             since = {
-                float: 1.0,
-                "timedelta": timedelta(seconds=1),
-                "datetime": datetime.now(timezone.utc) - timedelta(seconds=1),
+                float: 100.0,
+                "timedelta": timedelta(seconds=100),
+                "datetime": datetime.now(timezone.utc) - timedelta(seconds=100),
             }[form]
             with posttroll.Subscriber([local_address(pub.port_number)], since=since) as sub, serving(sub) as data:
                 wait_for(lambda: data)
                 pub.send(text_message("new"))
                 wait_for(lambda: len(data) == 2)
                 assert data == ["old", "new"]
+
+    @pytest.mark.parametrize("slow", ["hello", "request"])
+    def test_what_is_asked_for_is_under_way_for_long(self, slow):
+        """Neither does more come than what was asked for, nor less."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("too old"))
+            time.sleep(0.01)  # time is what tells old from new
+            begin = datetime.now(timezone.utc)
+            pub.send(text_message("old"))
+            with posttroll.Subscriber([local_address(pub.port_number)], since=begin) as sub:
+                wait_for(lambda: pub._audience.peers)
+                with pub._lock if slow == "request" else contextlib.nullcontext():
+                    if slow == "request":
+                        wait_for(lambda: next(sub.recv(0)) is None and next(iter(sub._streams.values()))._requests)
+                    time.sleep(0.1)  # that it is under way
+                assert received_data(sub) == ["old"]
+                wait_for(lambda: not pub._audience.unserved())
+                pub.send(text_message("new"))
+                assert received_data(sub) == ["new"]
+
+    def test_clocks_of_two_hosts_that_differ(self):
+        """It is as if the request had been under way since the hello: rather more comes than less."""
+        with connected() as (pub, _):
+            [peer] = pub._audience.peers.values()
+            for hours in (-1, 1):
+                assert pub._audience._when_asked(peer, time.time() + 3600 * hours) == peer.greeted
+            between = (time.monotonic() - peer.greeted) / 2
+            assert pub._audience._when_asked(peer, time.time() - between) > peer.greeted
 
     def test_since_before_what_is_kept(self, caplog):
         """What is gone of the time asked for is told; of a publisher that has not been there so long, nothing is."""
@@ -13037,12 +13066,12 @@ class TestMarks:
                 posttroll._MARK[:-3],
                 posttroll._MARK + b"x" * 10_000,  # more is too much for the socket that sends it, with libzmq 4.3.4
                 posttroll._MARK + b"0123456789abcdef/" + b"9" * 10_000,
-                self.mark() + b"/" + b"f" * 16 + b"/1+0,1/pytroll:/",  # of another instance
-                self.mark() + f"/{instance}/{huge}+{huge},{huge}/".encode(),
-                self.mark() + f"/{instance}/-1+0,5/".encode(),
-                self.mark() + f"/{instance}/0+0,{'9' * 5000}/".encode(),
-                self.mark() + f"/{instance}/0+0,5/".encode() + b"\n" * 1000,
-                self.mark() + f"/{instance}/0+0,5/".encode() + b"\xff" * 1999,
+                self.mark() + b"/" + b"f" * 16 + b"/1+0@0,1/pytroll:/",  # of another instance
+                self.mark() + f"/{instance}/{huge}+{huge}@{huge},{huge}/".encode(),
+                self.mark() + f"/{instance}/-1+0@0,5/".encode(),
+                self.mark() + f"/{instance}/0+0@0,{'9' * 5000}/".encode(),
+                self.mark() + f"/{instance}/0+0@0,5/".encode() + b"\n" * 1000,
+                self.mark() + f"/{instance}/0+0@0,5/".encode() + b"\xff" * 1999,
                 self.mark(7, 999_999),
                 self.mark(0xFFFFFFFFFFFFFFFF, 0),
             ):
@@ -13075,7 +13104,7 @@ class TestMarks:
             numbers.send(4000)
             for number in range(1000):
                 sock.send(b"\1" + self.mark())
-                sock.send(self.ask(pub, 1, f"0+999999,{numbers.count}/pytroll:/{number}"))
+                sock.send(self.ask(pub, 1, f"0+999999@0,{numbers.count}/pytroll:/{number}"))
                 sock.send(b"\0" + self.mark())
                 if not number % 50:
                     numbers.send(1)
@@ -13097,7 +13126,7 @@ class TestMarks:
             for _ in range(20):
                 numbers.send(100, 0.0005)
                 for number, sock in enumerate(socks):
-                    sock.send(self.ask(pub, number, "0+999999,99999999/"))
+                    sock.send(self.ask(pub, number, "0+999999@0,99999999/"))
             await_count(data, numbers.count)
             assert sorted(each for each, _ in data) == list(range(numbers.count))
 
