@@ -5244,7 +5244,7 @@ class _Inbox:
         self._streams: list[_CatchUp] = []  # of which the socket has something
         self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
         self.accepted: deque[Message] = deque()  # but not handed out
-        self._batch_end = 0.0
+        self.batch_end = 0.0
         self.bad_log = LimitedLogger("subscriber")
 
     def note_ready(self, stream: _CatchUp) -> None:
@@ -5254,8 +5254,8 @@ class _Inbox:
 
     @property
     def is_ready(self) -> bool:
-        """Whether there may be something in the sockets."""
-        return bool(self._streams)
+        """Whether there may be a message without any waiting."""
+        return bool(self._streams or self._unread or self.accepted)
 
     def read_all(self, stream: _CatchUp) -> None:
         """Read what lies unread in the socket of *stream*, to be handed out later."""
@@ -5265,10 +5265,13 @@ class _Inbox:
 
     def begin_batch(self) -> None:
         """Take note that all else has had its turn."""
-        self._batch_end = time.monotonic() + self.BATCH_SECONDS
+        self.batch_end = time.monotonic() + self.BATCH_SECONDS
 
     def take(self, owner: Any) -> Message | None:
         """Return the next message, for *owner* to handle; None also if all else is to have its turn."""
+        if time.monotonic() >= self.batch_end:
+            self._streams = self._streams[-1:] + self._streams[:-1]  # the next has its turn
+            return None
         if not self.accepted:
             self._accept_some(owner)
         try:
@@ -5280,7 +5283,7 @@ class _Inbox:
         """Accept messages of those that are there; only one if it is then to be known who handles which."""
         accepted, durable = self.accepted, self._durable
         count = self.AHEAD if durable is None and self._filter is None else 1
-        while time.monotonic() < self._batch_end:
+        while time.monotonic() < self.batch_end:
             for _ in range(count):
                 if self._unread:
                     raw, stream = self._unread.popleft()
@@ -5303,7 +5306,6 @@ class _Inbox:
                 if durable is not None:
                     durable.hand_out(owner, raw)
                 return
-        self._streams = self._streams[-1:] + self._streams[:-1]  # the next has its turn
 
     def _accept(self, content: bytes, stream: _CatchUp) -> Message | None:
         """Return the message in *content*, None if it is none, or not wanted."""
@@ -5570,10 +5572,12 @@ class Subscriber(_SubscriberSockets):
             The messages; None each time that *timeout* has passed without one.
         """
         with self._receiving() as receiver:
-            accepted = self._inbox.accepted if self._durable is None else deque()
+            inbox = self._inbox
+            accepted = inbox.accepted if self._durable is None else deque()
             while True:
                 message = None
-                if accepted and receiver.stops == self._stops:  # needs no lock, and takes no call
+                # Without a lock, and without a call:
+                if accepted and receiver.stops == self._stops and time.monotonic() < inbox.batch_end:
                     try:
                         message = accepted.popleft()
                     except IndexError:  # another thread was faster

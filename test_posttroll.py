@@ -13302,8 +13302,10 @@ class TestNothingFallsBetween:
                     wait_for(lambda number=number: len(data) == 2 * number + 2)
             assert sorted(data) == [[word, number] for word in ("first", "second") for number in range(3)]
 
-    def test_a_busy_consumer_connects_to_a_new_publisher_at_once(self):
-        """0.1 s for a message, and 400 of them before it."""
+    @pytest.mark.parametrize("ahead", [1, 1000])
+    def test_a_busy_consumer_connects_to_a_new_publisher_at_once(self, ahead, monkeypatch):
+        """0.1 s for a message, and 400 of them before it, accepted already or not."""
+        monkeypatch.setattr(posttroll._Inbox, "AHEAD", ahead)
         with nameserver(), posttroll.Publish("old", nameservers=["localhost"]) as old:
             services = ["old", "new"]
             with posttroll.Subscribe(services, addr_listener=True, timeout=0) as sub:
