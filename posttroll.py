@@ -4574,18 +4574,22 @@ class _Connections:
         self._wanted, self._connected, self._links, self.sockets = {}, {}, {}, {}
 
 
-def _warn_of_descriptors(count: int) -> None:
-    """Say what to do when so many connections come near the limit on open files."""
-    if count % 100:
-        return
+def _descriptor_limit() -> int:
+    """Return how many files this process may have open."""
     try:
         import resource
-    except ImportError:  # not on Windows, which has no such limit
-        return
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and count > 0.8 * limit:
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except (ImportError, OSError):  # Windows has no such limit, a locked-down host does not tell it
+        return sys.maxsize
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def _warn_of_descriptors(count: int) -> None:
+    """Say what to do when so many connections come near the limit on open files."""
+    if count % 100 == 0 and count > 0.8 * _descriptor_limit():
         text = "%d connections, but at most %d open files: raise the limit (ulimit -n, LimitNOFILE= in systemd)"
-        _key_log.warning("descriptors", text, count, limit)
+        _key_log.warning("descriptors", text, count, _descriptor_limit())
 
 
 class _Source:
@@ -7254,15 +7258,12 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
 
 def raise_descriptor_limit() -> int:
     """Allow this process as many open files, that is connections, as the system lets it have; return how many."""
-    try:
+    with suppress(ImportError, ValueError, OSError):  # see above; macOS says "unlimited" and means something else
         import resource
-    except ImportError:  # Windows has no such limit
-        return sys.maxsize
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS says "unlimited" and means something else
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    return _descriptor_limit()
 
 
 class _Traffic:

@@ -39,7 +39,7 @@ import zmq
 
 if TYPE_CHECKING:
     import posttroll
-elif __package__:
+elif __package__ or "." in __name__:  # Python 3.9 does not set the first for what is imported from an archive
     from . import posttroll
 else:
     import posttroll

@@ -43,6 +43,7 @@ import textwrap
 import threading
 import time
 import types
+import zipapp
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -6756,6 +6757,114 @@ class TestVendored:
                 assert posttroll.get_pub_address("nobody") == []
                 running.send_signal(signal.SIGTERM)
                 assert finish(running)[0] == 0
+
+
+PROGRAM = """
+import ctypes, os, struct, sys
+
+def is_writable(directory):
+    try:
+        os.close(os.open(os.path.join(directory, f"posttroll-{os.getpid()}"), os.O_CREAT | os.O_WRONLY))
+    except OSError:
+        return False
+    return True
+
+def refuse(*refused):
+    # Have system calls fail with EPERM: each a number and what its arguments have to be; see seccomp(2).
+    def instruction(code, value, if_true=0, if_false=0):
+        return struct.pack("HBBI", code, if_true, if_false, value)
+
+    program = b""
+    for number, arguments in refused:
+        left = 2 * len(arguments) + 1
+        program += instruction(0x20, 0) + instruction(0x15, number, 0, left)
+        for position, value in arguments.items():
+            left -= 2
+            program += instruction(0x20, 16 + 8 * position) + instruction(0x15, value, 0, left)
+        program += instruction(0x06, 0x50001)
+    program += instruction(0x06, 0x7FFF0000)
+    code = ctypes.create_string_buffer(program, len(program))
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(22, 2, struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)), 0, 0) == 0
+
+sys.path.append(os.environ["SITE"])
+if "LOCKED" in os.environ:
+    assert os.getuid() == os.geteuid() == 54321 and os.path.expanduser("~") == "~"
+    directories = [os.environ["SITE"], os.path.dirname(os.path.abspath(__file__)), "/tmp", "/var/tmp", "/dev/shm"]
+    assert not any(map(is_writable, directories))
+    socket, setsockopt, prlimit = {"x86_64": (41, 54, 302), "aarch64": (198, 208, 261)}[os.uname().machine]
+    multicast_if, multicast_ttl, membership = [(setsockopt, {1: 0, 2: option}) for option in (32, 33, 35)]
+    refuse((prlimit, {}), (socket, {0: 16}), multicast_if, multicast_ttl, membership)
+import app.posttroll.publisher
+import app.posttroll.ns
+from app.posttroll.subscriber import Subscribe
+if sys.argv[1] == "nameserver":
+    sys.exit(app.posttroll.ns.main(sys.argv[2:]))
+nameservers = ["localhost"] if sys.argv[1] == "registers" else None
+with app.posttroll.publisher.Publish("a_service", nameservers=nameservers) as pub:
+    with Subscribe("a_service", "/a", True) as sub:
+        assert pub.wait_for_subscribers(1, 20) or sys.exit("Nobody has come")
+        pub.send(app.posttroll.Message("/a", "info", {"n": 1}))
+        print(next(sub.recv(timeout=20)).data, pub.__doc__ and "documented")
+"""
+
+
+class TestLockedDown:
+    """A nameserver, a publisher and a subscriber where little is allowed."""
+
+    @pytest.fixture
+    def program(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A directory with a program that has the two files in its package."""
+        app = tmp_path / "program" / "app"
+        app.mkdir(parents=True)
+        for file in (LIBRARY, NAMESERVER):
+            shutil.copy(file, app)
+        (app / "__init__.py").touch()
+        (app.parent / "__main__.py").write_text(PROGRAM)
+        monkeypatch.delenv("PYTHONPATH")
+        monkeypatch.setenv("SITE", str(Path(zmq.__file__).parent.parent))
+        return app.parent
+
+    @staticmethod
+    def talk(*command: Any, multicast: bool) -> str:
+        """Run a nameserver, and beside it a publisher and a subscriber; return what these say."""
+        with process(*command, "nameserver", *([] if multicast else ["--no-multicast"])) as server:
+            await_line(server, "answers on port")
+            with process(*command, "announces" if multicast else "registers") as running:
+                status, out, err = finish(running)
+            assert (status, err) == (0, "")
+            server.send_signal(signal.SIGTERM)
+            assert finish(server)[0] == 0
+        return out
+
+    @pytest.mark.parametrize("multicast", [True, False])
+    def test_without_asserts_docstrings_environment_and_site(self, program, multicast):
+        command = [sys.executable, "-OO", "-I", "-S", "-B", "-u", program]
+        assert self.talk(*command, multicast=multicast) == "{'n': 1} None\n"
+        assert not list(program.rglob("__pycache__"))
+
+    def test_in_an_archive(self, program):
+        archive = program.with_suffix(".pyz")
+        zipapp.create_archive(program, archive)
+        assert self.talk(sys.executable, "-u", archive, multicast=False) == "{'n': 1} documented\n"
+
+    def test_on_a_host_that_allows_nothing(self, program, monkeypatch):
+        """All file systems read-only, a user without name and home; netlink, multicast, limits of resources refused."""
+        if sys.platform != "linux" or os.getuid() or os.uname().machine not in ("x86_64", "aarch64"):
+            pytest.skip("It takes Linux, and root")
+        monkeypatch.setenv("LOCKED", "1")
+        monkeypatch.delenv("HOME", raising=False)
+        read_only = "while read -r _ path _; do mount -o remount,bind,ro $path 2>&-; done < /proc/self/mounts"
+        may_read = "-all,+dac_read_search"  # the interpreter may lie in the home directory of root
+        user = f"--bounding-set={may_read} --inh-caps={may_read} --ambient-caps=+dac_read_search --no-new-privs"
+        user += " --reuid 54321 --regid 54321 --clear-groups"
+        script = f'mount --make-rprivate / && {{ {read_only}; exec setpriv {user} "$@"; }}'
+        command = ["unshare", "--mount", "sh", "-c", script, "sh"]
+        try:
+            subprocess.run([*command, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"It may not make a namespace: {getattr(error, 'stderr', error)}")
+        assert self.talk(*command, sys.executable, "-u", program, multicast=False) == "{'n': 1} documented\n"
 
 
 # ======================================================================================================================
