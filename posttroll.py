@@ -1085,7 +1085,9 @@ class Message:
 
 def _decode_into(message: Message, raw: str | bytes) -> None:
     """Fill *message* with what *raw* says; raises MessageError if it is no message."""
-    if type(raw) is not str:
+    if type(raw) is bytes:
+        raw = _utf_8_or_latin(raw)
+    elif type(raw) is not str:
         raw = _as_text(raw)
     fields = raw.split(None, 6)
     count = len(fields)
@@ -1148,17 +1150,20 @@ def _decode_json(text: str) -> Any:
     return (_parse_datetime(data) or data) if type(data) is str else datetime_decoder(data)
 
 
+def _utf_8_or_latin(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("iso-8859-1")
+
+
 def _as_text(raw: Any) -> str:
     """Return the text of a raw message; raises MessageError if it is neither text nor bytes."""
     if isinstance(raw, str):
         return str(raw)
     if not isinstance(raw, (bytes, bytearray, memoryview)):
         raise MessageError(f"A raw message is str or bytes, not {type(raw).__name__}")
-    content = bytes(raw)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return content.decode("iso-8859-1")
+    return _utf_8_or_latin(bytes(raw))
 
 
 # Pickles name the class by its documented path, so that both implementations load each other's.
@@ -3739,6 +3744,22 @@ class _Ending:
         return left or 1
 
 
+def _publisher_options() -> dict[int, Any]:
+    """Return the options of a publisher's socket."""
+    return {
+        zmq.XPUB_MANUAL: 1,
+        zmq.XPUB_NODROP: 1,
+        zmq.RCVHWM: 0,
+        # A subscriber too busy to answer is not dead; to give it up would lose all that is queued for it.  So it is not
+        # asked for signs of life.  Nor may it be: if its queue is full, it finds what it was asked when its connection
+        # is gone, and libzmq (4.3.5) aborts the process as it tries to answer.
+        **_liveness_options(True),
+        zmq.HEARTBEAT_IVL: 0,
+        zmq.TCP_MAXRT: 0,
+        **get_tcp_keepalive_options(),
+    }
+
+
 class Publisher:
     """Publishes messages on an address.
 
@@ -3778,7 +3799,7 @@ class Publisher:
         self._is_stopped = False
         self._lock = threading.RLock()
         self._last_beat: float | None = None
-        self._pid = os.getpid()
+        self._inherited: _Audience | None = None  # that of the parent process, before the fork
         self._dropped = 0
         self.reached = 0
 
@@ -3790,27 +3811,13 @@ class Publisher:
             ConfigurationError: The secure backend is not set up.
         """
         with self._lock:
-            if self._audience is None:
+            if self._audience is None and self._inherited is None:
                 self._is_stopped = False
-                options = {
-                    zmq.XPUB_MANUAL: 1,
-                    zmq.XPUB_NODROP: 1,
-                    zmq.RCVHWM: 0,
-                    # A subscriber too busy to answer is not dead; to give it up would lose all that is queued for it.
-                    # So it is not asked for signs of life.  Nor may it be: if its queue is full, it finds what it was
-                    # asked when its connection is gone, and libzmq (4.3.5) aborts the process as it tries to answer.
-                    **_liveness_options(True),
-                    zmq.HEARTBEAT_IVL: 0,
-                    zmq.TCP_MAXRT: 0,
-                    **get_tcp_keepalive_options(),
-                }
                 sock, self._port, self._authenticator = set_up_server_socket(
-                    zmq.XPUB, self._address, options, self._port_interval, local_only=self.local_only
+                    zmq.XPUB, self._address, _publisher_options(), self._port_interval, local_only=self.local_only
                 )
-                self._audience = _Audience(
-                    sock, self._port, self._lock, self._name or self._address, self.keeps_history
-                )
-                self._pid = os.getpid()
+                name = self._name or self._address
+                self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
                 _live_publishers.add(self)
                 interval = self.heartbeat_interval
                 self._plan_beat(config.get("heartbeat_interval") if interval is None else interval)
@@ -3820,11 +3827,11 @@ class Publisher:
     def _open_audience(self) -> _Audience:
         """Return those who listen, after a start if there was none."""
         audience = self._audience
-        if audience is None or self._pid != os.getpid():
+        if audience is None:
             if self._is_stopped:
                 text = f"Cannot send: the publisher {self._name or self._address} has been stopped."
                 raise PublisherStoppedError(text)
-            if audience is not None:
+            if self._inherited is not None:
                 raise RuntimeError("Cannot send: the publisher was started before the fork, by the parent process.")
             self.start()
             audience = cast(_Audience, self._audience)
@@ -3852,11 +3859,14 @@ class Publisher:
             data = msg.encode() if isinstance(msg, str) else msg
         else:
             raise TypeError(f"send() takes str, bytes or a Message, not {type(msg).__name__}")
-        with self._lock:
+        self._lock.acquire()  # which takes half the time of ``with``
+        try:
             audience = self._audience
-            if audience is None or self._pid != os.getpid():
+            if audience is None:
                 audience = self._open_audience()
             audience.send(data)
+        finally:
+            self._lock.release()
         if self._is_stopped:
             self.stop()  # a signal handler wanted it, in the middle of the above
 
@@ -3913,7 +3923,7 @@ class Publisher:
     @property
     def subscriber_count(self) -> int:
         """How many subscribers are connected now; one of another implementation counts for each of its topics."""
-        if self._audience is None or self._pid != os.getpid():
+        if self._audience is None:
             return 0
         return cast(int, self._use(lambda audience: audience.count))
 
@@ -3968,8 +3978,8 @@ class Publisher:
         subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress is counted in
         `dropped`, and logged.
         """
-        if self._pid != os.getpid():
-            self._audience, self._is_stopped = None, True  # the parent stops its own; its locks are of no use here
+        if self._inherited is not None:
+            self._inherited, self._is_stopped = None, True  # the parent stops its own
             return
         self._is_stopped = True
         if self._lock._is_owned():  # type: ignore[attr-defined]
@@ -4002,7 +4012,7 @@ class Publisher:
     def __del__(self) -> None:
         # Nobody waits for what is queued, but it has its time.
         audience = getattr(self, "_audience", None)
-        if audience is not None and self._pid == os.getpid():
+        if audience is not None:
             audience.abandon(int(self.LINGER_SECONDS * 1000), self._authenticator)
 
     @property
@@ -4061,6 +4071,7 @@ def _leave_publishers_to_parent() -> None:
     """In a forked child: the parent stops its own; what is asked of them here must not wait for a thread of its."""
     for publisher in list(_live_publishers):
         publisher._lock = threading.RLock()
+        publisher._inherited, publisher._audience = publisher._audience, None
     _live_publishers.clear()
 
 
@@ -4680,10 +4691,11 @@ class _CatchUp:
     def note(self, raw: bytes) -> None:
         """Take note of a message that came live."""
         self._index += 1
-        self._recent.append(hash(raw[:256]))
+        digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
+        self._recent.append(digest)
         if self._open:
             for source in self._open:
-                source.live[_digest(raw)] += 1  # type: ignore[index]
+                source.live[digest] += 1  # type: ignore[index]
 
     def freeze(self) -> int:
         """Remember what came until now, as a connection is down: its end may not have been confirmed.
@@ -5238,12 +5250,121 @@ class _Receiver:
         return self.stops == self._subscriber._stops and not self._subscriber._is_closed
 
 
+class _Inbox:
+    """The messages that are there for a subscriber: lying in its sockets, read from them, or accepted already.
+
+    Whoever calls its methods holds the subscriber's lock; `accepted` can be used without.
+    """
+
+    AHEAD = 16  # messages that are accepted at once
+    BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
+
+    def __init__(
+        self, message_filter: Callable[[Message], Any] | None, translate: bool, durable: _DurableState | None
+    ) -> None:
+        self._filter = message_filter
+        self._translate = translate
+        self._durable = durable
+        self._streams: list[_CatchUp] = []  # of which the socket has something
+        self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
+        self.accepted: deque[Message] = deque()  # but not handed out
+        self._batch_end = 0.0
+        self._heard: float | None = None  # the end of the batch in which the last message came
+        self.bad_log = LimitedLogger("subscriber")
+
+    def note_ready(self, stream: _CatchUp) -> None:
+        """Take note that there is something in the socket of *stream*."""
+        if stream not in self._streams:
+            self._streams.append(stream)
+
+    @property
+    def last_heard(self) -> float | None:
+        """When the last message came, as `Subscriber.last_heard`."""
+        return None if self._heard is None else self._heard - self.BATCH_SECONDS
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there may be something in the sockets."""
+        return bool(self._streams)
+
+    def read_all(self, stream: _CatchUp) -> None:
+        """Read what lies unread in the socket of *stream*, to be handed out later."""
+        with suppress(zmq.Again):
+            while True:
+                self._unread.append((stream.recv(_NOBLOCK), stream))
+
+    def begin_batch(self) -> None:
+        """Take note that all else has had its turn."""
+        self._batch_end = time.monotonic() + self.BATCH_SECONDS
+
+    def take(self, owner: Any) -> Message | None:
+        """Return the next message, for *owner* to handle; None also if all else is to have its turn."""
+        if not self.accepted:
+            self._accept_some(owner)
+        try:
+            return self.accepted.popleft()
+        except IndexError:
+            return None
+
+    def _accept_some(self, owner: Any) -> None:
+        """Accept messages of those that are there; only one if it is then to be known who handles which."""
+        accepted, durable = self.accepted, self._durable
+        count = self.AHEAD if durable is None and self._filter is None else 1
+        while time.monotonic() < self._batch_end:
+            for _ in range(count):
+                if self._unread:
+                    raw, stream = self._unread.popleft()
+                elif self._streams:
+                    stream = self._streams[-1]
+                    try:
+                        raw = stream.recv(_NOBLOCK)
+                    except zmq.ZMQError:  # nothing more, or closed meanwhile
+                        self._streams = self._streams[:-1]
+                        continue
+                else:
+                    return
+                content = raw if raw[:1] != b"~" else stream.take(raw)
+                if content is raw:
+                    stream.note(raw)
+                message = None if content is None else self._accept(content, stream)
+                if message is not None:
+                    accepted.append(message)
+            if accepted:
+                if durable is not None:
+                    durable.hand_out(owner, raw)
+                return
+        self._streams = self._streams[-1:] + self._streams[:-1]  # the next has its turn
+
+    def _accept(self, content: bytes, stream: _CatchUp) -> Message | None:
+        """Return the message in *content*, None if it is none, or not wanted."""
+        try:
+            message = Message.decode(content)
+        except MessageError as error:
+            self.bad_log.warning("message", "Skipped a bad message: %s", error)
+            return None
+        self._heard = self._batch_end
+        if self._translate:
+            tcp = split_tcp_address(stream.origin)
+            if tcp is not None:  # the host that it came from, in place of the one that its sender says
+                message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
+        if self._filter is not None and not self._filter(message):
+            return None
+        return message
+
+    def clear(self) -> None:
+        """Forget all; the sockets are closed."""
+        self._streams = []
+        self._unread.clear()
+        self.accepted.clear()
+
+
 class _SubscriberSockets:
     """Where the messages of a subscriber come from: its addresses and hooks, and the sockets for them."""
 
     def __init__(
         self,
         topics: str | Iterable[str] | None,
+        message_filter: Callable[[Message], Any] | None,
         translate: bool,
         since: float | timedelta | datetime | None,
         durable: str | None,
@@ -5261,12 +5382,14 @@ class _SubscriberSockets:
         self._is_closed = False
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._connections = _Connections(
-            self._loop, self._open_socket, self._read_all, self._note_change, lambda sock: self._streams.pop(sock, None)
+            self._loop,
+            self._open_socket,
+            lambda sock: self._inbox.read_all(self._streams[sock]),
+            self._note_change,
+            lambda sock: self._streams.pop(sock, None),
         )
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
-        self._backlog: deque[tuple[bytes, _CatchUp]] = deque()  # read, but not handed out
-        self._ready: list[_CatchUp] = []
-        self._bad_log = LimitedLogger("subscriber")
+        self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
@@ -5357,7 +5480,7 @@ class _SubscriberSockets:
             try:
                 message = Message.decode(frames[0])
             except MessageError as error:
-                self._bad_log.warning("hook", "Skipped a bad message from %s: %s", address, error)
+                self._inbox.bad_log.warning("hook", "Skipped a bad message from %s: %s", address, error)
             else:
                 callback(message)
 
@@ -5392,12 +5515,8 @@ class _SubscriberSockets:
         since = partial(self._connections.greet, sock, self._begin)
         self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._durable)
         stream.origin = origin or ""
-        self._loop.watch(sock, partial(self._note_ready, stream))
+        self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
-
-    def _note_ready(self, stream: _CatchUp) -> None:
-        if stream not in self._ready:
-            self._ready.append(stream)
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
         return self._streams[sock].freeze()
@@ -5406,12 +5525,6 @@ class _SubscriberSockets:
         self.missed += count
         text = "%d messages of %s are gone: it keeps less than it sent while there was no connection"
         _log("subscriber").warning(text, count, publisher)
-
-    def _read_all(self, sock: zmq.Socket[bytes]) -> None:
-        """Read what lies unread in *sock*, to be handed out later."""
-        with suppress(zmq.Again):
-            while True:
-                self._backlog.append((sock.recv(_NOBLOCK), self._streams[sock]))
 
     @property
     def _is_awaited(self) -> bool:
@@ -5452,7 +5565,6 @@ class Subscriber(_SubscriberSockets):
     publisher of ours has sent while there was no connection to it comes as soon as there is one again.
     """
 
-    _BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
     _LONGEST_WAIT = 0.9  # a signal that arrives just before a poll begins does not end it, and on Windows none does
 
     def __init__(
@@ -5464,11 +5576,8 @@ class Subscriber(_SubscriberSockets):
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        super().__init__(topics, translate, since, durable)
-        self._filter = message_filter
+        super().__init__(topics, message_filter, translate, since, durable)
         self._owner = 0  # the thread that receives just now
-        self._batch_end = 0.0
-        self._heard: float | None = None  # the end of the batch in which the last message came
         self._receivers: list[_Receiver] = []
         self._failure: BaseException | None = None  # of that task
         self._stops = 0
@@ -5492,10 +5601,18 @@ class Subscriber(_SubscriberSockets):
             The messages; None each time that *timeout* has passed without one.
         """
         with self._receiving() as receiver:
+            accepted = self._inbox.accepted if self._durable is None else deque()
             while True:
-                message = self._next(receiver, timeout)
-                if message is None and not receiver.is_on:
-                    return
+                message = None
+                if accepted and receiver.stops == self._stops:  # needs no lock, and takes no call
+                    try:
+                        message = accepted.popleft()
+                    except IndexError:  # another thread was faster
+                        continue
+                else:
+                    message = self._next(receiver, timeout)
+                    if message is None and not receiver.is_on:
+                        return
                 yield message
 
     @contextmanager
@@ -5516,11 +5633,12 @@ class Subscriber(_SubscriberSockets):
 
     def _next(self, receiver: _Receiver, timeout: float | None) -> Message | None:
         """Return the next message; None after *timeout*, or when the receiver is to end."""
-        with self._lock:
+        self._lock.acquire()  # which takes half the time of ``with``
+        try:
             if self._durable is not None:
                 self._durable.ask(receiver.owner)
             if receiver.stops == self._stops:
-                message = self._take(receiver)
+                message = self._inbox.take(receiver.owner)
                 if message is not None:
                     return message
             deadline = None if timeout is None else time.monotonic() + timeout
@@ -5530,14 +5648,16 @@ class Subscriber(_SubscriberSockets):
             try:
                 while receiver.is_on:
                     longest = time.monotonic() + self._LONGEST_WAIT
-                    until = 0.0 if self._ready else longest if deadline is None else min(deadline, longest)
+                    until = 0.0 if self._inbox.is_ready else longest if deadline is None else min(deadline, longest)
                     self._loop.turn(until)
-                    self._batch_end = time.monotonic() + self._BATCH_SECONDS
-                    message = self._take(receiver)
+                    self._inbox.begin_batch()
+                    message = self._inbox.take(receiver.owner)
                     if message is not None or (deadline is not None and time.monotonic() >= deadline):
                         return message
             finally:
                 self._owner = 0
+        finally:
+            self._lock.release()
         return None
 
     def __call__(self, **kwargs: Any) -> Iterator[Message | None]:
@@ -5582,15 +5702,15 @@ class Subscriber(_SubscriberSockets):
                 failure, self._failure = self._failure, None
                 raise failure
             with self._lock:
-                message = self._take(receiver)
+                message = self._inbox.take(receiver.owner)
                 now = time.monotonic()
                 if message is not None or (has_waited and deadline is not None and now >= deadline):
                     return message
                 if not self._is_awaited:
-                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._ready else None))
+                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._inbox.is_ready else None))
                     self._turning.add_done_callback(self._end_turning)
             await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
-            self._batch_end = time.monotonic() + self._BATCH_SECONDS
+            self._inbox.begin_batch()
             has_waited = True
         return None
 
@@ -5601,55 +5721,6 @@ class Subscriber(_SubscriberSockets):
         if self._is_closed and not self._receivers:
             self._close()
 
-    def _take(self, receiver: _Receiver) -> Message | None:
-        """Return the next message of those that are there; None also if all else is to have its turn."""
-        while time.monotonic() < self._batch_end:
-            if self._backlog:
-                raw, stream = self._backlog.popleft()
-            elif self._ready:
-                stream = self._ready[-1]
-                try:
-                    raw = stream.recv(_NOBLOCK)
-                except zmq.ZMQError:  # nothing more, or closed meanwhile
-                    self._ready = self._ready[:-1]
-                    continue
-            else:
-                return None
-            message = self._accept(raw, stream)
-            if message is not None:
-                if self._durable is not None:
-                    self._durable.hand_out(receiver.owner, raw)
-                return message
-        self._ready = self._ready[-1:] + self._ready[:-1]  # the next has its turn
-        return None
-
-    def _accept(self, raw: bytes, stream: _CatchUp) -> Message | None:
-        """Return the message in *raw*, None if it is none, or not wanted."""
-        if raw[:1] == b"~":
-            past = stream.take(raw)
-            if past is None:
-                return None
-            raw = past
-        else:
-            stream.note(raw)
-        try:
-            message = Message.decode(raw)
-        except MessageError as error:
-            self._bad_log.warning("message", "Skipped a bad message: %s", error)
-            return None
-        self._heard = self._batch_end
-        if self._translate:
-            self._translate_sender(message, stream.origin)
-        if self._filter is not None and not self._filter(message):
-            return None
-        return message
-
-    def _translate_sender(self, message: Message, address: str) -> None:
-        """Put the host of *address*, which the message came from, in place of the one that its sender says."""
-        tcp = split_tcp_address(address)
-        if tcp is not None:
-            message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
-
     @property
     def last_heard(self) -> float | None:
         """When a message came last, a heartbeat or another one on its topics; None before the first.
@@ -5659,7 +5730,7 @@ class Subscriber(_SubscriberSockets):
 
             if time.monotonic() - subscriber.last_heard > 60: ...
         """
-        return None if self._heard is None else self._heard - self._BATCH_SECONDS
+        return self._inbox.last_heard
 
     @property
     def running(self) -> bool:
@@ -5696,7 +5767,7 @@ class Subscriber(_SubscriberSockets):
                     return
                 self._connections.close()
                 self._loop.close()
-                self._ready, self._backlog = [], deque()
+                self._inbox.clear()
                 if self._durable is not None and not self._receivers:
                     self._durable.close()
             finally:
