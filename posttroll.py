@@ -138,6 +138,9 @@ OPTIONS: dict[str, _Option] = {
     "durable_directory": _Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
     ),
+    "heartbeat_interval": _Option(
+        0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
+    ),
     "discovery_seconds": _Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
     "max_services": _Option(20000, "int", "publishers that the nameserver keeps at most"),
     "client_secret_key_file": _Option(None, "path", "CURVE: this host's secret key when it connects"),
@@ -3786,6 +3789,8 @@ class Publisher:
     Attributes:
         local_only: Refuse subscribers from other hosts; set it before `start`.
         keeps_history: Whether to keep messages at all; set it before `start`.
+        heartbeat_interval: Seconds between the heartbeats that it sends by itself, 0 for none; by default (None) the
+            configured ones.  Set it before `start`.
         reached: How many subscribers there had been when it stopped, those that had gone again included; of other
             implementations the topics that were subscribed to at the end.
     """
@@ -3799,6 +3804,7 @@ class Publisher:
         self._port_interval = (min_port, max_port)
         self.local_only = False
         self.keeps_history = True
+        self.heartbeat_interval: float | None = None
         self._is_announced = False
         self._audience: _Audience | None = None
         self._port: int | None = None
@@ -3826,6 +3832,8 @@ class Publisher:
                 name = self._name or self._address
                 self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
                 _live_publishers.add(self)
+                interval = self.heartbeat_interval
+                self._plan_beat(config.get("heartbeat_interval") if interval is None else interval)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
 
@@ -3878,12 +3886,38 @@ class Publisher:
     send_string = send
 
     def heartbeat(self, min_interval: float = 0) -> None:
-        """Send a heartbeat, but only if *min_interval* seconds have passed since the last one."""
-        now = time.monotonic()
-        if self._last_beat is None or now - self._last_beat >= min_interval:
-            self._last_beat = now
+        """Send a heartbeat, but only if *min_interval* seconds have passed since the last one.
+
+        Those count, too, that it sends by itself (see `heartbeat_interval`).  Whoever listens expects the next one
+        within *min_interval* seconds.
+        """
+        with self._lock:
+            now = time.monotonic()
+            is_due = self._last_beat is None or now - self._last_beat >= min_interval
+            if is_due:
+                self._last_beat = now
+        if is_due:
             _log("publisher").debug("Publish heartbeat (min_interval is %.1f sec)", min_interval)
-            self.send(Message(f"/heartbeat/{self._name}", "beat", {"min_interval": min_interval}).encode())
+            name = "_".join(self._name.split())
+            self.send(Message(f"/heartbeat/{name}", "beat", {"min_interval": min_interval}).encode())
+        elif self._is_stopped:
+            self.stop()  # a signal handler wanted it, in the middle of the above
+
+    def _plan_beat(self, interval: float) -> None:
+        """Have a heartbeat sent when there has been none for *interval* seconds, and so on."""
+        if interval > 0 and self._audience is not None:
+            now = time.monotonic()
+            due = max(self._last_beat or 0, self._audience.started) + interval
+            # The loop must not keep alive a publisher that the program drops.
+            self._audience._later(due - now, partial(_call_if_alive, weakref.WeakMethod(self._beat), interval))
+
+    def _beat(self, interval: float) -> None:
+        """Send the heartbeat that is due, but not while the publisher stops; called by the loop under the lock."""
+        if not self._is_stopped:
+            try:
+                self.heartbeat(interval)
+            finally:
+                self._plan_beat(interval)
 
     # -- who listens --
 
@@ -4021,6 +4055,13 @@ class Publisher:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await _in_thread(self.stop)
+
+
+def _call_if_alive(method: weakref.WeakMethod[Callable[..., object]], *args: Any) -> None:
+    """Call a method, if its object is still there."""
+    function = method()
+    if function is not None:
+        function(*args)
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
@@ -5249,12 +5290,18 @@ class _Inbox:
         self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
         self.accepted: deque[Message] = deque()  # but not handed out
         self.batch_end = 0.0
+        self._heard: float | None = None  # the end of the batch in which the last message came
         self.bad_log = LimitedLogger("subscriber")
 
     def note_ready(self, stream: _CatchUp) -> None:
         """Take note that there is something in the socket of *stream*."""
         if stream not in self._streams:
             self._streams.append(stream)
+
+    @property
+    def last_heard(self) -> float | None:
+        """When the last message came, as `Subscriber.last_heard`."""
+        return None if self._heard is None else self._heard - self.BATCH_SECONDS
 
     @property
     def is_ready(self) -> bool:
@@ -5318,6 +5365,7 @@ class _Inbox:
         except MessageError as error:
             self.bad_log.warning("message", "Skipped a bad message: %s", error)
             return None
+        self._heard = self.batch_end
         if self._translate:
             tcp = split_tcp_address(stream.origin)
             if tcp is not None:  # the host that it came from, in place of the one that its sender says
@@ -5697,6 +5745,17 @@ class Subscriber(_SubscriberSockets):
             self._failure = turning.exception()
         if self._is_closed and not self._receivers:
             self._close()
+
+    @property
+    def last_heard(self) -> float | None:
+        """When a message came last, a heartbeat or another one on its topics; None before the first.
+
+        It is a time of `time.monotonic`, in seconds, at most 0.05 s too early.  What the *message_filter* skips counts,
+        what lies unread (as nobody receives) does not::
+
+            if time.monotonic() - subscriber.last_heard > 60: ...
+        """
+        return self._inbox.last_heard
 
     @property
     def running(self) -> bool:
@@ -7266,6 +7325,44 @@ def raise_descriptor_limit() -> int:
     return _descriptor_limit()
 
 
+class _Heartbeats:
+    """When heartbeats of a publisher came, and how many of those that it promised by them did not.
+
+    A heartbeat tells how long it is until the next one, its ``min_interval``; without (or with 0) it promises nothing,
+    and what an earlier one promised holds.
+
+    Attributes:
+        last: When the last one came, a time of `time.monotonic`; None before the first.
+        interval: How many seconds after it the next one is expected, None if none is.
+    """
+
+    SLACK = 0.5  # intervals that one may be late
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.interval: float | None = None
+        self._missed = 0  # until the last one
+
+    def take(self, message: Message, when: float) -> None:
+        """Take note of a message that came at a time, if it is a heartbeat."""
+        if message.type == "beat":
+            self._missed += self.overdue(when)
+            interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
+            if isinstance(interval, (int, float)) and interval > 0:
+                self.interval = float(max(1.0, min(1e6, interval)))
+            self.last = when
+
+    def overdue(self, now: float) -> int:
+        """Return how many should have come since the last one."""
+        if self.last is None or self.interval is None:
+            return 0
+        return max(int((now - self.last) / self.interval - self.SLACK), 0)
+
+    def missed(self, now: float) -> int:
+        """Return how many did not come, all in all."""
+        return self._missed + self.overdue(now)
+
+
 class _Traffic:
     """What a publisher has sent under one subject: how much since the last view, and when the last of it."""
 
@@ -7281,8 +7378,7 @@ class _Tally:
         self.name = name
         self.traffic: dict[str, _Traffic] = {}
         self.heard = time.monotonic()
-        self.last_beat: float | None = None
-        self.beat_interval = 0.0
+        self.heartbeats = _Heartbeats()
 
     def receive(self) -> None:
         """Count what has come, but not so much that others have to wait."""
@@ -7299,16 +7395,12 @@ class _Tally:
             traffic.messages += 1
             traffic.size += len(raw)
             traffic.last = self.heard
-            interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
-            if message.type == "beat" and isinstance(interval, (int, float)):
-                self.last_beat, self.beat_interval = self.heard, float(max(1.0, min(1e6, interval)))  # it may be NaN
+            self.heartbeats.take(message, self.heard)
 
     @property
     def missed_beats(self) -> str:
-        """How many heartbeats are overdue, empty if it sends none."""
-        if self.last_beat is None:
-            return ""
-        return str(max(int((time.monotonic() - self.last_beat) / self.beat_interval - 0.5), 0))
+        """How many heartbeats are overdue, empty if none is expected."""
+        return "" if self.heartbeats.interval is None else str(self.heartbeats.overdue(time.monotonic()))
 
 
 class _Meter:

@@ -43,6 +43,7 @@ import textwrap
 import threading
 import time
 import types
+import weakref
 import zipapp
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -2895,6 +2896,68 @@ class TestPublisher:
             pub.heartbeat(3600)
             assert received_data(sub) == [{"min_interval": 3600}]
 
+    def test_heartbeats_by_themselves(self):
+        """Of every publisher, without an edit; those that the program sends take the place of the next one."""
+        with config.set(heartbeat_interval=0.05), connected() as (pub, sub):
+            beats = receive(sub, 3)
+            assert [(beat.subject, beat.type, beat.data) for beat in beats] == [
+                ("/heartbeat/a_publisher", "beat", {"min_interval": 0.05})
+            ] * 3
+            times = [beat.time.timestamp() for beat in beats]
+            assert all(later - earlier > 0.04 for earlier, later in zip(times, times[1:]))
+        with connected() as (pub, sub):
+            pub.send(text_message("not a single one"))
+            assert received_data(sub) == ["not a single one"]
+
+    def test_heartbeats_by_hand_and_by_themselves(self):
+        """Whoever sends it: no two within the interval, and no interval without one."""
+        publisher = posttroll.Publisher("tcp://*:0", "both of us")
+        publisher.heartbeat_interval = 0.3
+        with publisher, posttroll.Subscriber([local_address(publisher.port_number)]) as sub:
+            assert publisher.wait_for_subscribers(1, DEADLINE)
+            publisher.heartbeat(3600)  # the first one waits for nothing
+            assert [beat.data["min_interval"] for beat in receive(sub, 2)] == [3600, 0.3]
+            pauses = [timedelta(seconds=1)]
+            while pauses[-1] > timedelta(seconds=0.42):  # the machine is busy, or too long passed without one
+                assert len(pauses) < 20
+                publisher.heartbeat(3600)  # too soon
+                beats = [wait_for(lambda: publisher.heartbeat(0.1) or next(sub.recv(0.01))), *receive(sub, 1)]
+                assert [beat.data["min_interval"] for beat in beats] == [0.1, 0.3]
+                pauses.append(beats[1].time - beats[0].time)
+            assert {beat.subject for beat in beats} == {"/heartbeat/both_of_us"}
+            assert min(pauses) > timedelta(seconds=0.29)
+
+    def test_heartbeats_end_with_their_publisher(self, caplog):
+        """Of one that is stopped, dropped or started again, while the loop goes on for others."""
+        with config.set(heartbeat_interval=0.02), connected() as (_, sub):
+            stopped, dropped, restarted = (posttroll.Publisher("tcp://*:0", name).start() for name in "abc")
+            restarted.stop()
+            port = restarted.start().port_number
+            sub.add(local_address(port))
+            stopped.stop()
+            reference = weakref.ref(dropped)
+            del dropped
+            gc.collect()
+            assert reference() is None
+            wait_for(lambda: receive(sub)[0].subject == "/heartbeat/c")
+            assert len(receive(sub, 10)) == 10
+            restarted.stop()
+            wait_for(lambda: {beat.subject for beat in receive(sub, 5)} == {"/heartbeat/a_publisher"})
+        assert caplog.text == ""
+
+    def test_50_publishers_beat_in_one_thread(self):
+        with contextlib.ExitStack() as world, config.set(heartbeat_interval=0.2):
+            before = threading.active_count()
+            names = {f"name{number}" for number in range(50)}
+            publishers = [world.enter_context(posttroll.Publisher("tcp://*:0", name)) for name in names]
+            assert threading.active_count() == before + 1
+            with posttroll.Subscriber([local_address(publisher.port_number) for publisher in publishers]) as sub:
+                missing = {f"/heartbeat/{name}" for name in names}
+                for message in sub:
+                    missing.discard(message.subject)
+                    if not missing:
+                        break
+
     def test_sending_from_8_threads(self):
         with connected() as (pub, sub):
 
@@ -3283,6 +3346,27 @@ class TestPublishAndItsFactory:
 
 
 class TestSubscriber:
+    def test_last_heard(self):
+        """Messages and heartbeats count, also those that the filter skips, but not those of other topics."""
+        with connected(["/a", "/heartbeat"], message_filter=lambda message: message.subject != "/a/skipped") as pair:
+            publisher, sub = pair
+            assert sub.last_heard is None
+            assert next(sub.recv(0.05)) is None
+            assert sub.last_heard is None
+            publisher.send(text_message("text"))
+            assert received_data(sub) == ["text"]
+            for send in (lambda: publisher.send(text_message("text", "/a/skipped")), publisher.heartbeat):
+                wait_for(lambda: next(sub.recv(0.06)) is None)  # so what came before is in an earlier batch
+                start = time.monotonic()
+                send()
+                wait_for(lambda: next(sub.recv(0.01)) or sub.last_heard >= start - 0.05)  # noqa: B023
+                assert start - 0.05 <= sub.last_heard <= time.monotonic()
+            before = sub.last_heard
+            publisher.send(text_message("text", "/b"))
+            publisher.send("pytroll://a but no message")
+            assert next(sub.recv(0.2)) is None
+            assert sub.last_heard == before
+
     def test_topics_are_the_beginnings_of_subjects(self):
         with connected(["/one", "two", "pytroll://three"]) as (pub, sub):
             for subject in ("/zero", "/one", "/one/and/more", "/other", "/two", "/three", "/onerous"):
