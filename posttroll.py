@@ -828,7 +828,7 @@ def _travels_as_it_is(text: str) -> bool:
     if text.isascii():
         return True
     try:
-        text.encode()
+        text.encode("utf-16-le")  # which refuses what UTF-8 refuses, in a quarter of the time
     except UnicodeEncodeError:  # lone surrogates
         return False
     return True
@@ -3159,13 +3159,14 @@ sendaddressservice = AddressServiceBroadcaster
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
 # are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
 # subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
-# <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
-# older than so many milliseconds; until: the number of the hello.
+# <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
+# for what was not older at that time; all times in milliseconds; until: the number of the hello.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
 _MARK_PATTERN = re.compile(
-    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
+    _MARK + rb"([0-9a-f]{16})/(\d{1,6})"
+    rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
     re.DOTALL,
 )
 
@@ -3251,7 +3252,8 @@ class _Peer:
         self.mark = mark
         self.topics = topics
         self.connections = 0
-        self.greeted: float | None = None  # when, until it has asked for what it has not
+        self.greeted = 0.0  # when
+        self.has_asked = False  # since then, for what it has not
         self.hello: int | None = None  # the number that the last hello has told, None: a hello is still to be sent
         self.prefixes: tuple[bytes, ...] = (b"",)
         self.told = 0  # the number that it was told last
@@ -3533,7 +3535,8 @@ class _Audience(_Listeners):
 
     def _greet(self, peer: _Peer) -> None:
         """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
-        peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
+        peer.greeted, peer.has_asked = time.monotonic(), False
+        peer.hello, number = None, self.history.number
         fields = (self.instance, number, peer.ends, self._port, self._name)
         if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
             peer.hello = peer.told = number
@@ -3574,19 +3577,29 @@ class _Audience(_Listeners):
         peer, history = self.peers.get(mark), self.history
         if peer is None or match[3] != self.instance:
             return  # somebody else is asked
-        after, milliseconds, until = int(match[4]), int(match[5]), min(int(match[6]), history.number)
+        after, age, asked, until = map(int, match.groups()[3:7])
+        until = min(until, history.number)
         if peer.hello is None or until < peer.hello:
             return  # that was over an earlier connection; it asks again when it has our hello
-        if milliseconds:
-            since = time.monotonic() - milliseconds / 1000
+        if age:
+            since = self._when_asked(peer, asked / 1000) - age / 1000
             after = min(after, history.last_before(since))
             if history.has_lost_since(since):
                 after = min(after, 0 if self.started >= since else history.first - 2)
-        peer.greeted = None
+        peer.has_asked = True
         peer.fall_behind(min(after, until), until)
         peer.is_answer = True
-        peer.prefixes = tuple(match[7].split(b"\n"))
+        peer.prefixes = tuple(match[8].split(b"\n"))
         self._catch_up_soon(0)
+
+    def _when_asked(self, peer: _Peer, asked: float) -> float:
+        """Return when a request was sent that has come just now, and says it was *asked* then, by its host's clock.
+
+        It was after the hello.  If it cannot have been then, the clocks differ: it may have been as early as that.
+        """
+        now = time.monotonic()
+        sent = now - (time.time() - asked)
+        return sent if peer.greeted <= sent <= now else min(peer.greeted, now)
 
     def _catch_up_soon(self, seconds: float) -> None:
         self._later(seconds, self._catch_up)
@@ -3596,7 +3609,7 @@ class _Audience(_Listeners):
         for peer in self.peers.values():
             if peer.hello is None:
                 self._greet(peer)
-        behind = [peer for peer in self.peers.values() if peer.after is not None and peer.greeted is None]
+        behind = [peer for peer in self.peers.values() if peer.after is not None and peer.has_asked]
         are_served = [self._hears(peer) and self._send_past(peer) for peer in behind]
         if any(peer.after is not None for peer in behind):
             self._catch_up_soon(0 if any(are_served) else 0.02)
@@ -3635,7 +3648,7 @@ class _Audience(_Listeners):
             return [
                 (mark, peer.after)
                 for mark, peer in self.peers.items()
-                if peer.after is not None or (peer.greeted is not None and now - peer.greeted < self._patience)
+                if peer.after is not None or (not peer.has_asked and now - peer.greeted < self._patience)
             ]
 
     def measure_left(self) -> int:
@@ -4018,11 +4031,13 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
+_live_noisy_publishers: weakref.WeakSet[NoisyPublisher] = weakref.WeakSet()
 
 
 def _stop_live_publishers() -> None:
-    """At the end of the program: let those publishers that nobody stopped send what they have."""
-    for publisher in list(_live_publishers):
+    """At the end of the program: let those publishers that nobody stopped send what they have, and say goodbye."""
+    publishers: list[AnyPublisher] = [*_live_noisy_publishers, *_live_publishers]
+    for publisher in publishers:
         publisher.stop()
 
 
@@ -4032,6 +4047,7 @@ def _leave_publishers_to_parent() -> None:
         publisher._lock = threading.RLock()
         publisher._inherited, publisher._audience = publisher._audience, None
     _live_publishers.clear()
+    _live_noisy_publishers.clear()
 
 
 atexit.register(_stop_live_publishers)
@@ -4129,6 +4145,7 @@ class NoisyPublisher:
                 publisher.stop()
                 raise
             self._publisher = publisher
+            _live_noisy_publishers.add(self)
         return self
 
     def _started(self) -> Publisher:
@@ -4736,10 +4753,10 @@ class _CatchUp:
             return  # this is of what it had received before
         self._cancel_request(instance)
         if source.position is None:
-            past = max(int((time.monotonic() - source.since) * 1000), 0)
-            what = b"%d+%d" % (source.found, past)
+            age = max(math.ceil((time.monotonic() - source.since) * 1000), 1)
+            what = b"%d+%d@%d" % (source.found, age, time.time() * 1000)
         else:
-            what = b"%d+0" % source.position
+            what = b"%d+0@0" % source.position
         source.unconfirmed = self._live(source.index, source.hello_index)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
@@ -5328,7 +5345,7 @@ class _Inbox:
         self._streams: list[_CatchUp] = []  # of which the socket has something
         self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
         self.accepted: deque[Message] = deque()  # but not handed out
-        self._batch_end = 0.0
+        self.batch_end = 0.0
         self.bad_log = LimitedLogger("subscriber")
         forget = getattr(message_filter, "forget", None)
         if durable is not None and forget is not None:
@@ -5341,8 +5358,8 @@ class _Inbox:
 
     @property
     def is_ready(self) -> bool:
-        """Whether there may be something in the sockets."""
-        return bool(self._streams)
+        """Whether there may be a message without any waiting."""
+        return bool(self._streams or self._unread or self.accepted)
 
     def read_all(self, stream: _CatchUp) -> None:
         """Read what lies unread in the socket of *stream*, to be handed out later."""
@@ -5352,10 +5369,13 @@ class _Inbox:
 
     def begin_batch(self) -> None:
         """Take note that all else has had its turn."""
-        self._batch_end = time.monotonic() + self.BATCH_SECONDS
+        self.batch_end = time.monotonic() + self.BATCH_SECONDS
 
     def take(self, owner: Any) -> Message | None:
         """Return the next message, for *owner* to handle; None also if all else is to have its turn."""
+        if time.monotonic() >= self.batch_end:
+            self._streams = self._streams[-1:] + self._streams[:-1]  # the next has its turn
+            return None
         if not self.accepted:
             self._accept_some(owner)
         try:
@@ -5367,7 +5387,7 @@ class _Inbox:
         """Accept messages of those that are there; only one if it is then to be known who handles which."""
         accepted, durable = self.accepted, self._durable
         count = self.AHEAD if durable is None and self._filter is None else 1
-        while time.monotonic() < self._batch_end:
+        while time.monotonic() < self.batch_end:
             for _ in range(count):
                 if self._unread:
                     raw, stream = self._unread.popleft()
@@ -5390,7 +5410,6 @@ class _Inbox:
                 if durable is not None:
                     durable.hand_out(owner, raw)
                 return
-        self._streams = self._streams[-1:] + self._streams[:-1]  # the next has its turn
 
     def _accept(self, content: bytes, stream: _CatchUp) -> Message | None:
         """Return the message in *content*, None if it is none, or not wanted."""
@@ -5657,10 +5676,12 @@ class Subscriber(_SubscriberSockets):
             The messages; None each time that *timeout* has passed without one.
         """
         with self._receiving() as receiver:
-            accepted = self._inbox.accepted if self._durable is None else deque()
+            inbox = self._inbox
+            accepted = inbox.accepted if self._durable is None else deque()
             while True:
                 message = None
-                if accepted and receiver.stops == self._stops:  # needs no lock, and takes no call
+                # Without a lock, and without a call:
+                if accepted and receiver.stops == self._stops and time.monotonic() < inbox.batch_end:
                     try:
                         message = accepted.popleft()
                     except IndexError:  # another thread was faster
@@ -5844,14 +5865,13 @@ def _take_frames(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object
 
 
 def _seconds_since(since: float | timedelta | datetime | None) -> float:
-    """Return how many seconds ago *since* is, and a little more; raises ValueError if it is no such time."""
+    """Return how many seconds ago *since* is; raises ValueError if it is no such time."""
     if isinstance(since, datetime):
-        seconds = max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
-    else:
-        seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
+        return max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
+    seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
     if not 0 <= seconds < 1e9:
         raise ValueError(f"since is a number of seconds, a timedelta or a datetime of the past, not {since!r}.")
-    return seconds + 0.1 if seconds else 0.0  # the request takes its time, and counts from its arrival
+    return seconds
 
 
 class _Publisher:

@@ -8909,6 +8909,18 @@ sys.exit(status)
             status, _, _ = finish(running)
             assert status == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1)
 
+    @pytest.mark.parametrize("nameservers", [["localhost"], None], ids=["registration", "multicast"])
+    def test_a_forgotten_publisher_says_goodbye(self, nameservers):
+        code = f"""
+import sys, posttroll
+publishers = [posttroll.NoisyPublisher(name, nameservers={nameservers}).start() for name in ("a", "b")]
+sys.stdin.read()
+"""
+        with nameserver(multicast_enabled=nameservers is None), python(code) as running:
+            wait_for(lambda: len(posttroll.get_pub_address("", timeout=DEADLINE)) == 2)
+            assert finish(running) == (0, "", "")
+            wait_for(lambda: posttroll.get_pub_address("", timeout=DEADLINE) == [])
+
     def test_fork_after_use(self):
         """Parent and child can both work; what the parent has made stays the parent's."""
         code = """
@@ -12792,7 +12804,7 @@ class TestSince:
     def test_all_that_subscribes(self, way):
         with posttroll.Publisher("tcp://*:0", "numbers") as pub:
             Numbers(pub).send(3)
-            time.sleep(0.3)
+            time.sleep(0.01)  # time is what tells old from new
             begin = datetime.now(timezone.utc)
             Numbers(pub).send(2)
             settings = {"addresses": [local_address(pub.port_number)], "nameserver": False}
@@ -13060,18 +13072,47 @@ class TestNewcomers:
     def test_since(self, form):
         with posttroll.Publisher("tcp://*:0") as pub:
             pub.send(text_message("too old"))
-            time.sleep(1.2)
+            entries = pub._audience.history._entries
+            entries[0] = (entries[0][0] - 200, entries[0][1])  # so long ago
             pub.send(text_message("old"))
             since = {
-                float: 1.0,
-                "timedelta": timedelta(seconds=1),
-                "datetime": datetime.now(timezone.utc) - timedelta(seconds=1),
+                float: 100.0,
+                "timedelta": timedelta(seconds=100),
+                "datetime": datetime.now(timezone.utc) - timedelta(seconds=100),
             }[form]
             with posttroll.Subscriber([local_address(pub.port_number)], since=since) as sub, serving(sub) as data:
                 wait_for(lambda: data)
                 pub.send(text_message("new"))
                 wait_for(lambda: len(data) == 2)
                 assert data == ["old", "new"]
+
+    @pytest.mark.parametrize("slow", ["hello", "request"])
+    def test_what_is_asked_for_is_under_way_for_long(self, slow):
+        """Neither does more come than what was asked for, nor less."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("too old"))
+            time.sleep(0.01)  # time is what tells old from new
+            begin = datetime.now(timezone.utc)
+            pub.send(text_message("old"))
+            with posttroll.Subscriber([local_address(pub.port_number)], since=begin) as sub:
+                wait_for(lambda: pub._audience.peers)
+                with pub._lock if slow == "request" else contextlib.nullcontext():
+                    if slow == "request":
+                        wait_for(lambda: next(sub.recv(0)) is None and next(iter(sub._streams.values()))._requests)
+                    time.sleep(0.1)  # that it is under way
+                assert received_data(sub) == ["old"]
+                wait_for(lambda: not pub._audience.unserved())
+                pub.send(text_message("new"))
+                assert received_data(sub) == ["new"]
+
+    def test_clocks_of_two_hosts_that_differ(self):
+        """It is as if the request had been under way since the hello: rather more comes than less."""
+        with connected() as (pub, _):
+            [peer] = pub._audience.peers.values()
+            for hours in (-1, 1):
+                assert pub._audience._when_asked(peer, time.time() + 3600 * hours) == peer.greeted
+            between = (time.monotonic() - peer.greeted) / 2
+            assert pub._audience._when_asked(peer, time.time() - between) > peer.greeted
 
     def test_since_before_what_is_kept(self, caplog):
         """What is gone of the time asked for is told; of a publisher that has not been there so long, nothing is."""
@@ -13187,12 +13228,12 @@ class TestMarks:
                 posttroll._MARK[:-3],
                 posttroll._MARK + b"x" * 10_000,  # more is too much for the socket that sends it, with libzmq 4.3.4
                 posttroll._MARK + b"0123456789abcdef/" + b"9" * 10_000,
-                self.mark() + b"/" + b"f" * 16 + b"/1+0,1/pytroll:/",  # of another instance
-                self.mark() + f"/{instance}/{huge}+{huge},{huge}/".encode(),
-                self.mark() + f"/{instance}/-1+0,5/".encode(),
-                self.mark() + f"/{instance}/0+0,{'9' * 5000}/".encode(),
-                self.mark() + f"/{instance}/0+0,5/".encode() + b"\n" * 1000,
-                self.mark() + f"/{instance}/0+0,5/".encode() + b"\xff" * 1999,
+                self.mark() + b"/" + b"f" * 16 + b"/1+0@0,1/pytroll:/",  # of another instance
+                self.mark() + f"/{instance}/{huge}+{huge}@{huge},{huge}/".encode(),
+                self.mark() + f"/{instance}/-1+0@0,5/".encode(),
+                self.mark() + f"/{instance}/0+0@0,{'9' * 5000}/".encode(),
+                self.mark() + f"/{instance}/0+0@0,5/".encode() + b"\n" * 1000,
+                self.mark() + f"/{instance}/0+0@0,5/".encode() + b"\xff" * 1999,
                 self.mark(7, 999_999),
                 self.mark(0xFFFFFFFFFFFFFFFF, 0),
             ):
@@ -13225,7 +13266,7 @@ class TestMarks:
             numbers.send(4000)
             for number in range(1000):
                 sock.send(b"\1" + self.mark())
-                sock.send(self.ask(pub, 1, f"0+999999,{numbers.count}/pytroll:/{number}"))
+                sock.send(self.ask(pub, 1, f"0+999999@0,{numbers.count}/pytroll:/{number}"))
                 sock.send(b"\0" + self.mark())
                 if not number % 50:
                     numbers.send(1)
@@ -13247,7 +13288,7 @@ class TestMarks:
             for _ in range(20):
                 numbers.send(100, 0.0005)
                 for number, sock in enumerate(socks):
-                    sock.send(self.ask(pub, number, "0+999999,99999999/"))
+                    sock.send(self.ask(pub, number, "0+999999@0,99999999/"))
             await_count(data, numbers.count)
             assert sorted(each for each, _ in data) == list(range(numbers.count))
 
@@ -13423,8 +13464,10 @@ class TestNothingFallsBetween:
                     wait_for(lambda number=number: len(data) == 2 * number + 2)
             assert sorted(data) == [[word, number] for word in ("first", "second") for number in range(3)]
 
-    def test_a_busy_consumer_connects_to_a_new_publisher_at_once(self):
-        """0.1 s for a message, and 400 of them before it."""
+    @pytest.mark.parametrize("ahead", [1, 1000])
+    def test_a_busy_consumer_connects_to_a_new_publisher_at_once(self, ahead, monkeypatch):
+        """0.1 s for a message, and 400 of them before it, accepted already or not."""
+        monkeypatch.setattr(posttroll._Inbox, "AHEAD", ahead)
         with nameserver(), posttroll.Publish("old", nameservers=["localhost"]) as old:
             services = ["old", "new"]
             with posttroll.Subscribe(services, addr_listener=True, timeout=0) as sub:
