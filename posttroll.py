@@ -5071,6 +5071,7 @@ class _DurableState:
         self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
         self._waiting: dict[bytes, list[tuple[int, bytes, int]]] = {}  # places, until all is handled that came before
         self._count = 0  # of what has been handed out
+        self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
         self._read()
         self._file.append(b"", self._all)
@@ -5196,15 +5197,22 @@ class _DurableState:
         busy = [owner for owner in receiving if owner is not me or not is_left]
         with self._guard:
             if me not in busy:
-                self.ask(me) if is_handled else self._handed.pop(me, None)
+                self.ask(me) if is_handled else self._take_back(me)
             if not busy:
                 self.close()
 
     def close(self) -> None:
         """Let go of the file and of the name."""
         with self._guard:
-            self._handed.clear()
+            for owner in list(self._handed):
+                self._take_back(owner)
             self._file.close()
+
+    def _take_back(self, owner: Any) -> None:
+        """Take note that *owner* has not handled what it has in hand, if it has something."""
+        _, raw = self._handed.pop(owner, (0, b""))
+        if raw:
+            self.on_unhandled(raw.split(b"\0", 2)[2] if raw[:1] == b"~" else raw)
 
 
 def _has_ended(owner: Any) -> bool:
@@ -5258,6 +5266,99 @@ def _backend_towards(announced: Any) -> str | None:
     return "secure_zmq" if announced == "secure_zmq" and has_keys else None
 
 
+def _value_at(data: Any, path: str) -> Any:
+    """Return what *data* hold at *path*, a key, or several with dots between (numbers for lists); None if nothing."""
+    if isinstance(data, Mapping) and path in data:
+        return data[path]
+    for part in path.split("."):
+        if isinstance(data, Mapping):
+            data = data.get(part)
+        elif isinstance(data, list) and part.isdecimal():
+            data = data[int(part)] if int(part) < len(data) else None
+        else:
+            return None
+    return data
+
+
+def _sent_at(message: Message) -> float:
+    """Return when *message* was made, in seconds since 1970; without time zone, its time is in UTC."""
+    return message.time.replace(tzinfo=message.time.tzinfo or timezone.utc).timestamp()
+
+
+class unique:  # noqa: N801 - it is used as if it were a function
+    """A ``message_filter`` that lets only one of several copies through, such as those of redundant receivers.
+
+    Copies have the same *key*, and were made at most *seconds* apart, by the times in their headers: so what is sent
+    anew later is no copy, also when both are caught up at once.  The first that comes is let through::
+
+        with Subscribe(["antenna_1", "antenna_2"], message_filter=unique("uid")) as subscriber: ...
+
+    Args:
+        key: A key of the data, with dots for one further inside (``"granule.uid"``); or a function that is called with
+            the message, and returns what copies have in common.  Messages without it (None) are all let through.
+        seconds: How far apart in time copies are made at most.
+        limit: How many messages it remembers, the newest, each for *seconds* and another hour (for copies that are
+            caught up late).  Beyond that copies may be let through, never held back what is none.
+
+    Attributes:
+        dropped: How many copies it has held back.
+
+    One object may serve several subscribers and threads.  It keeps nothing when the program ends: afterwards a durable
+    subscriber may get another copy, never none.  What a durable subscriber gets once more, as it was not handled, is
+    let through again: the subscriber tells that to the method ``forget`` of its filter, if it has one.  In a condition
+    of several, ask this one last: what it lets through it takes for received.
+    """
+
+    LATE = 3600.0  # seconds that copies may come later than they were made
+
+    def __init__(self, key: str | Callable[[Message], Any], seconds: float = 300, limit: int = 100000) -> None:
+        self._key = key if callable(key) else lambda message: _value_at(message.data, key)
+        self._seconds = seconds
+        self._limit = limit
+        self._passed: dict[bytes, list[float]] = {}  # when those were made that were let through
+        self._order: deque[tuple[float, bytes, float]] = deque()  # when they came, whose they are, when they were made
+        self._lock = threading.Lock()
+        self.dropped = 0
+
+    def __call__(self, message: Message) -> bool:
+        """Return whether *message* is the first of its copies."""
+        digest = self._digest(message)
+        if digest is None:
+            return True
+        made, now = _sent_at(message), time.monotonic()
+        with self._lock:
+            while self._order and (len(self._order) >= self._limit or self._order[0][0] < now):
+                self._remove(*self._order.popleft()[1:])
+            if any(abs(made - other) <= self._seconds for other in self._passed.get(digest, ())):
+                self.dropped += 1
+                return False
+            self._passed.setdefault(digest, []).append(made)
+            self._order.append((now + self._seconds + self.LATE, digest, made))
+        return True
+
+    def forget(self, message: Message) -> None:
+        """Let *message* through when it comes again: it has been received, but not handled."""
+        digest = self._digest(message)
+        if digest is not None:
+            with self._lock:
+                self._remove(digest, _sent_at(message))
+
+    def _digest(self, message: Message) -> bytes | None:
+        """Return what stands for the key of *message*, None if it has none."""
+        value = self._key(message)
+        if value is None:
+            return None
+        text = json.dumps(value, sort_keys=True, default=repr)
+        return blake2b(text.encode(), digest_size=16).digest()
+
+    def _remove(self, digest: bytes, made: float) -> None:
+        times = self._passed.get(digest, [])
+        with suppress(ValueError):  # it has been forgotten already
+            times.remove(made)
+        if not times:
+            self._passed.pop(digest, None)
+
+
 class _Receiver:
     """Somebody who receives from a subscriber, until the next `Subscriber.stop`."""
 
@@ -5292,6 +5393,9 @@ class _Inbox:
         self.batch_end = 0.0
         self._heard: float | None = None  # the end of the batch in which the last message came
         self.bad_log = LimitedLogger("subscriber")
+        forget = getattr(message_filter, "forget", None)
+        if durable is not None and forget is not None:
+            durable.on_unhandled = lambda content: forget(Message.decode(content))
 
     def note_ready(self, stream: _CatchUp) -> None:
         """Take note that there is something in the socket of *stream*."""
@@ -5562,7 +5666,7 @@ class Subscriber(_SubscriberSockets):
     Args:
         addresses: The publishers' addresses, as text, or as `get_pub_address` returns them.
         topics: The beginnings of the subjects to subscribe to; by default everything.
-        message_filter: Called with each message; those for which it returns a false value are skipped.
+        message_filter: Called with each message; those for which it returns a false value are skipped; see `unique`.
         translate: Put the host of the publisher's address in place of the host of the sender.
         since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
             last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
@@ -7097,7 +7201,7 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
     """Yield messages as far apart in time as they were sent, at *speed* times the speed; with 0 without pauses."""
     start = None
     for message in messages:
-        sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc).timestamp()
+        sent = _sent_at(message)
         start = start or (time.monotonic(), sent)
         if speed > 0:
             time.sleep(min(max(start[0] + (sent - start[1]) / speed - time.monotonic(), 0), 1e6))
@@ -7118,6 +7222,7 @@ def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
     add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
     add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
     add("--durable", metavar="NAME", help="also what was sent since the last 'subscribe' with this name")
+    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
@@ -7152,15 +7257,13 @@ def _run_subscribe(options: argparse.Namespace) -> int:
         if options.json or options.raw:
             form = lambda message: _printable(plain(message))  # noqa: E731
 
-    def is_wanted(message: Message) -> bool:
-        return not options.type or message.type in options.type
-
     nameserver = not options.address and _nameservers(options)
     services, topics = options.service or "", options.topics or ""
     received = 0
     begin = {"since": options.since, "durable": options.durable}
     try:
-        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted, **begin)
+        wanted = _wanted(options)
+        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, wanted, **begin)
     except RuntimeError as error:  # the durable name is in use
         raise _CommandError(str(error)) from None
     with following as subscriber, call_on_signals(subscriber.close):
@@ -7171,10 +7274,20 @@ def _run_subscribe(options: argparse.Namespace) -> int:
             received += 1
             if received == options.count:
                 break
-    wanted = options.count or (1 if options.timeout is not None else 0)
-    if received < wanted:
-        raise _CommandError(f"{received} of {wanted} messages came.")
+    expected = options.count or (1 if options.timeout is not None else 0)
+    if received < expected:
+        raise _CommandError(f"{received} of {expected} messages came.")
     return 0
+
+
+def _wanted(options: argparse.Namespace) -> Callable[[Message], bool]:
+    """Return the filter that the options describe."""
+    is_new = unique(options.unique) if options.unique else lambda message: True
+
+    def is_wanted(message: Message) -> bool:
+        return (not options.type or message.type in options.type) and is_new(message)
+
+    return is_wanted
 
 
 def _as_json_line(message: Message) -> str:

@@ -3584,6 +3584,120 @@ class TestMessageFilter:
                     end.set()
 
 
+def copy_of(uid: Any, seconds: float = 0, **kwargs: Any) -> posttroll.Message:
+    """Return one of several messages about *uid*, made so many seconds after noon."""
+    message = posttroll.Message("/a", "file", {"uid": uid, "of": {"pass": 7}}, **kwargs)
+    message.time = datetime(2026, 11, 24, 12, tzinfo=timezone.utc) + timedelta(seconds=seconds)
+    return message
+
+
+class TestUnique:
+    def test_one_of_two_copies(self):
+        is_new = posttroll.unique("uid", seconds=300)
+        copies = [copy_of("a"), copy_of("b", 1), copy_of("a", 2), copy_of("b", -299)]
+        assert list(map(is_new, copies)) == [True, True, False, False]
+        assert is_new.dropped == 2
+
+    def test_what_is_sent_anew_is_no_copy(self):
+        """Also when all of it is caught up at once, publisher by publisher."""
+        is_new = posttroll.unique("uid", seconds=10)
+        times = [0, 10, 10.1, 20, 500, 1, 505]
+        assert [is_new(copy_of("a", seconds)) for seconds in times] == [True, False, True, False, True, False, False]
+
+    @pytest.mark.parametrize("data", ["uid", {"other": 1}, {"uid": None}, {}, ["uid"], 5, b"uid"])
+    def test_messages_without_the_key_pass(self, data):
+        is_new = posttroll.unique("uid")
+        assert [is_new(posttroll.Message("/a", "info", data)) for _ in range(3)] == [True] * 3
+        assert is_new.dropped == 0
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("a.b", {"a": {"b": 1}}),
+            ("a.b", {"a.b": 1}),
+            ("a.1.b", {"a": [0, {"b": 1}]}),
+            ("uid", {"uid": {"list": [1, datetime(2026, 1, 1, tzinfo=timezone.utc)]}}),
+            (lambda message: message.data["uid"], {"uid": 1}),
+            (lambda message: (message.subject, message.data), "text"),
+        ],
+    )
+    def test_keys(self, key, value):
+        is_new = posttroll.unique(key)
+        assert [is_new(posttroll.Message("/a", "info", value)) for _ in range(2)] == [True, False]
+
+    @pytest.mark.parametrize("values", [(1, "1"), ("a", "b"), (0, False), ([1], [2]), ("None", "null")])
+    def test_different_values(self, values):
+        is_new = posttroll.unique("uid")
+        assert [is_new(copy_of(value)) for value in values] == [True, True]
+
+    def test_names_in_another_order_are_the_same(self):
+        is_new = posttroll.unique("uid")
+        assert [is_new(copy_of(uid)) for uid in ({"a": 1, "b": 2}, {"b": 2, "a": 1})] == [True, False]
+
+    def test_versions_with_and_without_time_zone(self):
+        is_new = posttroll.unique("uid", seconds=1)
+        without = posttroll.Message.decode(copy_of("a", version="v1.01").encode())
+        assert without.time.tzinfo is None
+        assert [is_new(without), is_new(copy_of("a"))] == [True, False]
+
+    def test_memory_is_bounded(self):
+        is_new = posttroll.unique("uid", limit=100)
+        for number in range(1000):
+            assert is_new(copy_of(number))
+        assert len(is_new._passed) == len(is_new._order) == 100
+        assert [is_new(copy_of(number)) for number in (999, 901, 5)] == [False, False, True]
+
+    def test_what_is_old_is_forgotten(self, monkeypatch):
+        is_new = posttroll.unique("uid", seconds=0.001)
+        monkeypatch.setattr(is_new, "LATE", -0.001)
+        for number in range(100):
+            assert is_new(copy_of(number % 2))
+        assert len(is_new._order) <= 2
+
+    def test_in_several_threads(self):
+        """Of 8 copies of each message exactly one passes."""
+        is_new = posttroll.unique("uid")
+        passed: list[int] = []
+        begin = threading.Barrier(8)
+
+        def run() -> None:
+            begin.wait(DEADLINE)
+            passed.extend(number for number in range(500) if is_new(copy_of(number)))
+
+        with contextlib.ExitStack() as stack:
+            for _ in range(8):
+                stack.enter_context(in_thread(run))
+        assert sorted(passed) == list(range(500))
+        assert is_new.dropped == 7 * 500
+
+    def test_two_antennas_over_one_subscriber_or_two(self):
+        is_new = posttroll.unique("uid")
+        with posttroll.Publisher("tcp://*:0", "north") as north, posttroll.Publisher("tcp://*:0", "south") as south:
+            addresses = [local_address(pub.port_number) for pub in (north, south)]
+            subscriber, own = posttroll.Subscriber, posttroll.unique("uid")
+            with subscriber(addresses, "", is_new) as both, subscriber(addresses[:1], "", own) as other:
+                assert north.wait_for_subscribers(2, DEADLINE)
+                assert south.wait_for_subscribers(1, DEADLINE)
+                for number in range(20):
+                    north.send(copy_of(number))
+                    south.send(copy_of(number, 2))
+                for pub in (north, south):
+                    pub.send(copy_of(pub.name))
+                data = receive(both, 22)
+                assert sorted(str(message.data["uid"]) for message in data) == sorted(
+                    [*map(str, range(20)), "north", "south"]
+                )
+                assert len(receive(other, 21)) == 21  # a filter of its own
+            with subscriber(addresses[:1], "", is_new) as one, subscriber(addresses[1:], "", is_new) as two:
+                for pub in (north, south):
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                north.send(copy_of("shared"))
+                south.send(copy_of("shared"))
+                south.send(copy_of("end"))
+                assert [message.data["uid"] for message in receive(one)] == ["shared"]
+                assert [message.data["uid"] for message in receive(two)] == ["end"]
+
+
 class TestHooks:
     def test_sub(self):
         with connected(["/a"]) as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
@@ -12485,6 +12599,54 @@ class TestDurable:
         kill()
         assert self.rest(numbers) == []
         sub.close()
+
+    # -- copies --
+
+    @pytest.mark.parametrize("is_past", [False, True])
+    def test_what_was_not_handled_is_no_copy_of_itself(self, numbers, is_past):
+        """The same filter serves the next subscriber of the program; other copies are still held back."""
+        is_new = posttroll.unique(lambda message: message.data if isinstance(message.data, int) else None)
+        if is_past:
+            numbers.send(3)
+            sub = self.subscriber(numbers, since=60, message_filter=is_new)
+        else:
+            sub = self.subscriber(numbers, message_filter=is_new)
+            numbers.send(3)
+        with pytest.raises(ValueError, match="failed"), sub:
+            for message in sub.recv(DEADLINE):
+                if message.data == 1:
+                    raise ValueError("failed")
+        numbers.publisher.send(text_message(0, "/numbers"))
+        assert self.rest(numbers, message_filter=is_new) == [1, 2]
+        assert is_new.dropped == 1
+
+    def test_a_copy_is_not_done_with_before_the_one_in_hand(self, numbers, kill):
+        """The copy that was held back comes after a crash, if the other one is lost with its publisher."""
+        is_new = posttroll.unique(lambda message: message.data)
+        with posttroll.Publisher("tcp://*:0", "other") as other:
+            addresses = [local_address(pub.port_number) for pub in (numbers.publisher, other)]
+            with posttroll.Subscriber(addresses, "/numbers", is_new, durable="name") as sub:
+                for pub in (numbers.publisher, other):
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                numbers.send(1)
+                messages = sub.recv(DEADLINE)
+                assert next(messages).data == 0
+                other.send(text_message(0, "/numbers"))
+
+                def has_all() -> bool:
+                    """Read what is there, in the middle of handling a message; return whether that is all."""
+                    sub._loop.turn(time.monotonic() + 0.05)
+                    sub._inbox.begin_batch()
+                    assert sub._inbox.take(None) is None
+                    (stream,) = sub._streams.values()
+                    return bool(stream._sources[other._audience.instance].position)
+
+                wait_for(has_all)
+                assert is_new.dropped == 1
+                kill()
+                with posttroll.Subscriber(addresses[1:], durable="name") as after:
+                    assert receive(after)[0].data == 0
+                messages.close()
 
     # -- what counts as handled --
 
