@@ -42,8 +42,6 @@ import atexit
 import base64
 import binascii
 import errno
-import getpass
-import glob
 import importlib
 import io
 import ipaddress
@@ -54,11 +52,9 @@ import os
 import queue
 import random
 import re
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import textwrap
 import threading
@@ -71,16 +67,20 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
-from functools import lru_cache, partial
-from hashlib import blake2b
+from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import chain, count, islice, takewhile
-from typing import Any, Callable, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
 
+# What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
+# asyncio, glob, hashlib, shutil, subprocess.
+if TYPE_CHECKING:
+    import subprocess
 if sys.platform == "win32":
+    import getpass
     import msvcrt
 else:
     import fcntl
@@ -4889,6 +4889,14 @@ def _digest(raw: bytes) -> int:
     return hash(raw[:256])
 
 
+@cache
+def _blake2b() -> Any:
+    """Return the hash function for what outlives the process, or must not be mistaken on a system of 32 bits."""
+    from hashlib import blake2b
+
+    return blake2b
+
+
 _DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -5224,7 +5232,7 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _digest_line(raw: bytes) -> bytes:
-    return blake2b(raw, digest_size=8).hexdigest().encode() + b"\n"
+    return bytes(_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
 
 
 # ======================================================================================================================
@@ -5353,7 +5361,7 @@ class unique:  # noqa: N801 - it is used as if it were a function
         if value is None:
             return None
         text = json.dumps(value, sort_keys=True, default=repr)
-        return blake2b(text.encode(), digest_size=16).digest()
+        return cast(bytes, _blake2b()(text.encode(), digest_size=16).digest())
 
     def _remove(self, digest: bytes, made: float) -> None:
         times = self._passed.get(digest, [])
@@ -6978,6 +6986,8 @@ def _colors(options: argparse.Namespace) -> bool:
 
 def _view_size() -> tuple[int, int]:
     """Return columns and lines of the terminal that is printed to; 0 for as many as there are."""
+    import shutil
+
     size = shutil.get_terminal_size((100, 24))  # for a terminal that does not know its size
     return (size.columns or 100, size.lines or 24) if sys.stdout.isatty() else (0, 0)
 
@@ -7911,6 +7921,8 @@ class _Doctor:
 
 def _owner_of_port(port: int) -> str:
     """Return which process listens on a TCP port, as far as Linux tells this user."""
+    import glob
+
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError), open(table) as lines:
@@ -7989,6 +8001,8 @@ def _run_demo(options: argparse.Namespace) -> int:
     where = ", ".join(options.nameserver or [f"port {changes['nameserver_port']} (without multicast)"])
     print(f"Nameserver on {where}, a publisher and a subscriber, three processes.", flush=True)
     environment = {**os.environ, **{f"POSTTROLL_{key.upper()}": str(value) for key, value in changes.items()}}
+    import subprocess
+
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
