@@ -3717,9 +3717,8 @@ class _Ending:
             return 0
         while audience.history.number and time.monotonic() < audience.started + young:
             time.sleep(min(0.02, max(audience.started + young - time.monotonic(), 0)))
-        with audience.lock:
-            self.reached = audience.reached
-        if not self._wait():
+        state = self._state()
+        if audience.history.number and not self._wait(state):
             return self._give_up()
         monitor = None
         with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
@@ -3729,15 +3728,14 @@ class _Ending:
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
         return 0
 
-    def _wait(self) -> bool:
+    def _wait(self, state: Any) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
-        state: Any = True
         since = time.monotonic()
         while True:
+            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             before, state = state, self._state()
             if not (state or before):
                 return True  # twice nothing: what was sent last has come as far as the system's queue
-            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             if state != before:
                 since = time.monotonic()
             elif time.monotonic() - since > self._patience:
@@ -3745,8 +3743,12 @@ class _Ending:
 
     def _state(self) -> Any:
         """Return what changes as long as the queues drain, something empty when they are."""
-        behind = self._audience.unserved()
-        unsent = _unsent_bytes(self._port) if self._port else None
+        audience = self._audience
+        behind = audience.unserved()
+        with audience.lock:
+            self.reached = audience.reached
+        may_be_unsent = self._port and self.reached and audience.history.number
+        unsent = _unsent_bytes(self._port) if may_be_unsent else None  # takes a while on a host with many connections
         return (behind, unsent) if behind or unsent else None
 
     def _give_up(self) -> int:
