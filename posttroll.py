@@ -3654,22 +3654,29 @@ class _Audience(_Listeners):
                 if peer.after is not None or (not peer.has_asked and now - peer.greeted < self._patience)
             ]
 
-    def measure_left(self) -> int:
-        """Return how many messages are queued for the slowest subscriber of ours: try how many it has room for."""
-        worst = 0
+    def count_unasked(self) -> int:
+        """Return how many messages subscribers of ours may miss that have not asked for them since they came."""
         with self.lock:
-            for peer in self.peers.values():
-                low, high = 0, max(self.history.number, 1)
-                while low < high:
-                    middle = (low + high) // 2
-                    self.socket.setsockopt(zmq.SNDHWM, middle + 1)
-                    if self._send_to(peer, b"P %s 0 0 0" % self.instance):
-                        high = middle
-                    else:
-                        low = middle + 1
-                behind = 0 if peer.after is None else self.history.number - peer.after
-                worst = max(worst, low + behind)
-        return worst
+            unasked = [peer for peer in self.peers.values() if not peer.has_asked]
+            numbers = [self.history.number if peer.hello is None else peer.hello for peer in unasked]
+            return sum(min(number, len(self.history)) for number in numbers)
+
+    def count_left(self) -> int:
+        """Return how many messages are queued for subscribers of ours, for all together; some of them may have left."""
+        with self.lock:
+            return sum(map(self._count_queued, self.peers.values()))
+
+    def _count_queued(self, peer: _Peer) -> int:
+        """Return how many messages are queued for a subscriber of ours: try how many it has room for."""
+        low, high = 0, max(self.history.number, 1)
+        while low < high:
+            middle = (low + high) // 2
+            self.socket.setsockopt(zmq.SNDHWM, middle + 1)
+            if self._send_to(peer, b"P %s 0 0 0" % self.instance):
+                high = middle
+            else:
+                low = middle + 1
+        return low + (0 if peer.after is None else self.history.number - peer.after)
 
 
 def _unsent_bytes(port: int | None) -> list[str] | None:
@@ -3706,7 +3713,7 @@ class _Ending:
         self.reached = 0
 
     def drain(self, young: float) -> int:
-        """Close the socket when all is sent; return how many messages are left if nothing goes on any more.
+        """Close the socket when all is sent; return how many messages (that is known of) will not arrive.
 
         Args:
             young: Seconds in the life of a publisher in which subscribers may be just finding it.
@@ -3720,13 +3727,17 @@ class _Ending:
         state = self._state()
         if audience.history.number and not self._wait(state):
             return self._give_up()
+        unasked = audience.count_unasked()
+        if unasked:
+            text = "Publisher %s: ends before a subscriber has asked for what it may have missed: %d messages at most"
+            _log("publisher").warning(text, self._name, unasked)
         monitor = None
         with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
             monitor = _open_monitor(audience.socket, 0)  # its end tells when the socket is really gone
         audience.close(int(self._patience * 1000))
         if monitor is not None and not _close_monitor(monitor, self._patience):
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
-        return 0
+        return unasked
 
     def _wait(self, state: Any) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
@@ -3752,7 +3763,7 @@ class _Ending:
         return (behind, unsent) if behind or unsent else None
 
     def _give_up(self) -> int:
-        left = self._audience.measure_left()
+        left = self._audience.count_left()
         text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
         _log("publisher").warning(text, self._name, self._patience, left or "the last")
         self._audience.close(0)
@@ -4042,7 +4053,7 @@ class Publisher(_Stoppable):
 
         It waits as long as the queues drain, and in the first seconds of a publisher's life (`discovery_seconds`) for
         subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress is counted in
-        `dropped`, and logged.
+        `dropped`, and logged; so is what a subscriber may have missed that came at the end, too busy to ask for it.
         """
         if self._inherited is not None:
             self._inherited, self._is_stopped = None, True  # the parent stops its own
@@ -5996,6 +6007,7 @@ class _Follower:
         self._log = LimitedLogger("subscriber")
         self._has_warned = False
         self._interval = self.SOON
+        self._letting_go: Timer | None = None
 
     def begin(self) -> None:
         """Start to follow."""
@@ -6156,13 +6168,28 @@ class _Follower:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
         denial[1] += 1
 
+    def _let_go_later(self) -> None:
+        def let_go() -> None:
+            self._letting_go = None
+            self._let_go_of_lost()
+
+        if self._letting_go is None:
+            self._letting_go = self._loop.at(time.monotonic() + 1.2, let_go)
+
     def _let_go_of_lost(self) -> None:
-        """Remove the publishers that no nameserver knows any more, if they are not connected either."""
+        """Remove the publishers that no nameserver knows any more, if they are not connected either.
+
+        Not while messages wait: all would be read from the socket, so that others that come wait behind all of them.
+        """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
             denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
-            if publisher.denials and is_lost and not self._subscriber._connections.is_up(address):
+            if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
+                continue
+            if self._subscriber._inbox.is_ready:
+                self._let_go_later()
+            else:
                 del self._known[address]
                 if publisher.is_ours:
                     _log("subscriber").info("The publisher at %s is gone", address)

@@ -13628,6 +13628,23 @@ class TestNothingFallsBetween:
             with serving(sub):
                 wait_for(lambda: sub.addresses == [])
 
+    def test_a_publisher_that_is_lost_while_much_is_unread(self, impatient):
+        """Its address is kept until all is read: else what comes meanwhile would wait behind all of it."""
+        with nameserver(), posttroll.Publish("numbers", nameservers=["localhost"]) as pub:
+            with posttroll.Subscribe(["numbers", "lost"], addr_listener=True, timeout=0) as sub:
+                messages = sub.recv(0.01)
+                with posttroll.Publish("lost", nameservers=["localhost"], broadcast_interval=0.1) as lost:
+                    wait_for(lambda: next(messages) is None and pub.subscriber_count and lost.subscriber_count)
+                for number in range(1000):
+                    pub.send(text_message(number))
+                for number in range(200):  # in 2 s; it would be removed after 1.2 s
+                    assert next(messages).data == number
+                    time.sleep(0.01)
+                assert len(sub.addresses) == 2
+                assert len(sub._inbox._unread) == 0
+                wait_for(lambda: next(messages) is None)
+                wait_for(lambda: next(messages) is None and len(sub.addresses) == 1)
+
     def test_removing_an_address_with_unread_messages(self):
         with connected() as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
             sub.add(local_address(other.port_number))
@@ -13784,19 +13801,35 @@ print("dropped", pub.dropped)
                 assert got == list(range(3000))
                 assert finish(pub)[:2] == (0, "dropped 0\n")
 
-    def test_stop_on_a_dead_link(self, monkeypatch, caplog, short_heartbeats):
-        """Nothing goes on any more: it gives up after its time, counts and says so."""
+    def test_stop_on_a_dead_link(self, monkeypatch, caplog):
+        """Nothing goes on any more: it gives up after its time, counts and says so; for each of its subscribers."""
         monkeypatch.setattr(posttroll.Publisher, "LINGER_SECONDS", 1.0)
-        with behind_relay() as (pub, relay, sub):
+        with behind_relay() as (pub, relay, sub), posttroll.Subscriber([local_address(relay.port)]) as other:
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            for each in (sub, other):
+                wait_for(lambda each=each: next(each.recv(0)) is None and not pub._audience.unserved())
             relay.silence()
             for number in range(2000):
                 pub.send(text_message([number, "x" * 10_000]))
             with in_thread(pub.stop) as stopping:
                 stopping.join(DEADLINE)
-            assert 0 < pub.dropped <= 2000
+            assert 2000 < pub.dropped <= 4000
             assert sub.missed == 0
         [record] = [record for record in caplog.records if "did not reach a subscriber" in record.getMessage()]
         assert record.levelname == "WARNING"
+
+    def test_a_subscriber_that_has_not_asked_until_the_end(self, caplog):
+        """It came in the last moments of a publisher, and was busy: what it may have missed is counted and told."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            Numbers(pub).send(5)
+            with posttroll.Subscriber([local_address(pub.port_number)], since=60) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("live"))
+                pub.stop()
+                assert pub.dropped == 5
+                assert received_data(sub) == ["live"]
+        [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert "has asked for what it may have missed: 5 messages at most" in record.getMessage()
 
 
 class TestAwaiting:
@@ -14209,8 +14242,10 @@ class Oracle:
         unfound = self.connected(begin)
         was_there_too_shortly = not self._got and publisher.ended < unfound
         spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
-        if not CAUGHT_UP:
-            spans += [(self.under_way(start, throttled), self.connected(end, NOTICED)) for start, end in self._cuts]
+        for start, end in self._cuts:  # nobody catches up with a publisher that has ended
+            back = self.connected(end, NOTICED)
+            if not CAUGHT_UP or publisher.ended < back:
+                spans.append((self.under_way(start, throttled), back))
         if publisher.ending == signal.SIGKILL:
             spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
         if subscriber.ended < float("inf"):
