@@ -7627,6 +7627,20 @@ class TestDaemon:
         assert control.pid() != first
         assert posttroll.get_pub_address("a", DEADLINE) == []
 
+    def test_a_restart_while_the_last_one_takes_leave(self, control):
+        """It has no pid file any more when nothing is heard of it: the next one can have the lock of its own."""
+        code = """
+import os, sys, time, posttroll_ns
+def slow(function):
+    return lambda *args: (function(*args), time.sleep(0.3))
+os.unlink, os.ftruncate = slow(os.unlink), slow(os.ftruncate)
+sys.exit(posttroll_ns.main(sys.argv[1:]))
+"""
+        with python(code, "--no-multicast", "--pid-file", control.pid_file, "-d", "start") as running:
+            assert finish(running) == (0, "", LOGS_NOWHERE)
+        assert control("restart") == (0, "", LOGS_NOWHERE)
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+
     def test_after_a_crash_its_pid_file_is_no_trouble(self, control):
         control("start")
         pid = control.pid()
