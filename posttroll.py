@@ -6786,9 +6786,9 @@ def _run_logger(options: argparse.Namespace) -> int:
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
-        logger.start()
         loop = Loop()
         with call_on_signals(loop.stop), signals_wake(loop):
+            logger.start()
             loop.run()
         loop.close()
     finally:

@@ -4563,6 +4563,16 @@ class TestLoggerCommand:
                 assert (status, err) == (0, "")
                 assert "heartbeat" not in out
 
+    def test_a_signal_as_soon_as_it_listens(self):
+        code = """
+import os, posttroll, signal, sys
+start = posttroll.Logger.start
+posttroll.Logger.start = lambda self: (start(self), os.kill(os.getpid(), signal.SIGTERM))
+sys.exit(posttroll.run_logger())
+"""
+        with python(code) as running:
+            assert finish(running)[::2] == (0, "")
+
     def test_server_and_port_choose_the_server(self):
         """The settings of this host lead nowhere, the options lead to the nameserver."""
         nowhere = {"POSTTROLL_NAMESERVER_PORT": str(free_port()), "POSTTROLL_ADDRESS_PUBLISH_PORT": str(free_port())}
@@ -7627,6 +7637,20 @@ class TestDaemon:
         assert control.pid() != first
         assert posttroll.get_pub_address("a", DEADLINE) == []
 
+    def test_a_restart_while_the_last_one_takes_leave(self, control):
+        """It has no pid file any more when nothing is heard of it: the next one can have the lock of its own."""
+        code = """
+import os, sys, time, posttroll_ns
+def slow(function):
+    return lambda *args: (function(*args), time.sleep(0.3))
+os.unlink, os.ftruncate = slow(os.unlink), slow(os.ftruncate)
+sys.exit(posttroll_ns.main(sys.argv[1:]))
+"""
+        with python(code, "--no-multicast", "--pid-file", control.pid_file, "-d", "start") as running:
+            assert finish(running) == (0, "", LOGS_NOWHERE)
+        assert control("restart") == (0, "", LOGS_NOWHERE)
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+
     def test_after_a_crash_its_pid_file_is_no_trouble(self, control):
         control("start")
         pid = control.pid()
@@ -8517,10 +8541,12 @@ class TestBrokenAnnouncements:
         """Memory and log are bounded, publishers that are known stay, and lookups are answered meanwhile."""
         log = tmp_path / "log"
         with running_nameserver("--no-multicast", log) as running:
-            register(registration_of(URI="tcp://127.0.0.1:10", service=["real"]))
             with raw_socket(zmq.DEALER, config.get("broadcast_port")) as sock:
                 answered = 0
                 for number in range(count):
+                    if number % 500 == 0:  # as publishers do: who is silent for 10 s may have to make room
+                        register(registration_of(URI="tcp://127.0.0.1:10", service=["real"]))
+                        register(registration_of(URI="tcp://10.1.1.1:1", service=["s1"]))
                     text = registration_of(
                         URI=f"tcp://10.1.{number % 250}.1:{number // 250 + 1}", service=[f"s{number}"]
                     )
@@ -9120,15 +9146,17 @@ sys.exit(status)
         with python(code, cwd=HERE) as running:
             assert finish(running) == (0, "", "")
 
-    @pytest.mark.parametrize(
-        "ending", ["", "raise SystemExit(3)", "raise RuntimeError('oh')"], ids=["end", "exit", "error"]
-    )
     @pytest.mark.parametrize("code", FORGETFUL.values(), ids=FORGETFUL.keys())
-    def test_forgotten_stop(self, code, ending):
-        """A program that ends or fails without stopping anything ends."""
-        with python(f"import posttroll\n{code}\n{ending}\n") as running:
-            status, _, _ = finish(running)
-            assert status == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1)
+    def test_forgotten_stop(self, code):
+        """A program that ends without stopping anything ends."""
+        with python(f"import posttroll\n{code}\n") as running:
+            assert finish(running)[0] == 0
+
+    @pytest.mark.parametrize(("ending", "status"), [("raise SystemExit(3)", 3), ("raise RuntimeError('oh')", 1)])
+    def test_everything_forgotten(self, ending, status):
+        """A program that fails, with all of that at once, ends."""
+        with python("\n".join(["import posttroll", *FORGETFUL.values(), ending])) as running:
+            assert finish(running)[0] == status
 
     @pytest.mark.parametrize("nameservers", [["localhost"], None], ids=["registration", "multicast"])
     def test_a_forgotten_publisher_says_goodbye(self, nameservers):
@@ -10957,15 +10985,28 @@ def without_ours() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other workers waiting."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
     """Return the interpreter of an environment with the known package, made with the first Python that will do."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with alone(directory / "lock"):
+        return install_known_alone(directory / "environment", requirement, pythons)
+
+
+def install_known_alone(directory: Path, requirement: str, pythons: list[str]) -> str:
     python = str(directory / "bin" / "python")
     complete = directory / "complete"
     if complete.exists():
         return python
     problems = [f"no suitable Python among {interpreters()}"]
     proof = "import posttroll, posttroll.ns; assert posttroll.__file__.endswith('__init__.py'), posttroll.__file__"
-    directory.mkdir(parents=True, exist_ok=True)
     for interpreter in pythons:
         for command in (
             [interpreter, "-m", "venv", "--clear", str(directory)],
@@ -10973,7 +11014,7 @@ def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
             [python, "-c", proof],
         ):
             result = subprocess.run(
-                command, cwd=directory, env=without_ours(), capture_output=True, text=True, check=False
+                command, cwd=directory.parent, env=without_ours(), capture_output=True, text=True, check=False
             )
             if result.returncode:
                 problems.append(f"{' '.join(command)}:\n{(result.stderr or result.stdout)[-1500:]}")
@@ -10987,9 +11028,9 @@ def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def peers_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of the environments with the known package."""
-    kept = os.environ.get("POSTTROLL_TEST_PEERS")
-    return Path(kept).resolve() if kept else tmp_path_factory.mktemp("peers")
+    """Return the directory of the environments with the known package, one for all workers."""
+    kept, own = os.environ.get("POSTTROLL_TEST_PEERS"), tmp_path_factory.getbasetemp()
+    return Path(kept).resolve() if kept else (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "peers"
 
 
 @pytest.fixture(scope="session")
@@ -11242,15 +11283,16 @@ def theirs(newest: str, tmp_path: Path) -> Side:
 
 
 @pytest.fixture
-def old(oldest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Side:
-    """Return 1.10.0, which has some settings by other names, and some not at all."""
-    wait_for(lambda: all(is_free(port) for port in (16543, 21200)), what="the ports that 1.10.0 has built in")
-    monkeypatch.setenv("NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
-    monkeypatch.setenv("PYTROLL_MC_GROUP", os.environ["POSTTROLL_MC_GROUP"])
-    monkeypatch.setenv("POSTTROLL_ADDRESS_PUBLISH_PORT", "16543")
-    monkeypatch.setenv("POSTTROLL_BROADCAST_PORT", "21200")
-    monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
-    return Side("1.10.0", oldest, tmp_path)
+def old(oldest: str, peers_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
+    """Give 1.10.0, which has some settings by other names, and some not at all."""
+    with alone(peers_directory / "ports"):
+        wait_for(lambda: all(is_free(port) for port in (16543, 21200)), what="the ports that 1.10.0 has built in")
+        monkeypatch.setenv("NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
+        monkeypatch.setenv("PYTROLL_MC_GROUP", os.environ["POSTTROLL_MC_GROUP"])
+        monkeypatch.setenv("POSTTROLL_ADDRESS_PUBLISH_PORT", "16543")
+        monkeypatch.setenv("POSTTROLL_BROADCAST_PORT", "21200")
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        yield Side("1.10.0", oldest, tmp_path)
 
 
 def is_free(port: int) -> bool:
@@ -11988,7 +12030,6 @@ class TestPopulatedWorlds:
 
     @pytest.fixture(
         params=[
-            "plain",
             "secure",
             "few files",
             "silent name server",
@@ -13252,7 +13293,7 @@ class TestNewcomers:
                     with in_thread(send):
                         wait_for(lambda: data)
                         for number in range(20):
-                            with posttroll.Publisher("tcp://*:0", f"pub{number}") as pub:
+                            with posttroll.Publisher(f"tcp://*:{free_port()}", f"pub{number}") as pub:
                                 for _ in range(20):
                                     pub.send(text_message("old"))
                                 time.sleep(0.01)
@@ -13281,11 +13322,13 @@ class TestNewcomers:
                 with in_thread(send):
                     for _ in range(40):
                         with posttroll.Subscriber([local_address(pub.port_number)], topics) as sub:
-                            got = received_data(sub, 300)
-                            assert len(got) == 300
-                            span = list(range(min(got), max(got) + 1))
-                            assert len(set(got)) == 300, "came twice"
-                            assert sorted(got)[:250] == span[:250]
+                            got = set()
+                            deadline = time.monotonic() + DEADLINE
+                            while not got or not set(range(min(got), min(got) + 250)) <= got:
+                                assert time.monotonic() < deadline, f"a gap in {sorted(got)}"
+                                more = received_data(sub, 10)  # what is caught up may come after what is live
+                                assert len(got | set(more)) == len(got) + len(more), "came twice"
+                                got.update(more)
                     ended.set()
             finally:
                 ended.set()
@@ -14050,7 +14093,9 @@ class World(Crowd):
     def environment(self, part: Part) -> dict[str, str]:
         heartbeats = {"POSTTROLL_ZMTP_HEARTBEAT_INTERVAL": "1", "POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT": "6"}
         here = {"POSTTROLL_MULTICAST_INTERFACE": self.HOSTS[part.host]}
-        return {**super().environment(part), **heartbeats, **here}
+        # Its hosts have all ports for themselves: few would often give a publisher that of one that has gone.
+        shared = {key: value for key, value in super().environment(part).items() if "_PUB_M" not in key}
+        return {**shared, **heartbeats, **here}
 
     def prefix(self, part: Part) -> list[str]:
         return ["ip", "netns", "exec", self.namespace(part.host)]
