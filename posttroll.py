@@ -42,8 +42,6 @@ import atexit
 import base64
 import binascii
 import errno
-import getpass
-import glob
 import importlib
 import io
 import ipaddress
@@ -54,12 +52,9 @@ import os
 import queue
 import random
 import re
-import shutil
 import signal
 import socket
-import socketserver
 import struct
-import subprocess
 import sys
 import textwrap
 import threading
@@ -73,16 +68,20 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
-from functools import lru_cache, partial
-from hashlib import blake2b
+from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import accumulate, chain, count, islice, takewhile, zip_longest
-from typing import Any, Callable, NoReturn, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
 
+# What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
+# asyncio, glob, hashlib, shutil, subprocess.
+if TYPE_CHECKING:
+    import subprocess
 if sys.platform == "win32":
+    import getpass
     import msvcrt
 else:
     import fcntl
@@ -3425,8 +3424,8 @@ class _Listeners:
             return False
         return True
 
-    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Have *callback* called by the loop under the lock, unless it is to be already."""
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Have *callback* called by the loop under the lock in some seconds, unless it is to be already."""
 
         def call() -> None:
             with self.lock:
@@ -3561,7 +3560,7 @@ class _Audience(_Listeners):
         self._take_subscriptions()
         self._tell_positions()
         if self._look_again not in self._timers:
-            self._later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
+            self.later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
 
     def _tell_positions(self) -> None:
         number = self.history.number
@@ -3575,14 +3574,14 @@ class _Audience(_Listeners):
         if any(peer.told != self.history.number for peer in self.peers.values()):
             self.look(time.monotonic())
         elif left > 0:
-            self._later(left + 0.001, self._look_again)  # what is sent until then does not look
+            self.later(left + 0.001, self._look_again)  # what is sent until then does not look
         self._expire()
 
     def _expire(self) -> None:
         now = time.monotonic()
         due = self.history.expire(now)
         if due is not None:
-            self._later(max(due - now, 10), self._expire)  # many at once
+            self.later(max(due - now, 10), self._expire)  # many at once
 
     def _take_request(self, mark: bytes, match: re.Match[bytes]) -> None:
         """Let a subscriber of ours catch up with what it asks for."""
@@ -3614,7 +3613,7 @@ class _Audience(_Listeners):
         return sent if peer.greeted <= sent <= now else min(peer.greeted, now)
 
     def _catch_up_soon(self, seconds: float) -> None:
-        self._later(seconds, self._catch_up)
+        self.later(seconds, self._catch_up)
 
     def _catch_up(self) -> None:
         """Send to each subscriber a part of what it has to catch up."""
@@ -3726,9 +3725,8 @@ class _Ending:
             return 0
         while audience.history.number and time.monotonic() < audience.started + young:
             time.sleep(min(0.02, max(audience.started + young - time.monotonic(), 0)))
-        with audience.lock:
-            self.reached = audience.reached
-        if not self._wait():
+        state = self._state()
+        if audience.history.number and not self._wait(state):
             return self._give_up()
         monitor = None
         with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
@@ -3738,15 +3736,14 @@ class _Ending:
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
         return 0
 
-    def _wait(self) -> bool:
+    def _wait(self, state: Any) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
-        state: Any = True
         since = time.monotonic()
         while True:
+            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             before, state = state, self._state()
             if not (state or before):
                 return True  # twice nothing: what was sent last has come as far as the system's queue
-            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             if state != before:
                 since = time.monotonic()
             elif time.monotonic() - since > self._patience:
@@ -3754,8 +3751,12 @@ class _Ending:
 
     def _state(self) -> Any:
         """Return what changes as long as the queues drain, something empty when they are."""
-        behind = self._audience.unserved()
-        unsent = _unsent_bytes(self._port) if self._port else None
+        audience = self._audience
+        behind = audience.unserved()
+        with audience.lock:
+            self.reached = audience.reached
+        may_be_unsent = self._port and self.reached and audience.history.number
+        unsent = _unsent_bytes(self._port) if may_be_unsent else None  # takes a while on a host with many connections
         return (behind, unsent) if behind or unsent else None
 
     def _give_up(self) -> int:
@@ -3782,7 +3783,72 @@ def _publisher_options() -> dict[int, Any]:
     }
 
 
-class Publisher:
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    """Await the end of *function* in another thread."""
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(None, function)
+
+
+_Self = TypeVar("_Self", bound="_Stoppable")
+
+
+class _Stoppable:
+    """What is started and stopped, by itself or as a context manager; its stop may wait."""
+
+    def start(self: _Self) -> _Self:
+        """Start it, and return it."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Alias for stop."""
+        self.stop()
+
+    def __enter__(self: _Self) -> _Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    async def __aenter__(self: _Self) -> _Self:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.stop)
+
+
+class _Pulse:
+    """Sends the heartbeats of a publisher, from the background loop.
+
+    One is sent when there has been none for *interval* seconds.  It does not keep alive a publisher that is dropped.
+    """
+
+    def __init__(self, publisher: Publisher, audience: _Audience, interval: float) -> None:
+        self._publisher = weakref.ref(publisher)
+        self._audience = audience
+        self._interval = interval
+        self._plan(publisher)
+
+    def _plan(self, publisher: Publisher) -> None:
+        due = max(publisher._last_beat or 0, self._audience.started) + self._interval
+        self._audience.later(due - time.monotonic(), self._beat)
+
+    def _beat(self) -> None:
+        """Send the heartbeat that is due, but not while the publisher stops; called by the loop under the lock."""
+        publisher = self._publisher()
+        if publisher is not None and not publisher._is_stopped:
+            try:
+                publisher.heartbeat(self._interval)
+            finally:
+                self._plan(publisher)
+
+
+class Publisher(_Stoppable):
     """Publishes messages on an address.
 
     Args:
@@ -3842,7 +3908,9 @@ class Publisher:
                 self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
                 _live_publishers.add(self)
                 interval = self.heartbeat_interval
-                self._plan_beat(config.get("heartbeat_interval") if interval is None else interval)
+                interval = config.get("heartbeat_interval") if interval is None else interval
+                if interval > 0:
+                    _Pulse(self, self._audience, interval)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
 
@@ -3911,22 +3979,6 @@ class Publisher:
             self.send(Message(f"/heartbeat/{name}", "beat", {"min_interval": min_interval}).encode())
         elif self._is_stopped:
             self.stop()  # a signal handler wanted it, in the middle of the above
-
-    def _plan_beat(self, interval: float) -> None:
-        """Have a heartbeat sent when there has been none for *interval* seconds, and so on."""
-        if interval > 0 and self._audience is not None:
-            now = time.monotonic()
-            due = max(self._last_beat or 0, self._audience.started) + interval
-            # The loop must not keep alive a publisher that the program drops.
-            self._audience._later(due - now, partial(_call_if_alive, weakref.WeakMethod(self._beat), interval))
-
-    def _beat(self, interval: float) -> None:
-        """Send the heartbeat that is due, but not while the publisher stops; called by the loop under the lock."""
-        if not self._is_stopped:
-            try:
-                self.heartbeat(interval)
-            finally:
-                self._plan_beat(interval)
 
     # -- who listens --
 
@@ -4027,10 +4079,6 @@ class Publisher:
             authenticator.stop()
         _log("publisher").debug("Publisher for %s stopped", self._address)
 
-    def close(self) -> None:
-        """Alias for stop."""
-        self.stop()
-
     def __del__(self) -> None:
         # Nobody waits for what is queued, but it has its time.
         audience = getattr(self, "_audience", None)
@@ -4051,33 +4099,6 @@ class Publisher:
     def port_number(self) -> int | None:
         """The port, None as long as it is not bound (or if it is not TCP)."""
         return self._port
-
-    def __enter__(self) -> Publisher:
-        self.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> Publisher:
-        return self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await _in_thread(self.stop)
-
-
-def _call_if_alive(method: weakref.WeakMethod[Callable[..., object]], *args: Any) -> None:
-    """Call a method, if its object is still there."""
-    function = method()
-    if function is not None:
-        function(*args)
-
-
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    """Await the end of *function* in another thread."""
-    import asyncio
-
-    return await asyncio.get_running_loop().run_in_executor(None, function)
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
@@ -4129,7 +4150,7 @@ def close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     _close_monitor(monitor, timeout)
 
 
-class NoisyPublisher:
+class NoisyPublisher(_Stoppable):
     """A `Publisher` that announces its own name and address.
 
     Args:
@@ -4233,10 +4254,6 @@ class NoisyPublisher:
             if broadcaster is not None:
                 broadcaster.stop()
 
-    def close(self) -> None:
-        """Alias for stop."""
-        self.stop()
-
     @property
     def name(self) -> str:
         """The name of the publisher."""
@@ -4261,18 +4278,6 @@ class NoisyPublisher:
     def history_length(self) -> int:
         """How many messages are kept for subscribers that were away."""
         return self._started().history_length
-
-    def __enter__(self) -> NoisyPublisher:
-        return self.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> NoisyPublisher:
-        return self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await _in_thread(self.stop)
 
     def __del__(self) -> None:
         broadcaster = getattr(self, "_broadcaster", None)
@@ -4903,6 +4908,14 @@ def _digest(raw: bytes) -> int:
     return hash(raw[:256])
 
 
+@cache
+def _blake2b() -> Any:
+    """Return the hash function for what outlives the process, or must not be mistaken on a system of 32 bits."""
+    from hashlib import blake2b
+
+    return blake2b
+
+
 _DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -5238,7 +5251,7 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _digest_line(raw: bytes) -> bytes:
-    return blake2b(raw, digest_size=8).hexdigest().encode() + b"\n"
+    return bytes(_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
 
 
 # ======================================================================================================================
@@ -5367,7 +5380,7 @@ class unique:  # noqa: N801 - it is used as if it were a function
         if value is None:
             return None
         text = json.dumps(value, sort_keys=True, default=repr)
-        return blake2b(text.encode(), digest_size=16).digest()
+        return cast(bytes, _blake2b()(text.encode(), digest_size=16).digest())
 
     def _remove(self, digest: bytes, made: float) -> None:
         times = self._passed.get(digest, [])
@@ -7012,6 +7025,8 @@ def _colors(options: argparse.Namespace) -> bool:
 
 def _view_size() -> tuple[int, int]:
     """Return columns and lines of the terminal that is printed to; 0 for as many as there are."""
+    import shutil
+
     size = shutil.get_terminal_size((100, 24))  # for a terminal that does not know its size
     return (size.columns or 100, size.lines or 24) if sys.stdout.isatty() else (0, 0)
 
@@ -7696,7 +7711,7 @@ class _Network:
         problem: Why it does not see everything, and what to do; empty if it does.
     """
 
-    LOOKUP = 2.0  # seconds between two
+    LOOKUP, PATIENCE = 2.0, 1.0  # seconds between two, and for an answer
     KEEP = 300.0  # seconds of silence after which a subject is forgotten, or a publisher that no nameserver knows
     OWN_FILES, FILES = 60, 4  # open files at most, and those of each address
 
@@ -7725,7 +7740,7 @@ class _Network:
         problems = []
         for host in self._up:
             try:
-                known.update((entry["URI"], entry) for entry in get_pub_address("", 1, host))
+                known.update((entry["URI"], entry) for entry in get_pub_address("", self.PATIENCE, host))
                 self._up[host] = True
             except TimeoutError as error:
                 self._up[host] = False
@@ -8189,43 +8204,7 @@ class _Page:
             return self._content
 
 
-class _HTTPServer(socketserver.ThreadingTCPServer):
-    """Gives each connection a thread of its own; what comes too fast waits, and of too many the oldest goes.
-
-    So requests that are many, slow or broken hold up neither others nor what this process has to do besides.
-    """
-
-    CONNECTIONS = 32
-    PAUSE = 0.01  # seconds until the next is accepted
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let others have the port, too
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 64
-    timeout = 0  # `handle_request` is called when there is one
-
-    def __init__(self, host: str, port: int, handler: Any) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._connections: deque[Any] = deque()
-        super().__init__((host, port), handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._connections.append(request)
-        if len(self._connections) > self.CONNECTIONS:
-            with suppress(OSError, IndexError):
-                self._connections.popleft().shutdown(socket.SHUT_RDWR)
-        super().process_request(request, client_address)
-        time.sleep(self.PAUSE)
-
-    def shutdown_request(self, request: Any) -> None:
-        with suppress(ValueError):
-            self._connections.remove(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Do nothing: whoever asked has gone."""
-
-
-def _handler_of(page: _Page) -> type:
+def _handler_of(page: _Page) -> Callable[..., object]:
     """Return the class that answers HTTP requests with *page*."""
     import http.server  # takes as long to import as all the rest of a small program
 
@@ -8253,18 +8232,47 @@ def _handler_of(page: _Page) -> type:
     return Handler
 
 
-@contextmanager
-def _http_server(host: str, port: int, page: _Page) -> Iterator[int]:
-    """Serve *page* over HTTP, in threads of its own; gives the port."""
-    with _HTTPServer(host, port, _handler_of(page)) as server, closing(Loop()) as loop:
-        loop.watch(server.fileno(), server.handle_request)
-        thread = threading.Thread(target=loop.run, name="posttroll exporter", daemon=True)
-        thread.start()
-        try:
-            yield int(server.server_address[1])
-        finally:
-            loop.stop()
-            thread.join()
+class _PageServer:
+    """Answers HTTP requests with a page.
+
+    Each connection has a thread of its own; what comes too fast waits, and of too many connections the oldest goes.  So
+    requests that are many, slow or broken hold up neither others nor what this process has to do besides.
+    """
+
+    CONNECTIONS = 32
+    PAUSE = 0.01  # seconds until the next one
+
+    def __init__(self, host: str, port: int, page: _Page) -> None:
+        self._handler = _handler_of(page)
+        self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.port = int(self._socket.getsockname()[1])
+        self._connections: deque[socket.socket] = deque()
+        self._loop = Loop()
+        self._loop.watch(self._socket.fileno(), self._accept)
+        self._thread = threading.Thread(target=self._loop.run, name="posttroll exporter", daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # it has gone again, or there are no descriptors left
+            connection, address = self._socket.accept()
+            self._connections.append(connection)
+            threading.Thread(target=self._serve, args=(connection, address), daemon=True).start()
+            if len(self._connections) > self.CONNECTIONS:
+                self._connections.popleft().shutdown(socket.SHUT_RDWR)
+        time.sleep(self.PAUSE)
+
+    def _serve(self, connection: socket.socket, address: Any) -> None:
+        with connection, suppress(OSError):  # whoever asked has gone
+            self._handler(connection, address, self)
+        with suppress(ValueError):
+            self._connections.remove(connection)
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._loop.stop()
+        self._thread.join()
+        self._loop.close()
+        self._socket.close()
 
 
 def _add_exporter_arguments(command: argparse.ArgumentParser) -> None:
@@ -8298,13 +8306,13 @@ def _run_exporter(options: argparse.Namespace) -> int:
         network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
         page = _Page(lambda: _exposition(network.view()))
         try:
-            port = stack.enter_context(_http_server(options.bind, options.port, page))
+            server = stack.enter_context(closing(_PageServer(options.bind, options.port, page)))
         except OSError as error:
             raise _CommandError(f"cannot be asked on {options.bind}, port {options.port}: {error}") from None
         stack.enter_context(signals_wake(loop))
         stack.enter_context(call_on_signals(loop.stop))
         host = f"[{options.bind}]" if ":" in options.bind else options.bind
-        _talk(f"Metrics are at http://{host}:{port}/metrics")
+        _talk(f"Metrics are at http://{host}:{server.port}/metrics")
         network.run()
     return 0
 
@@ -8546,6 +8554,8 @@ class _Doctor:
 
 def _owner_of_port(port: int) -> str:
     """Return which process listens on a TCP port, as far as Linux tells this user."""
+    import glob
+
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError), open(table) as lines:
@@ -8624,6 +8634,8 @@ def _run_demo(options: argparse.Namespace) -> int:
     where = ", ".join(options.nameserver or [f"port {changes['nameserver_port']} (without multicast)"])
     print(f"Nameserver on {where}, a publisher and a subscriber, three processes.", flush=True)
     environment = {**os.environ, **{f"POSTTROLL_{key.upper()}": str(value) for key, value in changes.items()}}
+    import subprocess
+
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
