@@ -6071,7 +6071,7 @@ class TestExporter:
             wait_for(lambda: posttroll.get_pub_address("busy"))
             running, port = world.enter_context(self.exporter())
             assert publisher.wait_for_subscribers(1, DEADLINE)
-            slow = [world.enter_context(socket.create_connection(("127.0.0.1", port), DEADLINE)) for _ in range(40)]
+            slow = [world.enter_context(socket.create_connection(("127.0.0.1", port), DEADLINE)) for _ in range(80)]
             for connection in slow:
                 connection.sendall(b"GET /metr")
             broken = (b"\0" * 5000 + b"\r\n\r\n", b"GET\r\n\r\n", b"POST /metrics HTTP/1.0\r\n\r\n", b"G" * 100000, b"")
