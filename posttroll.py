@@ -42,8 +42,6 @@ import atexit
 import base64
 import binascii
 import errno
-import getpass
-import glob
 import importlib
 import io
 import ipaddress
@@ -55,12 +53,10 @@ import os
 import queue
 import random
 import re
-import shutil
 import signal
 import socket
 import string
 import struct
-import subprocess
 import sys
 import textwrap
 import threading
@@ -73,16 +69,20 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
-from functools import lru_cache, partial
-from hashlib import blake2b
+from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import chain, count, islice, takewhile
-from typing import Any, Callable, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
 
+# What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
+# asyncio, glob, hashlib, shutil, subprocess.
+if TYPE_CHECKING:
+    import subprocess
 if sys.platform == "win32":
+    import getpass
     import msvcrt
 else:
     import fcntl
@@ -139,6 +139,9 @@ OPTIONS: dict[str, _Option] = {
     "history_seconds": _Option(600, "number", "how old they may be"),
     "durable_directory": _Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
+    ),
+    "heartbeat_interval": _Option(
+        0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
     ),
     "discovery_seconds": _Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
     "max_services": _Option(20000, "int", "publishers that the nameserver keeps at most"),
@@ -3463,8 +3466,8 @@ class _Listeners:
             return False
         return True
 
-    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Have *callback* called by the loop under the lock, unless it is to be already."""
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Have *callback* called by the loop under the lock in some seconds, unless it is to be already."""
 
         def call() -> None:
             with self.lock:
@@ -3604,7 +3607,7 @@ class _Audience(_Listeners):
         self._take_subscriptions()
         self._tell_positions()
         if self._look_again not in self._timers:
-            self._later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
+            self.later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
 
     def _tell_positions(self) -> None:
         number = self.history.number
@@ -3618,14 +3621,14 @@ class _Audience(_Listeners):
         if any(peer.told != self.history.number for peer in self.peers.values()):
             self.look(time.monotonic())
         elif left > 0:
-            self._later(left + 0.001, self._look_again)  # what is sent until then does not look
+            self.later(left + 0.001, self._look_again)  # what is sent until then does not look
         self._expire()
 
     def _expire(self) -> None:
         now = time.monotonic()
         due = self.history.expire(now)
         if due is not None:
-            self._later(max(due - now, 10), self._expire)  # many at once
+            self.later(max(due - now, 10), self._expire)  # many at once
 
     def _take_request(self, mark: bytes, match: re.Match[bytes]) -> None:
         """Let a subscriber of ours catch up with what it asks for."""
@@ -3678,7 +3681,7 @@ class _Audience(_Listeners):
         self.socket.setsockopt(zmq.UNSUBSCRIBE, question)
 
     def _catch_up_soon(self, seconds: float) -> None:
-        self._later(seconds, self._catch_up)
+        self.later(seconds, self._catch_up)
 
     def _catch_up(self) -> None:
         """Send to each subscriber a part of what it has to catch up."""
@@ -3836,9 +3839,8 @@ class _Ending:
             return 0
         while audience.history.number and time.monotonic() < audience.started + young:
             time.sleep(min(0.02, max(audience.started + young - time.monotonic(), 0)))
-        with audience.lock:
-            self.reached = audience.reached
-        if not self._wait():
+        state = self._state()
+        if audience.history.number and not self._wait(state):
             return self._give_up()
         monitor = None
         with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
@@ -3848,15 +3850,14 @@ class _Ending:
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
         return 0
 
-    def _wait(self) -> bool:
+    def _wait(self, state: Any) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
-        state: Any = True
         since = time.monotonic()
         while True:
+            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             before, state = state, self._state()
             if not (state or before):
                 return True  # twice nothing: what was sent last has come as far as the system's queue
-            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             if state != before:
                 since = time.monotonic()
             elif time.monotonic() - since > self._patience:
@@ -3864,8 +3865,12 @@ class _Ending:
 
     def _state(self) -> Any:
         """Return what changes as long as the queues drain, something empty when they are."""
-        behind = self._audience.unserved()
-        unsent = _unsent_bytes(self._port) if self._port else None
+        audience = self._audience
+        behind = audience.unserved()
+        with audience.lock:
+            self.reached = audience.reached
+        may_be_unsent = self._port and self.reached and audience.history.number
+        unsent = _unsent_bytes(self._port) if may_be_unsent else None  # takes a while on a host with many connections
         return (behind, unsent) if behind or unsent else None
 
     def _give_up(self) -> int:
@@ -3892,7 +3897,72 @@ def _publisher_options() -> dict[int, Any]:
     }
 
 
-class Publisher:
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    """Await the end of *function* in another thread."""
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(None, function)
+
+
+_Self = TypeVar("_Self", bound="_Stoppable")
+
+
+class _Stoppable:
+    """What is started and stopped, by itself or as a context manager; its stop may wait."""
+
+    def start(self: _Self) -> _Self:
+        """Start it, and return it."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Alias for stop."""
+        self.stop()
+
+    def __enter__(self: _Self) -> _Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    async def __aenter__(self: _Self) -> _Self:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.stop)
+
+
+class _Pulse:
+    """Sends the heartbeats of a publisher, from the background loop.
+
+    One is sent when there has been none for *interval* seconds.  It does not keep alive a publisher that is dropped.
+    """
+
+    def __init__(self, publisher: Publisher, audience: _Audience, interval: float) -> None:
+        self._publisher = weakref.ref(publisher)
+        self._audience = audience
+        self._interval = interval
+        self._plan(publisher)
+
+    def _plan(self, publisher: Publisher) -> None:
+        due = max(publisher._last_beat or 0, self._audience.started) + self._interval
+        self._audience.later(due - time.monotonic(), self._beat)
+
+    def _beat(self) -> None:
+        """Send the heartbeat that is due, but not while the publisher stops; called by the loop under the lock."""
+        publisher = self._publisher()
+        if publisher is not None and not publisher._is_stopped:
+            try:
+                publisher.heartbeat(self._interval)
+            finally:
+                self._plan(publisher)
+
+
+class Publisher(_Stoppable):
     """Publishes messages on an address.
 
     Args:
@@ -3908,6 +3978,8 @@ class Publisher:
     Attributes:
         local_only: Refuse subscribers from other hosts; set it before `start`.
         keeps_history: Whether to keep messages at all; set it before `start`.
+        heartbeat_interval: Seconds between the heartbeats that it sends by itself, 0 for none; by default (None) the
+            configured ones.  Set it before `start`.
         reached: How many subscribers there had been when it stopped, those that had gone again included; of other
             implementations the topics that were subscribed to at the end.
     """
@@ -3921,6 +3993,7 @@ class Publisher:
         self._port_interval = (min_port, max_port)
         self.local_only = False
         self.keeps_history = True
+        self.heartbeat_interval: float | None = None
         self._is_announced = False
         self._audience: _Audience | None = None
         self._port: int | None = None
@@ -3948,6 +4021,10 @@ class Publisher:
                 name = self._name or self._address
                 self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
                 _live_publishers.add(self)
+                interval = self.heartbeat_interval
+                interval = config.get("heartbeat_interval") if interval is None else interval
+                if interval > 0:
+                    _Pulse(self, self._audience, interval)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
 
@@ -4000,12 +4077,22 @@ class Publisher:
     send_string = send
 
     def heartbeat(self, min_interval: float = 0) -> None:
-        """Send a heartbeat, but only if *min_interval* seconds have passed since the last one."""
-        now = time.monotonic()
-        if self._last_beat is None or now - self._last_beat >= min_interval:
-            self._last_beat = now
+        """Send a heartbeat, but only if *min_interval* seconds have passed since the last one.
+
+        Those count, too, that it sends by itself (see `heartbeat_interval`).  Whoever listens expects the next one
+        within *min_interval* seconds.
+        """
+        with self._lock:
+            now = time.monotonic()
+            is_due = self._last_beat is None or now - self._last_beat >= min_interval
+            if is_due:
+                self._last_beat = now
+        if is_due:
             _log("publisher").debug("Publish heartbeat (min_interval is %.1f sec)", min_interval)
-            self.send(Message(f"/heartbeat/{self._name}", "beat", {"min_interval": min_interval}).encode())
+            name = "_".join(self._name.split())
+            self.send(Message(f"/heartbeat/{name}", "beat", {"min_interval": min_interval}).encode())
+        elif self._is_stopped:
+            self.stop()  # a signal handler wanted it, in the middle of the above
 
     # -- who listens --
 
@@ -4106,10 +4193,6 @@ class Publisher:
             authenticator.stop()
         _log("publisher").debug("Publisher for %s stopped", self._address)
 
-    def close(self) -> None:
-        """Alias for stop."""
-        self.stop()
-
     def __del__(self) -> None:
         # Nobody waits for what is queued, but it has its time.
         audience = getattr(self, "_audience", None)
@@ -4130,26 +4213,6 @@ class Publisher:
     def port_number(self) -> int | None:
         """The port, None as long as it is not bound (or if it is not TCP)."""
         return self._port
-
-    def __enter__(self) -> Publisher:
-        self.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> Publisher:
-        return self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await _in_thread(self.stop)
-
-
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    """Await the end of *function* in another thread."""
-    import asyncio
-
-    return await asyncio.get_running_loop().run_in_executor(None, function)
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
@@ -4201,7 +4264,7 @@ def close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     _close_monitor(monitor, timeout)
 
 
-class NoisyPublisher:
+class NoisyPublisher(_Stoppable):
     """A `Publisher` that announces its own name and address.
 
     Args:
@@ -4305,10 +4368,6 @@ class NoisyPublisher:
             if broadcaster is not None:
                 broadcaster.stop()
 
-    def close(self) -> None:
-        """Alias for stop."""
-        self.stop()
-
     @property
     def name(self) -> str:
         """The name of the publisher."""
@@ -4333,18 +4392,6 @@ class NoisyPublisher:
     def history_length(self) -> int:
         """How many messages are kept for subscribers that were away."""
         return self._started().history_length
-
-    def __enter__(self) -> NoisyPublisher:
-        return self.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> NoisyPublisher:
-        return self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await _in_thread(self.stop)
 
     def __del__(self) -> None:
         broadcaster = getattr(self, "_broadcaster", None)
@@ -4696,18 +4743,22 @@ class _Connections:
         self._wanted, self._connected, self._links, self.sockets = {}, {}, {}, {}
 
 
-def _warn_of_descriptors(count: int) -> None:
-    """Say what to do when so many connections come near the limit on open files."""
-    if count % 100:
-        return
+def _descriptor_limit() -> int:
+    """Return how many files this process may have open."""
     try:
         import resource
-    except ImportError:  # not on Windows, which has no such limit
-        return
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and count > 0.8 * limit:
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except (ImportError, OSError):  # Windows has no such limit, a locked-down host does not tell it
+        return sys.maxsize
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def _warn_of_descriptors(count: int) -> None:
+    """Say what to do when so many connections come near the limit on open files."""
+    if count % 100 == 0 and count > 0.8 * _descriptor_limit():
         text = "%d connections, but at most %d open files: raise the limit (ulimit -n, LimitNOFILE= in systemd)"
-        _key_log.warning("descriptors", text, count, limit)
+        _key_log.warning("descriptors", text, count, _descriptor_limit())
 
 
 class _Source:
@@ -4960,6 +5011,14 @@ _catch_up_log = LimitedLogger("subscriber")
 def _digest(raw: bytes) -> int:
     """Return what a message is recognised by: its header, with the microsecond, and the beginning of its data."""
     return hash(raw[:256])
+
+
+@cache
+def _blake2b() -> Any:
+    """Return the hash function for what outlives the process, or must not be mistaken on a system of 32 bits."""
+    from hashlib import blake2b
+
+    return blake2b
 
 
 _DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -5297,7 +5356,7 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _digest_line(raw: bytes) -> bytes:
-    return blake2b(raw, digest_size=8).hexdigest().encode() + b"\n"
+    return bytes(_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
 
 
 # ======================================================================================================================
@@ -5426,7 +5485,7 @@ class unique:  # noqa: N801 - it is used as if it were a function
         if value is None:
             return None
         text = json.dumps(value, sort_keys=True, default=repr)
-        return blake2b(text.encode(), digest_size=16).digest()
+        return cast(bytes, _blake2b()(text.encode(), digest_size=16).digest())
 
     def _remove(self, digest: bytes, made: float) -> None:
         times = self._passed.get(digest, [])
@@ -5468,6 +5527,7 @@ class _Inbox:
         self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
         self.accepted: deque[Message] = deque()  # but not handed out
         self.batch_end = 0.0
+        self._heard: float | None = None  # the end of the batch in which the last message came
         self.bad_log = LimitedLogger("subscriber")
         forget = getattr(message_filter, "forget", None)
         if durable is not None and forget is not None:
@@ -5477,6 +5537,11 @@ class _Inbox:
         """Take note that there is something in the socket of *stream*."""
         if stream not in self._streams:
             self._streams.append(stream)
+
+    @property
+    def last_heard(self) -> float | None:
+        """When the last message came, as `Subscriber.last_heard`."""
+        return None if self._heard is None else self._heard - self.BATCH_SECONDS
 
     @property
     def is_ready(self) -> bool:
@@ -5540,6 +5605,7 @@ class _Inbox:
         except MessageError as error:
             self.bad_log.warning("message", "Skipped a bad message: %s", error)
             return None
+        self._heard = self.batch_end
         if self._translate:
             message.origin = stream.origin
             tcp = split_tcp_address(stream.origin) if self._translate != "origin" else None
@@ -5921,6 +5987,17 @@ class Subscriber(_SubscriberSockets):
             self._failure = turning.exception()
         if self._is_closed and not self._receivers:
             self._close()
+
+    @property
+    def last_heard(self) -> float | None:
+        """When a message came last, a heartbeat or another one on its topics; None before the first.
+
+        It is a time of `time.monotonic`, in seconds, at most 0.05 s too early.  What the *message_filter* skips counts,
+        what lies unread (as nobody receives) does not::
+
+            if time.monotonic() - subscriber.last_heard > 60: ...
+        """
+        return self._inbox.last_heard
 
     @property
     def running(self) -> bool:
@@ -7054,6 +7131,8 @@ def _colors(options: argparse.Namespace) -> bool:
 
 def _view_size() -> tuple[int, int]:
     """Return columns and lines of the terminal that is printed to; 0 for as many as there are."""
+    import shutil
+
     size = shutil.get_terminal_size((100, 24))  # for a terminal that does not know its size
     return (size.columns or 100, size.lines or 24) if sys.stdout.isatty() else (0, 0)
 
@@ -7826,15 +7905,50 @@ def _pinged(options: argparse.Namespace) -> list[_Pinged]:
 
 def raise_descriptor_limit() -> int:
     """Allow this process as many open files, that is connections, as the system lets it have; return how many."""
-    try:
+    with suppress(ImportError, ValueError, OSError):  # see above; macOS says "unlimited" and means something else
         import resource
-    except ImportError:  # Windows has no such limit
-        return sys.maxsize
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS says "unlimited" and means something else
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    return _descriptor_limit()
+
+
+class _Heartbeats:
+    """When heartbeats of a publisher came, and how many of those that it promised by them did not.
+
+    A heartbeat tells how long it is until the next one, its ``min_interval``; without (or with 0) it promises nothing,
+    and what an earlier one promised holds.
+
+    Attributes:
+        last: When the last one came, a time of `time.monotonic`; None before the first.
+        interval: How many seconds after it the next one is expected, None if none is.
+    """
+
+    SLACK = 0.5  # intervals that one may be late
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.interval: float | None = None
+        self._missed = 0  # until the last one
+
+    def take(self, message: Message, when: float) -> None:
+        """Take note of a message that came at a time, if it is a heartbeat."""
+        if message.type == "beat":
+            self._missed += self.overdue(when)
+            interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
+            if isinstance(interval, (int, float)) and interval > 0:
+                self.interval = float(max(1.0, min(1e6, interval)))
+            self.last = when
+
+    def overdue(self, now: float) -> int:
+        """Return how many should have come since the last one."""
+        if self.last is None or self.interval is None:
+            return 0
+        return max(int((now - self.last) / self.interval - self.SLACK), 0)
+
+    def missed(self, now: float) -> int:
+        """Return how many did not come, all in all."""
+        return self._missed + self.overdue(now)
 
 
 class _Traffic:
@@ -7852,8 +7966,7 @@ class _Tally:
         self.name = name
         self.traffic: dict[str, _Traffic] = {}
         self.heard = time.monotonic()
-        self.last_beat: float | None = None
-        self.beat_interval = 0.0
+        self.heartbeats = _Heartbeats()
 
     def receive(self) -> None:
         """Count what has come, but not so much that others have to wait."""
@@ -7870,16 +7983,12 @@ class _Tally:
             traffic.messages += 1
             traffic.size += len(raw)
             traffic.last = self.heard
-            interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
-            if message.type == "beat" and isinstance(interval, (int, float)):
-                self.last_beat, self.beat_interval = self.heard, float(max(1.0, min(1e6, interval)))  # it may be NaN
+            self.heartbeats.take(message, self.heard)
 
     @property
     def missed_beats(self) -> str:
-        """How many heartbeats are overdue, empty if it sends none."""
-        if self.last_beat is None:
-            return ""
-        return str(max(int((time.monotonic() - self.last_beat) / self.beat_interval - 0.5), 0))
+        """How many heartbeats are overdue, empty if none is expected."""
+        return "" if self.heartbeats.interval is None else str(self.heartbeats.overdue(time.monotonic()))
 
 
 class _Meter:
@@ -8273,6 +8382,8 @@ class _Doctor:
 
 def _owner_of_port(port: int) -> str:
     """Return which process listens on a TCP port, as far as Linux tells this user."""
+    import glob
+
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError), open(table) as lines:
@@ -8351,6 +8462,8 @@ def _run_demo(options: argparse.Namespace) -> int:
     where = ", ".join(options.nameserver or [f"port {changes['nameserver_port']} (without multicast)"])
     print(f"Nameserver on {where}, a publisher and a subscriber, three processes.", flush=True)
     environment = {**os.environ, **{f"POSTTROLL_{key.upper()}": str(value) for key, value in changes.items()}}
+    import subprocess
+
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:

@@ -39,7 +39,7 @@ import zmq
 
 if TYPE_CHECKING:
     import posttroll
-elif __package__:
+elif __package__ or "." in __name__:  # Python 3.9 does not set the first for what is imported from an archive
     from . import posttroll
 else:
     import posttroll
@@ -479,6 +479,7 @@ class AddressReceiver:
         if isinstance(publisher, posttroll.Publisher):
             publisher.local_only = self._local_only
             publisher.keeps_history = False  # who was away asks for the addresses
+            publisher.heartbeat_interval = 0  # it has its own, which readers of any age understand
         return publisher
 
     # -- taking announcements --
