@@ -48,12 +48,14 @@ import ipaddress
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
 import re
 import signal
 import socket
+import string
 import struct
 import sys
 import textwrap
@@ -2795,6 +2797,29 @@ def get_pub_address(
     return list(merged.values())
 
 
+def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> dict[str, Any]:
+    """Ask a nameserver about itself.
+
+    Args:
+        nameserver: Its host, or ``host:port`` if it answers on another port than configured.
+        timeout: How long to wait for it, in seconds.
+
+    Returns:
+        Its ``"version"``; nothing if it tells nothing, as other implementations.
+
+    Raises:
+        TimeoutError: It did not answer in time.
+        ConfigurationError: The secure backend is not set up.
+    """
+    question = {"service": "about the nameserver", "about": True}  # for others, a service that nobody has
+    request = Message("/oper/ns", "request", question, version="v1.01").encode().encode()
+    answer = _ask(_lookup_endpoint(nameserver), request, timeout)
+    if answer is None:
+        raise TimeoutError(f"no answer from the nameserver on {nameserver} after {timeout:g} s.")
+    about = Message.decode(answer).data
+    return about if isinstance(about, dict) else {}
+
+
 def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[bytes | None]:
     """Ask several nameservers at once; those that are down take no time from the others.
 
@@ -3172,6 +3197,9 @@ sendaddressservice = AddressServiceBroadcaster
 # subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
+#
+# Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
+# one message under it, <mark>/?\0<JSON>.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
@@ -3180,6 +3208,7 @@ _MARK_PATTERN = re.compile(
     rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
     re.DOTALL,
 )
+_QUESTION_PATTERN = re.compile(_MARK + rb"[0-9a-f]{16}/\?")
 
 
 class PublisherStoppedError(RuntimeError, zmq.ZMQError):
@@ -3259,8 +3288,9 @@ class History:
 class _Peer:
     """A subscriber of ours, as its publisher sees it."""
 
-    def __init__(self, mark: bytes, topics: int) -> None:
+    def __init__(self, mark: bytes, topics: int, host: str) -> None:
         self.mark = mark
+        self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
         self.greeted = 0.0  # when
@@ -3293,6 +3323,7 @@ class _Listeners:
     """
 
     PEERS = 10000
+    TOPICS = 1000  # that are told apart
 
     def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
@@ -3306,6 +3337,9 @@ class _Listeners:
         self.peers: dict[bytes, _Peer] = {}
         self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
+        self._by_topic: Counter[bytes] = Counter()
+        self._answering = 0.0  # since when answers are counted
+        self._answers = 0
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._next_look = 0.0
@@ -3375,9 +3409,10 @@ class _Listeners:
         sock = self.socket
         while True:
             try:
-                change = sock.recv(_NOBLOCK)
+                frame = sock.recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            change = frame.bytes
             sign, topic = change[:1], change[1:]
             if sign not in (b"\0", b"\1"):
                 continue  # a message of an XSUB socket
@@ -3385,17 +3420,26 @@ class _Listeners:
             if topic.startswith(_MARK):
                 match = _MARK_PATTERN.fullmatch(topic)
                 if match is not None and match[3] is None:
-                    self._take_mark(topic, int(match[2]), option)
+                    self._take_mark(topic, int(match[2]), option, frame)
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
+                elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
+                    self._answer(topic)
                 continue
-            self._topics += 1 if sign == b"\1" else -1
+            self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
             elif not _MARK.startswith(topic):
                 sock.setsockopt(option, topic)
 
-    def _take_mark(self, mark: bytes, topics: int, option: int) -> None:
+    def _count_topic(self, topic: bytes, difference: int) -> None:
+        self._topics += difference
+        if topic in self._by_topic or len(self._by_topic) < self.TOPICS:
+            self._by_topic[topic] += difference
+            if self._by_topic[topic] <= 0:
+                del self._by_topic[topic]
+
+    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
         """Take note that a subscriber of ours has come (again), or gone."""
         peer = self.peers.get(mark)
         if option == zmq.UNSUBSCRIBE:
@@ -3408,7 +3452,11 @@ class _Listeners:
             if len(self.peers) >= self.PEERS:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
-            peer = self.peers[mark] = _Peer(mark, topics)
+            try:
+                host = str(frame.get("Peer-Address"))
+            except zmq.ZMQError:  # not a TCP connection
+                host = ""
+            peer = self.peers[mark] = _Peer(mark, topics, host)
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1
@@ -3474,11 +3522,16 @@ class _Listeners:
         """Take what a subscriber of ours asks for."""
         raise NotImplementedError
 
+    def _answer(self, question: bytes) -> None:
+        """Answer somebody who asks about this publisher."""
+        raise NotImplementedError
+
 
 class _Audience(_Listeners):
     """What those who listen to a publisher get, have, and have missed."""
 
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
+    ANSWERS = 100  # to questions in a second, and what is listed in each
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
     def send(self, data: bytes) -> None:
@@ -3612,6 +3665,27 @@ class _Audience(_Listeners):
         sent = now - (time.time() - asked)
         return sent if peer.greeted <= sent <= now else min(peer.greeted, now)
 
+    def _answer(self, question: bytes) -> None:
+        now = time.monotonic()
+        if now > self._answering + 1:
+            self._answering, self._answers = now, 0
+        self._answers += 1
+        if self._answers > self.ANSWERS:
+            return
+        known = [(peer.host, peer.prefixes) for peer in islice(self.peers.values(), self.ANSWERS)]
+        about = {
+            "version": __version__,
+            "name": self._name.decode(),
+            "subscribers": len(self.peers) + self.strangers,
+            "known": [{"host": host, "topics": list(map(_topic_of, prefixes))} for host, prefixes in known],
+            "topics": {_topic_of(topic): times for topic, times in self._by_topic.most_common(self.ANSWERS)},
+            "sent": self.history.number,
+        }
+        self.socket.setsockopt(zmq.SUBSCRIBE, question)  # of the one who has asked
+        with suppress(zmq.Again):
+            self.socket.send(question + b"\0" + json.dumps(about).encode(), _NOBLOCK)
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, question)
+
     def _catch_up_soon(self, seconds: float) -> None:
         self.later(seconds, self._catch_up)
 
@@ -3685,6 +3759,52 @@ class _Audience(_Listeners):
             else:
                 low = middle + 1
         return low + (0 if peer.after is None else self.history.number - peer.after)
+
+
+def _topic_of(prefix: bytes) -> str:
+    """Return the beginning of the subjects of what begins with *prefix*."""
+    return prefix.decode("utf-8", "replace").removeprefix(_MAGICK)[:200]
+
+
+class Inquiry:
+    """Asks a publisher about itself, without being taken for a subscriber; others than ours do not notice it.
+
+    Args:
+        address: The publisher's address.
+        backend: ``"unsecure_zmq"`` or ``"secure_zmq"``; by default as configured.
+
+    Raises:
+        ConfigurationError: A key for the secure backend is missing or cannot be read.
+        zmq.ZMQError: The address cannot be used.
+    """
+
+    def __init__(self, address: str, backend: str | None = None) -> None:
+        self._socket = set_up_client_socket(zmq.SUB, address, None, backend)
+
+    def ask(self, timeout: float) -> dict[str, Any] | None:
+        """Ask, and wait for the answer, at most *timeout* seconds.
+
+        Returns:
+            ``version`` and ``name``, how many ``subscribers`` there are, and of those ``known`` (the first 100 of ours)
+            ``host`` and ``topics``; how many times each of the ``topics`` is subscribed to, by whomever; how many
+            messages were ``sent``.  None if there is no answer: it is not there, or is no publisher of ours.
+        """
+        question = _MARK + os.urandom(8).hex().encode() + b"/?"
+        deadline = time.monotonic() + timeout
+        self._socket.setsockopt(zmq.SUBSCRIBE, question)
+        try:
+            while self._socket.poll(max(int(1000 * (deadline - time.monotonic())), 0)):
+                answer = self._socket.recv(_NOBLOCK)
+                if answer.startswith(question + b"\0"):  # else it is a late one to an earlier question
+                    about = json.loads(answer[len(question) + 1 :])
+                    return about if isinstance(about, dict) else None
+        finally:
+            self._socket.setsockopt(zmq.UNSUBSCRIBE, question)
+        return None
+
+    def close(self) -> None:
+        """Close the connection."""
+        close_socket(self._socket)
 
 
 def _unsent_bytes(port: int | None) -> list[str] | None:
@@ -5424,7 +5544,7 @@ class _Inbox:
     BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
 
     def __init__(
-        self, message_filter: Callable[[Message], Any] | None, translate: bool, durable: _DurableState | None
+        self, message_filter: Callable[[Message], Any] | None, translate: bool | str, durable: _DurableState | None
     ) -> None:
         self._filter = message_filter
         self._translate = translate
@@ -5514,7 +5634,7 @@ class _Inbox:
         self._heard = self.batch_end
         if self._translate:
             message.origin = stream.origin
-            tcp = split_tcp_address(stream.origin)
+            tcp = split_tcp_address(stream.origin) if self._translate != "origin" else None
             if tcp is not None:  # the host that it came from, in place of the one that its sender says
                 message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
         if self._filter is not None and not self._filter(message):
@@ -5535,7 +5655,7 @@ class _SubscriberSockets:
         self,
         topics: str | Iterable[str] | None,
         message_filter: Callable[[Message], Any] | None,
-        translate: bool,
+        translate: bool | str,
         since: float | timedelta | datetime | None,
         durable: str | None,
     ) -> None:
@@ -5719,7 +5839,8 @@ class Subscriber(_SubscriberSockets):
         addresses: The publishers' addresses, as text, or as `get_pub_address` returns them.
         topics: The beginnings of the subjects to subscribe to; by default everything.
         message_filter: Called with each message; those for which it returns a false value are skipped; see `unique`.
-        translate: Put the host of the publisher's address in place of the host of the sender.
+        translate: Put the host of the publisher's address in place of the host of the sender; with ``"origin"``, only
+            tell that address, as `Message.origin`.  It takes a socket for each address.
         since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
             last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
         durable: A name under which is written down what has been handled.  The next program with this name gets what
@@ -5753,7 +5874,7 @@ class Subscriber(_SubscriberSockets):
         addresses: str | Iterable[Any],
         topics: str | Iterable[str] | None = "",
         message_filter: Callable[[Message], Any] | None = None,
-        translate: bool = False,
+        translate: bool | str = False,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
@@ -6249,7 +6370,7 @@ class NSSubscriber:
         addr_listener: bool = False,
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
-        translate: bool = False,
+        translate: bool | str = False,
         nameserver: str | Sequence[str] = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
@@ -6371,7 +6492,7 @@ class Subscribe:
         addr_listener: bool = False,
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
-        translate: bool = False,
+        translate: bool | str = False,
         nameserver: str | Sequence[str] | bool | None = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
@@ -6947,12 +7068,21 @@ def _parser() -> argparse.ArgumentParser:
     for name, (add_arguments, run) in _commands.items():
         description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
         brief, epilog = description[0].lower() + description[1:].rstrip("."), textwrap.dedent(examples)
-        command = subparsers.add_parser(name, help=brief, description=description, epilog=epilog.replace("E", "e", 1))
-        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command = subparsers.add_parser(
+            name,
+            help=brief,
+            description=description,
+            epilog=epilog.replace("E", "e", 1),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            conflict_handler="resolve",  # what a command has of its own comes before what all have
+        )
         add = command.add_argument
         add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
         add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
+        loudness = command.add_mutually_exclusive_group()
+        loudness.add_argument("-q", "--quiet", action="store_true", help="tell nothing but results and errors")
+        loudness.add_argument("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged")
         add_arguments(command)
         command.set_defaults(run=run, parser=command)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
@@ -7008,6 +7138,7 @@ def main(args: Sequence[str] | None = None) -> int:
         getattr(options, options.words).extend(rest)
     try:
         _prepare_output(options)
+        _prepare_log(options)
         with config.set(dict(options.set)):
             return cast(int, options.run(options))
     except BrokenPipeError:  # whoever read our output has had enough
@@ -7029,14 +7160,23 @@ def _prepare_output(options: argparse.Namespace) -> None:
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
+def _prepare_log(options: argparse.Namespace) -> None:
+    """Let as much of what the library logs be seen as is wanted: by default its warnings."""
+    if options.quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+    elif options.verbose and options.command != "logger":  # which sets that up itself
+        level = logging.INFO if options.verbose == 1 else logging.DEBUG
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
 def _nameserver_module() -> Any:
     """Return the module ``posttroll_ns``, imported when it is used for the first time."""
     return importlib.import_module(f"{__name__}_ns")
 
 
-def _talk(text: str) -> None:
-    """Tell something that is not a result."""
-    if sys.stderr is not None:
+def _talk(text: str, options: argparse.Namespace | None = None) -> None:
+    """Tell something that is not a result; with *options*, it is no error either, and is not told if they say so."""
+    if sys.stderr is not None and not (options and options.quiet):
         print(text, file=sys.stderr, flush=True)
 
 
@@ -7145,9 +7285,10 @@ def _run_publish(options: argparse.Namespace) -> int:
         with Publish(options.service, options.port, nameservers=nameservers) as publisher:
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
-            sent = _send_all(publisher, messages)
+            sent = _send_all(publisher, messages, options)
     # Leaving the block has waited for those that were just finding it, and until all is sent.
-    _talk(f"{sent} message{'s' * (sent != 1)} to {publisher.reached} subscriber{'s' * (publisher.reached != 1)}")
+    reached = publisher.reached
+    _talk(f"{sent} message{'s' * (sent != 1)} to {reached} subscriber{'s' * (reached != 1)}", options)
     if publisher.dropped:
         raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
     return 0
@@ -7161,7 +7302,7 @@ def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> 
         raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
 
 
-def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
+def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: argparse.Namespace) -> int:
     """Send messages, and return how many."""
     sent = 0
     try:
@@ -7169,7 +7310,7 @@ def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
             publisher.send(message)
             sent += 1
     except BaseException:
-        _talk(f"{sent} message{'s' * (sent != 1)} sent until then")
+        _talk(f"{sent} message{'s' * (sent != 1)} sent until then", options)
         raise
     return sent
 
@@ -7291,21 +7432,32 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
 # -- subscribe --
 
 
-def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+def _add_source_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what says which messages are wanted."""
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
     command.set_defaults(words="topics")
     add("--service", action="append", help="name of a publisher (all)")
     add("--address", action="append", help="address of a publisher, no nameserver is asked")
     add("--type", action="append", help="only messages of this type")
+    where = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
+    add("--where", metavar="KEY=VALUE", action="append", default=[], type=_condition, help=where)
+    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
+    add("--durable", metavar="NAME", help="also what was sent since the last time with this name")
+    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
+
+
+def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+    _add_source_arguments(command)
+    add = command.add_argument
     add("-n", "--count", type=_number(int, 1), help="end after so many messages")
     add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
-    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
-    add("--durable", metavar="NAME", help="also what was sent since the last 'subscribe' with this name")
-    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
+    add("--sample", metavar="N", type=_number(int, 1), default=1, help="only one of N messages")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+    form.add_argument("--format", metavar="TEXT", type=_Format, help=f"a line of your own: {{{'}, {'.join(_FIELDS)}}}")
+    form.add_argument("--count-by", metavar="KEY", help="only how many messages there are, by type, subject, a.b ...")
 
 
 def _time(text: str) -> timedelta | datetime:
@@ -7319,6 +7471,99 @@ def _time(text: str) -> timedelta | datetime:
     return moment
 
 
+# What can be said of any message: name and how to get it.
+_FIELDS: dict[str, Callable[[Message], Any]] = {
+    **{name: operator.attrgetter(name) for name in ("subject", "type", "sender", "user", "host", "version", "origin")},
+    "time": lambda message: _local_time(message.time),
+    "age": lambda message: round(time.time() - _sent_at(message), 3),
+    "data": lambda message: message.data,
+}
+
+
+def _local_time(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone()
+
+
+def _field_of(message: Message, name: str) -> Any:
+    """Return what is called *name* in a message: one of its fields, else in its data (``data.type`` is there, too)."""
+    if name in _FIELDS:
+        return _FIELDS[name](message)
+    return _value_at(message.data, name.removeprefix("data."))
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+    "<=": operator.le,
+    ">=": operator.ge,
+}
+
+
+def _condition(text: str) -> Callable[[Message], bool]:
+    """Read a condition on messages, for argparse."""
+    match = re.fullmatch(r"([^=!<>]+)([=!]=|[<>]=?|=)(.*)", text, re.DOTALL)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE (or with != < > <= >= in place of =)")
+    name, sign, wanted = match.groups()
+
+    def holds(message: Message) -> bool:
+        value, other = _comparable(_field_of(message, name), wanted)
+        try:
+            return bool(_COMPARISONS[sign](value, other))
+        except TypeError:  # neither is less than the other
+            return False
+
+    return holds
+
+
+def _comparable(value: Any, text: str) -> tuple[Any, Any]:
+    """Return *value* and what *text* stands for next to it: a text, a time, or something of JSON."""
+    if isinstance(value, datetime):
+        moment = _parse_datetime(text)
+        return _local_time(value), text if moment is None else _local_time(moment)
+    if isinstance(value, str):
+        return value, text
+    try:
+        return value, _from_strict_json(text)
+    except (ValueError, RecursionError):
+        return value, text
+
+
+class _Format(string.Formatter):
+    """Makes lines of messages by a format such as ``{subject} {data[uri]}``; what a message has not is left out."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        try:
+            names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
+        if not names <= set(_FIELDS):
+            unknown = ", ".join(sorted(names - set(_FIELDS)))
+            raise argparse.ArgumentTypeError(f"there is no {{{unknown}}}, but {{{'}, {'.join(_FIELDS)}}}")
+        self.names = names
+
+    def __call__(self, message: Message) -> str:
+        return self.vformat(self._text, (), {name: _FIELDS[name](message) for name in self.names})
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the message has under a name such as ``data[uri]``."""
+        try:
+            return super().get_field(field_name, args, kwargs)
+        except (LookupError, TypeError, AttributeError):
+            return "", field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Return a value in its format, or as it is if that is for another kind of value."""
+        try:
+            return cast(str, super().format_field(value, format_spec))
+        except (ValueError, TypeError):
+            return str(value)
+
+
 @_command("subscribe", _add_subscribe_arguments)
 def _run_subscribe(options: argparse.Namespace) -> int:
     """Print messages as they come.
@@ -7329,66 +7574,128 @@ def _run_subscribe(options: argparse.Namespace) -> int:
       posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
       posttroll subscribe --raw --since 10m > recorded
       posttroll subscribe --json --durable archive >> archive.json
+      posttroll subscribe --where platform=Metop-C --where 'size>1000' --format '{time:%H:%M} {data[uri]}'
+      posttroll subscribe --timeout 60 --count-by data.platform
     """
-    form: Callable[[Message], str] = _as_json_line if options.json else _recorded
-    if sys.stdout.isatty():
-        plain = form
-        form = partial(_as_readable, color=_colors(options))
-        if options.json or options.raw:
-            form = lambda message: _printable(plain(message))  # noqa: E731
-
-    nameserver = not options.address and _nameservers(options)
-    services, topics = options.service or "", options.topics or ""
+    display = _Display(options)
     received = 0
-    begin = {"since": options.since, "durable": options.durable}
     try:
-        wanted = _wanted(options)
-        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, wanted, **begin)
+        following = _following(options, display.shows_origin)
     except RuntimeError as error:  # the durable name is in use
         raise _CommandError(str(error)) from None
     with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
                 break
-            print(form(message), flush=True)
             received += 1
-            if received == options.count:
+            if received % options.sample == 0:
+                display.show(message)
+            if received // options.sample == options.count:
                 break
+    display.finish()
+    shown = received // options.sample
     expected = options.count or (1 if options.timeout is not None else 0)
-    if received < expected:
-        raise _CommandError(f"{received} of {expected} messages came.")
+    if shown < expected:
+        raise _CommandError(f"{shown} of {expected} messages came.")
     return 0
 
 
-def _wanted(options: argparse.Namespace) -> Callable[[Message], bool]:
-    """Return the filter that the options describe."""
+def _following(options: argparse.Namespace, tells_origin: bool = False) -> Subscribe:
+    """Return what subscribes to what `_add_source_arguments` describe."""
+    if tells_origin:
+        raise_descriptor_limit()  # it takes a connection and a socket for each publisher
     is_new = unique(options.unique) if options.unique else lambda message: True
 
     def is_wanted(message: Message) -> bool:
-        return (not options.type or message.type in options.type) and is_new(message)
+        has_type = not options.type or message.type in options.type
+        return has_type and all(holds(message) for holds in options.where) and is_new(message)
 
-    return is_wanted
+    return Subscribe(
+        options.service or "",
+        options.topics or "",
+        addr_listener=True,
+        addresses=options.address,
+        timeout=0,
+        translate="origin" if tells_origin else False,
+        nameserver=not options.address and _nameservers(options),
+        message_filter=is_wanted,
+        since=options.since,
+        durable=options.durable,
+    )
+
+
+class _Display:
+    """Shows messages on stdout, each of them, or only how many there are."""
+
+    KINDS = 10000  # that are told apart
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._by = options.count_by
+        self._counts: Counter[str] = Counter()
+        self._view_due = 0.0
+        form: Callable[[Message], str] = options.format or (_as_json_line if options.json else _recorded)
+        is_readable = sys.stdout.isatty() and not (options.json or options.raw or options.format)
+        names = options.format.names if options.format else [self._by]
+        self.shows_origin = "origin" in names or bool(options.verbose and (is_readable or options.json))
+        self._form = form
+        if is_readable:
+            self._form = partial(_as_readable, color=_colors(options))
+        elif sys.stdout.isatty():
+            self._form = lambda message: _printable(form(message))
+
+    def show(self, message: Message) -> None:
+        """Show a message."""
+        if not self._by:
+            print(self._form(message), flush=True)
+            return
+        value = _field_of(message, self._by)
+        kind = "" if value is None else str(value)
+        self._counts[kind if kind in self._counts or len(self._counts) < self.KINDS else "(others)"] += 1
+        if sys.stdout.isatty() and time.monotonic() >= self._view_due:
+            self._view_due = time.monotonic() + 1
+            _show(self._lines())
+
+    def _lines(self) -> list[str]:
+        rows = [[str(count), _printable(kind)] for kind, count in self._counts.most_common()]
+        return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
+
+    def finish(self) -> None:
+        """Show what there is at the end."""
+        if self._by:
+            _show(self._lines()) if sys.stdout.isatty() else print("\n".join(self._lines()), flush=True)
 
 
 def _as_json_line(message: Message) -> str:
     """Return a message as a JSON object on one line; bytes as a base64 data URL."""
     data = "".join(_encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
-    return _dumps({**fields, "version": message.version, "data": data}, "v1.2")[0]
+    more = {"age": _FIELDS["age"](message), "origin": message.origin} if message.origin else {}
+    return _dumps({**fields, "version": message.version, "data": data, **more}, "v1.2")[0]
 
 
 def _as_readable(message: Message, color: bool) -> str:
-    """Return a message as lines for people."""
-    moment = message.time.astimezone() if message.time.tzinfo else message.time
+    """Return a message as lines for people: when it was made, how old it is, and where it came from if that is told."""
+    moment = _local_time(message.time)
+    day = "" if moment.date() == date.today() else f"{moment:%Y-%m-%d} "
     paint = _colored if color else lambda text, _: text
     subject, kind = paint(_printable(message.subject), GREEN), paint(_printable(message.type), YELLOW)
-    head = f"{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)}"
+    origin = f", from {message.origin}" if message.origin else ""
+    age = f"({_span(_FIELDS['age'](message))} old{origin})"
+    head = f"{day}{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)} {age}"
     data = message.data
     if isinstance(data, dict):
         width = max(map(len, map(_printable, data)), default=0)
         names = (paint(_printable(name).ljust(width), CYAN) for name in data)
         return "\n".join([head, *(f"    {name}  {_printable(value)}" for name, value in zip(names, data.values()))])
     return f"{head} {_printable(data)}" if data != "" else head
+
+
+def _span(seconds: float) -> str:
+    """Return a time span for people: as exact as one needs it."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3f} s"
 
 
 # -- services --
@@ -7516,6 +7823,158 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
                     return "", received + more
                 received += more
     return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
+
+
+# -- ping --
+
+
+class _Pinged:
+    """A peer that is asked again and again, and how long it took to answer.
+
+    Attributes:
+        name: What to call it.
+        about: What is known of it.
+        times: In seconds, those of the answers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.about = "no answer yet"
+        self.times: list[float] = []
+        self._asked = 0
+
+    def measure(self, timeout: float) -> str:
+        """Ask; return a line that tells how that went."""
+        self._asked += 1
+        start = time.monotonic()
+        is_answered = self.ask(timeout)
+        if is_answered:
+            self.times.append(time.monotonic() - start)
+        what = f"time={1000 * self.times[-1]:.3f} ms" if is_answered else f"no answer after {timeout:g} s"
+        return f"{self.name}: seq={self._asked} {what}"
+
+    @property
+    def summary(self) -> str:
+        """How often it was asked, how often it answered, and how fast."""
+        lost = 100 * (self._asked - len(self.times)) / max(self._asked, 1)
+        text = f"--- {self.name}: {self._asked} asked, {len(self.times)} answered, {lost:.0f}% lost"
+        if not self.times:
+            return text
+        mean = sum(self.times) / len(self.times)
+        deviation = math.sqrt(sum((time - mean) ** 2 for time in self.times) / len(self.times))
+        figures = "/".join(f"{1000 * each:.3f}" for each in (min(self.times), mean, max(self.times), deviation))
+        return f"{text}, min/avg/max/mdev = {figures} ms"
+
+    def ask(self, timeout: float) -> bool:
+        """Ask, and return whether there was an answer."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class _PingedNameserver(_Pinged):
+    """A nameserver, which is asked by a lookup."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"nameserver {host}")
+        self._host = host
+
+    def ask(self, timeout: float) -> bool:
+        try:
+            version = describe_nameserver(self._host, timeout).get("version")
+        except TimeoutError:
+            return False
+        self.about = f"posttroll {version}" if version else "version unknown"
+        return True
+
+
+class _PingedPublisher(_Pinged):
+    """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
+
+    def __init__(self, name: str, address: str, backend: str | None) -> None:
+        super().__init__(f"{name} {address}".strip())
+        self._address = address
+        self._is_ours: bool | None = None  # not known yet
+        self._inquiry = Inquiry(address, backend)
+
+    def ask(self, timeout: float) -> bool:
+        if self._is_ours is None:
+            timeout /= 2  # for each of the two ways
+        about = None if self._is_ours is False else self._inquiry.ask(timeout)
+        if about is not None:
+            self._is_ours = True
+            self.about = f"posttroll {about.get('version')}, {about.get('subscribers')} subscribers"
+            return True
+        if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
+            return False
+        self._is_ours = False
+        self.about = "version unknown (time until ZeroMQ greets)"
+        return True
+
+    def close(self) -> None:
+        self._inquiry.close()
+
+
+def _add_ping_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="publishers to ask, besides the nameserver")
+    command.set_defaults(words="names")
+    add("--address", action="append", default=[], help="address of a publisher, no nameserver is asked")
+    add("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)")
+    add("--interval", type=_number(float, 0.01), default=1.0, metavar="SECONDS", help="between two questions (1)")
+    add("--timeout", type=_number(float, 0.01), default=2.0, metavar="SECONDS", help="for an answer (2)")
+
+
+@_command("ping", _add_ping_arguments)
+def _run_ping(options: argparse.Namespace) -> int:
+    """Measure how fast nameservers and publishers answer.
+
+    Examples:
+      posttroll ping
+      posttroll ping receiver -c 5 --nameserver otherhost
+      posttroll ping --address tcp://otherhost:9000 -q -c 100 --interval 0.1
+    """
+    end = threading.Event()
+    with ExitStack() as stack:
+        peers = _pinged(options)
+        for peer in peers:
+            stack.callback(peer.close)
+        stack.enter_context(call_on_signals(end.set))
+        for peer in peers:
+            peer.ask(options.timeout)  # connects, and is not counted
+            print(f"PING {peer.name}: {peer.about}", flush=True)
+        for number in count(1):
+            for peer in peers:
+                if not end.is_set():
+                    line = peer.measure(options.timeout)
+                    if not options.quiet:
+                        print(line, flush=True)
+            if number == options.count or end.wait(options.interval):
+                break
+    print("\n".join(peer.summary for peer in peers))
+    silent = [peer.name for peer in peers if not peer.times]
+    if silent:
+        raise _CommandError(f"no answer from {', '.join(silent)}.")
+    return 0
+
+
+def _pinged(options: argparse.Namespace) -> list[_Pinged]:
+    """Return whom to ask."""
+    publishers: list[_Pinged] = [_PingedPublisher("", address, None) for address in options.address]
+    if options.address and not options.names:
+        return publishers
+    hosts = _nameservers(options)
+    for name in options.names:
+        entries = get_pub_address(name, options.timeout, hosts)
+        if not entries:
+            raise _CommandError(f"the nameserver on {', '.join(hosts)} knows no publisher {name}.")
+        for entry in entries:
+            publishers.append(_PingedPublisher(name, entry["URI"], _backend_towards(entry.get("backend"))))
+    return [*map(_PingedNameserver, hosts), *publishers]
+
+
+# -- top --
 
 
 # -- what top, check and exporter know --

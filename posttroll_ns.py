@@ -693,6 +693,9 @@ class NameServer:
             service = message.data.get("service") if isinstance(message.data, dict) else None
             if not isinstance(service, str):
                 raise posttroll.MessageError("It does not say which service it asks for.")
+            if message.data.get("about") is True:
+                about = {"version": posttroll.__version__}
+                return posttroll.Message("/oper/ns", "info", about, version=version).encode().encode()
             return get_active_address(service, address_receiver, version).encode().encode()
         except (posttroll.MessageError, UnicodeEncodeError) as error:
             self._log.warning("request", "Broken request: %s", str(error)[:300])

@@ -2583,6 +2583,23 @@ class TestAskingTheNameserver:
 # ======================================================================================================================
 
 
+class TestDescribeNameserver:
+    def test_ours(self):
+        with nameserver():
+            assert posttroll.describe_nameserver(timeout=DEADLINE) == {"version": posttroll.__version__}
+
+    def test_others(self):
+        port = free_port()
+        with answering(answer_with(""), port) as requests:
+            assert posttroll.describe_nameserver(f"localhost:{port}", DEADLINE) == {}
+        (request,) = requests
+        assert Message.decode(request).version == "v1.01"
+
+    def test_nobody(self):
+        with pytest.raises(TimeoutError, match="no answer from the nameserver on localhost"):
+            posttroll.describe_nameserver(timeout=0.1)
+
+
 class TestMessageBroadcaster:
     def test_by_multicast_until_it_is_stopped(self):
         port = free_port()
@@ -3058,6 +3075,90 @@ class TestCountingSubscribers:
             pub.send(text_message("good"))
             assert received_data(sub) == ["good"]
         wait_for(lambda: pub.subscriber_count == 0)
+
+
+class TestInquiry:
+    @contextlib.contextmanager
+    def asking(self, pub: Any) -> Iterator[posttroll.Inquiry]:
+        with contextlib.closing(posttroll.Inquiry(local_address(pub.port_number))) as inquiry:
+            yield inquiry
+
+    def test_what_is_told(self):
+        with connected(["/a", "b"]) as (pub, sub), raw_socket(zmq.SUB, pub.port_number) as other:
+            other.subscribe(b"pytroll://a/b")
+            wait_for(lambda: pub.subscriber_count == 2)
+            pub.send(text_message("x"))
+            assert received_data(sub) == ["x"]  # it has told its topics by the time that it hears nothing more
+            assert next(sub.recv(0.1)) is None
+            with self.asking(pub) as inquiry:
+                about = inquiry.ask(DEADLINE)
+        assert about == {
+            "version": posttroll.__version__,
+            "name": "a_publisher",
+            "subscribers": 2,
+            "known": [{"host": LOOPBACK, "topics": ["/a", "/b"]}],
+            "topics": {"/a": 1, "/b": 1, "/a/b": 1},
+            "sent": 1,
+        }
+
+    def test_who_asks_is_no_subscriber_and_leaves_nothing(self):
+        """Who waits for a subscriber is not taken in."""
+        with posttroll.Publisher("tcp://*:0") as pub, self.asking(pub) as inquiry:
+            for _ in range(3):
+                assert inquiry.ask(DEADLINE)["subscribers"] == 0
+            assert not pub.wait_for_subscribers(1, 0.05)
+            audience = pub._audience
+            assert (audience.peers, audience._topics, audience._seen, audience._by_topic) == ({}, 0, set(), {})
+        assert pub.reached == 0
+
+    def test_topics_that_are_gone_are_not_told(self):
+        with posttroll.Publisher("tcp://*:0") as pub, self.asking(pub) as inquiry:
+            with posttroll.Subscriber([local_address(pub.port_number)], "/a"):
+                wait_for(lambda: inquiry.ask(DEADLINE)["topics"] == {"/a": 1})
+            wait_for(lambda: inquiry.ask(DEADLINE)["topics"] == {})
+
+    def test_a_flood_of_questions_and_topics_is_bounded(self):
+        """Subscribers go on to hear, and later questions are answered."""
+        with connected() as (pub, sub), raw_socket(zmq.SUB, pub.port_number) as flood:
+            flood.rcvhwm = 0
+            for number in range(3000):
+                flood.subscribe(b"~posttroll-subscriber/%016x/?" % number)
+                flood.subscribe(b"pytroll://%d" % number)
+            wait_for(lambda: pub.subscriber_count > 2000)
+            pub.send(text_message("heard"))
+            assert received_data(sub) == ["heard"]
+            audience = pub._audience
+            assert len(audience._by_topic) == audience.TOPICS
+            with self.asking(pub) as inquiry:
+                wait_for(lambda: inquiry.ask(0.2))
+                assert len(inquiry.ask(DEADLINE)["topics"]) == audience.ANSWERS
+            answers = 0
+            while flood.poll(100):
+                answers += flood.recv().startswith(b"~")
+            assert 0 < answers < 3000
+
+    @pytest.mark.parametrize("question", ["~posttroll-subscriber/?", "~posttroll-subscriber/xyz/?", "~?"])
+    def test_what_is_no_question_is_not_answered(self, question):
+        with posttroll.Publisher("tcp://*:0") as pub, raw_socket(zmq.SUB, pub.port_number) as other:
+            other.subscribe(question.encode())
+            with self.asking(pub) as inquiry:
+                assert inquiry.ask(DEADLINE)  # so the other one has come
+            assert not other.poll(50)
+
+    def test_others_do_not_hear_the_answer(self):
+        with posttroll.Publisher("tcp://*:0") as pub, raw_socket(zmq.SUB, pub.port_number) as other:
+            for topic in (b"", b"~", b"~posttroll-subscriber/"):
+                other.subscribe(topic)
+            wait_for(lambda: pub.subscriber_count == 2)  # the last one is no topic
+            with self.asking(pub) as inquiry:
+                assert inquiry.ask(DEADLINE)
+            assert not other.poll(50)
+
+    def test_nobody_there_or_somebody_else(self):
+        with raw_publisher() as (_, address):
+            for where in (address, local_address(free_port())):
+                with contextlib.closing(posttroll.Inquiry(where)) as inquiry:
+                    assert inquiry.ask(0.05) is None
 
 
 class TestLoss:
@@ -5452,6 +5553,236 @@ class TestTerminal:
             assert len(lines) <= 10
         assert "no answer" not in view
         assert lines[1].startswith("name00")
+
+
+class TestLookingIn:
+    """What ``subscribe`` can choose, and how it can show that."""
+
+    MESSAGES = (
+        ("/a", "file", {"uri": "/data/a", "size": 5, "of": {"pass": 7}, "list": [{"uid": "x"}]}),
+        ("/a", "info", "text"),
+        ("/b", "file", {"uri": "/data/b", "size": 12.5, "start": datetime(2026, 11, 24, 12, tzinfo=timezone.utc)}),
+        ("/b", "file", {"uri": "/data/c", "size": "12", "type": "other", "ok": True}),
+    )
+
+    def look(self, *words: Any, messages: Any = MESSAGES) -> list[str]:
+        """Return the lines that ``subscribe`` prints of messages and then of an end."""
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            for message in messages:
+                publisher.send(posttroll.Message(*message))
+            address = local_address(publisher.port_number)
+            status, out, err = run_command("subscribe", "--address", address, "--since", "1m", "--timeout", 0.5, *words)
+        assert (status, err) == (0, ""), err
+        return out.splitlines()
+
+    @pytest.mark.parametrize(
+        ("conditions", "uris"),
+        [
+            (["uri=/data/a"], "a"),
+            (["size>5"], "b"),
+            (["size>=5", "size<100"], "ab"),
+            (["size==12.50"], "b"),
+            (["size!=5", "type=file"], "bc"),
+            (["of.pass=7"], "a"),
+            (["list.0.uid=x"], "a"),
+            (["start>2026-11-24T11:59Z"], "b"),
+            (["start<=2026-11-24T13:00:00+01:00"], "b"),
+            (["data.type=other"], "c"),
+            (["subject=/b", "ok=true"], "c"),
+            (["subject=/b", "ok=null"], "b"),
+            (["age<60", "type=file"], "abc"),
+        ],
+    )
+    def test_where(self, conditions, uris):
+        words = [word for condition in conditions for word in ("--where", condition)]
+        assert self.look(*words, "--format", "{data[uri]}") == [f"/data/{uri}" for uri in uris]
+
+    @pytest.mark.parametrize(
+        ("option", "text", "reason"),
+        [
+            ("--where", "size", "not KEY=VALUE"),
+            ("--where", "=5", "not KEY=VALUE"),
+            ("--format", "{data[uri}", "cannot be used"),
+            ("--format", "{uri}", "there is no {uri}, but {subject}"),
+            ("--sample", "0", "no whole number"),
+        ],
+    )
+    def test_wrong_words(self, option, text, reason):
+        status, out, err = run_command("subscribe", "--address", "tcp://localhost:1", option, text)
+        assert (status, out) == (2, "")
+        assert reason in err
+
+    def test_format(self):
+        form = "{subject}|{data[uri]}|{data[size]:.1f}|{time:%Y}|{version}|{sender}|{data[of][pass]}|{{}}"
+        sender, year = posttroll.get_sender(), datetime.now().year
+        assert self.look("--format", form) == [
+            f"/a|/data/a|5.0|{year}|v1.2|{sender}|7|{{}}",
+            f"/a|||{year}|v1.2|{sender}||{{}}",
+            f"/b|/data/b|12.5|{year}|v1.2|{sender}||{{}}",
+            f"/b|/data/c|12|{year}|v1.2|{sender}||{{}}",
+        ]
+
+    def test_origin_and_age(self):
+        """By two publishers, each is told of its own."""
+        with posttroll.Publisher("tcp://*:0") as one, posttroll.Publisher("tcp://*:0") as two:
+            addresses = [local_address(pub.port_number) for pub in (one, two)]
+            words = ["--address", addresses[0], "--address", addresses[1], "-n", 2, "--format", "{data} {origin} {age}"]
+            with command("subscribe", *words) as running:
+                for pub, text in ((one, "one"), (two, "two")):
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(text_message(text))
+                _, out, _ = finish(running)
+        found = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+        assert [found[text][0] for text in ("one", "two")] == addresses
+        assert all(0 <= float(age) < 60 for _, age in found.values())
+
+    @pytest.mark.parametrize(
+        ("key", "counts"),
+        [
+            ("type", {"file": 3, "info": 1}),
+            ("subject", {"/a": 2, "/b": 2}),
+            ("data.type", {"": 3, "other": 1}),
+            ("of.pass", {"": 3, "7": 1}),
+        ],
+    )
+    def test_count_by(self, key, counts):
+        heading, *rows = self.look("--count-by", key)
+        assert heading.split() == ["MESSAGES", key.upper()]
+        assert {kind: int(number) for number, _, kind in (row.partition("  ") for row in rows)} == {} or {
+            row[len("MESSAGES") + 2 :]: int(row.split()[0]) for row in rows
+        } == counts
+
+    def test_sample(self):
+        messages = [("/a", "info", str(number)) for number in range(10)]
+        assert self.look("--sample", 3, "--format", "{data}", messages=messages) == ["2", "5", "8"]
+        assert self.look("--sample", 3, "-n", 2, "--format", "{data}", messages=messages) == ["2", "5"]
+
+    def test_unique(self):
+        messages = [("/a", "info", {"uid": uid}) for uid in "abacab"]
+        assert self.look("--unique", "uid", "--format", "{data[uid]}", messages=messages) == ["a", "b", "c"]
+
+    def test_json_tells_origin_and_age_if_asked(self):
+        (line,) = self.look("--json", "--type", "info")
+        assert set(json.loads(line)) == {"subject", "type", "sender", "time", "version", "data"}
+
+    def test_days_are_told_if_it_is_not_today(self, monkeypatch):
+        monkeypatch.setenv("TZ", "XYZ-3")
+        time.tzset()
+        try:
+            with freeze_time("2026-11-24 12:00:00", tz_offset=3):
+                message = posttroll.Message("/a", "info", "text")
+                shown = []
+                for moment in (
+                    datetime(2026, 11, 24, 11, 59, 59, tzinfo=timezone.utc),
+                    datetime(2026, 11, 24, 11, 59),  # of a message v1.01: in UTC
+                    datetime(2026, 11, 23, 21, 30, tzinfo=timezone.utc),
+                    datetime(2026, 11, 23, 20, 30, tzinfo=timezone.utc),
+                    datetime(2025, 11, 24, 12, tzinfo=timezone.utc),
+                ):
+                    message.time = moment
+                    shown.append(posttroll._as_readable(message, False))
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+        sender = posttroll.get_sender()
+        assert shown == [
+            f"14:59:59 /a info {sender} (1.000 s old) text",
+            f"14:59:00 /a info {sender} (60 s old) text",
+            f"00:30:00 /a info {sender} (14 h old) text",
+            f"2026-11-23 23:30:00 /a info {sender} (16 h old) text",
+            f"2025-11-24 15:00:00 /a info {sender} (365 d old) text",
+        ]
+
+    def test_a_terminal_sees_origins_with_verbose(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = local_address(publisher.port_number)
+            with on_terminal("subscribe", "--address", address, "-n", "1", "-v") as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a/b", "file", "text"))
+                assert re.search(rf"\(0\.\d+ s old, from {address}\) text", read_to("text"))
+                assert running.wait(DEADLINE) == 0
+
+    def test_quiet_and_verbose(self):
+        words = ["subscribe", "--service", "nobody", "--nameserver", "127.0.0.1:1", "--timeout", 2.5]
+        told = []
+        for loudness in ("-q", "-v", "-vv"):
+            _, _, err = run_command(*words, loudness)
+            told.append(err)
+        assert told[0] == "posttroll subscribe: 0 of 1 messages came.\n"
+        assert "WARNING posttroll.subscriber: Can't get any address for nobody" in told[1]
+        assert "DEBUG" not in told[1]
+        assert "DEBUG posttroll.subscriber: Subscribing to topics" in told[2]
+        assert run_command("publish", "/a", "info", "--subscribers", 0, "-q")[1:] == ("", "")
+
+
+class TestPing:
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_a_nameserver_and_a_publisher_of_ours(self, count):
+        with nameserver(), posttroll.Publish("a_name", nameservers=["localhost"]) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_name"))
+            status, out, err = run_command("ping", "a_name", "-c", count, "--interval", 0.01)
+            assert pub.subscriber_count == 0
+            address = posttroll.get_pub_address("a_name")[0]["URI"]
+        assert (status, err) == (0, "")
+        lines = out.splitlines()
+        assert lines[:2] == [
+            f"PING nameserver localhost: posttroll {posttroll.__version__}",
+            f"PING a_name {address}: posttroll {posttroll.__version__}, 0 subscribers",
+        ]
+        assert len(lines) == 4 + 2 * count
+        for number, line in enumerate(lines[2:-2]):
+            peer = ["nameserver localhost", f"a_name {address}"][number % 2]
+            assert re.fullmatch(rf"{peer}: seq={number // 2 + 1} time=\d+\.\d\d\d ms", line)
+        for line in lines[-2:]:
+            assert f"{count} asked, {count} answered, 0% lost, min/avg/max/mdev = " in line
+            low, mean, high, deviation = map(float, line.split()[-2].split("/"))
+            assert 0 < low <= mean <= high
+            assert deviation <= high - low
+
+    def test_a_publisher_of_another_kind(self):
+        with raw_publisher() as (sock, address), raw_socket(zmq.SUB, int(address.rpartition(":")[2])) as listener:
+            listener.subscribe(b"")
+            status, out, err = run_command("ping", "--address", address, "-c", 2, "--interval", 0.01, "--timeout", 1)
+            sock.send(b"still there")
+            assert listener.poll(1000 * DEADLINE)
+            assert listener.recv() == b"still there"
+        assert (status, err) == (0, "")
+        assert f"PING {address}: version unknown (time until ZeroMQ greets)" in out
+        assert "2 asked, 2 answered" in out
+
+    def test_nobody_answers(self):
+        address = local_address(free_port())
+        words = ("--address", address, "-c", 2, "--interval", 0.01, "--timeout", 0.1)
+        status, out, err = run_command("ping", *words)
+        assert status == 1
+        assert f"{address}: seq=2 no answer after 0.1 s\n--- {address}: 2 asked, 0 answered, 100% lost\n" in out
+        assert err == f"posttroll ping: no answer from {address}.\n"
+
+    def test_unknown_names_and_no_nameserver(self):
+        with nameserver():
+            status, _, err = run_command("ping", "nobody", "-c", 1)
+        assert (status, err) == (1, "posttroll ping: the nameserver on localhost knows no publisher nobody.\n")
+        status, out, err = run_command("ping", "-c", 1, "--timeout", 0.1)
+        assert (status, err) == (1, "posttroll ping: no answer from nameserver localhost.\n")
+        assert "PING nameserver localhost: no answer yet" in out
+
+    def test_control_c_ends_it_with_the_summary_and_quiet_shows_that_alone(self):
+        with nameserver(), command("ping", "-q", "--interval", 0.01) as running:
+            await_line(running, "PING")
+            running.send_signal(signal.SIGINT)
+            status, out, _ = finish(running)
+        assert status == 0
+        assert re.fullmatch(r"--- nameserver localhost: \d+ asked, \d+ answered, 0% lost.*\n", out)
+
+    def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            words = ("--address", local_address(pub.port_number), "-c", 40, "--interval", 0.05, "--timeout", 0.05)
+            with command("ping", *words) as running:
+                await_line(running, "seq=1 time")
+                pub.stop()
+                status, out, err = finish(running)
+        assert (status, err) == (0, "")
+        assert re.search(r"40 asked, [1-3]?\d answered, [1-9]\d?% lost", out)
 
 
 class TestServicesAndTop:
