@@ -7974,23 +7974,17 @@ def _pinged(options: argparse.Namespace) -> list[_Pinged]:
     return [*map(_PingedNameserver, hosts), *publishers]
 
 
-# -- top --
-
-
 # -- what top, check and exporter know --
 
 
 def raise_descriptor_limit() -> int:
     """Allow this process as many open files, that is connections, as the system lets it have; return how many."""
-    try:
+    with suppress(ImportError, ValueError, OSError):  # macOS says "unlimited" and means something else
         import resource
-    except ImportError:  # Windows has no such limit
-        return sys.maxsize
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS says "unlimited" and means something else
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    return _descriptor_limit()
 
 
 class _Heartbeats:
