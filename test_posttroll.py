@@ -5767,12 +5767,18 @@ class TestPing:
         assert "PING nameserver localhost: no answer yet" in out
 
     def test_control_c_ends_it_with_the_summary_and_quiet_shows_that_alone(self):
-        with nameserver(), command("ping", "-q", "--interval", 0.01) as running:
-            await_line(running, "PING")
-            running.send_signal(signal.SIGINT)
-            status, out, _ = finish(running)
-        assert status == 0
-        assert re.fullmatch(r"--- nameserver localhost: \d+ asked, \d+ answered, 0% lost.*\n", out)
+        summary = r"--- nameserver localhost: \d+ asked, \d+ answered, \d+% lost.*\n"
+        with nameserver():
+            with command("ping", "--interval", 0.01) as running:
+                await_line(running, "seq=1 time")
+                running.send_signal(signal.SIGINT)
+                status, out, _ = finish(running)
+            assert status == 0
+            assert re.fullmatch(summary, out.splitlines(keepends=True)[-1])
+            with command("ping", "-q", "-c", 2, "--interval", 0.01) as running:
+                status, out, _ = finish(running)
+            assert status == 0
+            assert re.fullmatch("PING .*\n" + summary, out)
 
     def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
         with posttroll.Publisher("tcp://*:0") as pub:
@@ -6355,9 +6361,8 @@ class TestExporter:
         self.check_conventions(text)
         same = self.samples(posttroll._exposition(view))
         assert set(same) == set(found)
-        assert {key: same[key] for key in same if key[0].endswith(("messages_total", "bytes_total", "_bucket"))} == {
-            key: found[key] for key in found if key[0].endswith(("messages_total", "bytes_total", "_bucket"))
-        }
+        counters = {key for key in found if key[0].endswith(("messages_total", "bytes_total", "_count"))}
+        assert {key: same[key] for key in counters} == {key: found[key] for key in counters}
 
     @staticmethod
     def check_conventions(text: str) -> None:
@@ -6471,7 +6476,8 @@ class TestExporter:
             wait_for(lambda: self.metrics(port)["posttroll_missed_messages_total",] > 0)
             found = self.metrics(port)
             caught_up, missed = (found[f"posttroll_{what}_messages_total",] for what in ("caught_up", "missed"))
-            assert caught_up + missed == 100
+            assert caught_up == 16
+            assert missed in (84, 85)  # of the message before it may not yet be known that it is here
             assert caught_up >= 16
             assert found[key] == 1 + caught_up
             wait_for(lambda: self.metrics(port)["posttroll_nameserver_up", "localhost"] == 0)
@@ -14307,7 +14313,7 @@ class TestMarks:
             numbers.send(10)
             numbers.check(data)
             assert len(pub._audience.peers) < 10
-        assert pub.dropped == 0
+            assert pub.dropped == 0
 
     def test_thousands_of_marks(self, monkeypatch):
         """Each is a subscriber for its publisher; there is a limit, and others are served all the same."""
