@@ -105,7 +105,7 @@ class _Option:
 
     def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
         self.default = default
-        self.kind = kind  # "int", "number", "str", "path", "list", or the choices as "a|b|c"
+        self.kind = kind  # "int", "port", "number", "str", "path", "list", "hosts", or the choices as "a|b|c"
         self.meaning = meaning
         self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
@@ -113,6 +113,8 @@ class _Option:
 OPTIONS: dict[str, _Option] = {
     "backend": _Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
     "message_version": _Option("v1.2", "v1.2|v1.01|auto", "format of new messages; v1.01 drops time zones"),
+    "nameserver": _Option(None, "hosts", "nameservers to ask in place of the default localhost; none for nobody"),
+    "nameservers": _Option(None, "hosts", "nameservers to register with in place of multicast; none for nowhere"),
     "nameserver_port": _Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
     "secure_zmq_nameserver_port": _Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
     "address_publish_port": _Option(16543, "port", "where the nameserver publishes new and lost addresses"),
@@ -211,7 +213,9 @@ def _as_kind(value: Any, kind: str) -> Any:
         if kind == "number" and not 0 <= number < 1e6:
             raise ValueError("a number of seconds that is not negative")
         return number
-    elif kind == "list":
+    elif kind == "hosts" and (value is False or str(value).strip().lower() in ("none", "false", "")):
+        return []
+    elif kind in ("list", "hosts"):
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         if not isinstance(items, (list, tuple, set)) or not all(isinstance(item, str) for item in items):
             raise ValueError("a list of strings")
@@ -2682,6 +2686,36 @@ class SocketReceiver:
 get_configured_nameserver_port = get_configured_unsecure_zmq_nameserver_port
 
 
+Hosts = Union[str, Sequence[str], bool, None]
+
+
+def hosts_to_ask(nameserver: Hosts) -> list[str]:
+    """Return the nameservers to ask, none for False.
+
+    The default (None, or the text ``localhost``) stands for the configured `nameserver`, else for this host.
+    """
+    return _hosts_or_configured(nameserver, "nameserver", ["localhost"]) or []
+
+
+def hosts_to_register_with(nameservers: Hosts) -> list[str] | None:
+    """Return the nameservers to register a publisher with: None for multicast, an empty list for nowhere.
+
+    The default (nothing, or the text ``localhost``) stands for the configured `nameservers`, else for multicast (or
+    this host).  Only False is multicast whatever is configured.
+    """
+    return None if nameservers is False else _hosts_or_configured(nameservers or None, "nameservers", None)
+
+
+def _hosts_or_configured(given: Hosts, key: str, default: list[str] | None) -> list[str] | None:
+    """Return the hosts *given*; if that is the default, those that are configured under *key*, else *default*."""
+    if given is None or given is True or given == "localhost":
+        configured = config.get(key)
+        if configured is not None:
+            return cast("list[str]", configured)
+        return ["localhost"] if given == "localhost" else default
+    return [] if given is False else [given] if isinstance(given, str) else list(given)
+
+
 def _nameserver_endpoint(nameserver: str, port: int) -> str:
     """Return the address of *nameserver*, given as ``host``, or as ``host:port`` for another port than *port*."""
     host = nameserver.strip()
@@ -2756,16 +2790,15 @@ def _answer_on(sock: zmq.Socket[bytes], request: bytes, timeout: float) -> bytes
     return None
 
 
-def get_pub_address(
-    name: str, timeout: float = 10, nameserver: str | Sequence[str] = "localhost"
-) -> list[dict[str, Any]]:
+def get_pub_address(name: str, timeout: float = 10, nameserver: Hosts = "localhost") -> list[dict[str, Any]]:
     """Get the addresses of the publishers of the service *name*.
 
     Args:
         name: Name or alias of the publisher, ``""`` for all publishers.
         timeout: How long to wait for the nameserver, in seconds.
         nameserver: The host of the nameserver, ``host:port`` if it answers on another port than configured, or a
-            list of them: then the answers are merged, and one that answers is enough.
+            list of them: then the answers are merged, and one that answers is enough.  The default stands for the
+            configured `nameserver`.
 
     Returns:
         A dictionary for each publisher, with its address as ``"URI"``; none if the nameserver knows none.
@@ -2775,7 +2808,9 @@ def get_pub_address(
         ConfigurationError: The secure backend is not set up.
     """
     request = _request_for(name)
-    nameservers = [nameserver] if isinstance(nameserver, str) else list(nameserver)
+    nameservers = hosts_to_ask(nameserver)
+    if not nameservers:
+        return []
     if len(nameservers) == 1:
         answers = [_ask(_lookup_endpoint(nameservers[0]), request, timeout)]
     else:
@@ -2813,7 +2848,7 @@ def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[b
 
 
 def get_pub_addresses(
-    names: Sequence[str] | str | None = None, timeout: float = 10, nameserver: str | Sequence[str] = "localhost"
+    names: Sequence[str] | str | None = None, timeout: float = 10, nameserver: Hosts = "localhost"
 ) -> list[dict[str, Any]]:
     """Get the addresses of the publishers of several services.
 
@@ -3074,19 +3109,19 @@ class AddressBroadcaster(MessageBroadcaster):
         name: The name of the publisher.
         address: Its address; ``tcp://*:PORT`` stands for the address of this host, looked up each time.
         interval: Seconds between two announcements.
-        nameservers: Hosts to register with; without any, the announcement goes to the multicast group.
+        nameservers: Hosts to register with; without any, those that are configured (`nameservers`), else the
+            announcement goes to the multicast group.
 
     Raises:
         OSError, ConfigurationError, ValueError: As for `MessageBroadcaster`.
     """
 
-    def __init__(
-        self, name: str, address: str, interval: float, nameservers: str | Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, name: str, address: str, interval: float, nameservers: Hosts = None) -> None:
         self._name = name
         self._address = address
         self._text()  # a name that cannot be announced is an error now, not in the loop
-        super().__init__("", config.get("broadcast_port"), interval, nameservers)
+        hosts = hosts_to_register_with(nameservers)
+        super().__init__("", config.get("broadcast_port"), 0 if hosts == [] else interval, hosts)
 
     def _content(self) -> dict[str, Any]:
         """Return the data of the announcement."""
@@ -3114,7 +3149,8 @@ class AddressServiceBroadcaster(AddressBroadcaster):
         address: Its address; ``tcp://*:PORT`` stands for the address of this host, looked up each time.
         data_type: The services that it can be found by.
         interval: Seconds between two announcements.
-        nameservers: Hosts to register with; without any, the announcement goes to the multicast group.
+        nameservers: Hosts to register with; without any, those that are configured (`nameservers`), else the
+            announcement goes to the multicast group.
 
     Raises:
         OSError, ConfigurationError, ValueError: As for `MessageBroadcaster`.
@@ -3126,7 +3162,7 @@ class AddressServiceBroadcaster(AddressBroadcaster):
         address: str,
         data_type: str | Sequence[str],
         interval: float = 2,
-        nameservers: str | Iterable[str] | None = None,
+        nameservers: Hosts = None,
     ) -> None:
         self._services = [data_type] if isinstance(data_type, str) else list(data_type)
         super().__init__(name, address, interval, nameservers)
@@ -4129,7 +4165,7 @@ class NoisyPublisher:
         aliases: Other names by which it can be found.
         broadcast_interval: Seconds between two announcements.
         nameservers: Hosts of nameservers to register with, each as ``host`` or ``host:port`` (by default the configured
-            `broadcast_port`); without any, it announces itself by multicast.
+            `broadcast_port`); without any, those of the configuration, else it announces itself by multicast.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
@@ -4143,7 +4179,7 @@ class NoisyPublisher:
         port: int = 0,
         aliases: str | Sequence[str] | None = None,
         broadcast_interval: float = 2,
-        nameservers: str | Sequence[str] | bool | None = None,
+        nameservers: Hosts = None,
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
@@ -4153,7 +4189,7 @@ class NoisyPublisher:
         self._aliases = [name] + ([aliases] if isinstance(aliases, str) else list(aliases or []))
         self._port = int(port)
         self._broadcast_interval = broadcast_interval
-        self._nameservers = None if isinstance(nameservers, bool) else nameservers or None
+        self._nameservers = nameservers
         self.min_port = min_port
         self.max_port = max_port
         self._publisher: Publisher | None = None
@@ -4172,7 +4208,7 @@ class NoisyPublisher:
         if self._publisher is None:
             address = f"tcp://*:{self._port}"
             publisher = Publisher(address, name=self._name, min_port=self.min_port, max_port=self.max_port)
-            publisher._is_announced = True
+            publisher._is_announced = hosts_to_register_with(self._nameservers) != []
             try:
                 publisher.start()
                 port = publisher.port_number
@@ -4282,8 +4318,8 @@ class Publish:
         port: The port, 0 for a free one.
         aliases: Other names by which it can be found.
         broadcast_interval: Seconds between two announcements.
-        nameservers: Hosts of nameservers to register with; without any (None), it announces itself by multicast; with
-            False and a *port*, it is not announced at all.
+        nameservers: Hosts of nameservers to register with; without any (None), those of the configuration, else it
+            announces itself by multicast; with False and a *port*, it is not announced at all.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
@@ -4299,7 +4335,7 @@ class Publish:
         port: int = 0,
         aliases: str | Sequence[str] | None = None,
         broadcast_interval: float = 2,
-        nameservers: str | Sequence[str] | bool | None = None,
+        nameservers: Hosts = None,
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
@@ -4334,7 +4370,7 @@ def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublish
 
     - an ``address`` or a non-zero ``port``, and ``nameservers`` False: a `Publisher` there, not announced anywhere;
     - ``nameservers`` a list of hosts: a `NoisyPublisher` that registers with them;
-    - otherwise: a `NoisyPublisher` that announces itself by multicast.
+    - otherwise: a `NoisyPublisher` that registers with the configured `nameservers`, or announces itself by multicast.
 
     Args:
         settings: ``name`` (needed for the last two), ``port``, ``nameservers``, ``aliases``, ``broadcast_interval``,
@@ -6167,7 +6203,8 @@ class NSSubscriber:
         timeout: How long to wait for the addresses at the start, in seconds.
         translate: Put the host of the publisher's address in place of the host of the sender.
         nameserver: The host to ask, or a list of them (their answers are merged, one that is down is left out).
-            ``host:port`` for one that answers on another port than configured.
+            ``host:port`` for one that answers on another port than configured.  The default stands for the configured
+            `nameserver`.
         message_filter: Called with each message; those for which it returns a false value are skipped.
         since, durable: As for `Subscriber`: what was sent before, and what was not handled yet.
     """
@@ -6180,7 +6217,7 @@ class NSSubscriber:
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
         translate: bool = False,
-        nameserver: str | Sequence[str] = "localhost",
+        nameserver: Hosts = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6218,25 +6255,27 @@ class NSSubscriber:
                 **self._begin,
             )
             try:
-                if self._services and self._nameserver:
-                    self._follow(subscriber)
+                hosts = hosts_to_ask(self._nameserver)
+                if self._services and hosts:
+                    self._follow(subscriber, hosts)
+                elif self._services and not self._addresses:
+                    _log("subscriber").warning("No nameserver is asked for %s, and there is no address", self._services)
             except BaseException:
                 subscriber.close()
                 raise
             self._subscriber = subscriber
         return self._subscriber
 
-    def _follow(self, subscriber: Subscriber) -> None:
+    def _follow(self, subscriber: Subscriber, hosts: list[str]) -> None:
         """Have *subscriber* follow the services, and wait until they are found."""
         _load_client_keys()  # what is wrong with them is an error now, not where the messages are received
-        hosts = [self._nameserver] if isinstance(self._nameserver, str) else list(self._nameserver)
         follower = _Follower(subscriber, self._services, hosts, self._addr_listener, self._address_port)
         deadline = time.monotonic() + self._timeout
         while follower.missing and time.monotonic() < deadline:
             for service in follower.missing:
                 try:
                     left = max(deadline - time.monotonic(), 0.001)
-                    for entry in get_pub_addresses([service], left, self._nameserver):
+                    for entry in get_pub_addresses([service], left, hosts):
                         follower.add(hosts[0], entry, service)
                 except TimeoutError as error:
                     _log("subscriber").warning("%s", error)
@@ -6302,7 +6341,7 @@ class Subscribe:
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
         translate: bool = False,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        nameserver: Hosts = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6353,7 +6392,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
     """Create a subscriber from a dictionary of settings.
 
     - ``addresses`` a non-empty list and ``nameserver`` False: subscribes to these addresses only;
-    - otherwise: asks ``nameserver`` (a host, by default localhost) for the ``services``.
+    - otherwise: asks ``nameserver`` (a host, by default the configured one, else localhost) for the ``services``.
 
     Args:
         settings: ``services``, ``topics``, ``addr_listener``, ``addresses``, ``timeout``, ``translate``,
@@ -6382,7 +6421,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         addresses=settings.get("addresses"),
         timeout=settings.get("timeout", 10),
         translate=settings.get("translate", False),
-        nameserver=nameserver or "localhost",
+        nameserver=nameserver or None,
         message_filter=settings.get("message_filter"),
         **begin,
     ).start()
@@ -6413,7 +6452,7 @@ class Listener:
         topics: str | Sequence[str] | None = None,
         queue: Any = None,
         addresses: str | Sequence[Any] | None = None,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        nameserver: Hosts = "localhost",
         services: str | Sequence[str] | None = "",
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6513,7 +6552,7 @@ class ListenerContainer:
         self,
         topics: str | Sequence[str] | None = None,
         addresses: str | Sequence[Any] | None = None,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        nameserver: Hosts = "localhost",
         services: str | Sequence[str] | None = "",
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6653,7 +6692,7 @@ class Logger:
         nameserver_port: The port on which it publishes new addresses.
     """
 
-    def __init__(self, nameserver_address: str | Sequence[str] = "localhost", nameserver_port: int = 16543) -> None:
+    def __init__(self, nameserver_address: Hosts = "localhost", nameserver_port: int = 16543) -> None:
         self._address = nameserver_address
         self._port = nameserver_port
         self._subscriber: Subscriber | None = None
@@ -6719,7 +6758,7 @@ def run_logger(args: Sequence[str] | None = None) -> int:
 def _add_logger_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", "--rotated", help="Time rotated log file")
     parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
-    parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to (localhost)")
+    parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to")
     parser.add_argument("-p", "--port", type=int, default=None, help="port to listen to")
 
 
@@ -6872,7 +6911,12 @@ def _parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=brief, description=description, epilog=epilog.replace("E", "e", 1))
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         add = command.add_argument
-        add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
+        add(
+            "--nameserver",
+            metavar="HOST",
+            action="append",
+            help="nameserver to use (as configured, else localhost); may be repeated",
+        )
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
         add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
         add_arguments(command)
@@ -6964,7 +7008,10 @@ def _talk(text: str) -> None:
 
 def _nameservers(options: argparse.Namespace) -> list[str]:
     """Return the nameservers to ask."""
-    return options.nameserver or ["localhost"]
+    hosts = hosts_to_ask(options.nameserver)
+    if not hosts:
+        raise _CommandError("nobody is to be asked (nameserver = none): say --nameserver HOST.")
+    return hosts
 
 
 def _colors(options: argparse.Namespace) -> bool:
@@ -7050,10 +7097,11 @@ def _run_publish(options: argparse.Namespace) -> int:
     """
     hosts = options.nameserver or []
     nameservers: Any = False if hosts == ["none"] else hosts or None
+    is_hidden = nameservers is False or hosts_to_register_with(nameservers) == []
     if not options.service:
         raise _CommandError("--service needs a name.")
-    if nameservers is False and not options.port:
-        raise _CommandError("--nameserver none needs --port, else nobody could find the publisher.")
+    if is_hidden and not options.port:
+        raise _CommandError("without a nameserver (none), it needs --port, else nobody could find the publisher.")
     if options.file and options.data:
         raise _CommandError("DATA are given twice: on the command line and by --file.")
     path = options.replay or options.file or ("-" if options.data == ["-"] else None)
@@ -7078,7 +7126,8 @@ def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> 
     if not publisher.wait_for_subscribers(options.subscribers, options.wait):
         found = f"{publisher.subscriber_count} of {options.subscribers} subscribers after {options.wait:g} s"
         remedy = "nameservers that run with --no-multicast hear of it only if they are named: --nameserver HOST"
-        raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
+        is_named = options.nameserver or config.get("nameservers")
+        raise _CommandError(f"{found}: nothing was sent.{'' if is_named else f' Note: {remedy}'}")
 
 
 def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
@@ -7713,9 +7762,9 @@ class _Doctor:
 
     PATIENCE = 5.0  # seconds until a message has to come back
 
-    def __init__(self, nameservers: Sequence[str], multicast: bool, color: bool) -> None:
-        self.nameservers = nameservers
-        self.multicast = multicast
+    def __init__(self, nameservers: Hosts, multicast: bool, color: bool) -> None:
+        self._nameservers = nameservers
+        self._multicast = multicast
         self._color = color
         self.failures = 0
         self._answering: list[str] = []  # nameservers
@@ -7738,6 +7787,11 @@ class _Doctor:
                 is_setting = isinstance(error, (ValueError, NotImplementedError))
                 remedy = "correct this setting" if is_setting else "see the other lines"
                 self.say("FAIL", check.__name__[6:].replace("_", " "), str(error), remedy)
+
+    @property
+    def multicast(self) -> bool:
+        """Whether publishers here announce themselves by multicast."""
+        return self._multicast and hosts_to_register_with(None) is None
 
     def check_configuration(self) -> None:
         """Say what is configured and where, and what cannot be used."""
@@ -7836,7 +7890,7 @@ class _Doctor:
 
     def check_nameservers(self) -> None:
         """Ask the nameservers, look at how they answer, and at their clocks."""
-        for host in self.nameservers:
+        for host in hosts_to_ask(self._nameservers):
             endpoint = _lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
@@ -7875,12 +7929,14 @@ class _Doctor:
 
     def check_round_trip(self) -> None:
         """Publish a message that announces itself, find it through the nameservers, receive it."""
-        if not self._answering:
-            self.say("note", "round trip", "not tried without a nameserver")
+        hosts = hosts_to_register_with(None)
+        if not self._answering or hosts == []:
+            finding = "without a nameserver that answers" if hosts != [] else "as publishers are announced nowhere"
+            remedy = "fine if all subscribers have addresses; else see nameserver and nameservers in posttroll config"
+            self.say("note", "round trip", f"not tried, {finding}", remedy)
             return
         name = f"posttroll-doctor-{os.getpid()}"
-        hosts = None if self.multicast else self._answering
-        with Publish(name, nameservers=hosts) as publisher:
+        with Publish(name, nameservers=None if self.multicast else hosts or self._answering) as publisher:
             for host in self._answering:
                 self._travel(publisher, name, host)
 
@@ -7937,7 +7993,7 @@ def _run_doctor(options: argparse.Namespace) -> int:
       POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
     """
     logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the checks say better
-    doctor = _Doctor(_nameservers(options), not options.no_multicast, _colors(options))
+    doctor = _Doctor(options.nameserver, not options.no_multicast, _colors(options))
     doctor.run()
     if doctor.failures:
         raise _CommandError(f"{doctor.failures} check{'s' * (doctor.failures > 1)} failed.")
@@ -7971,7 +8027,7 @@ def _run_demo(options: argparse.Namespace) -> int:
       posttroll demo
       posttroll demo --nameserver localhost
     """
-    hosts = _nameservers(options)
+    hosts = options.nameserver or ["localhost"]  # whatever is configured: without the option, it runs one of its own
     if options.role:
         return _run_demo_subscriber(hosts)
     changes = dict(options.set)

@@ -2582,6 +2582,159 @@ class TestAskingTheNameserver:
 # ======================================================================================================================
 
 
+@pytest.fixture
+def hub():
+    """Give a nameserver on ports of which only the keys ``nameserver`` and ``nameservers`` know."""
+    with nameserver():
+        hosts = {"nameserver": f"127.0.0.1:{config.get('nameserver_port')}"}
+        hosts["nameservers"] = f"127.0.0.1:{config.get('broadcast_port')}"
+        with config.set(nameserver_port=free_port(), broadcast_port=free_port()):
+            yield hosts
+
+
+class TestConfiguredNameservers:
+    """The keys ``nameserver`` and ``nameservers`` stand in for the defaults of programs that have no option for it."""
+
+    @pytest.mark.parametrize(
+        ("value", "hosts"),
+        [
+            ("a b:5600", ["a", "b:5600"]),
+            ("a,b:5600, [::1]:7", ["a", "b:5600", "[::1]:7"]),
+            ("['a', 'b']", ["a", "b"]),
+            ("none", []),
+            ("False", []),
+            ("false", []),
+            ("", []),
+        ],
+    )
+    def test_hosts_in_the_environment(self, value, hosts, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", value)
+        monkeypatch.setenv("POSTTROLL_NAMESERVERS", value)
+        assert posttroll.hosts_to_ask("localhost") == posttroll.hosts_to_register_with(None) == hosts
+
+    @pytest.mark.parametrize(("value", "hosts"), [('["a", "b"]', ["a", "b"]), ("false", []), ('"none"', [])])
+    def test_hosts_in_a_file(self, value, hosts, tmp_path):
+        write(tmp_path / "config", "a.json", f'{{"nameserver": {value}}}')
+        config.refresh()
+        assert posttroll.hosts_to_ask(None) == hosts
+
+    @pytest.mark.parametrize("value", [7, [7], {"a": 1}, True])
+    def test_what_are_no_hosts(self, value):
+        with (
+            config.set(nameservers=value),
+            pytest.raises(ConfigurationError, match=r"nameservers is .* list of strings"),
+        ):
+            posttroll.NoisyPublisher("a_service").start()
+
+    @pytest.mark.parametrize(
+        ("given", "asked", "registered"),
+        [
+            (None, ["ns"], ["regs"]),
+            ("localhost", ["ns"], ["regs"]),
+            (True, ["ns"], ["regs"]),
+            (False, [], None),
+            ([], [], ["regs"]),
+            ("127.0.0.1", ["127.0.0.1"], ["127.0.0.1"]),
+            (["localhost"], ["localhost"], ["localhost"]),
+            (("a", "b:1"), ["a", "b:1"], ["a", "b:1"]),
+        ],
+    )
+    def test_they_stand_in_for_the_default_only(self, given, asked, registered):
+        with config.set(nameserver="ns", nameservers=["regs"]):
+            assert posttroll.hosts_to_ask(given) == asked
+            assert posttroll.hosts_to_register_with(given) == registered
+
+    def test_without_them_all_is_as_ever(self):
+        assert posttroll.hosts_to_ask(None) == posttroll.hosts_to_ask("localhost") == ["localhost"]
+        assert posttroll.hosts_to_register_with(None) is None
+        assert posttroll.hosts_to_register_with("localhost") == ["localhost"]
+
+    @pytest.mark.parametrize(
+        "publish",
+        [
+            lambda: posttroll.Publish("a_service", broadcast_interval=0.02).publisher,
+            lambda: posttroll.NoisyPublisher("a_service", broadcast_interval=0.02),
+            lambda: posttroll.publisher.create_publisher_from_dict_config({"name": "a_service", "nameservers": None}),
+            lambda: posttroll.message_broadcaster.sendaddressservice("a_service", "tcp://h:9", ["a_service"], 0.02),
+        ],
+    )
+    def test_unedited_publishers_register_there(self, hub, publish):
+        with config.set(hub):
+            publisher = publish()
+            publisher.start()
+            (found,) = wait_for(lambda: posttroll.get_pub_addresses(["a_service"]))
+            assert found["name"] == "a_service"
+            assert posttroll.get_pub_address("a_service", nameserver="localhost") != []
+            publisher.stop()
+
+    @pytest.mark.parametrize(
+        "subscribe",
+        [
+            lambda: posttroll.Subscribe("a_service").subscriber,
+            lambda: posttroll.NSSubscriber("a_service", nameserver="localhost").start(),
+            lambda: posttroll.NSSubscriber("a_service", addr_listener=True, timeout=0).start(),
+            lambda: posttroll.subscriber.create_subscriber_from_dict_config({"services": "a_service"}),
+            lambda: posttroll.subscriber.create_subscriber_from_dict_config({"nameserver": False}),
+        ],
+    )
+    def test_unedited_subscribers_ask_there(self, hub, subscribe):
+        with config.set(hub), posttroll.Publish("a_service", broadcast_interval=0.02) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            with contextlib.closing(subscribe()) as sub:
+                wait_for(lambda: next(sub.recv(0.01)) or pub.subscriber_count)
+                pub.send(Message("/a", "info", "found"))
+                assert [message.data for message in receive(sub)] == ["found"]
+
+    def test_a_listener_and_a_logger_ask_there(self, hub):
+        with config.set(hub), posttroll.Publish("a_service", broadcast_interval=0.02) as pub:
+            listener = posttroll.listener.ListenerContainer(topics=["/a"], services="a_service")
+            logger = posttroll.logger.Logger(nameserver_port=config.get("address_publish_port"))
+            logger.start()
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            logger.stop()
+            listener.stop()
+
+    def test_commands_honour_them(self, hub, monkeypatch):
+        for key, value in hub.items():
+            monkeypatch.setenv(f"POSTTROLL_{key.upper()}", value)
+        for key in ("nameserver_port", "broadcast_port"):
+            monkeypatch.setenv(f"POSTTROLL_{key.upper()}", str(config.get(key)))
+        status, out, err = run_here("doctor")
+        assert status == 0, out + err
+        assert f"(by {hub['nameserver']})" in out
+        with posttroll.Publish("a_service", broadcast_interval=0.02):
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            assert run_here("services", "a_service")[0] == 0
+
+    def test_nowhere(self, hub, caplog):
+        """A publisher that is announced nowhere is there all the same, and a subscriber asks nobody."""
+        with multicast(config.get("broadcast_port")) as (_, receiver), config.set(nameservers="none"):
+            receiver.settimeout(0.1)
+            with posttroll.Publish("a_service", broadcast_interval=0.01) as pub, pytest.raises(posttroll.SocketTimeout):
+                receiver()
+            with posttroll.Publish("a_service", broadcast_interval=0.01) as pub, config.set(nameserver=False):
+                assert posttroll.get_pub_address("a_service") == []
+                address = f"tcp://127.0.0.1:{pub.port_number}"
+                with posttroll.Subscribe("a_service", addresses=[address]) as sub:
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(Message("/a", "info", "found"))
+                    assert [message.data for message in receive(sub)] == ["found"]
+                assert "No nameserver is asked" not in caplog.text
+                posttroll.Subscribe("a_service").subscriber.close()
+                assert "No nameserver is asked for ['a_service']" in caplog.text
+
+    def test_commands_that_can_ask_nobody_say_so(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", "none")
+        monkeypatch.setenv("POSTTROLL_NAMESERVERS", "none")
+        status, _, err = run_here("services")
+        assert (status, "say --nameserver HOST" in err) == (1, True)
+        status, _, err = run_here("publish", "/a", "info", "x")
+        assert (status, "needs --port" in err) == (1, True)
+        status, out, _ = run_here("doctor")
+        assert "not tried, as publishers are announced nowhere" in out
+        assert status == 0
+
+
 class TestMessageBroadcaster:
     def test_by_multicast_until_it_is_stopped(self):
         port = free_port()
