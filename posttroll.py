@@ -115,6 +115,9 @@ OPTIONS: dict[str, _Option] = {
     "message_version": _Option("v1.2", "v1.2|v1.01|auto", "format of new messages; v1.01 drops time zones"),
     "nameserver": _Option(None, "hosts", "nameservers to ask in place of the default localhost; none for nobody"),
     "nameservers": _Option(None, "hosts", "nameservers to register with in place of multicast; none for nowhere"),
+    "announced_address": _Option(
+        None, "str", "host or host:port that publishers announce in place of the address of this host"
+    ),
     "nameserver_port": _Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
     "secure_zmq_nameserver_port": _Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
     "address_publish_port": _Option(16543, "port", "where the nameserver publishes new and lost addresses"),
@@ -1687,6 +1690,13 @@ class MulticastSender:
         """Send *data* in one datagram."""
         self.socket.sendto(data.encode() if isinstance(data, str) else data, (self.group, self.port))
 
+    def own_address(self) -> str:
+        """Return the address of the interface that it sends over; raises OSError if there is none."""
+        probe, group = mcast_sender(self.group)
+        with probe:
+            probe.connect((group, self.port))  # no packet is sent; the kernel picks the route
+            return cast(str, probe.getsockname()[0])
+
     def close(self) -> None:
         """Close the sender."""
         self.socket.close()
@@ -1726,18 +1736,30 @@ class MulticastReceiver:
         self.socket.close()
 
 
+def source_address(number: str) -> str | None:
+    """Return the address from which this host talks to the host *number*, None if nothing leads there.
+
+    It is that of the interface that leads there.
+    """
+    family = socket.AF_INET6 if ":" in number else socket.AF_INET
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((number, 9))  # no packet is sent; the kernel picks the route
+        return cast(str, probe.getsockname()[0])
+    return None
+
+
 def get_own_ip() -> str:
-    """Return the IPv4 address of this host that other hosts see, ``127.0.0.1`` without a network."""
-    for target in (config.get("mc_group"), "192.0.2.1"):  # no packet is sent; the kernel picks the route
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            interface = _multicast_interface() if target != "192.0.2.1" else b"\0\0\0\0"
-            if interface != b"\0\0\0\0":
-                return socket.inet_ntoa(interface)
-            probe.connect((target, 9))
-            address = str(probe.getsockname()[0])
-            if address != "0.0.0.0":
-                return address
-    return next((address for address in get_local_ips() if not address.startswith("127.")), "127.0.0.1")
+    """Return the IPv4 address of this host that leads to others, ``127.0.0.1`` without a network.
+
+    It is that of the default route, or, if there is none, that of an interface.
+    """
+    candidates = chain((source_address("192.0.2.1") for _ in range(1)), get_local_ips())
+    return next((address for address in candidates if address and not is_loopback(address)), "127.0.0.1")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether *address*, a number, is one by which only this host itself can be reached."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def get_local_ips() -> list[str]:
@@ -2197,13 +2219,8 @@ def is_own_address(address: str) -> bool:
             return True
     except ValueError:
         return False
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # no packet is sent; a host talks to itself from the address that it talks to
-            return str(probe.getsockname()[0]).partition("%")[0] == address.partition("%")[0]
-    except OSError:
-        return False
+    # A host talks to itself from the address that it talks to.
+    return (source_address(address) or "").partition("%")[0] == address.partition("%")[0]
 
 
 class _AddressList:
@@ -2716,11 +2733,13 @@ def _hosts_or_configured(given: Hosts, key: str, default: list[str] | None) -> l
     return [] if given is False else [given] if isinstance(given, str) else list(given)
 
 
-def _nameserver_endpoint(nameserver: str, port: int) -> str:
-    """Return the address of *nameserver*, given as ``host``, or as ``host:port`` for another port than *port*."""
-    host = nameserver.strip()
+def _endpoint_at(host: str, port: int) -> str:
+    """Return the address at *host*, given as ``host``, or as ``host:port`` for another port than *port*."""
+    host = host.strip()
     if "://" in host:
         return _check_connectable(host)
+    if _is_number(f"[{host}]"):
+        return f"tcp://[{host}]:{port}"
     name, _, own_port = host.rpartition(":")
     has_port = own_port.isdigit() and name and not name.endswith(":")
     return _check_connectable(f"tcp://{host}" if has_port else f"tcp://{host}:{port}")
@@ -2729,7 +2748,7 @@ def _nameserver_endpoint(nameserver: str, port: int) -> str:
 def _lookup_endpoint(nameserver: str) -> str:
     """Return the address on which *nameserver* answers lookups."""
     secure_port = config.get("secure_zmq_nameserver_port") if configured_backend() == "secure_zmq" else None
-    return _nameserver_endpoint(nameserver, secure_port or get_configured_nameserver_port())
+    return _endpoint_at(nameserver, secure_port or get_configured_nameserver_port())
 
 
 def _request_for(service: str) -> bytes:
@@ -2887,12 +2906,22 @@ class _MulticastTarget:
     def open(self, loop: Loop) -> None:
         """Do nothing: the socket is opened when it is used."""
 
+    def own_address(self) -> str | None:
+        """Return the address of the interface that is used; None if it leads nowhere, but for a configured one."""
+        with suppress(OSError):
+            address = self._opened().own_address()
+            return None if is_loopback(address) and not config.get("multicast_interface") else address
+        return None
+
+    def _opened(self) -> MulticastSender:
+        if self._sender is None:
+            self._sender = MulticastSender(self._port, self._group)
+        return self._sender
+
     def announce(self, text: str) -> None:
         """Send *text* to the multicast group."""
         try:
-            if self._sender is None:
-                self._sender = MulticastSender(self._port, self._group)
-            self._sender(text)
+            self._opened()(text)
         except OSError as error:
             self._log.warning("send", "Cannot announce by multicast (trying again): %s", error)
             self.close()
@@ -2930,6 +2959,12 @@ class _NameserverTarget:
         self._loop = loop
         self._resolution = _Resolution(self._endpoint, partial(loop.call, self._connect))
         self._connect()
+
+    def own_address(self) -> str | None:
+        """Return the address of the interface that leads to the nameserver, None if it is on this host, or unknown."""
+        tcp = split_tcp_address(self._resolution.endpoint or "")
+        address = source_address(tcp[0].strip("[]")) if tcp is not None else None
+        return None if address is None or is_loopback(address) else address
 
     def _connect(self) -> None:
         endpoint = None if self._is_closed else self._resolution.check()
@@ -3025,7 +3060,7 @@ class MessageBroadcaster:
         self._port = port
         self._interval = interval
         receivers = [designated_receivers] if isinstance(designated_receivers, str) else designated_receivers
-        self._receivers = [_nameserver_endpoint(host, port) for host in dict.fromkeys(receivers or ())]
+        self._receivers = [_endpoint_at(host, port) for host in dict.fromkeys(receivers or ())]
         if not self._receivers:
             multicast_group(None)
         self._targets: list[Any] = []
@@ -3057,17 +3092,24 @@ class MessageBroadcaster:
 
     def _announce(self, loop: Loop) -> None:
         self._timer = loop.at(time.monotonic() + self._interval, partial(self._announce, loop))
-        text = self._text()
         for target in self._targets:
-            target.announce(text)
+            target.announce(self._text(target))
 
-    def _text(self) -> str:
-        """Return what to send now."""
+    def _text(self, target: Any = None) -> str:
+        """Return what to send to *target* now."""
         return self._message
 
-    def _goodbye(self) -> str | None:
-        """Return what to send as the last thing, if anything."""
+    def _goodbye(self, target: Any) -> str | None:
+        """Return what to send to *target* as the last thing, if anything."""
         return None
+
+    def _say_goodbye(self, done: Sequence[threading.Event]) -> None:
+        for target, event in zip(self._targets, done):
+            text = self._goodbye(target)
+            if text is None:
+                event.set()
+            else:
+                target.say_goodbye(text, event.set)
 
     def stop(self) -> MessageBroadcaster:
         """Stop the broadcasting, and wait until it has ended."""
@@ -3077,10 +3119,9 @@ class MessageBroadcaster:
             loop, self._loop = self._loop, None
             if loop is None:
                 return self
-        goodbye = self._goodbye()
-        if goodbye is not None and not loop.is_stopped and not _background.is_here:
+        if not loop.is_stopped and not _background.is_here:
             done = [threading.Event() for _ in self._targets]
-            loop.call(lambda: [each.say_goodbye(goodbye, event.set) for each, event in zip(self._targets, done)])
+            loop.call(partial(self._say_goodbye, done))
             deadline = time.monotonic() + self._GOODBYE_SECONDS
             all(event.wait(max(deadline - time.monotonic(), 0)) for event in done)
         _background.finish(self._end, loop)
@@ -3107,7 +3148,8 @@ class AddressBroadcaster(MessageBroadcaster):
 
     Args:
         name: The name of the publisher.
-        address: Its address; ``tcp://*:PORT`` stands for the address of this host, looked up each time.
+        address: Its address; ``tcp://*:PORT`` stands for the configured `announced_address`, else that of the interface
+            that leads to whom it is told, looked up each time.
         interval: Seconds between two announcements.
         nameservers: Hosts to register with; without any, those that are configured (`nameservers`), else the
             announcement goes to the multicast group.
@@ -3123,18 +3165,20 @@ class AddressBroadcaster(MessageBroadcaster):
         hosts = hosts_to_register_with(nameservers)
         super().__init__("", config.get("broadcast_port"), 0 if hosts == [] else interval, hosts)
 
-    def _content(self) -> dict[str, Any]:
-        """Return the data of the announcement."""
+    def _content(self, target: Any) -> dict[str, Any]:
+        """Return the data of the announcement to *target*."""
         tcp = split_tcp_address(self._address)
-        uri = self._address if tcp is None or tcp[0] != "*" else f"tcp://{get_own_ip()}:{tcp[1]}"
-        return {"URI": uri}
+        if tcp is None or tcp[0] != "*":
+            return {"URI": self._address}
+        host = config.get("announced_address") or (target and target.own_address()) or get_own_ip()
+        return {"URI": _endpoint_at(host, tcp[1])}
 
-    def _text(self) -> str:
-        return self._encoded(self._content())
+    def _text(self, target: Any = None) -> str:
+        return self._encoded(self._content(target))
 
-    def _goodbye(self) -> str | None:
+    def _goodbye(self, target: Any) -> str | None:
         # No services: so a nameserver that does not know of goodbyes lists it for none either.
-        return self._encoded({**self._content(), "service": [], "status": False})
+        return self._encoded({**self._content(target), "service": [], "status": False})
 
     def _encoded(self, content: Any) -> str:
         # Every nameserver, however old, must be able to read it: v1.01.
@@ -3146,7 +3190,8 @@ class AddressServiceBroadcaster(AddressBroadcaster):
 
     Args:
         name: The name of the publisher.
-        address: Its address; ``tcp://*:PORT`` stands for the address of this host, looked up each time.
+        address: Its address; ``tcp://*:PORT`` stands for the configured `announced_address`, else that of the interface
+            that leads to whom it is told, looked up each time.
         data_type: The services that it can be found by.
         interval: Seconds between two announcements.
         nameservers: Hosts to register with; without any, those that are configured (`nameservers`), else the
@@ -3167,9 +3212,9 @@ class AddressServiceBroadcaster(AddressBroadcaster):
         self._services = [data_type] if isinstance(data_type, str) else list(data_type)
         super().__init__(name, address, interval, nameservers)
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, target: Any) -> dict[str, Any]:
         return {
-            **super()._content(),
+            **super()._content(target),
             "service": self._services,
             "supported_message_version": str(_DEFAULT_VERSION),
             "backend": configured_backend(),
@@ -7812,8 +7857,10 @@ class _Doctor:
 
     def check_own_address(self) -> None:
         """Say which address publishers here announce."""
-        address = get_own_ip()
-        if address.startswith("127."):
+        announced, address = config.get("announced_address"), get_own_ip()
+        if announced:
+            self.say("ok", "own address", f"{announced} (announced_address)")
+        elif is_loopback(address):
             remedy = "fine on a single host; else bring up the network, or set multicast_interface"
             self.say("note", "own address", f"{address}: other hosts cannot reach publishers here", remedy)
         else:
@@ -7822,17 +7869,17 @@ class _Doctor:
     def check_multicast(self) -> None:
         """Send to the multicast group, and receive it."""
         try:
-            group = multicast_group(None)
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                if group != "<broadcast>" and not config.get("multicast_interface"):
-                    probe.connect((group, 9))
+            with closing(MulticastSender(config.get("broadcast_port"))) as sender:
+                route = f"to group {sender.group} from {sender.own_address()}"
         except OSError as error:
             remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255"
+            if error.errno == errno.ENODEV:
+                remedy = "set multicast_interface to the name of a device here, or its address"
             if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
                 remedy = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
             self.say("FAIL" if self.multicast else "note", "multicast route", str(error), remedy)
             return
-        self.say("ok", "multicast route", f"to group {group}")
+        self.say("ok", "multicast route", route)
         token = os.urandom(8).hex()
         try:
             port = _free_ports(1)[0]
