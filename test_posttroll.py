@@ -1963,13 +1963,12 @@ class TestOwnAddress:
         with socket.socket() as sock:
             sock.bind((posttroll.get_own_ip(), 0))  # fails for an address that is not our own
 
-    def test_it_is_that_of_the_multicast_interface(self, monkeypatch):
-        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "127.0.0.1")
-        assert posttroll.get_own_ip() == "127.0.0.1"
-
-    def test_an_interface_that_is_not_there_is_no_error(self, monkeypatch):
-        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "no_such_device")
-        assert socket.inet_aton(posttroll.get_own_ip())
+    @pytest.mark.parametrize("interface", ["127.0.0.1", "no_such_device"])
+    def test_it_does_not_depend_on_multicast(self, monkeypatch, interface):
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        own = posttroll.get_own_ip()
+        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", interface)
+        assert posttroll.get_own_ip() == own
 
     def test_all_addresses_of_this_host(self, monkeypatch):
         monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
@@ -2600,6 +2599,159 @@ class TestDescribeNameserver:
             posttroll.describe_nameserver(timeout=0.1)
 
 
+@pytest.fixture
+def hub():
+    """Give a nameserver on ports of which only the keys ``nameserver`` and ``nameservers`` know."""
+    with nameserver():
+        hosts = {"nameserver": f"127.0.0.1:{config.get('nameserver_port')}"}
+        hosts["nameservers"] = f"127.0.0.1:{config.get('broadcast_port')}"
+        with config.set(nameserver_port=free_port(), broadcast_port=free_port()):
+            yield hosts
+
+
+class TestConfiguredNameservers:
+    """The keys ``nameserver`` and ``nameservers`` stand in for the defaults of programs that have no option for it."""
+
+    @pytest.mark.parametrize(
+        ("value", "hosts"),
+        [
+            ("a b:5600", ["a", "b:5600"]),
+            ("a,b:5600, [::1]:7", ["a", "b:5600", "[::1]:7"]),
+            ("['a', 'b']", ["a", "b"]),
+            ("none", []),
+            ("False", []),
+            ("false", []),
+            ("", []),
+        ],
+    )
+    def test_hosts_in_the_environment(self, value, hosts, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", value)
+        monkeypatch.setenv("POSTTROLL_NAMESERVERS", value)
+        assert posttroll.hosts_to_ask("localhost") == posttroll.hosts_to_register_with(None) == hosts
+
+    @pytest.mark.parametrize(("value", "hosts"), [('["a", "b"]', ["a", "b"]), ("false", []), ('"none"', [])])
+    def test_hosts_in_a_file(self, value, hosts, tmp_path):
+        write(tmp_path / "config", "a.json", f'{{"nameserver": {value}}}')
+        config.refresh()
+        assert posttroll.hosts_to_ask(None) == hosts
+
+    @pytest.mark.parametrize("value", [7, [7], {"a": 1}, True])
+    def test_what_are_no_hosts(self, value):
+        with (
+            config.set(nameservers=value),
+            pytest.raises(ConfigurationError, match=r"nameservers is .* list of strings"),
+        ):
+            posttroll.NoisyPublisher("a_service").start()
+
+    @pytest.mark.parametrize(
+        ("given", "asked", "registered"),
+        [
+            (None, ["ns"], ["regs"]),
+            ("localhost", ["ns"], ["regs"]),
+            (True, ["ns"], ["regs"]),
+            (False, [], None),
+            ([], [], ["regs"]),
+            ("127.0.0.1", ["127.0.0.1"], ["127.0.0.1"]),
+            (["localhost"], ["localhost"], ["localhost"]),
+            (("a", "b:1"), ["a", "b:1"], ["a", "b:1"]),
+        ],
+    )
+    def test_they_stand_in_for_the_default_only(self, given, asked, registered):
+        with config.set(nameserver="ns", nameservers=["regs"]):
+            assert posttroll.hosts_to_ask(given) == asked
+            assert posttroll.hosts_to_register_with(given) == registered
+
+    def test_without_them_all_is_as_ever(self):
+        assert posttroll.hosts_to_ask(None) == posttroll.hosts_to_ask("localhost") == ["localhost"]
+        assert posttroll.hosts_to_register_with(None) is None
+        assert posttroll.hosts_to_register_with("localhost") == ["localhost"]
+
+    @pytest.mark.parametrize(
+        "publish",
+        [
+            lambda: posttroll.Publish("a_service", broadcast_interval=0.02).publisher,
+            lambda: posttroll.NoisyPublisher("a_service", broadcast_interval=0.02),
+            lambda: posttroll.publisher.create_publisher_from_dict_config({"name": "a_service", "nameservers": None}),
+            lambda: posttroll.message_broadcaster.sendaddressservice("a_service", "tcp://h:9", ["a_service"], 0.02),
+        ],
+    )
+    def test_unedited_publishers_register_there(self, hub, publish):
+        with config.set(hub):
+            publisher = publish()
+            publisher.start()
+            (found,) = wait_for(lambda: posttroll.get_pub_addresses(["a_service"]))
+            assert found["name"] == "a_service"
+            assert posttroll.get_pub_address("a_service", nameserver="localhost") != []
+            publisher.stop()
+
+    @pytest.mark.parametrize(
+        "subscribe",
+        [
+            lambda: posttroll.Subscribe("a_service").subscriber,
+            lambda: posttroll.NSSubscriber("a_service", nameserver="localhost").start(),
+            lambda: posttroll.NSSubscriber("a_service", addr_listener=True, timeout=0).start(),
+            lambda: posttroll.subscriber.create_subscriber_from_dict_config({"services": "a_service"}),
+            lambda: posttroll.subscriber.create_subscriber_from_dict_config({"nameserver": False}),
+        ],
+    )
+    def test_unedited_subscribers_ask_there(self, hub, subscribe):
+        with config.set(hub), posttroll.Publish("a_service", broadcast_interval=0.02) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            with contextlib.closing(subscribe()) as sub:
+                wait_for(lambda: next(sub.recv(0.01)) or pub.subscriber_count)
+                pub.send(Message("/a", "info", "found"))
+                assert [message.data for message in receive(sub)] == ["found"]
+
+    def test_a_listener_and_a_logger_ask_there(self, hub):
+        with config.set(hub), posttroll.Publish("a_service", broadcast_interval=0.02) as pub:
+            listener = posttroll.listener.ListenerContainer(topics=["/a"], services="a_service")
+            logger = posttroll.logger.Logger(nameserver_port=config.get("address_publish_port"))
+            logger.start()
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            logger.stop()
+            listener.stop()
+
+    def test_commands_honour_them(self, hub, monkeypatch):
+        for key, value in hub.items():
+            monkeypatch.setenv(f"POSTTROLL_{key.upper()}", value)
+        for key in ("nameserver_port", "broadcast_port"):
+            monkeypatch.setenv(f"POSTTROLL_{key.upper()}", str(config.get(key)))
+        status, out, err = run_here("doctor")
+        assert status == 0, out + err
+        assert f"(by {hub['nameserver']})" in out
+        with posttroll.Publish("a_service", broadcast_interval=0.02):
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            assert run_here("services", "a_service")[0] == 0
+
+    def test_nowhere(self, hub, caplog):
+        """A publisher that is announced nowhere is there all the same, and a subscriber asks nobody."""
+        with multicast(config.get("broadcast_port")) as (_, receiver), config.set(nameservers="none"):
+            receiver.settimeout(0.1)
+            with posttroll.Publish("a_service", broadcast_interval=0.01) as pub, pytest.raises(posttroll.SocketTimeout):
+                receiver()
+            with posttroll.Publish("a_service", broadcast_interval=0.01) as pub, config.set(nameserver=False):
+                assert posttroll.get_pub_address("a_service") == []
+                address = f"tcp://127.0.0.1:{pub.port_number}"
+                with posttroll.Subscribe("a_service", addresses=[address]) as sub:
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(Message("/a", "info", "found"))
+                    assert [message.data for message in receive(sub)] == ["found"]
+                assert "No nameserver is asked" not in caplog.text
+                posttroll.Subscribe("a_service").subscriber.close()
+                assert "No nameserver is asked for ['a_service']" in caplog.text
+
+    def test_commands_that_can_ask_nobody_say_so(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", "none")
+        monkeypatch.setenv("POSTTROLL_NAMESERVERS", "none")
+        status, _, err = run_here("services")
+        assert (status, "say --nameserver HOST" in err) == (1, True)
+        status, _, err = run_here("publish", "/a", "info", "x")
+        assert (status, "needs --port" in err) == (1, True)
+        status, out, _ = run_here("doctor")
+        assert "not tried, as publishers are announced nowhere" in out
+        assert status == 0
+
+
 class TestMessageBroadcaster:
     def test_by_multicast_until_it_is_stopped(self):
         port = free_port()
@@ -2683,7 +2835,7 @@ class TestAddressBroadcasters:
             broadcaster.stop()
         assert message.version == "v1.01"
         assert message.data == {
-            "URI": f"tcp://{posttroll.get_own_ip()}:9000",
+            "URI": "tcp://127.0.0.1:9000",  # the configured interface
             "service": ["one", "two"],
             "supported_message_version": "v1.2",
             "backend": "unsecure_zmq",
@@ -8712,10 +8864,17 @@ class Host:
     def environment(self) -> dict[str, str]:
         return {key: value for key, value in os.environ.items() if key != "POSTTROLL_MULTICAST_INTERFACE"}
 
-    def run(self, *words: Any) -> Any:
+    def run(self, *words: Any, **settings: str) -> Any:
         """Run a Python program on this host."""
         command = ["ip", "netns", "exec", self.name, sys.executable, "-u", *words]
-        return process(*command, env=self.environment())
+        return process(*command, env={**self.environment(), **settings})
+
+    def say(self, code: str, **settings: str) -> str:
+        """Return what Python *code* prints on this host."""
+        with self.run("-c", code, **settings) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        return out.strip()
 
     def ask(self, service: str, nameserver: str = "localhost") -> list[str]:
         """Return the addresses of a service, as a program on this host sees them."""
@@ -8836,6 +8995,107 @@ class TestSeveralHosts:
             one.connect()
             two.connect()
             wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+
+
+@pytest.fixture
+def two_networks(two_hosts):
+    """Give two hosts with two cables: 10.77.1.0/24, with the default route, and 10.77.2.0/24, with that for multicast.
+
+    The second is the reception card of the first host: what is sent there, nobody hears.
+    """
+    one, two = two_hosts
+    device = f"c{one.device}"
+    one.ip("link", "add", device, "type", "veth", "peer", "name", device, "netns", two.name)
+    for host in two_hosts:
+        host.connect()
+        host.ip("addr", "add", f"10.77.2.{host.address[-1]}/24", "dev", device)
+        host.ip("link", "set", device, "up")
+    one.ip("route", "add", "224.0.0.0/4", "dev", device)
+    return two_hosts
+
+
+@pytest.mark.network
+class TestSeveralNetworks:
+    def test_to_each_nameserver_the_address_of_the_interface_that_leads_there(self, two_networks):
+        """One is on this host, two are on another one, each on a network of its own; a name leads to one of them."""
+        one, two = two_networks
+        names = ("NAMESERVER_PORT", "ADDRESS_PUBLISH_PORT", "BROADCAST_PORT")
+        second = {f"POSTTROLL_{name}": str(free_port()) for name in names}
+        with (
+            one.run(NAMESERVER, "--no-multicast") as local,
+            two.run(NAMESERVER, "--no-multicast") as first,
+            two.run(NAMESERVER, "--no-multicast", **second) as other,
+        ):
+            for server in (local, first, other):
+                await_line(server, "answers on port")
+            other_host = f"10.77.2.2:{second['POSTTROLL_BROADCAST_PORT']}"
+            with one.run("-c", PUBLISHING, "60", f"localhost,10.77.1.2,{other_host}") as pub:
+                port = await_line(pub, "port").split()[1]
+                main, card = [f"tcp://10.77.1.1:{port}"], [f"tcp://10.77.2.1:{port}"]
+                wait_for(lambda: one.ask("a_service") == main)
+                wait_for(lambda: one.ask("a_service", "10.77.1.2") == main)
+                asked = f"10.77.2.2:{second['POSTTROLL_NAMESERVER_PORT']}"
+                wait_for(lambda: one.ask("a_service", asked) == card)
+                assert two.ask("a_service", asked) == card
+
+    def test_a_goodbye_ends_what_was_announced_there(self, two_networks):
+        one, two = two_networks
+        code = """
+import posttroll, time
+with posttroll.Publish("a_service", nameservers=["10.77.2.2"]):
+    while not posttroll.get_pub_address("a_service", nameserver="10.77.2.2"):
+        time.sleep(0.01)
+print(posttroll.get_pub_address("a_service", nameserver="10.77.2.2"))
+"""
+        with two.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            assert one.say(code) == "[]"
+
+    def test_multicast_that_leads_to_a_reception_card(self, two_networks):
+        """Its address is announced only there; ``multicast_interface`` names another one."""
+        one, two = two_networks
+        assert one.say("import posttroll; print(posttroll.get_own_ip())") == "10.77.1.1"
+        to_lan = {"POSTTROLL_MULTICAST_INTERFACE": one.device}
+        with two.run(NAMESERVER, POSTTROLL_MULTICAST_INTERFACE="10.77.1.2") as lan:
+            await_line(lan, "answers on port")
+            with one.run("-c", PUBLISHING, "60", **to_lan) as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: two.ask("a_service") == [f"tcp://10.77.1.1:{port}"])
+        with two.run(NAMESERVER, POSTTROLL_MULTICAST_INTERFACE="10.77.2.2") as card:
+            await_line(card, "answers on port")
+            with one.run("-c", PUBLISHING, "60") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: two.ask("a_service") == [f"tcp://10.77.2.1:{port}"])
+
+    @pytest.mark.parametrize(
+        ("announced", "uri"),
+        [
+            ("some.name", "tcp://some.name:%s"),
+            ("192.0.2.7:9999", "tcp://192.0.2.7:9999"),
+            ("2001:db8::1", "tcp://[2001:db8::1]:%s"),
+            ("[2001:db8::1]:7", "tcp://[2001:db8::1]:7"),
+        ],
+    )
+    @pytest.mark.parametrize("multicast", [True, False])
+    def test_an_announced_address_overrules_all(self, two_networks, announced, uri, multicast):
+        """A name is passed on: nobody resolves it but who connects to it."""
+        one, two = two_networks
+        settings = {"POSTTROLL_ANNOUNCED_ADDRESS": announced, "POSTTROLL_MULTICAST_INTERFACE": one.device}
+        with two.run(NAMESERVER, *([] if multicast else ["--no-multicast"])) as server:
+            await_line(server, "answers on port")
+            with one.run("-c", PUBLISHING, "60", *([] if multicast else ["10.77.2.2"]), **settings) as pub:
+                port = await_line(pub, "port").split()[1]
+                expected = uri % port if "%" in uri else uri
+                wait_for(lambda: two.ask("a_service") == [expected])
+
+    @pytest.mark.parametrize("announced", ["two words", "a:b:c", "tcp://", "[some.name]", ""])
+    def test_what_cannot_be_announced(self, announced):
+        with config.set(announced_address=announced):
+            if announced:
+                with pytest.raises(ValueError, match="Cannot connect to"):
+                    posttroll.NoisyPublisher("a_service").start()
+            else:
+                posttroll.AddressBroadcaster("a_service", "tcp://*:9000", 1)
 
 
 # ======================================================================================================================
