@@ -9443,9 +9443,80 @@ class TestKeyDirectory:
         key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
         assert key in known
         keys.admit("other_server")
+        other = posttroll._read_keys(str(keys.clients / "other_server.key"))["public"]
         with mock.patch("posttroll._read_keys", wraps=posttroll._read_keys) as read:
-            assert key in known
+            assert other in known
         assert [call.args for call in read.call_args_list] == [(str(keys.clients / "other_server.key"),)]
+
+    @staticmethod
+    def settled(keys: Keys) -> tuple[Any, bytes, bytes]:
+        """Return the directory, which has not changed for a long time, with a key in it and one that is not."""
+        os.utime(keys.clients, (1e9, 1e9))
+        known = posttroll._ClientKeys("clients_public_keys_directory")
+        names = ("friend", "stranger")
+        friend, stranger = (posttroll._read_keys(str(keys.directory / f"{name}.key"))["public"] for name in names)
+        assert friend in known
+        return known, friend, stranger
+
+    def test_who_comes_again_costs_a_look_at_one_file(self, keys):
+        for number in range(20):
+            posttroll.write_key_pair(f"{number}", keys.clients)
+        known, friend, _ = self.settled(keys)
+        with mock.patch("os.scandir", side_effect=AssertionError("It reads the directory")):
+            for _ in range(100):
+                assert friend in known
+
+    def test_who_is_refused_again_and_again_costs_little(self, keys):
+        known, friend, stranger = self.settled(keys)
+        with mock.patch("os.scandir", wraps=os.scandir) as read, mock.patch.object(known, "PAUSE", 1e9):
+            for _ in range(100):
+                assert stranger not in known
+            assert read.call_count <= 1
+            shutil.copy(
+                keys.directory / "stranger.key", keys.clients / "friend.key"
+            )  # this leaves the directory as it was
+            for _ in range(100):
+                assert friend not in known
+            assert stranger in known
+            assert read.call_count <= 2
+            shutil.copy(keys.directory / "friend.key", keys.clients / "friend.key")
+            later = time.monotonic() + 1e10
+            with mock.patch("time.monotonic", return_value=later):
+                assert friend in known
+
+    def test_in_spite_of_that_all_that_changes_counts_at_once(self, keys):
+        known, friend, stranger = self.settled(keys)
+        with mock.patch.object(known, "PAUSE", 1e9):
+            assert stranger not in known
+            keys.admit("stranger")
+            assert stranger in known
+            shutil.copy(keys.clients / "stranger.key", keys.clients / "a copy.key")
+            assert stranger in known
+            os.utime(keys.clients, (1e9, 1e9))
+            assert friend in known
+            keys.expel("stranger")
+            assert stranger in known  # each file stands for itself
+            (keys.clients / "a copy.key").unlink()
+            os.utime(keys.clients, (1e9, 1e9))
+            assert stranger not in known
+            keys.clients.rename(keys.directory / "moved")
+            assert friend not in known
+            (keys.directory / "moved").rename(keys.clients)
+            assert friend in known
+
+    def test_a_change_just_after_reading_is_seen(self, keys):
+        """Also if the time of the directory is too coarse to show it."""
+        known, _, stranger = self.settled(keys)
+        os.utime(keys.clients)
+        times = os.stat(keys.clients)
+        with (
+            mock.patch.object(known, "PAUSE", 1e9),
+            mock.patch("posttroll._file_state", lambda status: status.st_mtime_ns),
+        ):
+            assert stranger not in known
+            keys.admit("stranger")
+            os.utime(keys.clients, ns=(times.st_atime_ns, times.st_mtime_ns))
+            assert stranger in known
 
     def test_what_stays_in_the_process_needs_no_keys(self, keys, monkeypatch):
         """Also beside connections that do."""
