@@ -42,8 +42,6 @@ import atexit
 import base64
 import binascii
 import errno
-import getpass
-import glob
 import importlib
 import io
 import ipaddress
@@ -54,11 +52,9 @@ import os
 import queue
 import random
 import re
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import textwrap
 import threading
@@ -71,16 +67,20 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
-from functools import lru_cache, partial
-from hashlib import blake2b
+from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import chain, count, islice, takewhile
-from typing import Any, Callable, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
 
+# What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
+# asyncio, glob, hashlib, shutil, subprocess.
+if TYPE_CHECKING:
+    import subprocess
 if sys.platform == "win32":
+    import getpass
     import msvcrt
 else:
     import fcntl
@@ -137,6 +137,9 @@ OPTIONS: dict[str, _Option] = {
     "history_seconds": _Option(600, "number", "how old they may be"),
     "durable_directory": _Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
+    ),
+    "heartbeat_interval": _Option(
+        0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
     ),
     "discovery_seconds": _Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
     "max_services": _Option(20000, "int", "publishers that the nameserver keeps at most"),
@@ -828,7 +831,7 @@ def _travels_as_it_is(text: str) -> bool:
     if text.isascii():
         return True
     try:
-        text.encode()
+        text.encode("utf-16-le")  # which refuses what UTF-8 refuses, in a quarter of the time
     except UnicodeEncodeError:  # lone surrogates
         return False
     return True
@@ -3200,13 +3203,14 @@ sendaddressservice = AddressServiceBroadcaster
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
 # are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
 # subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
-# <mark>/<instance>/<number>+<milliseconds>,<until>/<topics>, for what follows that number, and also for what is not
-# older than so many milliseconds; until: the number of the hello.
+# <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
+# for what was not older at that time; all times in milliseconds; until: the number of the hello.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
 _MARK_PATTERN = re.compile(
-    _MARK + rb"([0-9a-f]{16})/(\d{1,6})(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
+    _MARK + rb"([0-9a-f]{16})/(\d{1,6})"
+    rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
     re.DOTALL,
 )
 
@@ -3292,7 +3296,8 @@ class _Peer:
         self.mark = mark
         self.topics = topics
         self.connections = 0
-        self.greeted: float | None = None  # when, until it has asked for what it has not
+        self.greeted = 0.0  # when
+        self.has_asked = False  # since then, for what it has not
         self.hello: int | None = None  # the number that the last hello has told, None: a hello is still to be sent
         self.prefixes: tuple[bytes, ...] = (b"",)
         self.told = 0  # the number that it was told last
@@ -3452,8 +3457,8 @@ class _Listeners:
             return False
         return True
 
-    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Have *callback* called by the loop under the lock, unless it is to be already."""
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Have *callback* called by the loop under the lock in some seconds, unless it is to be already."""
 
         def call() -> None:
             with self.lock:
@@ -3574,7 +3579,8 @@ class _Audience(_Listeners):
 
     def _greet(self, peer: _Peer) -> None:
         """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
-        peer.greeted, peer.hello, number = time.monotonic(), None, self.history.number
+        peer.greeted, peer.has_asked = time.monotonic(), False
+        peer.hello, number = None, self.history.number
         fields = (self.instance, number, peer.ends, self._port, self._name)
         if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
             peer.hello = peer.told = number
@@ -3587,7 +3593,7 @@ class _Audience(_Listeners):
         self._take_subscriptions()
         self._tell_positions()
         if self._look_again not in self._timers:
-            self._later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
+            self.later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
 
     def _tell_positions(self) -> None:
         number = self.history.number
@@ -3601,43 +3607,53 @@ class _Audience(_Listeners):
         if any(peer.told != self.history.number for peer in self.peers.values()):
             self.look(time.monotonic())
         elif left > 0:
-            self._later(left + 0.001, self._look_again)  # what is sent until then does not look
+            self.later(left + 0.001, self._look_again)  # what is sent until then does not look
         self._expire()
 
     def _expire(self) -> None:
         now = time.monotonic()
         due = self.history.expire(now)
         if due is not None:
-            self._later(max(due - now, 10), self._expire)  # many at once
+            self.later(max(due - now, 10), self._expire)  # many at once
 
     def _take_request(self, mark: bytes, match: re.Match[bytes]) -> None:
         """Let a subscriber of ours catch up with what it asks for."""
         peer, history = self.peers.get(mark), self.history
         if peer is None or match[3] != self.instance:
             return  # somebody else is asked
-        after, milliseconds, until = int(match[4]), int(match[5]), min(int(match[6]), history.number)
+        after, age, asked, until = map(int, match.groups()[3:7])
+        until = min(until, history.number)
         if peer.hello is None or until < peer.hello:
             return  # that was over an earlier connection; it asks again when it has our hello
-        if milliseconds:
-            since = time.monotonic() - milliseconds / 1000
+        if age:
+            since = self._when_asked(peer, asked / 1000) - age / 1000
             after = min(after, history.last_before(since))
             if history.has_lost_since(since):
                 after = min(after, 0 if self.started >= since else history.first - 2)
-        peer.greeted = None
+        peer.has_asked = True
         peer.fall_behind(min(after, until), until)
         peer.is_answer = True
-        peer.prefixes = tuple(match[7].split(b"\n"))
+        peer.prefixes = tuple(match[8].split(b"\n"))
         self._catch_up_soon(0)
 
+    def _when_asked(self, peer: _Peer, asked: float) -> float:
+        """Return when a request was sent that has come just now, and says it was *asked* then, by its host's clock.
+
+        It was after the hello.  If it cannot have been then, the clocks differ: it may have been as early as that.
+        """
+        now = time.monotonic()
+        sent = now - (time.time() - asked)
+        return sent if peer.greeted <= sent <= now else min(peer.greeted, now)
+
     def _catch_up_soon(self, seconds: float) -> None:
-        self._later(seconds, self._catch_up)
+        self.later(seconds, self._catch_up)
 
     def _catch_up(self) -> None:
         """Send to each subscriber a part of what it has to catch up."""
         for peer in self.peers.values():
             if peer.hello is None:
                 self._greet(peer)
-        behind = [peer for peer in self.peers.values() if peer.after is not None and peer.greeted is None]
+        behind = [peer for peer in self.peers.values() if peer.after is not None and peer.has_asked]
         are_served = [self._hears(peer) and self._send_past(peer) for peer in behind]
         if any(peer.after is not None for peer in behind):
             self._catch_up_soon(0 if any(are_served) else 0.02)
@@ -3676,7 +3692,7 @@ class _Audience(_Listeners):
             return [
                 (mark, peer.after)
                 for mark, peer in self.peers.items()
-                if peer.after is not None or (peer.greeted is not None and now - peer.greeted < self._patience)
+                if peer.after is not None or (not peer.has_asked and now - peer.greeted < self._patience)
             ]
 
     def measure_left(self) -> int:
@@ -3798,7 +3814,72 @@ def _publisher_options() -> dict[int, Any]:
     }
 
 
-class Publisher:
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    """Await the end of *function* in another thread."""
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(None, function)
+
+
+_Self = TypeVar("_Self", bound="_Stoppable")
+
+
+class _Stoppable:
+    """What is started and stopped, by itself or as a context manager; its stop may wait."""
+
+    def start(self: _Self) -> _Self:
+        """Start it, and return it."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Alias for stop."""
+        self.stop()
+
+    def __enter__(self: _Self) -> _Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    async def __aenter__(self: _Self) -> _Self:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.stop)
+
+
+class _Pulse:
+    """Sends the heartbeats of a publisher, from the background loop.
+
+    One is sent when there has been none for *interval* seconds.  It does not keep alive a publisher that is dropped.
+    """
+
+    def __init__(self, publisher: Publisher, audience: _Audience, interval: float) -> None:
+        self._publisher = weakref.ref(publisher)
+        self._audience = audience
+        self._interval = interval
+        self._plan(publisher)
+
+    def _plan(self, publisher: Publisher) -> None:
+        due = max(publisher._last_beat or 0, self._audience.started) + self._interval
+        self._audience.later(due - time.monotonic(), self._beat)
+
+    def _beat(self) -> None:
+        """Send the heartbeat that is due, but not while the publisher stops; called by the loop under the lock."""
+        publisher = self._publisher()
+        if publisher is not None and not publisher._is_stopped:
+            try:
+                publisher.heartbeat(self._interval)
+            finally:
+                self._plan(publisher)
+
+
+class Publisher(_Stoppable):
     """Publishes messages on an address.
 
     Args:
@@ -3814,6 +3895,8 @@ class Publisher:
     Attributes:
         local_only: Refuse subscribers from other hosts; set it before `start`.
         keeps_history: Whether to keep messages at all; set it before `start`.
+        heartbeat_interval: Seconds between the heartbeats that it sends by itself, 0 for none; by default (None) the
+            configured ones.  Set it before `start`.
         reached: How many subscribers there had been when it stopped, those that had gone again included; of other
             implementations the topics that were subscribed to at the end.
     """
@@ -3827,6 +3910,7 @@ class Publisher:
         self._port_interval = (min_port, max_port)
         self.local_only = False
         self.keeps_history = True
+        self.heartbeat_interval: float | None = None
         self._is_announced = False
         self._audience: _Audience | None = None
         self._port: int | None = None
@@ -3854,6 +3938,10 @@ class Publisher:
                 name = self._name or self._address
                 self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
                 _live_publishers.add(self)
+                interval = self.heartbeat_interval
+                interval = config.get("heartbeat_interval") if interval is None else interval
+                if interval > 0:
+                    _Pulse(self, self._audience, interval)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
 
@@ -3906,12 +3994,22 @@ class Publisher:
     send_string = send
 
     def heartbeat(self, min_interval: float = 0) -> None:
-        """Send a heartbeat, but only if *min_interval* seconds have passed since the last one."""
-        now = time.monotonic()
-        if self._last_beat is None or now - self._last_beat >= min_interval:
-            self._last_beat = now
+        """Send a heartbeat, but only if *min_interval* seconds have passed since the last one.
+
+        Those count, too, that it sends by itself (see `heartbeat_interval`).  Whoever listens expects the next one
+        within *min_interval* seconds.
+        """
+        with self._lock:
+            now = time.monotonic()
+            is_due = self._last_beat is None or now - self._last_beat >= min_interval
+            if is_due:
+                self._last_beat = now
+        if is_due:
             _log("publisher").debug("Publish heartbeat (min_interval is %.1f sec)", min_interval)
-            self.send(Message(f"/heartbeat/{self._name}", "beat", {"min_interval": min_interval}).encode())
+            name = "_".join(self._name.split())
+            self.send(Message(f"/heartbeat/{name}", "beat", {"min_interval": min_interval}).encode())
+        elif self._is_stopped:
+            self.stop()  # a signal handler wanted it, in the middle of the above
 
     # -- who listens --
 
@@ -4012,10 +4110,6 @@ class Publisher:
             authenticator.stop()
         _log("publisher").debug("Publisher for %s stopped", self._address)
 
-    def close(self) -> None:
-        """Alias for stop."""
-        self.stop()
-
     def __del__(self) -> None:
         # Nobody waits for what is queued, but it has its time.
         audience = getattr(self, "_audience", None)
@@ -4037,33 +4131,15 @@ class Publisher:
         """The port, None as long as it is not bound (or if it is not TCP)."""
         return self._port
 
-    def __enter__(self) -> Publisher:
-        self.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> Publisher:
-        return self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await _in_thread(self.stop)
-
-
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    """Await the end of *function* in another thread."""
-    import asyncio
-
-    return await asyncio.get_running_loop().run_in_executor(None, function)
-
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
+_live_noisy_publishers: weakref.WeakSet[NoisyPublisher] = weakref.WeakSet()
 
 
 def _stop_live_publishers() -> None:
-    """At the end of the program: let those publishers that nobody stopped send what they have."""
-    for publisher in list(_live_publishers):
+    """At the end of the program: let those publishers that nobody stopped send what they have, and say goodbye."""
+    publishers: list[AnyPublisher] = [*_live_noisy_publishers, *_live_publishers]
+    for publisher in publishers:
         publisher.stop()
 
 
@@ -4073,6 +4149,7 @@ def _leave_publishers_to_parent() -> None:
         publisher._lock = threading.RLock()
         publisher._inherited, publisher._audience = publisher._audience, None
     _live_publishers.clear()
+    _live_noisy_publishers.clear()
 
 
 atexit.register(_stop_live_publishers)
@@ -4104,7 +4181,7 @@ def close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     _close_monitor(monitor, timeout)
 
 
-class NoisyPublisher:
+class NoisyPublisher(_Stoppable):
     """A `Publisher` that announces its own name and address.
 
     Args:
@@ -4170,6 +4247,7 @@ class NoisyPublisher:
                 publisher.stop()
                 raise
             self._publisher = publisher
+            _live_noisy_publishers.add(self)
         return self
 
     def _started(self) -> Publisher:
@@ -4207,10 +4285,6 @@ class NoisyPublisher:
             if broadcaster is not None:
                 broadcaster.stop()
 
-    def close(self) -> None:
-        """Alias for stop."""
-        self.stop()
-
     @property
     def name(self) -> str:
         """The name of the publisher."""
@@ -4235,18 +4309,6 @@ class NoisyPublisher:
     def history_length(self) -> int:
         """How many messages are kept for subscribers that were away."""
         return self._started().history_length
-
-    def __enter__(self) -> NoisyPublisher:
-        return self.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> NoisyPublisher:
-        return self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await _in_thread(self.stop)
 
     def __del__(self) -> None:
         broadcaster = getattr(self, "_broadcaster", None)
@@ -4781,10 +4843,10 @@ class _CatchUp:
             return  # this is of what it had received before
         self._cancel_request(instance)
         if source.position is None:
-            past = max(int((time.monotonic() - source.since) * 1000), 0)
-            what = b"%d+%d" % (source.found, past)
+            age = max(math.ceil((time.monotonic() - source.since) * 1000), 1)
+            what = b"%d+%d@%d" % (source.found, age, time.time() * 1000)
         else:
-            what = b"%d+0" % source.position
+            what = b"%d+0@0" % source.position
         source.unconfirmed = self._live(source.index, source.hello_index)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
@@ -4866,6 +4928,14 @@ _catch_up_log = LimitedLogger("subscriber")
 def _digest(raw: bytes) -> int:
     """Return what a message is recognised by: its header, with the microsecond, and the beginning of its data."""
     return hash(raw[:256])
+
+
+@cache
+def _blake2b() -> Any:
+    """Return the hash function for what outlives the process, or must not be mistaken on a system of 32 bits."""
+    from hashlib import blake2b
+
+    return blake2b
 
 
 _DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -5054,6 +5124,7 @@ class _DurableState:
         self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
         self._waiting: dict[bytes, list[tuple[int, bytes, int]]] = {}  # places, until all is handled that came before
         self._count = 0  # of what has been handed out
+        self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
         self._read()
         self._file.append(b"", self._all)
@@ -5179,15 +5250,22 @@ class _DurableState:
         busy = [owner for owner in receiving if owner is not me or not is_left]
         with self._guard:
             if me not in busy:
-                self.ask(me) if is_handled else self._handed.pop(me, None)
+                self.ask(me) if is_handled else self._take_back(me)
             if not busy:
                 self.close()
 
     def close(self) -> None:
         """Let go of the file and of the name."""
         with self._guard:
-            self._handed.clear()
+            for owner in list(self._handed):
+                self._take_back(owner)
             self._file.close()
+
+    def _take_back(self, owner: Any) -> None:
+        """Take note that *owner* has not handled what it has in hand, if it has something."""
+        _, raw = self._handed.pop(owner, (0, b""))
+        if raw:
+            self.on_unhandled(raw.split(b"\0", 2)[2] if raw[:1] == b"~" else raw)
 
 
 def _has_ended(owner: Any) -> bool:
@@ -5195,7 +5273,7 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _digest_line(raw: bytes) -> bytes:
-    return blake2b(raw, digest_size=8).hexdigest().encode() + b"\n"
+    return bytes(_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
 
 
 # ======================================================================================================================
@@ -5241,6 +5319,99 @@ def _backend_towards(announced: Any) -> str | None:
     return "secure_zmq" if announced == "secure_zmq" and has_keys else None
 
 
+def _value_at(data: Any, path: str) -> Any:
+    """Return what *data* hold at *path*, a key, or several with dots between (numbers for lists); None if nothing."""
+    if isinstance(data, Mapping) and path in data:
+        return data[path]
+    for part in path.split("."):
+        if isinstance(data, Mapping):
+            data = data.get(part)
+        elif isinstance(data, list) and part.isdecimal():
+            data = data[int(part)] if int(part) < len(data) else None
+        else:
+            return None
+    return data
+
+
+def _sent_at(message: Message) -> float:
+    """Return when *message* was made, in seconds since 1970; without time zone, its time is in UTC."""
+    return message.time.replace(tzinfo=message.time.tzinfo or timezone.utc).timestamp()
+
+
+class unique:  # noqa: N801 - it is used as if it were a function
+    """A ``message_filter`` that lets only one of several copies through, such as those of redundant receivers.
+
+    Copies have the same *key*, and were made at most *seconds* apart, by the times in their headers: so what is sent
+    anew later is no copy, also when both are caught up at once.  The first that comes is let through::
+
+        with Subscribe(["antenna_1", "antenna_2"], message_filter=unique("uid")) as subscriber: ...
+
+    Args:
+        key: A key of the data, with dots for one further inside (``"granule.uid"``); or a function that is called with
+            the message, and returns what copies have in common.  Messages without it (None) are all let through.
+        seconds: How far apart in time copies are made at most.
+        limit: How many messages it remembers, the newest, each for *seconds* and another hour (for copies that are
+            caught up late).  Beyond that copies may be let through, never held back what is none.
+
+    Attributes:
+        dropped: How many copies it has held back.
+
+    One object may serve several subscribers and threads.  It keeps nothing when the program ends: afterwards a durable
+    subscriber may get another copy, never none.  What a durable subscriber gets once more, as it was not handled, is
+    let through again: the subscriber tells that to the method ``forget`` of its filter, if it has one.  In a condition
+    of several, ask this one last: what it lets through it takes for received.
+    """
+
+    LATE = 3600.0  # seconds that copies may come later than they were made
+
+    def __init__(self, key: str | Callable[[Message], Any], seconds: float = 300, limit: int = 100000) -> None:
+        self._key = key if callable(key) else lambda message: _value_at(message.data, key)
+        self._seconds = seconds
+        self._limit = limit
+        self._passed: dict[bytes, list[float]] = {}  # when those were made that were let through
+        self._order: deque[tuple[float, bytes, float]] = deque()  # when they came, whose they are, when they were made
+        self._lock = threading.Lock()
+        self.dropped = 0
+
+    def __call__(self, message: Message) -> bool:
+        """Return whether *message* is the first of its copies."""
+        digest = self._digest(message)
+        if digest is None:
+            return True
+        made, now = _sent_at(message), time.monotonic()
+        with self._lock:
+            while self._order and (len(self._order) >= self._limit or self._order[0][0] < now):
+                self._remove(*self._order.popleft()[1:])
+            if any(abs(made - other) <= self._seconds for other in self._passed.get(digest, ())):
+                self.dropped += 1
+                return False
+            self._passed.setdefault(digest, []).append(made)
+            self._order.append((now + self._seconds + self.LATE, digest, made))
+        return True
+
+    def forget(self, message: Message) -> None:
+        """Let *message* through when it comes again: it has been received, but not handled."""
+        digest = self._digest(message)
+        if digest is not None:
+            with self._lock:
+                self._remove(digest, _sent_at(message))
+
+    def _digest(self, message: Message) -> bytes | None:
+        """Return what stands for the key of *message*, None if it has none."""
+        value = self._key(message)
+        if value is None:
+            return None
+        text = json.dumps(value, sort_keys=True, default=repr)
+        return cast(bytes, _blake2b()(text.encode(), digest_size=16).digest())
+
+    def _remove(self, digest: bytes, made: float) -> None:
+        times = self._passed.get(digest, [])
+        with suppress(ValueError):  # it has been forgotten already
+            times.remove(made)
+        if not times:
+            self._passed.pop(digest, None)
+
+
 class _Receiver:
     """Somebody who receives from a subscriber, until the next `Subscriber.stop`."""
 
@@ -5272,8 +5443,12 @@ class _Inbox:
         self._streams: list[_CatchUp] = []  # of which the socket has something
         self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
         self.accepted: deque[Message] = deque()  # but not handed out
-        self._batch_end = 0.0
+        self.batch_end = 0.0
+        self._heard: float | None = None  # the end of the batch in which the last message came
         self.bad_log = LimitedLogger("subscriber")
+        forget = getattr(message_filter, "forget", None)
+        if durable is not None and forget is not None:
+            durable.on_unhandled = lambda content: forget(Message.decode(content))
 
     def note_ready(self, stream: _CatchUp) -> None:
         """Take note that there is something in the socket of *stream*."""
@@ -5281,9 +5456,14 @@ class _Inbox:
             self._streams.append(stream)
 
     @property
+    def last_heard(self) -> float | None:
+        """When the last message came, as `Subscriber.last_heard`."""
+        return None if self._heard is None else self._heard - self.BATCH_SECONDS
+
+    @property
     def is_ready(self) -> bool:
-        """Whether there may be something in the sockets."""
-        return bool(self._streams)
+        """Whether there may be a message without any waiting."""
+        return bool(self._streams or self._unread or self.accepted)
 
     def read_all(self, stream: _CatchUp) -> None:
         """Read what lies unread in the socket of *stream*, to be handed out later."""
@@ -5293,10 +5473,13 @@ class _Inbox:
 
     def begin_batch(self) -> None:
         """Take note that all else has had its turn."""
-        self._batch_end = time.monotonic() + self.BATCH_SECONDS
+        self.batch_end = time.monotonic() + self.BATCH_SECONDS
 
     def take(self, owner: Any) -> Message | None:
         """Return the next message, for *owner* to handle; None also if all else is to have its turn."""
+        if time.monotonic() >= self.batch_end:
+            self._streams = self._streams[-1:] + self._streams[:-1]  # the next has its turn
+            return None
         if not self.accepted:
             self._accept_some(owner)
         try:
@@ -5308,7 +5491,7 @@ class _Inbox:
         """Accept messages of those that are there; only one if it is then to be known who handles which."""
         accepted, durable = self.accepted, self._durable
         count = self.AHEAD if durable is None and self._filter is None else 1
-        while time.monotonic() < self._batch_end:
+        while time.monotonic() < self.batch_end:
             for _ in range(count):
                 if self._unread:
                     raw, stream = self._unread.popleft()
@@ -5331,7 +5514,6 @@ class _Inbox:
                 if durable is not None:
                     durable.hand_out(owner, raw)
                 return
-        self._streams = self._streams[-1:] + self._streams[:-1]  # the next has its turn
 
     def _accept(self, content: bytes, stream: _CatchUp) -> Message | None:
         """Return the message in *content*, None if it is none, or not wanted."""
@@ -5340,6 +5522,7 @@ class _Inbox:
         except MessageError as error:
             self.bad_log.warning("message", "Skipped a bad message: %s", error)
             return None
+        self._heard = self.batch_end
         if self._translate:
             tcp = split_tcp_address(stream.origin)
             if tcp is not None:  # the host that it came from, in place of the one that its sender says
@@ -5536,7 +5719,7 @@ class Subscriber(_SubscriberSockets):
     Args:
         addresses: The publishers' addresses, as text, or as `get_pub_address` returns them.
         topics: The beginnings of the subjects to subscribe to; by default everything.
-        message_filter: Called with each message; those for which it returns a false value are skipped.
+        message_filter: Called with each message; those for which it returns a false value are skipped; see `unique`.
         translate: Put the host of the publisher's address in place of the host of the sender.
         since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
             last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
@@ -5598,10 +5781,12 @@ class Subscriber(_SubscriberSockets):
             The messages; None each time that *timeout* has passed without one.
         """
         with self._receiving() as receiver:
-            accepted = self._inbox.accepted if self._durable is None else deque()
+            inbox = self._inbox
+            accepted = inbox.accepted if self._durable is None else deque()
             while True:
                 message = None
-                if accepted and receiver.stops == self._stops:  # needs no lock, and takes no call
+                # Without a lock, and without a call:
+                if accepted and receiver.stops == self._stops and time.monotonic() < inbox.batch_end:
                     try:
                         message = accepted.popleft()
                     except IndexError:  # another thread was faster
@@ -5719,6 +5904,17 @@ class Subscriber(_SubscriberSockets):
             self._close()
 
     @property
+    def last_heard(self) -> float | None:
+        """When a message came last, a heartbeat or another one on its topics; None before the first.
+
+        It is a time of `time.monotonic`, in seconds, at most 0.05 s too early.  What the *message_filter* skips counts,
+        what lies unread (as nobody receives) does not::
+
+            if time.monotonic() - subscriber.last_heard > 60: ...
+        """
+        return self._inbox.last_heard
+
+    @property
     def running(self) -> bool:
         """Whether somebody is receiving."""
         return any(receiver.is_on for receiver in self._receivers)
@@ -5785,14 +5981,13 @@ def _take_frames(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object
 
 
 def _seconds_since(since: float | timedelta | datetime | None) -> float:
-    """Return how many seconds ago *since* is, and a little more; raises ValueError if it is no such time."""
+    """Return how many seconds ago *since* is; raises ValueError if it is no such time."""
     if isinstance(since, datetime):
-        seconds = max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
-    else:
-        seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
+        return max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
+    seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
     if not 0 <= seconds < 1e9:
         raise ValueError(f"since is a number of seconds, a timedelta or a datetime of the past, not {since!r}.")
-    return seconds + 0.1 if seconds else 0.0  # the request takes its time, and counts from its arrival
+    return seconds
 
 
 class _Publisher:
@@ -6832,6 +7027,8 @@ def _colors(options: argparse.Namespace) -> bool:
 
 def _view_size() -> tuple[int, int]:
     """Return columns and lines of the terminal that is printed to; 0 for as many as there are."""
+    import shutil
+
     size = shutil.get_terminal_size((100, 24))  # for a terminal that does not know its size
     return (size.columns or 100, size.lines or 24) if sys.stdout.isatty() else (0, 0)
 
@@ -7059,7 +7256,7 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
     """Yield messages as far apart in time as they were sent, at *speed* times the speed; with 0 without pauses."""
     start = None
     for message in messages:
-        sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc).timestamp()
+        sent = _sent_at(message)
         start = start or (time.monotonic(), sent)
         if speed > 0:
             time.sleep(min(max(start[0] + (sent - start[1]) / speed - time.monotonic(), 0), 1e6))
@@ -7080,6 +7277,7 @@ def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
     add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
     add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
     add("--durable", metavar="NAME", help="also what was sent since the last 'subscribe' with this name")
+    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
@@ -7114,15 +7312,13 @@ def _run_subscribe(options: argparse.Namespace) -> int:
         if options.json or options.raw:
             form = lambda message: _printable(plain(message))  # noqa: E731
 
-    def is_wanted(message: Message) -> bool:
-        return not options.type or message.type in options.type
-
     nameserver = not options.address and _nameservers(options)
     services, topics = options.service or "", options.topics or ""
     received = 0
     begin = {"since": options.since, "durable": options.durable}
     try:
-        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, is_wanted, **begin)
+        wanted = _wanted(options)
+        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, wanted, **begin)
     except RuntimeError as error:  # the durable name is in use
         raise _CommandError(str(error)) from None
     with following as subscriber, call_on_signals(subscriber.close):
@@ -7133,10 +7329,20 @@ def _run_subscribe(options: argparse.Namespace) -> int:
             received += 1
             if received == options.count:
                 break
-    wanted = options.count or (1 if options.timeout is not None else 0)
-    if received < wanted:
-        raise _CommandError(f"{received} of {wanted} messages came.")
+    expected = options.count or (1 if options.timeout is not None else 0)
+    if received < expected:
+        raise _CommandError(f"{received} of {expected} messages came.")
     return 0
+
+
+def _wanted(options: argparse.Namespace) -> Callable[[Message], bool]:
+    """Return the filter that the options describe."""
+    is_new = unique(options.unique) if options.unique else lambda message: True
+
+    def is_wanted(message: Message) -> bool:
+        return (not options.type or message.type in options.type) and is_new(message)
+
+    return is_wanted
 
 
 def _as_json_line(message: Message) -> str:
@@ -7287,6 +7493,44 @@ def raise_descriptor_limit() -> int:
     return _descriptor_limit()
 
 
+class _Heartbeats:
+    """When heartbeats of a publisher came, and how many of those that it promised by them did not.
+
+    A heartbeat tells how long it is until the next one, its ``min_interval``; without (or with 0) it promises nothing,
+    and what an earlier one promised holds.
+
+    Attributes:
+        last: When the last one came, a time of `time.monotonic`; None before the first.
+        interval: How many seconds after it the next one is expected, None if none is.
+    """
+
+    SLACK = 0.5  # intervals that one may be late
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.interval: float | None = None
+        self._missed = 0  # until the last one
+
+    def take(self, message: Message, when: float) -> None:
+        """Take note of a message that came at a time, if it is a heartbeat."""
+        if message.type == "beat":
+            self._missed += self.overdue(when)
+            interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
+            if isinstance(interval, (int, float)) and interval > 0:
+                self.interval = float(max(1.0, min(1e6, interval)))
+            self.last = when
+
+    def overdue(self, now: float) -> int:
+        """Return how many should have come since the last one."""
+        if self.last is None or self.interval is None:
+            return 0
+        return max(int((now - self.last) / self.interval - self.SLACK), 0)
+
+    def missed(self, now: float) -> int:
+        """Return how many did not come, all in all."""
+        return self._missed + self.overdue(now)
+
+
 class _Traffic:
     """What a publisher has sent under one subject: how much since the last view, and when the last of it."""
 
@@ -7302,8 +7546,7 @@ class _Tally:
         self.name = name
         self.traffic: dict[str, _Traffic] = {}
         self.heard = time.monotonic()
-        self.last_beat: float | None = None
-        self.beat_interval = 0.0
+        self.heartbeats = _Heartbeats()
 
     def receive(self) -> None:
         """Count what has come, but not so much that others have to wait."""
@@ -7320,16 +7563,12 @@ class _Tally:
             traffic.messages += 1
             traffic.size += len(raw)
             traffic.last = self.heard
-            interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
-            if message.type == "beat" and isinstance(interval, (int, float)):
-                self.last_beat, self.beat_interval = self.heard, float(max(1.0, min(1e6, interval)))  # it may be NaN
+            self.heartbeats.take(message, self.heard)
 
     @property
     def missed_beats(self) -> str:
-        """How many heartbeats are overdue, empty if it sends none."""
-        if self.last_beat is None:
-            return ""
-        return str(max(int((time.monotonic() - self.last_beat) / self.beat_interval - 0.5), 0))
+        """How many heartbeats are overdue, empty if none is expected."""
+        return "" if self.heartbeats.interval is None else str(self.heartbeats.overdue(time.monotonic()))
 
 
 class _Meter:
@@ -7723,6 +7962,8 @@ class _Doctor:
 
 def _owner_of_port(port: int) -> str:
     """Return which process listens on a TCP port, as far as Linux tells this user."""
+    import glob
+
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError), open(table) as lines:
@@ -7801,6 +8042,8 @@ def _run_demo(options: argparse.Namespace) -> int:
     where = ", ".join(options.nameserver or [f"port {changes['nameserver_port']} (without multicast)"])
     print(f"Nameserver on {where}, a publisher and a subscriber, three processes.", flush=True)
     environment = {**os.environ, **{f"POSTTROLL_{key.upper()}": str(value) for key, value in changes.items()}}
+    import subprocess
+
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:

@@ -479,6 +479,7 @@ class AddressReceiver:
         if isinstance(publisher, posttroll.Publisher):
             publisher.local_only = self._local_only
             publisher.keeps_history = False  # who was away asks for the addresses
+            publisher.heartbeat_interval = 0  # it has its own, which readers of any age understand
         return publisher
 
     # -- taking announcements --

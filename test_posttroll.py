@@ -16,6 +16,7 @@ import copy
 import datetime as dt
 import enum
 import errno
+import functools
 import gc
 import importlib
 import inspect
@@ -42,6 +43,7 @@ import textwrap
 import threading
 import time
 import types
+import weakref
 import zipapp
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -105,17 +107,29 @@ def wait_for(condition: Callable[[], Any], timeout: float = DEADLINE, what: str 
         time.sleep(0.005)
 
 
+@functools.cache
+def own_ports() -> tuple[int, Iterator[int]]:
+    """Return the first of 600 ports that no other process with tests uses, and half of them one after the other.
+
+    The system gives none of them to outgoing connections.
+    """
+    for first in chance.sample(range(10000, 32000, 600), 36):
+        with socket.socket() as claim, contextlib.suppress(OSError):
+            claim.bind(("127.0.0.1", first))
+            claim.detach()  # it stays open as long as this process lives
+            return first, itertools.cycle(range(first + 1, first + 300))
+    return pytest.fail("All ports are taken by others who run these tests")
+
+
 def free_port() -> int:
-    """Return a port that is free for TCP and UDP, none of those that the system gives to outgoing connections."""
-    while True:
-        port = chance.randrange(10000, 32000)
+    """Return a port that is free for TCP and UDP, and that nobody else takes."""
+    for port in own_ports()[1]:
         with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            try:
+            with contextlib.suppress(OSError):
                 tcp.bind(("", port))
                 udp.bind(("", port))
-            except OSError:
-                continue
-            return port
+                return port
+    raise AssertionError
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +138,18 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(("POSTTROLL_", "PYTROLL_"))]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("NAMESERVER_PORT", raising=False)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # each process would compile the same two files again
     (tmp_path / "config").mkdir()
+    first, _ = own_ports()
     settings = {
         "ROOT_CONFIG": str(tmp_path / "etc"),
         "CONFIG": str(tmp_path / "config"),
         "NAMESERVER_PORT": str(free_port()),
         "ADDRESS_PUBLISH_PORT": str(free_port()),
         "BROADCAST_PORT": str(free_port()),
-        "MC_GROUP": f"239.{chance.randrange(256)}.{chance.randrange(256)}.{chance.randrange(1, 255)}",
+        "PUB_MIN_PORT": str(first + 300),
+        "PUB_MAX_PORT": str(first + 600),
+        "MC_GROUP": f"239.{first // 600}.{chance.randrange(256)}.{chance.randrange(1, 255)}",
         "MULTICAST_INTERFACE": "127.0.0.1",
         "DISCOVERY_SECONDS": "0",  # what waits for it sets it
     }
@@ -172,6 +190,17 @@ def finish(running: subprocess.Popen[str], timeout: float = DEADLINE) -> tuple[i
     """Wait for the end of a process; return its status, output and errors."""
     out, err = running.communicate(timeout=timeout)
     return running.returncode, out, err
+
+
+def run_here(*args: Any, main: Callable[[list[str]], int] = posttroll.main) -> tuple[Any, str, str]:
+    """Run a command in this process, where no process of its own is needed; return status, output and errors."""
+    config.refresh()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
 
 
 @contextlib.contextmanager
@@ -765,8 +794,8 @@ class TestConfigFiles:
         broken = write(tmp_path / "config", "b.json", '{"backend": "secure_zmq",}')
         write(tmp_path / "config", "c.json", '{"pub_min_port": 50000}')
         script, *args = [word.format(tmp=tmp_path) for word in command]
-        with process(sys.executable, HERE / script, *args) as running:
-            status, out, err = finish(running)
+        main = {"posttroll.py": posttroll.main, "posttroll_ns.py": posttroll_ns.main}[script]
+        status, out, err = run_here(*args, main=main)
         assert (status, out, len(err.splitlines())) == (1, "", 1), err
         assert f"The configuration in {broken} cannot be used: " in err
 
@@ -788,7 +817,7 @@ class TestConfigFiles:
             assert daemon("stop")[0] == 0
         assert not (tmp_path / "pid").exists()
 
-    @pytest.mark.parametrize("script", [LIBRARY, NAMESERVER], ids=lambda path: path.stem)
+    @pytest.mark.parametrize("module", [posttroll, posttroll_ns], ids=lambda module: module.__name__)
     @pytest.mark.parametrize(
         ("text", "said"),
         [
@@ -798,10 +827,9 @@ class TestConfigFiles:
             ("=1", "'=1' is not KEY=VALUE"),
         ],
     )
-    def test_an_unknown_key_for_a_command_is_refused(self, script, text, said):
-        words = ["--set", text] if script is NAMESERVER else ["config", "--set", text]
-        with process(sys.executable, script, *words) as running:
-            status, out, err = finish(running)
+    def test_an_unknown_key_for_a_command_is_refused(self, module, text, said):
+        words = ["--set", text] if module is posttroll_ns else ["config", "--set", text]
+        status, out, err = run_here(*words, main=module.main)
         assert (status, out) == (2, "")
         assert said in err
 
@@ -1255,7 +1283,7 @@ class TestBrokenMessages:
             [],
             object(),
         ],
-        ids=lambda raw: repr(raw)[:70],
+        ids=lambda raw: repr(raw).partition(" at 0x")[0][:70],
     )
     def test_refused(self, raw):
         with pytest.raises(MessageError):
@@ -1290,7 +1318,7 @@ class TestDataThatCannotBeEncoded:
     @pytest.mark.parametrize(
         "data",
         [object(), {1, 2}, {"a": object()}, [1j], {(1, 2): 3}, {"a": b"bytes"}, dt.timedelta(1), Message],
-        ids=lambda data: repr(data)[:40],
+        ids=lambda data: repr(data).partition(" at 0x")[0][:40],
     )
     def test_refused_by_constructor_and_encode(self, data):
         with pytest.raises(MessageError, match="data"):
@@ -1612,7 +1640,7 @@ def chain_of(fields: Any, separators: Any) -> Iterator[str]:
 
 
 many = settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     database=None,
@@ -2202,16 +2230,13 @@ class TestPortRanges:
     def free_range(size: int) -> int:
         """Return the first of some ports in a row that are free."""
         while True:
-            first = random.randrange(20000, 30000)
-            with contextlib.ExitStack() as stack:
-                try:
-                    for port in range(first, first + size):
-                        stack.enter_context(socket.socket()).bind(("", port))
-                except OSError:
-                    continue
-                return first
+            ports = [free_port() for _ in range(size)]
+            if ports == list(range(ports[0], ports[0] + size)):
+                return ports[0]
 
-    def test_the_default_range(self):
+    def test_the_default_range(self, monkeypatch):
+        monkeypatch.delenv("POSTTROLL_PUB_MIN_PORT")
+        monkeypatch.delenv("POSTTROLL_PUB_MAX_PORT")
         with posttroll.Publisher("tcp://*:0") as pub:
             assert 49152 <= pub.port_number < 65536
 
@@ -2324,8 +2349,6 @@ def host_without_names(two_hosts):
             yield host
     finally:
         shutil.rmtree(directory)
-        with contextlib.suppress(OSError):
-            directory.parent.rmdir()
 
 
 @pytest.mark.network
@@ -2495,6 +2518,7 @@ class TestAskingTheNameserver:
             answer_with(5),
             answer_with([None, 1, "tcp://h:1", {}, {"URI": None}, {"URI": 5}, {"URI": "foo://bar"}, {"URI": "tcp://"}]),
         ],
+        ids=range(11),
     )
     def test_a_broken_answer_is_one_without_addresses(self, answer):
         with answering(answer):
@@ -2871,6 +2895,68 @@ class TestPublisher:
         with connected() as (pub, sub):
             pub.heartbeat(3600)
             assert received_data(sub) == [{"min_interval": 3600}]
+
+    def test_heartbeats_by_themselves(self):
+        """Of every publisher, without an edit; those that the program sends take the place of the next one."""
+        with config.set(heartbeat_interval=0.05), connected() as (pub, sub):
+            beats = receive(sub, 3)
+            assert [(beat.subject, beat.type, beat.data) for beat in beats] == [
+                ("/heartbeat/a_publisher", "beat", {"min_interval": 0.05})
+            ] * 3
+            times = [beat.time.timestamp() for beat in beats]
+            assert all(later - earlier > 0.04 for earlier, later in zip(times, times[1:]))
+        with connected() as (pub, sub):
+            pub.send(text_message("not a single one"))
+            assert received_data(sub) == ["not a single one"]
+
+    def test_heartbeats_by_hand_and_by_themselves(self):
+        """Whoever sends it: no two within the interval, and no interval without one."""
+        publisher = posttroll.Publisher("tcp://*:0", "both of us")
+        publisher.heartbeat_interval = 0.3
+        with publisher, posttroll.Subscriber([local_address(publisher.port_number)]) as sub:
+            assert publisher.wait_for_subscribers(1, DEADLINE)
+            publisher.heartbeat(3600)  # the first one waits for nothing
+            assert [beat.data["min_interval"] for beat in receive(sub, 2)] == [3600, 0.3]
+            pauses = [timedelta(seconds=1)]
+            while pauses[-1] > timedelta(seconds=0.42):  # the machine is busy, or too long passed without one
+                assert len(pauses) < 20
+                publisher.heartbeat(3600)  # too soon
+                beats = [wait_for(lambda: publisher.heartbeat(0.1) or next(sub.recv(0.01))), *receive(sub, 1)]
+                assert [beat.data["min_interval"] for beat in beats] == [0.1, 0.3]
+                pauses.append(beats[1].time - beats[0].time)
+            assert {beat.subject for beat in beats} == {"/heartbeat/both_of_us"}
+            assert min(pauses) > timedelta(seconds=0.29)
+
+    def test_heartbeats_end_with_their_publisher(self, caplog):
+        """Of one that is stopped, dropped or started again, while the loop goes on for others."""
+        with config.set(heartbeat_interval=0.02), connected() as (_, sub):
+            stopped, dropped, restarted = (posttroll.Publisher("tcp://*:0", name).start() for name in "abc")
+            restarted.stop()
+            port = restarted.start().port_number
+            sub.add(local_address(port))
+            stopped.stop()
+            reference = weakref.ref(dropped)
+            del dropped
+            gc.collect()
+            assert reference() is None
+            wait_for(lambda: receive(sub)[0].subject == "/heartbeat/c")
+            assert len(receive(sub, 10)) == 10
+            restarted.stop()
+            wait_for(lambda: {beat.subject for beat in receive(sub, 5)} == {"/heartbeat/a_publisher"})
+        assert caplog.text == ""
+
+    def test_50_publishers_beat_in_one_thread(self):
+        with contextlib.ExitStack() as world, config.set(heartbeat_interval=0.2):
+            before = threading.active_count()
+            names = {f"name{number}" for number in range(50)}
+            publishers = [world.enter_context(posttroll.Publisher("tcp://*:0", name)) for name in names]
+            assert threading.active_count() == before + 1
+            with posttroll.Subscriber([local_address(publisher.port_number) for publisher in publishers]) as sub:
+                missing = {f"/heartbeat/{name}" for name in names}
+                for message in sub:
+                    missing.discard(message.subject)
+                    if not missing:
+                        break
 
     def test_sending_from_8_threads(self):
         with connected() as (pub, sub):
@@ -3260,6 +3346,27 @@ class TestPublishAndItsFactory:
 
 
 class TestSubscriber:
+    def test_last_heard(self):
+        """Messages and heartbeats count, also those that the filter skips, but not those of other topics."""
+        with connected(["/a", "/heartbeat"], message_filter=lambda message: message.subject != "/a/skipped") as pair:
+            publisher, sub = pair
+            assert sub.last_heard is None
+            assert next(sub.recv(0.05)) is None
+            assert sub.last_heard is None
+            publisher.send(text_message("text"))
+            assert received_data(sub) == ["text"]
+            for send in (lambda: publisher.send(text_message("text", "/a/skipped")), publisher.heartbeat):
+                wait_for(lambda: next(sub.recv(0.06)) is None)  # so what came before is in an earlier batch
+                start = time.monotonic()
+                send()
+                wait_for(lambda: next(sub.recv(0.01)) or sub.last_heard >= start - 0.05)  # noqa: B023
+                assert start - 0.05 <= sub.last_heard <= time.monotonic()
+            before = sub.last_heard
+            publisher.send(text_message("text", "/b"))
+            publisher.send("pytroll://a but no message")
+            assert next(sub.recv(0.2)) is None
+            assert sub.last_heard == before
+
     def test_topics_are_the_beginnings_of_subjects(self):
         with connected(["/one", "two", "pytroll://three"]) as (pub, sub):
             for subject in ("/zero", "/one", "/one/and/more", "/other", "/two", "/three", "/onerous"):
@@ -3475,6 +3582,120 @@ class TestMessageFilter:
                     assert next(sub.recv(timeout=0.1)) is None
                 finally:
                     end.set()
+
+
+def copy_of(uid: Any, seconds: float = 0, **kwargs: Any) -> posttroll.Message:
+    """Return one of several messages about *uid*, made so many seconds after noon."""
+    message = posttroll.Message("/a", "file", {"uid": uid, "of": {"pass": 7}}, **kwargs)
+    message.time = datetime(2026, 11, 24, 12, tzinfo=timezone.utc) + timedelta(seconds=seconds)
+    return message
+
+
+class TestUnique:
+    def test_one_of_two_copies(self):
+        is_new = posttroll.unique("uid", seconds=300)
+        copies = [copy_of("a"), copy_of("b", 1), copy_of("a", 2), copy_of("b", -299)]
+        assert list(map(is_new, copies)) == [True, True, False, False]
+        assert is_new.dropped == 2
+
+    def test_what_is_sent_anew_is_no_copy(self):
+        """Also when all of it is caught up at once, publisher by publisher."""
+        is_new = posttroll.unique("uid", seconds=10)
+        times = [0, 10, 10.1, 20, 500, 1, 505]
+        assert [is_new(copy_of("a", seconds)) for seconds in times] == [True, False, True, False, True, False, False]
+
+    @pytest.mark.parametrize("data", ["uid", {"other": 1}, {"uid": None}, {}, ["uid"], 5, b"uid"])
+    def test_messages_without_the_key_pass(self, data):
+        is_new = posttroll.unique("uid")
+        assert [is_new(posttroll.Message("/a", "info", data)) for _ in range(3)] == [True] * 3
+        assert is_new.dropped == 0
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("a.b", {"a": {"b": 1}}),
+            ("a.b", {"a.b": 1}),
+            ("a.1.b", {"a": [0, {"b": 1}]}),
+            ("uid", {"uid": {"list": [1, datetime(2026, 1, 1, tzinfo=timezone.utc)]}}),
+            (lambda message: message.data["uid"], {"uid": 1}),
+            (lambda message: (message.subject, message.data), "text"),
+        ],
+    )
+    def test_keys(self, key, value):
+        is_new = posttroll.unique(key)
+        assert [is_new(posttroll.Message("/a", "info", value)) for _ in range(2)] == [True, False]
+
+    @pytest.mark.parametrize("values", [(1, "1"), ("a", "b"), (0, False), ([1], [2]), ("None", "null")])
+    def test_different_values(self, values):
+        is_new = posttroll.unique("uid")
+        assert [is_new(copy_of(value)) for value in values] == [True, True]
+
+    def test_names_in_another_order_are_the_same(self):
+        is_new = posttroll.unique("uid")
+        assert [is_new(copy_of(uid)) for uid in ({"a": 1, "b": 2}, {"b": 2, "a": 1})] == [True, False]
+
+    def test_versions_with_and_without_time_zone(self):
+        is_new = posttroll.unique("uid", seconds=1)
+        without = posttroll.Message.decode(copy_of("a", version="v1.01").encode())
+        assert without.time.tzinfo is None
+        assert [is_new(without), is_new(copy_of("a"))] == [True, False]
+
+    def test_memory_is_bounded(self):
+        is_new = posttroll.unique("uid", limit=100)
+        for number in range(1000):
+            assert is_new(copy_of(number))
+        assert len(is_new._passed) == len(is_new._order) == 100
+        assert [is_new(copy_of(number)) for number in (999, 901, 5)] == [False, False, True]
+
+    def test_what_is_old_is_forgotten(self, monkeypatch):
+        is_new = posttroll.unique("uid", seconds=0.001)
+        monkeypatch.setattr(is_new, "LATE", -0.001)
+        for number in range(100):
+            assert is_new(copy_of(number % 2))
+        assert len(is_new._order) <= 2
+
+    def test_in_several_threads(self):
+        """Of 8 copies of each message exactly one passes."""
+        is_new = posttroll.unique("uid")
+        passed: list[int] = []
+        begin = threading.Barrier(8)
+
+        def run() -> None:
+            begin.wait(DEADLINE)
+            passed.extend(number for number in range(500) if is_new(copy_of(number)))
+
+        with contextlib.ExitStack() as stack:
+            for _ in range(8):
+                stack.enter_context(in_thread(run))
+        assert sorted(passed) == list(range(500))
+        assert is_new.dropped == 7 * 500
+
+    def test_two_antennas_over_one_subscriber_or_two(self):
+        is_new = posttroll.unique("uid")
+        with posttroll.Publisher("tcp://*:0", "north") as north, posttroll.Publisher("tcp://*:0", "south") as south:
+            addresses = [local_address(pub.port_number) for pub in (north, south)]
+            subscriber, own = posttroll.Subscriber, posttroll.unique("uid")
+            with subscriber(addresses, "", is_new) as both, subscriber(addresses[:1], "", own) as other:
+                assert north.wait_for_subscribers(2, DEADLINE)
+                assert south.wait_for_subscribers(1, DEADLINE)
+                for number in range(20):
+                    north.send(copy_of(number))
+                    south.send(copy_of(number, 2))
+                for pub in (north, south):
+                    pub.send(copy_of(pub.name))
+                data = receive(both, 22)
+                assert sorted(str(message.data["uid"]) for message in data) == sorted(
+                    [*map(str, range(20)), "north", "south"]
+                )
+                assert len(receive(other, 21)) == 21  # a filter of its own
+            with subscriber(addresses[:1], "", is_new) as one, subscriber(addresses[1:], "", is_new) as two:
+                for pub in (north, south):
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                north.send(copy_of("shared"))
+                south.send(copy_of("shared"))
+                south.send(copy_of("end"))
+                assert [message.data["uid"] for message in receive(one)] == ["shared"]
+                assert [message.data["uid"] for message in receive(two)] == ["end"]
 
 
 class TestHooks:
@@ -3974,10 +4195,10 @@ class TestFollowing:
                     self.check(pub, data, "with nameserver")
                 self.check(pub, data, "without")
 
-    def test_any_order_of_start_50_times(self):
+    def test_any_order_of_start_again_and_again(self):
         """No first message is lost, without a pause anywhere."""
         orders = [list(order) for order in ("psn", "pns", "spn", "snp", "nps", "nsp")]
-        for number in range(50):
+        for number in range(24):
             with contextlib.ExitStack() as stack:
                 started: dict[str, Any] = {}
                 for what in orders[number % len(orders)]:
@@ -4526,8 +4747,8 @@ class TestPatchedPublisher:
 
 
 def command(*args: Any, **kwargs: Any) -> Any:
-    """Run ``posttroll`` with *args* in a process, from a bare copy of the file."""
-    return process(sys.executable, "-u", LIBRARY, *args, **kwargs)
+    """Run ``posttroll`` with *args* in a process; by name, as Python compiles a file that it is given each time."""
+    return process(sys.executable, "-u", "-m", "posttroll", *args, **kwargs)
 
 
 def run_command(*args: Any, stdin: str | None = None, **kwargs: Any) -> tuple[int, str, str]:
@@ -4546,9 +4767,10 @@ def on_terminal(
     if size is not None:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
     environment = {**os.environ, "TERM": "xterm", **variables}
-    environment.pop("NO_COLOR", None)
+    for name in ("NO_COLOR", "COLUMNS", "LINES"):
+        environment.pop(name, None)
     running = subprocess.Popen(
-        [sys.executable, "-u", str(LIBRARY), *args], stdin=slave, stdout=slave, stderr=slave, env=environment
+        [sys.executable, "-u", "-m", "posttroll", *args], stdin=slave, stdout=slave, stderr=slave, env=environment
     )
     os.close(slave)
     seen = ""
@@ -4578,14 +4800,14 @@ class TestCommands:
         "name", ["publish", "subscribe", "services", "top", "doctor", "config", "demo", "generate-keys", "logger"]
     )
     def test_help(self, name):
-        status, out, _ = run_command(name, "--help")
+        status, out, _ = run_here(name, "--help")
         assert status == 0
         assert f"posttroll {name}" in out
         for text in ("--nameserver", "--no-color", "--set", "examples:"):
             assert text in out
 
     def test_help_of_the_nameserver_is_its_own(self):
-        status, out, _ = run_command("nameserver", "--help")
+        status, out, _ = run_here("nameserver", "--help")
         assert status == 0
         assert "--no-multicast" in out
         assert "examples:" in out
@@ -4601,17 +4823,17 @@ class TestCommands:
         assert run_command("--version") == (0, f"posttroll {posttroll.__version__}\n", "")
 
     def test_no_command_is_an_error(self):
-        status, out, err = run_command()
+        status, out, err = run_here()
         assert (status, out) == (2, "")
         assert "COMMAND" in err
 
     def test_any_key_can_be_set(self):
-        status, out, _ = run_command("config", "mc_ttl", "--json", "--set", "mc_ttl=3")
+        status, out, _ = run_here("config", "mc_ttl", "--json", "--set", "mc_ttl=3")
         assert status == 0
         assert json.loads(out)[0]["value"] == 3
 
     def test_a_wrong_value_is_one_clear_line(self):
-        status, out, err = run_command("services", "--set", "nameserver_port=abc")
+        status, out, err = run_here("services", "--set", "nameserver_port=abc")
         assert (status, out) == (1, "")
         assert err.startswith("posttroll services: posttroll configuration: nameserver_port is 'abc'")
         assert err.count("\n") == 1
@@ -4638,7 +4860,7 @@ class TestCommands:
     )
     def test_what_cannot_be_used_is_one_line(self, words, status, reason):
         arguments = [word.replace("\t", " ") for word in words.split(" ")]
-        ended, _, err = run_command(*arguments, *([""] if words.endswith("--service") else []))
+        ended, _, err = run_here(*arguments, *([""] if words.endswith("--service") else []))
         assert ended == status
         assert "Traceback" not in err
         assert reason.replace("\\t", " ").replace("\t", " ") in err.splitlines()[-1]
@@ -4717,13 +4939,13 @@ class TestPublishAndSubscribe:
         assert message.data["start_time"].isoformat() == "2026-11-23T12:00:00+00:00"
 
     def test_without_a_subscriber_nothing_is_sent(self):
-        status, out, err = run_command("publish", "/a", "info", "x", "--nameservers", "localhost", "--wait", 0.1)
+        status, out, err = run_here("publish", "/a", "info", "x", "--nameservers", "localhost", "--wait", 0.1)
         assert (status, out) == (1, "")
         assert "0 of 1 subscribers after 0.1 s: nothing was sent" in err
 
     def test_without_waiting(self):
         arguments = ("publish", "/a", "info", "x", "--nameservers", "localhost", "--subscribers", 0)
-        assert run_command(*arguments) == (0, "", "1 message to 0 subscribers\n")
+        assert run_here(*arguments) == (0, "", "1 message to 0 subscribers\n")
 
     @pytest.mark.parametrize(
         ("words", "reason"),
@@ -4736,7 +4958,7 @@ class TestPublishAndSubscribe:
         ],
     )
     def test_wrong_words(self, words, reason):
-        status, out, err = run_command("publish", *words, "--subscribers", 0)
+        status, out, err = run_here("publish", *words, "--subscribers", 0)
         assert (status, out) == (1, "")
         assert reason in err
         assert err.count("\n") == 1
@@ -4744,7 +4966,7 @@ class TestPublishAndSubscribe:
     def test_a_port_in_use(self):
         with posttroll.Publisher("tcp://*:0") as publisher:
             port = publisher.port_number
-            status, _, err = run_command("publish", "/a", "info", "--port", port, "--nameservers", "none")
+            status, _, err = run_here("publish", "/a", "info", "--port", port, "--nameservers", "none")
         assert status == 1
         assert str(port) in err
 
@@ -4824,7 +5046,7 @@ class TestPublishAndSubscribe:
     def test_a_broken_recording_names_the_line(self, tmp_path):
         recording = tmp_path / "recording"
         recording.write_text(f"{posttroll.Message('/a', 'info')}\nnonsense\n")
-        status, _, err = run_command("publish", "--replay", recording, "--subscribers", 0)
+        status, _, err = run_here("publish", "--replay", recording, "--subscribers", 0)
         assert status == 1
         assert "recording, line 2" in err
 
@@ -4874,7 +5096,7 @@ class TestPublishAndSubscribe:
 
     def test_infinities_are_no_json(self):
         for text in ("NaN", "[1e999]", '{"a": -Infinity}'):
-            status, _, err = run_command("publish", "/a", "info", "--json", text, "--subscribers", 0)
+            status, _, err = run_here("publish", "/a", "info", "--json", text, "--subscribers", 0)
             assert status == 1
             assert "is no number in JSON" in err
 
@@ -4897,10 +5119,10 @@ class TestPublishAndSubscribe:
     def test_bytes_need_a_file_and_text_must_be_text(self, tmp_path):
         path = tmp_path / "image.png"
         path.write_bytes(b"\xff\xfe")
-        status, _, err = run_command("publish", "/a", "image", "--file", path, "--subscribers", 0)
+        status, _, err = run_here("publish", "/a", "image", "--file", path, "--subscribers", 0)
         assert (status, err.count("\n")) == (1, 1)
         assert "--binary" in err
-        status, _, err = run_command("publish", "/a", "image", "word", "--binary", "--subscribers", 0)
+        status, _, err = run_here("publish", "/a", "image", "word", "--binary", "--subscribers", 0)
         assert (status, err) == (1, "posttroll publish: --binary needs a file or stdin.\n")
 
     @pytest.mark.parametrize("replay", [False, True])
@@ -4908,7 +5130,7 @@ class TestPublishAndSubscribe:
         """Among three other publishers; each publish is found by all of them, though one would be enough for it."""
         monkeypatch.setenv("POSTTROLL_DISCOVERY_SECONDS", "3")
         recording = tmp_path / "recording"
-        rounds, subscribers = 3, 5
+        rounds, subscribers = 2, 5
         with contextlib.ExitStack() as world:
             world.enter_context(nameserver())
             for name in ("a", "b", "c"):
@@ -5472,7 +5694,7 @@ class TestConfigCommand:
 
     def test_every_key_with_its_source(self, tmp_path, monkeypatch):
         (tmp_path / "config" / "a.json").write_text('{"mc_ttl": 7}')
-        status, out, err = run_command("config", "--json")
+        status, out, err = run_here("config", "--json")
         assert (status, err) == (0, "")
         rows = {row["key"]: row for row in json.loads(out)}
         assert set(posttroll.OPTIONS) <= set(rows)
@@ -5488,7 +5710,7 @@ class TestConfigCommand:
             assert f"| `{key}` | {default} | {option.meaning} |" in text
 
     def test_an_unknown_key(self):
-        status, out, err = run_command("config", "nonesuch")
+        status, out, err = run_here("config", "nonesuch")
         assert (status, out) == (1, "")
         assert "nonesuch" in err
 
@@ -5522,7 +5744,7 @@ class TestDoctor:
     def test_a_wrong_setting(self, settings, cause, monkeypatch):
         for name, value in settings.items():
             monkeypatch.setenv("POSTTROLL_" + name, value)
-        status, out, _ = run_command("doctor")
+        status, out, _ = run_here("doctor")
         assert status == 1
         assert any(line.startswith("FAIL") and cause in line and "->" in line for line in out.splitlines()), out
 
@@ -6444,7 +6666,7 @@ class TestSockets:
         sockets = posttroll.backends.zmq.socket
         server, port, authenticator = sockets.set_up_server_socket(zmq.REP, "tcp://127.0.0.1:0")
         assert authenticator is None
-        assert 49152 <= port < 65536
+        assert config.get("pub_min_port") <= port < config.get("pub_max_port")
         client = sockets.set_up_client_socket(zmq.REQ, f"tcp://127.0.0.1:{port}", {zmq.LINGER: 5})
         assert client.getsockopt(zmq.LINGER) == 5
         receiver = sockets.SocketReceiver()
@@ -7215,8 +7437,7 @@ class TestNameServer:
 
 class TestNameserverCommand:
     def test_help(self):
-        with process(sys.executable, NAMESERVER, "-h") as running:
-            status, out, _ = finish(running)
+        status, out, _ = run_here("-h", main=posttroll_ns.main)
         assert status == 0
         for text in ("-d {start,stop,status,restart}", "--daemon", "-l", "--log", "-v", "--verbose", "--no-multicast"):
             assert text in out
@@ -7369,8 +7590,10 @@ class TestDaemon:
         pid_file = tmp_path / "nameserver.pid"
 
         def control(command: str, *arguments: str) -> tuple[int, str, str]:
-            call = [sys.executable, NAMESERVER, "--no-multicast", "--pid-file", pid_file, "-d", command, *arguments]
-            with process(*call) as running:
+            words = ["--no-multicast", "--pid-file", pid_file, "-d", command, *arguments]
+            if command in ("stop", "status"):
+                return run_here(*words, main=posttroll_ns.main)
+            with process(sys.executable, NAMESERVER, *words) as running:
                 return finish(running)
 
         control.pid_file = pid_file
@@ -7495,6 +7718,8 @@ class TestDaemon:
         log, other = tmp_path / "daemon.log", tmp_path / "other.log"
 
         def control(command: str, *words: Any) -> tuple[int, str, str]:
+            if command in ("stop", "status"):
+                return run_here("--pid-file", pid_file, "-d", command, *words, main=posttroll_ns.main)
             call = (sys.executable, NAMESERVER, "--pid-file", pid_file, "-d", command, *words)
             with process(*call, cwd=tmp_path if command == "start" else "/") as running:
                 return finish(running)
@@ -8482,6 +8707,7 @@ class TestBrokenAnswersToLookups:
             b"pytroll://oper/ns info me@host 2026-11-23T12:00:00 v1.01 application/json " + DEEP.encode(),
             b"pytroll://oper/ns info me@host 2026-11-23T12:00:00 v9.99 application/json []",
         ],
+        ids=range(9),
     )
     def test_nothing_is_found(self, answer):
         with FakeNameserver() as fake:
@@ -8904,6 +9130,18 @@ sys.exit(status)
             status, _, _ = finish(running)
             assert status == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1)
 
+    @pytest.mark.parametrize("nameservers", [["localhost"], None], ids=["registration", "multicast"])
+    def test_a_forgotten_publisher_says_goodbye(self, nameservers):
+        code = f"""
+import sys, posttroll
+publishers = [posttroll.NoisyPublisher(name, nameservers={nameservers}).start() for name in ("a", "b")]
+sys.stdin.read()
+"""
+        with nameserver(multicast_enabled=nameservers is None), python(code) as running:
+            wait_for(lambda: len(posttroll.get_pub_address("", timeout=DEADLINE)) == 2)
+            assert finish(running) == (0, "", "")
+            wait_for(lambda: posttroll.get_pub_address("", timeout=DEADLINE) == [])
+
     def test_fork_after_use(self):
         """Parent and child can both work; what the parent has made stays the parent's."""
         code = """
@@ -8999,29 +9237,36 @@ print("done")
 class TestNothingIsLostInSilence:
     def test_a_burst_to_a_busy_subscriber_arrives(self):
         """100,000 messages of 500 bytes, none of which is taken until all are sent; memory stays bounded."""
-        count = 100_000
-        code = """
+        send = """
 import sys, posttroll
 publisher = posttroll.Publisher("tcp://*:0").start()
 print(publisher.port_number, flush=True)
 publisher.wait_for_subscribers(1)
-for number in range(int(sys.argv[1])):
+for number in range(100_000):
     publisher.send(posttroll.Message("/burst", "info", f"{number} ".ljust(420, "x")))
 print("sent", flush=True)
 sys.stdin.read()
 print(publisher.dropped)
 """
-        before = memory_of()
-        with python(code, count) as running:
-            port = int(running.stdout.readline())
-            with posttroll.Subscriber([local_address(port)]) as subscriber:
-                await_line(running, "sent")
-                numbers = [int(message.data.split()[0]) for message in receive(subscriber, count, 60)]
-                assert numbers == list(range(count))
-                assert memory_of(running) < 300
-                assert memory_of() < before + 300
-            out, _ = running.communicate(timeout=DEADLINE)
-            assert out == "0\n"
+        take = """
+import sys, posttroll
+with posttroll.Subscriber([sys.argv[1]]) as subscriber:
+    sys.stdin.readline()
+    for number, message in zip(range(100_000), subscriber.recv()):
+        assert message.data.startswith(f"{number} "), (number, message.data)
+    print("all", flush=True)
+    sys.stdin.read()
+"""
+        with python(send) as sending:
+            with python(take, local_address(int(sending.stdout.readline()))) as taking:
+                await_line(sending, "sent")
+                taking.stdin.write("\n")
+                taking.stdin.flush()
+                await_line(taking, "all")
+                assert memory_of(sending) < 300
+                assert memory_of(taking) < 300
+                assert finish(taking)[::2] == (0, "")
+            assert finish(sending)[1] == "0\n"
 
     def test_many_threads_send(self):
         """8 threads send 40,000 messages as fast as they can: all arrive, those of a thread in their order."""
@@ -9869,7 +10114,6 @@ class Hosts:
         self.hosts_file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.hosts_file.parent.rmdir()
-            self.hosts_file.parent.parent.rmdir()
         for namespace in (self.here, self.there):
             subprocess.run(["ip", "netns", "delete", namespace], check=False)
 
@@ -9936,7 +10180,6 @@ class TestFromElsewhere:
         ("entries", "backend"),
         [
             ("192.0.2.0/24", "secure_zmq"),
-            ("nowhere.invalid", "unsecure_zmq"),
             ("nowhere.invalid", "secure_zmq"),
             ("10.213.7.2/33", "unsecure_zmq"),
             ("[]", "unsecure_zmq"),
@@ -9959,8 +10202,7 @@ class TestFromElsewhere:
             assert hosts.known("here_multicast")
             assert hosts.known("there_multicast") == is_in
 
-    @pytest.mark.parametrize("backend", ["unsecure_zmq", "secure_zmq"])
-    @pytest.mark.parametrize("multicast", [True, False], ids=["multicast", "no-multicast"])
+    @pytest.mark.parametrize(("backend", "multicast"), [("unsecure_zmq", True), ("secure_zmq", False)])
     def test_local_only(self, keys, hosts, multicast, backend, monkeypatch):
         monkeypatch.setenv("POSTTROLL_BACKEND", backend)
         monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", str(free_port()))
@@ -11851,12 +12093,6 @@ class TestPopulatedWorlds:
         assert missing + bad_ends(crowd) == []
 
     def test_every_message_reaches_every_subscriber(self, crowd):
-        for part in crowd.publishers:
-            part.life.tell("burst 400")
-        hear_each_other(crowd, "after a burst")
-        self.end_all(crowd)
-
-    def test_restarts_and_newcomers_disturb_nobody(self, crowd):
         """A publisher is killed, then the nameserver; a subscriber goes; their successors find all and are found."""
         for part, number in (
             (crowd.publishers[0], signal.SIGKILL),
@@ -11866,6 +12102,9 @@ class TestPopulatedWorlds:
             self.end(crowd, [part], number)
             crowd.start(part)
         hear_each_other(crowd, "after restarts")
+        for part in crowd.publishers:
+            part.life.tell("burst 400")
+        hear_each_other(crowd, "after a burst")
         self.end_all(crowd)
 
     def test_strangers_that_take_all_files(self, tmp_path):
@@ -12266,7 +12505,7 @@ class TestCatchingUp:
             relay.mend()
             wait_for(lambda: sub.missed)
             assert sub.missed == 212
-            assert data == [*range(50), *range(262, 362)]
+            wait_for(lambda: data == [*range(50), *range(262, 362)])
         text = "212 messages of numbers are gone"
         [record] = [record for record in caplog.records if text in record.getMessage()]
         assert (record.name, record.levelname) == ("posttroll.subscriber", "WARNING")
@@ -12411,7 +12650,7 @@ class TestDurable:
             with config.set(durable_directory=os.environ["POSTTROLL_DURABLE_DIRECTORY"]):
                 posttroll.Subscriber([local_address(pub.port_number)], durable="name", since=60).close()
             with in_thread(send):
-                for _ in range(10):
+                for _ in range(6):
                     end = time.monotonic() + chance.uniform(0, 0.4)
                     live(lambda end=end: time.monotonic() > end)
                 ended.set()
@@ -12431,6 +12670,54 @@ class TestDurable:
         kill()
         assert self.rest(numbers) == []
         sub.close()
+
+    # -- copies --
+
+    @pytest.mark.parametrize("is_past", [False, True])
+    def test_what_was_not_handled_is_no_copy_of_itself(self, numbers, is_past):
+        """The same filter serves the next subscriber of the program; other copies are still held back."""
+        is_new = posttroll.unique(lambda message: message.data if isinstance(message.data, int) else None)
+        if is_past:
+            numbers.send(3)
+            sub = self.subscriber(numbers, since=60, message_filter=is_new)
+        else:
+            sub = self.subscriber(numbers, message_filter=is_new)
+            numbers.send(3)
+        with pytest.raises(ValueError, match="failed"), sub:
+            for message in sub.recv(DEADLINE):
+                if message.data == 1:
+                    raise ValueError("failed")
+        numbers.publisher.send(text_message(0, "/numbers"))
+        assert self.rest(numbers, message_filter=is_new) == [1, 2]
+        assert is_new.dropped == 1
+
+    def test_a_copy_is_not_done_with_before_the_one_in_hand(self, numbers, kill):
+        """The copy that was held back comes after a crash, if the other one is lost with its publisher."""
+        is_new = posttroll.unique(lambda message: message.data)
+        with posttroll.Publisher("tcp://*:0", "other") as other:
+            addresses = [local_address(pub.port_number) for pub in (numbers.publisher, other)]
+            with posttroll.Subscriber(addresses, "/numbers", is_new, durable="name") as sub:
+                for pub in (numbers.publisher, other):
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                numbers.send(1)
+                messages = sub.recv(DEADLINE)
+                assert next(messages).data == 0
+                other.send(text_message(0, "/numbers"))
+
+                def has_all() -> bool:
+                    """Read what is there, in the middle of handling a message; return whether that is all."""
+                    sub._loop.turn(time.monotonic() + 0.05)
+                    sub._inbox.begin_batch()
+                    assert sub._inbox.take(None) is None
+                    (stream,) = sub._streams.values()
+                    return bool(stream._sources[other._audience.instance].position)
+
+                wait_for(has_all)
+                assert is_new.dropped == 1
+                kill()
+                with posttroll.Subscriber(addresses[1:], durable="name") as after:
+                    assert receive(after)[0].data == 0
+                messages.close()
 
     # -- what counts as handled --
 
@@ -12784,8 +13071,8 @@ class TestDurable:
             numbers.send(3)
             assert [container.output_queue.get(timeout=DEADLINE).data for _ in range(3)] == [0, 1, 2]
             container.restart_listener(["/num"])
-            numbers.send(3)
-            assert [container.output_queue.get(timeout=DEADLINE).data for _ in range(3)] == [3, 4, 5]
+            numbers.send(3)  # some of them are caught up, and may come after those that are live
+            assert sorted(container.output_queue.get(timeout=DEADLINE).data for _ in range(3)) == [3, 4, 5]
             assert container.output_queue.empty()
 
     def test_on_the_command_line(self, numbers):
@@ -12810,7 +13097,7 @@ class TestSince:
     def test_all_that_subscribes(self, way):
         with posttroll.Publisher("tcp://*:0", "numbers") as pub:
             Numbers(pub).send(3)
-            time.sleep(0.3)
+            time.sleep(0.01)  # time is what tells old from new
             begin = datetime.now(timezone.utc)
             Numbers(pub).send(2)
             settings = {"addresses": [local_address(pub.port_number)], "nameserver": False}
@@ -12845,7 +13132,7 @@ class TestSince:
 
     @pytest.mark.parametrize("text", ["", "m", "-5", "10 m", "10w", "1e9", "yesterday", "2024-13-01"])
     def test_texts_that_are_none(self, text):
-        status, _, err = run_command("subscribe", f"--since={text}")
+        status, _, err = run_here("subscribe", f"--since={text}")
         assert status == 2
         assert "neither a time span such as 90, 10m, 2h nor an ISO date-time" in err
 
@@ -12968,7 +13255,7 @@ class TestFirstMessages:
         self.check(way)
 
     def test_a_process_for_each_message(self, monkeypatch):
-        """As scripts do: 50 of them, with what the configuration is by default, and the same text."""
+        """As scripts do: 24 of them, with what the configuration is by default, and the same text."""
         monkeypatch.delenv("POSTTROLL_DISCOVERY_SECONDS")
         code = """
 import sys, posttroll
@@ -12977,12 +13264,12 @@ with posttroll.Publish("first", nameservers=["localhost"]) as pub:
 """
         with nameserver(), posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
             wait_for(lambda: sub._loop)
-            for batch in range(10):
+            for batch in range(3):
                 with contextlib.ExitStack() as stack:
-                    running = [stack.enter_context(python(code, batch)) for _ in range(5)]
-                    assert [finish(each)[0] for each in running] == [0] * 5
-            wait_for(lambda: len(data) >= 50)
-            assert sorted(data) == sorted(list(range(10)) * 5)
+                    running = [stack.enter_context(python(code, batch)) for _ in range(8)]
+                    assert [finish(each)[0] for each in running] == [0] * 8
+            wait_for(lambda: len(data) >= 24)
+            assert sorted(data) == sorted(list(range(3)) * 8)
 
     def test_nobody_is_waited_for_when_nothing_was_sent(self):
         config.set(discovery_seconds=1000)
@@ -13078,18 +13365,47 @@ class TestNewcomers:
     def test_since(self, form):
         with posttroll.Publisher("tcp://*:0") as pub:
             pub.send(text_message("too old"))
-            time.sleep(1.2)
+            entries = pub._audience.history._entries
+            entries[0] = (entries[0][0] - 200, entries[0][1])  # so long ago
             pub.send(text_message("old"))
             since = {
-                float: 1.0,
-                "timedelta": timedelta(seconds=1),
-                "datetime": datetime.now(timezone.utc) - timedelta(seconds=1),
+                float: 100.0,
+                "timedelta": timedelta(seconds=100),
+                "datetime": datetime.now(timezone.utc) - timedelta(seconds=100),
             }[form]
             with posttroll.Subscriber([local_address(pub.port_number)], since=since) as sub, serving(sub) as data:
                 wait_for(lambda: data)
                 pub.send(text_message("new"))
                 wait_for(lambda: len(data) == 2)
                 assert data == ["old", "new"]
+
+    @pytest.mark.parametrize("slow", ["hello", "request"])
+    def test_what_is_asked_for_is_under_way_for_long(self, slow):
+        """Neither does more come than what was asked for, nor less."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("too old"))
+            time.sleep(0.01)  # time is what tells old from new
+            begin = datetime.now(timezone.utc)
+            pub.send(text_message("old"))
+            with posttroll.Subscriber([local_address(pub.port_number)], since=begin) as sub:
+                wait_for(lambda: pub._audience.peers)
+                with pub._lock if slow == "request" else contextlib.nullcontext():
+                    if slow == "request":
+                        wait_for(lambda: next(sub.recv(0)) is None and next(iter(sub._streams.values()))._requests)
+                    time.sleep(0.1)  # that it is under way
+                assert received_data(sub) == ["old"]
+                wait_for(lambda: not pub._audience.unserved())
+                pub.send(text_message("new"))
+                assert received_data(sub) == ["new"]
+
+    def test_clocks_of_two_hosts_that_differ(self):
+        """It is as if the request had been under way since the hello: rather more comes than less."""
+        with connected() as (pub, _):
+            [peer] = pub._audience.peers.values()
+            for hours in (-1, 1):
+                assert pub._audience._when_asked(peer, time.time() + 3600 * hours) == peer.greeted
+            between = (time.monotonic() - peer.greeted) / 2
+            assert pub._audience._when_asked(peer, time.time() - between) > peer.greeted
 
     def test_since_before_what_is_kept(self, caplog):
         """What is gone of the time asked for is told; of a publisher that has not been there so long, nothing is."""
@@ -13205,12 +13521,12 @@ class TestMarks:
                 posttroll._MARK[:-3],
                 posttroll._MARK + b"x" * 10_000,  # more is too much for the socket that sends it, with libzmq 4.3.4
                 posttroll._MARK + b"0123456789abcdef/" + b"9" * 10_000,
-                self.mark() + b"/" + b"f" * 16 + b"/1+0,1/pytroll:/",  # of another instance
-                self.mark() + f"/{instance}/{huge}+{huge},{huge}/".encode(),
-                self.mark() + f"/{instance}/-1+0,5/".encode(),
-                self.mark() + f"/{instance}/0+0,{'9' * 5000}/".encode(),
-                self.mark() + f"/{instance}/0+0,5/".encode() + b"\n" * 1000,
-                self.mark() + f"/{instance}/0+0,5/".encode() + b"\xff" * 1999,
+                self.mark() + b"/" + b"f" * 16 + b"/1+0@0,1/pytroll:/",  # of another instance
+                self.mark() + f"/{instance}/{huge}+{huge}@{huge},{huge}/".encode(),
+                self.mark() + f"/{instance}/-1+0@0,5/".encode(),
+                self.mark() + f"/{instance}/0+0@0,{'9' * 5000}/".encode(),
+                self.mark() + f"/{instance}/0+0@0,5/".encode() + b"\n" * 1000,
+                self.mark() + f"/{instance}/0+0@0,5/".encode() + b"\xff" * 1999,
                 self.mark(7, 999_999),
                 self.mark(0xFFFFFFFFFFFFFFFF, 0),
             ):
@@ -13243,7 +13559,7 @@ class TestMarks:
             numbers.send(4000)
             for number in range(1000):
                 sock.send(b"\1" + self.mark())
-                sock.send(self.ask(pub, 1, f"0+999999,{numbers.count}/pytroll:/{number}"))
+                sock.send(self.ask(pub, 1, f"0+999999@0,{numbers.count}/pytroll:/{number}"))
                 sock.send(b"\0" + self.mark())
                 if not number % 50:
                     numbers.send(1)
@@ -13265,7 +13581,7 @@ class TestMarks:
             for _ in range(20):
                 numbers.send(100, 0.0005)
                 for number, sock in enumerate(socks):
-                    sock.send(self.ask(pub, number, "0+999999,99999999/"))
+                    sock.send(self.ask(pub, number, "0+999999@0,99999999/"))
             await_count(data, numbers.count)
             assert sorted(each for each, _ in data) == list(range(numbers.count))
 
@@ -13441,8 +13757,10 @@ class TestNothingFallsBetween:
                     wait_for(lambda number=number: len(data) == 2 * number + 2)
             assert sorted(data) == [[word, number] for word in ("first", "second") for number in range(3)]
 
-    def test_a_busy_consumer_connects_to_a_new_publisher_at_once(self):
-        """0.1 s for a message, and 400 of them before it."""
+    @pytest.mark.parametrize("ahead", [1, 1000])
+    def test_a_busy_consumer_connects_to_a_new_publisher_at_once(self, ahead, monkeypatch):
+        """0.1 s for a message, and 400 of them before it, accepted already or not."""
+        monkeypatch.setattr(posttroll._Inbox, "AHEAD", ahead)
         with nameserver(), posttroll.Publish("old", nameservers=["localhost"]) as old:
             services = ["old", "new"]
             with posttroll.Subscribe(services, addr_listener=True, timeout=0) as sub:
@@ -13516,13 +13834,13 @@ print("fine", flush=True)
 class TestEndsOfPublishers:
     @pytest.mark.network
     def test_stop_on_a_slow_link(self, two_faulty_hosts):
-        """8 Mbit/s: 5,000 messages of 1 kB, and an end: it waits as long as they drain."""
+        """8 Mbit/s: 3,000 messages of 1 kB, and an end: it waits as long as they drain."""
         two_faulty_hosts.plug_in()
         send = """
 import sys, time, posttroll
 pub = posttroll.Publisher("tcp://*:9000").start()
 assert pub.wait_for_subscribers(1, 20)
-for number in range(5000):
+for number in range(3000):
     pub.send(posttroll.Message("/a", "info", [number, "x" * 1000]))
 pub.stop()
 print("dropped", pub.dropped)
@@ -13533,8 +13851,8 @@ print("dropped", pub.dropped)
         subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", link, "root", *rate], check=True)
         with two_faulty_hosts.python(0, count, f"tcp://{two_faulty_hosts.ADDRESSES[1]}:9000") as sub:
             with two_faulty_hosts.python(1, send) as pub:
-                got = [int(sub.stdout.readline().split()[1]) for _ in range(5000)]
-                assert got == list(range(5000))
+                got = [int(sub.stdout.readline().split()[1]) for _ in range(3000)]
+                assert got == list(range(3000))
                 assert finish(pub)[:2] == (0, "dropped 0\n")
 
     def test_stop_on_a_dead_link(self, monkeypatch, caplog, short_heartbeats):
