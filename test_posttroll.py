@@ -7387,6 +7387,44 @@ class TestNameServer:
         thread.join(DEADLINE)
         assert not thread.is_alive()
 
+    def test_many_who_ask_for_the_same_get_one_answer_until_something_changes(self):
+        """As all who follow everything do when a nameserver starts again; and the answer may be large."""
+        made = mock.Mock(wraps=posttroll_ns.get_active_address)
+        long = mock.patch.object(posttroll_ns._Answers, "SECONDS", 1e9)
+        with (
+            long,
+            mock.patch("posttroll_ns.get_active_address", made),
+            nameserver(),
+            contextlib.ExitStack() as publishers,
+        ):
+
+            def found() -> list[str]:
+                return sorted(entry["name"] for entry in posttroll.get_pub_addresses([""], DEADLINE))
+
+            for name in ("a", "b"):
+                publisher = publishers.enter_context(posttroll.Publish(name, nameservers=["localhost"]))
+                wait_for(lambda publisher=publisher: publisher.name in found())
+            made.reset_mock()
+            assert [found() for _ in range(20)] == [["a", "b"]] * 20
+            assert made.call_count <= 1
+            publisher.stop()
+            wait_for(lambda: found() == ["a"])
+
+    def test_the_times_in_an_answer_are_of_this_second(self):
+        answers, receiver = posttroll_ns._Answers(), mock.Mock(changes=1)
+        receiver.get.side_effect = lambda service: [{"URI": service, "n": receiver.get.call_count}]
+        with freeze_time() as clock:
+            first = answers.get("a", receiver, "v1.2")
+            assert answers.get("a", receiver, "v1.2") == first
+            assert answers.get("b", receiver, "v1.2") != first
+            assert answers.get("a", receiver, "v1.01") != first
+            clock.tick(answers.SECONDS)
+            assert answers.get("a", receiver, "v1.2") != first
+            others = KnownAddresses(a=[])
+            assert answers.get("a", others, "v1.2") != first
+            others.services["a"] = [{"URI": "tcp://h:1"}]
+            assert b"tcp://h:1" in answers.get("a", others, "v1.2")
+
     def test_start_stop_and_start_again(self):
         server = posttroll_ns.NameServer(multicast_enabled=False)
         for _ in range(3):
