@@ -48,12 +48,14 @@ import ipaddress
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
 import re
 import signal
 import socket
+import string
 import struct
 import sys
 import textwrap
@@ -62,6 +64,7 @@ import time
 import types
 import warnings
 import weakref
+from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -69,8 +72,8 @@ from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
-from itertools import chain, count, islice, takewhile
-from typing import TYPE_CHECKING, Any, Callable, TypeVar, Union, cast
+from itertools import accumulate, chain, count, islice, takewhile, zip_longest
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
@@ -966,6 +969,7 @@ class Message:
     Attributes:
         subject, type, sender, data, binary, version: As above; they may be assigned.
         time: A datetime: when the message was made, in UTC.  Decoded from v1.01 it has no time zone.
+        origin: The address of the publisher that it came from, told by subscribers with *translate*; else empty.
 
     Raises:
         MessageError: The fields or the data cannot be encoded, or *rawstr* is not a message.
@@ -978,6 +982,7 @@ class Message:
     data: Any
     binary: bool
     version: str
+    origin = ""
     _raw: str | None
 
     def __init__(
@@ -1053,6 +1058,11 @@ class Message:
         if not _keeps_timezone(version):
             moment = moment.replace(tzinfo=None)
         return f"{_MAGICK}{subject} {atype} {sender} {moment.isoformat()} {version}{prefix}{text}"
+
+    @property
+    def raw(self) -> str | None:
+        """The text that it was decoded from, whatever has been assigned since; None if it was not decoded."""
+        return self._raw
 
     @property
     def head(self) -> str:
@@ -2828,6 +2838,29 @@ def get_pub_address(
     return list(merged.values())
 
 
+def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> dict[str, Any]:
+    """Ask a nameserver about itself.
+
+    Args:
+        nameserver: Its host, or ``host:port`` if it answers on another port than configured.
+        timeout: How long to wait for it, in seconds.
+
+    Returns:
+        Its ``"version"``; nothing if it tells nothing, as other implementations.
+
+    Raises:
+        TimeoutError: It did not answer in time.
+        ConfigurationError: The secure backend is not set up.
+    """
+    question = {"service": "about the nameserver", "about": True}  # for others, a service that nobody has
+    request = Message("/oper/ns", "request", question, version="v1.01").encode().encode()
+    answer = _ask(_lookup_endpoint(nameserver), request, timeout)
+    if answer is None:
+        raise TimeoutError(f"no answer from the nameserver on {nameserver} after {timeout:g} s.")
+    about = Message.decode(answer).data
+    return about if isinstance(about, dict) else {}
+
+
 def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[bytes | None]:
     """Ask several nameservers at once; those that are down take no time from the others.
 
@@ -3205,6 +3238,9 @@ sendaddressservice = AddressServiceBroadcaster
 # subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
+#
+# Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
+# one message under it, <mark>/?\0<JSON>.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
@@ -3213,6 +3249,7 @@ _MARK_PATTERN = re.compile(
     rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
     re.DOTALL,
 )
+_QUESTION_PATTERN = re.compile(_MARK + rb"[0-9a-f]{16}/\?")
 
 
 class PublisherStoppedError(RuntimeError, zmq.ZMQError):
@@ -3292,8 +3329,9 @@ class History:
 class _Peer:
     """A subscriber of ours, as its publisher sees it."""
 
-    def __init__(self, mark: bytes, topics: int) -> None:
+    def __init__(self, mark: bytes, topics: int, host: str) -> None:
         self.mark = mark
+        self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
         self.greeted = 0.0  # when
@@ -3326,6 +3364,7 @@ class _Listeners:
     """
 
     PEERS = 10000
+    TOPICS = 1000  # that are told apart
 
     def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
@@ -3339,6 +3378,9 @@ class _Listeners:
         self.peers: dict[bytes, _Peer] = {}
         self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
+        self._by_topic: Counter[bytes] = Counter()
+        self._answering = 0.0  # since when answers are counted
+        self._answers = 0
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._next_look = 0.0
@@ -3408,9 +3450,10 @@ class _Listeners:
         sock = self.socket
         while True:
             try:
-                change = sock.recv(_NOBLOCK)
+                frame = sock.recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            change = frame.bytes
             sign, topic = change[:1], change[1:]
             if sign not in (b"\0", b"\1"):
                 continue  # a message of an XSUB socket
@@ -3418,17 +3461,26 @@ class _Listeners:
             if topic.startswith(_MARK):
                 match = _MARK_PATTERN.fullmatch(topic)
                 if match is not None and match[3] is None:
-                    self._take_mark(topic, int(match[2]), option)
+                    self._take_mark(topic, int(match[2]), option, frame)
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
+                elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
+                    self._answer(topic)
                 continue
-            self._topics += 1 if sign == b"\1" else -1
+            self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
             elif not _MARK.startswith(topic):
                 sock.setsockopt(option, topic)
 
-    def _take_mark(self, mark: bytes, topics: int, option: int) -> None:
+    def _count_topic(self, topic: bytes, difference: int) -> None:
+        self._topics += difference
+        if topic in self._by_topic or len(self._by_topic) < self.TOPICS:
+            self._by_topic[topic] += difference
+            if self._by_topic[topic] <= 0:
+                del self._by_topic[topic]
+
+    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
         """Take note that a subscriber of ours has come (again), or gone."""
         peer = self.peers.get(mark)
         if option == zmq.UNSUBSCRIBE:
@@ -3441,7 +3493,11 @@ class _Listeners:
             if len(self.peers) >= self.PEERS:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
-            peer = self.peers[mark] = _Peer(mark, topics)
+            try:
+                host = str(frame.get("Peer-Address"))
+            except zmq.ZMQError:  # not a TCP connection
+                host = ""
+            peer = self.peers[mark] = _Peer(mark, topics, host)
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1
@@ -3507,11 +3563,16 @@ class _Listeners:
         """Take what a subscriber of ours asks for."""
         raise NotImplementedError
 
+    def _answer(self, question: bytes) -> None:
+        """Answer somebody who asks about this publisher."""
+        raise NotImplementedError
+
 
 class _Audience(_Listeners):
     """What those who listen to a publisher get, have, and have missed."""
 
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
+    ANSWERS = 100  # to questions in a second, and what is listed in each
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
     def send(self, data: bytes) -> None:
@@ -3645,6 +3706,27 @@ class _Audience(_Listeners):
         sent = now - (time.time() - asked)
         return sent if peer.greeted <= sent <= now else min(peer.greeted, now)
 
+    def _answer(self, question: bytes) -> None:
+        now = time.monotonic()
+        if now > self._answering + 1:
+            self._answering, self._answers = now, 0
+        self._answers += 1
+        if self._answers > self.ANSWERS:
+            return
+        known = [(peer.host, peer.prefixes) for peer in islice(self.peers.values(), self.ANSWERS)]
+        about = {
+            "version": __version__,
+            "name": self._name.decode(),
+            "subscribers": len(self.peers) + self.strangers,
+            "known": [{"host": host, "topics": list(map(_topic_of, prefixes))} for host, prefixes in known],
+            "topics": {_topic_of(topic): times for topic, times in self._by_topic.most_common(self.ANSWERS)},
+            "sent": self.history.number,
+        }
+        self.socket.setsockopt(zmq.SUBSCRIBE, question)  # of the one who has asked
+        with suppress(zmq.Again):
+            self.socket.send(question + b"\0" + json.dumps(about).encode(), _NOBLOCK)
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, question)
+
     def _catch_up_soon(self, seconds: float) -> None:
         self.later(seconds, self._catch_up)
 
@@ -3695,22 +3777,75 @@ class _Audience(_Listeners):
                 if peer.after is not None or (not peer.has_asked and now - peer.greeted < self._patience)
             ]
 
-    def measure_left(self) -> int:
-        """Return how many messages are queued for the slowest subscriber of ours: try how many it has room for."""
-        worst = 0
+    def count_unasked(self) -> int:
+        """Return how many messages subscribers of ours may miss that have not asked for them since they came."""
         with self.lock:
-            for peer in self.peers.values():
-                low, high = 0, max(self.history.number, 1)
-                while low < high:
-                    middle = (low + high) // 2
-                    self.socket.setsockopt(zmq.SNDHWM, middle + 1)
-                    if self._send_to(peer, b"P %s 0 0 0" % self.instance):
-                        high = middle
-                    else:
-                        low = middle + 1
-                behind = 0 if peer.after is None else self.history.number - peer.after
-                worst = max(worst, low + behind)
-        return worst
+            unasked = [peer for peer in self.peers.values() if not peer.has_asked]
+            numbers = [self.history.number if peer.hello is None else peer.hello for peer in unasked]
+            return sum(min(number, len(self.history)) for number in numbers)
+
+    def count_left(self) -> int:
+        """Return how many messages are queued for subscribers of ours, for all together; some of them may have left."""
+        with self.lock:
+            return sum(map(self._count_queued, self.peers.values()))
+
+    def _count_queued(self, peer: _Peer) -> int:
+        """Return how many messages are queued for a subscriber of ours: try how many it has room for."""
+        low, high = 0, max(self.history.number, 1)
+        while low < high:
+            middle = (low + high) // 2
+            self.socket.setsockopt(zmq.SNDHWM, middle + 1)
+            if self._send_to(peer, b"P %s 0 0 0" % self.instance):
+                high = middle
+            else:
+                low = middle + 1
+        return low + (0 if peer.after is None else self.history.number - peer.after)
+
+
+def _topic_of(prefix: bytes) -> str:
+    """Return the beginning of the subjects of what begins with *prefix*."""
+    return prefix.decode("utf-8", "replace").removeprefix(_MAGICK)[:200]
+
+
+class Inquiry:
+    """Asks a publisher about itself, without being taken for a subscriber; others than ours do not notice it.
+
+    Args:
+        address: The publisher's address.
+        backend: ``"unsecure_zmq"`` or ``"secure_zmq"``; by default as configured.
+
+    Raises:
+        ConfigurationError: A key for the secure backend is missing or cannot be read.
+        zmq.ZMQError: The address cannot be used.
+    """
+
+    def __init__(self, address: str, backend: str | None = None) -> None:
+        self._socket = set_up_client_socket(zmq.SUB, address, None, backend)
+
+    def ask(self, timeout: float) -> dict[str, Any] | None:
+        """Ask, and wait for the answer, at most *timeout* seconds.
+
+        Returns:
+            ``version`` and ``name``, how many ``subscribers`` there are, and of those ``known`` (the first 100 of ours)
+            ``host`` and ``topics``; how many times each of the ``topics`` is subscribed to, by whomever; how many
+            messages were ``sent``.  None if there is no answer: it is not there, or is no publisher of ours.
+        """
+        question = _MARK + os.urandom(8).hex().encode() + b"/?"
+        deadline = time.monotonic() + timeout
+        self._socket.setsockopt(zmq.SUBSCRIBE, question)
+        try:
+            while self._socket.poll(max(int(1000 * (deadline - time.monotonic())), 0)):
+                answer = self._socket.recv(_NOBLOCK)
+                if answer.startswith(question + b"\0"):  # else it is a late one to an earlier question
+                    about = json.loads(answer[len(question) + 1 :])
+                    return about if isinstance(about, dict) else None
+        finally:
+            self._socket.setsockopt(zmq.UNSUBSCRIBE, question)
+        return None
+
+    def close(self) -> None:
+        """Close the connection."""
+        close_socket(self._socket)
 
 
 def _unsent_bytes(port: int | None) -> list[str] | None:
@@ -3747,7 +3882,7 @@ class _Ending:
         self.reached = 0
 
     def drain(self, young: float) -> int:
-        """Close the socket when all is sent; return how many messages are left if nothing goes on any more.
+        """Close the socket when all is sent; return how many messages (that is known of) will not arrive.
 
         Args:
             young: Seconds in the life of a publisher in which subscribers may be just finding it.
@@ -3758,27 +3893,29 @@ class _Ending:
             return 0
         while audience.history.number and time.monotonic() < audience.started + young:
             time.sleep(min(0.02, max(audience.started + young - time.monotonic(), 0)))
-        with audience.lock:
-            self.reached = audience.reached
-        if not self._wait():
+        state = self._state()
+        if audience.history.number and not self._wait(state):
             return self._give_up()
+        unasked = audience.count_unasked()
+        if unasked:
+            text = "Publisher %s: ends before a subscriber has asked for what it may have missed: %d messages at most"
+            _log("publisher").warning(text, self._name, unasked)
         monitor = None
         with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
             monitor = _open_monitor(audience.socket, 0)  # its end tells when the socket is really gone
         audience.close(int(self._patience * 1000))
         if monitor is not None and not _close_monitor(monitor, self._patience):
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
-        return 0
+        return unasked
 
-    def _wait(self) -> bool:
+    def _wait(self, state: Any) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
-        state: Any = True
         since = time.monotonic()
         while True:
+            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             before, state = state, self._state()
             if not (state or before):
                 return True  # twice nothing: what was sent last has come as far as the system's queue
-            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             if state != before:
                 since = time.monotonic()
             elif time.monotonic() - since > self._patience:
@@ -3786,12 +3923,16 @@ class _Ending:
 
     def _state(self) -> Any:
         """Return what changes as long as the queues drain, something empty when they are."""
-        behind = self._audience.unserved()
-        unsent = _unsent_bytes(self._port) if self._port else None
+        audience = self._audience
+        behind = audience.unserved()
+        with audience.lock:
+            self.reached = audience.reached
+        may_be_unsent = self._port and self.reached and audience.history.number
+        unsent = _unsent_bytes(self._port) if may_be_unsent else None  # takes a while on a host with many connections
         return (behind, unsent) if behind or unsent else None
 
     def _give_up(self) -> int:
-        left = self._audience.measure_left()
+        left = self._audience.count_left()
         text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
         _log("publisher").warning(text, self._name, self._patience, left or "the last")
         self._audience.close(0)
@@ -4081,7 +4222,7 @@ class Publisher(_Stoppable):
 
         It waits as long as the queues drain, and in the first seconds of a publisher's life (`discovery_seconds`) for
         subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress is counted in
-        `dropped`, and logged.
+        `dropped`, and logged; so is what a subscriber may have missed that came at the end, too busy to ask for it.
         """
         if self._inherited is not None:
             self._inherited, self._is_stopped = None, True  # the parent stops its own
@@ -4721,6 +4862,7 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
+        on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
 
@@ -4734,6 +4876,7 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
+        on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
         self.recv = sock.recv
@@ -4742,6 +4885,7 @@ class _CatchUp:
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
+        self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
         for topic in (*prefixes, self._mark):
@@ -4779,6 +4923,11 @@ class _CatchUp:
         self.freeze()
         end = self._index if until is None else until
         return Counter(digest for index, digest in self._frozen if since <= index < end)
+
+    @property
+    def up_to_date(self) -> int:
+        """How many publishers of ours have sent all that is wanted of the past."""
+        return sum(1 for source in list(self._sources.values()) if not source.is_asked)
 
     def _close(self, source: _Source) -> None:
         """Forget what came live, all of which is confirmed."""
@@ -4878,6 +5027,7 @@ class _CatchUp:
         if seen[digest] > 0:
             seen[digest] -= 1
             return None
+        self._on_past()
         return content
 
     def _take_end(
@@ -5435,7 +5585,7 @@ class _Inbox:
     BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
 
     def __init__(
-        self, message_filter: Callable[[Message], Any] | None, translate: bool, durable: _DurableState | None
+        self, message_filter: Callable[[Message], Any] | None, translate: bool | str, durable: _DurableState | None
     ) -> None:
         self._filter = message_filter
         self._translate = translate
@@ -5524,7 +5674,8 @@ class _Inbox:
             return None
         self._heard = self.batch_end
         if self._translate:
-            tcp = split_tcp_address(stream.origin)
+            message.origin = stream.origin
+            tcp = split_tcp_address(stream.origin) if self._translate != "origin" else None
             if tcp is not None:  # the host that it came from, in place of the one that its sender says
                 message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
         if self._filter is not None and not self._filter(message):
@@ -5545,7 +5696,7 @@ class _SubscriberSockets:
         self,
         topics: str | Iterable[str] | None,
         message_filter: Callable[[Message], Any] | None,
-        translate: bool,
+        translate: bool | str,
         since: float | timedelta | datetime | None,
         durable: str | None,
     ) -> None:
@@ -5571,6 +5722,7 @@ class _SubscriberSockets:
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
+        self.caught_up = 0
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
         """Add an address.
@@ -5628,6 +5780,11 @@ class _SubscriberSockets:
     def addresses(self) -> list[str]:
         """The addresses."""
         return list(self._wanted)
+
+    @property
+    def up_to_date(self) -> int:
+        """How many publishers of ours have sent all that they keep and that was wanted of the past."""
+        return sum(stream.up_to_date for stream in list(self._streams.values()))
 
     @property
     def subscribers(self) -> list[zmq.Socket[bytes]]:
@@ -5693,13 +5850,16 @@ class _SubscriberSockets:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._durable)
+        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._note_past, self._durable)
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
         return self._streams[sock].freeze()
+
+    def _note_past(self) -> None:
+        self.caught_up += 1
 
     def _note_missed(self, publisher: str, count: int) -> None:
         self.missed += count
@@ -5720,7 +5880,8 @@ class Subscriber(_SubscriberSockets):
         addresses: The publishers' addresses, as text, or as `get_pub_address` returns them.
         topics: The beginnings of the subjects to subscribe to; by default everything.
         message_filter: Called with each message; those for which it returns a false value are skipped; see `unique`.
-        translate: Put the host of the publisher's address in place of the host of the sender.
+        translate: Put the host of the publisher's address in place of the host of the sender; with ``"origin"``, only
+            tell that address, as `Message.origin`.  It takes a socket for each address.
         since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
             last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
         durable: A name under which is written down what has been handled.  The next program with this name gets what
@@ -5729,6 +5890,8 @@ class Subscriber(_SubscriberSockets):
     Attributes:
         missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
             keep, whatever their subjects.  Each time that is also logged as a warning.
+        caught_up: How many messages of the past have come: of before the subscriber (see *since* and *durable*), or of
+            the time when a publisher could not be heard.
 
     Raises:
         ValueError: An address cannot be used, or *durable* is no name for a file.
@@ -5752,7 +5915,7 @@ class Subscriber(_SubscriberSockets):
         addresses: str | Iterable[Any],
         topics: str | Iterable[str] | None = "",
         message_filter: Callable[[Message], Any] | None = None,
-        translate: bool = False,
+        translate: bool | str = False,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
@@ -6035,6 +6198,7 @@ class _Follower:
         self._log = LimitedLogger("subscriber")
         self._has_warned = False
         self._interval = self.SOON
+        self._letting_go: Timer | None = None
 
     def begin(self) -> None:
         """Start to follow."""
@@ -6195,13 +6359,28 @@ class _Follower:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
         denial[1] += 1
 
+    def _let_go_later(self) -> None:
+        def let_go() -> None:
+            self._letting_go = None
+            self._let_go_of_lost()
+
+        if self._letting_go is None:
+            self._letting_go = self._loop.at(time.monotonic() + 1.2, let_go)
+
     def _let_go_of_lost(self) -> None:
-        """Remove the publishers that no nameserver knows any more, if they are not connected either."""
+        """Remove the publishers that no nameserver knows any more, if they are not connected either.
+
+        Not while messages wait: all would be read from the socket, so that others that come wait behind all of them.
+        """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
             denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
-            if publisher.denials and is_lost and not self._subscriber._connections.is_up(address):
+            if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
+                continue
+            if self._subscriber._inbox.is_ready:
+                self._let_go_later()
+            else:
                 del self._known[address]
                 if publisher.is_ours:
                     _log("subscriber").info("The publisher at %s is gone", address)
@@ -6232,7 +6411,7 @@ class NSSubscriber:
         addr_listener: bool = False,
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
-        translate: bool = False,
+        translate: bool | str = False,
         nameserver: str | Sequence[str] = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
@@ -6354,7 +6533,7 @@ class Subscribe:
         addr_listener: bool = False,
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
-        translate: bool = False,
+        translate: bool | str = False,
         nameserver: str | Sequence[str] | bool | None = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
@@ -6798,9 +6977,9 @@ def _run_logger(options: argparse.Namespace) -> int:
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
-        logger.start()
         loop = Loop()
         with call_on_signals(loop.stop), signals_wake(loop):
+            logger.start()
             loop.run()
         loop.close()
     finally:
@@ -6891,6 +7070,14 @@ def patched_publisher() -> Iterator[list[str]]:
 # ======================================================================================================================
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends the program, if the command line is wrong, with the exit status that the command has for that."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(self.get_default("failure") or 2, f"{self.prog}: error: {message}\n")
+
+
 class _CommandError(Exception):
     """What went wrong with a command, and what to do about it; ends it with exit status 1."""
 
@@ -6916,20 +7103,29 @@ def _command(name: str, add_arguments: _AddArguments) -> Callable[[_Run], _Run]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="posttroll", description="Messages between programs over ZeroMQ.")
+    parser = _Parser(prog="posttroll", description="Messages between programs over ZeroMQ.")
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_arguments, run) in _commands.items():
         description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
         brief, epilog = description[0].lower() + description[1:].rstrip("."), textwrap.dedent(examples)
-        command = subparsers.add_parser(name, help=brief, description=description, epilog=epilog.replace("E", "e", 1))
-        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command = subparsers.add_parser(
+            name,
+            help=brief,
+            description=description,
+            epilog=epilog.replace("E", "e", 1),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            conflict_handler="resolve",  # what a command has of its own comes before what all have
+        )
         add = command.add_argument
         add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
         add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
+        loudness = command.add_mutually_exclusive_group()
+        loudness.add_argument("-q", "--quiet", action="store_true", help="tell nothing but results and errors")
+        loudness.add_argument("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged")
         add_arguments(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
     return parser
 
@@ -6978,11 +7174,12 @@ def main(args: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(words)
     # argparse takes no more words of a list after an option between them.
     if any(word.startswith("-") and word != "-" for word in rest) or (rest and not hasattr(options, "words")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         getattr(options, options.words).extend(rest)
     try:
         _prepare_output(options)
+        _prepare_log(options)
         with config.set(dict(options.set)):
             return cast(int, options.run(options))
     except BrokenPipeError:  # whoever read our output has had enough
@@ -6992,7 +7189,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
     except (_CommandError, NotImplementedError, MessageError, zmq.ZMQError, OSError, ValueError) as error:
         _talk(f"posttroll {options.command}: {error}")
-    return 1
+    return cast(int, options.parser.get_default("failure") or 1)
 
 
 def _prepare_output(options: argparse.Namespace) -> None:
@@ -7004,14 +7201,23 @@ def _prepare_output(options: argparse.Namespace) -> None:
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
+def _prepare_log(options: argparse.Namespace) -> None:
+    """Let as much of what the library logs be seen as is wanted: by default its warnings."""
+    if options.quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+    elif options.verbose and options.command != "logger":  # which sets that up itself
+        level = logging.INFO if options.verbose == 1 else logging.DEBUG
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
 def _nameserver_module() -> Any:
     """Return the module ``posttroll_ns``, imported when it is used for the first time."""
     return importlib.import_module(f"{__name__}_ns")
 
 
-def _talk(text: str) -> None:
-    """Tell something that is not a result."""
-    if sys.stderr is not None:
+def _talk(text: str, options: argparse.Namespace | None = None) -> None:
+    """Tell something that is not a result; with *options*, it is no error either, and is not told if they say so."""
+    if sys.stderr is not None and not (options and options.quiet):
         print(text, file=sys.stderr, flush=True)
 
 
@@ -7120,9 +7326,10 @@ def _run_publish(options: argparse.Namespace) -> int:
         with Publish(options.service, options.port, nameservers=nameservers) as publisher:
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
-            sent = _send_all(publisher, messages)
+            sent = _send_all(publisher, messages, options)
     # Leaving the block has waited for those that were just finding it, and until all is sent.
-    _talk(f"{sent} message{'s' * (sent != 1)} to {publisher.reached} subscriber{'s' * (publisher.reached != 1)}")
+    reached = publisher.reached
+    _talk(f"{sent} message{'s' * (sent != 1)} to {reached} subscriber{'s' * (reached != 1)}", options)
     if publisher.dropped:
         raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
     return 0
@@ -7136,7 +7343,7 @@ def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> 
         raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
 
 
-def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
+def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: argparse.Namespace) -> int:
     """Send messages, and return how many."""
     sent = 0
     try:
@@ -7144,7 +7351,7 @@ def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
             publisher.send(message)
             sent += 1
     except BaseException:
-        _talk(f"{sent} message{'s' * (sent != 1)} sent until then")
+        _talk(f"{sent} message{'s' * (sent != 1)} sent until then", options)
         raise
     return sent
 
@@ -7266,21 +7473,32 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
 # -- subscribe --
 
 
-def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+def _add_source_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what says which messages are wanted."""
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
     command.set_defaults(words="topics")
     add("--service", action="append", help="name of a publisher (all)")
     add("--address", action="append", help="address of a publisher, no nameserver is asked")
     add("--type", action="append", help="only messages of this type")
+    where = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
+    add("--where", metavar="KEY=VALUE", action="append", default=[], type=_condition, help=where)
+    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
+    add("--durable", metavar="NAME", help="also what was sent since the last time with this name")
+    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
+
+
+def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+    _add_source_arguments(command)
+    add = command.add_argument
     add("-n", "--count", type=_number(int, 1), help="end after so many messages")
     add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
-    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
-    add("--durable", metavar="NAME", help="also what was sent since the last 'subscribe' with this name")
-    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
+    add("--sample", metavar="N", type=_number(int, 1), default=1, help="only one of N messages")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+    form.add_argument("--format", metavar="TEXT", type=_Format, help=f"a line of your own: {{{'}, {'.join(_FIELDS)}}}")
+    form.add_argument("--count-by", metavar="KEY", help="only how many messages there are, by type, subject, a.b ...")
 
 
 def _time(text: str) -> timedelta | datetime:
@@ -7294,6 +7512,99 @@ def _time(text: str) -> timedelta | datetime:
     return moment
 
 
+# What can be said of any message: name and how to get it.
+_FIELDS: dict[str, Callable[[Message], Any]] = {
+    **{name: operator.attrgetter(name) for name in ("subject", "type", "sender", "user", "host", "version", "origin")},
+    "time": lambda message: _local_time(message.time),
+    "age": lambda message: round(time.time() - _sent_at(message), 3),
+    "data": lambda message: message.data,
+}
+
+
+def _local_time(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone()
+
+
+def _field_of(message: Message, name: str) -> Any:
+    """Return what is called *name* in a message: one of its fields, else in its data (``data.type`` is there, too)."""
+    if name in _FIELDS:
+        return _FIELDS[name](message)
+    return _value_at(message.data, name.removeprefix("data."))
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+    "<=": operator.le,
+    ">=": operator.ge,
+}
+
+
+def _condition(text: str) -> Callable[[Message], bool]:
+    """Read a condition on messages, for argparse."""
+    match = re.fullmatch(r"([^=!<>]+)([=!]=|[<>]=?|=)(.*)", text, re.DOTALL)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE (or with != < > <= >= in place of =)")
+    name, sign, wanted = match.groups()
+
+    def holds(message: Message) -> bool:
+        value, other = _comparable(_field_of(message, name), wanted)
+        try:
+            return bool(_COMPARISONS[sign](value, other))
+        except TypeError:  # neither is less than the other
+            return False
+
+    return holds
+
+
+def _comparable(value: Any, text: str) -> tuple[Any, Any]:
+    """Return *value* and what *text* stands for next to it: a text, a time, or something of JSON."""
+    if isinstance(value, datetime):
+        moment = _parse_datetime(text)
+        return _local_time(value), text if moment is None else _local_time(moment)
+    if isinstance(value, str):
+        return value, text
+    try:
+        return value, _from_strict_json(text)
+    except (ValueError, RecursionError):
+        return value, text
+
+
+class _Format(string.Formatter):
+    """Makes lines of messages by a format such as ``{subject} {data[uri]}``; what a message has not is left out."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        try:
+            names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
+        if not names <= set(_FIELDS):
+            unknown = ", ".join(sorted(names - set(_FIELDS)))
+            raise argparse.ArgumentTypeError(f"there is no {{{unknown}}}, but {{{'}, {'.join(_FIELDS)}}}")
+        self.names = names
+
+    def __call__(self, message: Message) -> str:
+        return self.vformat(self._text, (), {name: _FIELDS[name](message) for name in self.names})
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the message has under a name such as ``data[uri]``."""
+        try:
+            return super().get_field(field_name, args, kwargs)
+        except (LookupError, TypeError, AttributeError):
+            return "", field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Return a value in its format, or as it is if that is for another kind of value."""
+        try:
+            return cast(str, super().format_field(value, format_spec))
+        except (ValueError, TypeError):
+            return str(value)
+
+
 @_command("subscribe", _add_subscribe_arguments)
 def _run_subscribe(options: argparse.Namespace) -> int:
     """Print messages as they come.
@@ -7304,66 +7615,128 @@ def _run_subscribe(options: argparse.Namespace) -> int:
       posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
       posttroll subscribe --raw --since 10m > recorded
       posttroll subscribe --json --durable archive >> archive.json
+      posttroll subscribe --where platform=Metop-C --where 'size>1000' --format '{time:%H:%M} {data[uri]}'
+      posttroll subscribe --timeout 60 --count-by data.platform
     """
-    form: Callable[[Message], str] = _as_json_line if options.json else _recorded
-    if sys.stdout.isatty():
-        plain = form
-        form = partial(_as_readable, color=_colors(options))
-        if options.json or options.raw:
-            form = lambda message: _printable(plain(message))  # noqa: E731
-
-    nameserver = not options.address and _nameservers(options)
-    services, topics = options.service or "", options.topics or ""
+    display = _Display(options)
     received = 0
-    begin = {"since": options.since, "durable": options.durable}
     try:
-        wanted = _wanted(options)
-        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, wanted, **begin)
+        following = _following(options, display.shows_origin)
     except RuntimeError as error:  # the durable name is in use
         raise _CommandError(str(error)) from None
     with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
                 break
-            print(form(message), flush=True)
             received += 1
-            if received == options.count:
+            if received % options.sample == 0:
+                display.show(message)
+            if received // options.sample == options.count:
                 break
+    display.finish()
+    shown = received // options.sample
     expected = options.count or (1 if options.timeout is not None else 0)
-    if received < expected:
-        raise _CommandError(f"{received} of {expected} messages came.")
+    if shown < expected:
+        raise _CommandError(f"{shown} of {expected} messages came.")
     return 0
 
 
-def _wanted(options: argparse.Namespace) -> Callable[[Message], bool]:
-    """Return the filter that the options describe."""
+def _following(options: argparse.Namespace, tells_origin: bool = False) -> Subscribe:
+    """Return what subscribes to what `_add_source_arguments` describe."""
+    if tells_origin:
+        raise_descriptor_limit()  # it takes a connection and a socket for each publisher
     is_new = unique(options.unique) if options.unique else lambda message: True
 
     def is_wanted(message: Message) -> bool:
-        return (not options.type or message.type in options.type) and is_new(message)
+        has_type = not options.type or message.type in options.type
+        return has_type and all(holds(message) for holds in options.where) and is_new(message)
 
-    return is_wanted
+    return Subscribe(
+        options.service or "",
+        options.topics or "",
+        addr_listener=True,
+        addresses=options.address,
+        timeout=0,
+        translate="origin" if tells_origin else False,
+        nameserver=not options.address and _nameservers(options),
+        message_filter=is_wanted,
+        since=options.since,
+        durable=options.durable,
+    )
+
+
+class _Display:
+    """Shows messages on stdout, each of them, or only how many there are."""
+
+    KINDS = 10000  # that are told apart
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._by = options.count_by
+        self._counts: Counter[str] = Counter()
+        self._view_due = 0.0
+        form: Callable[[Message], str] = options.format or (_as_json_line if options.json else _recorded)
+        is_readable = sys.stdout.isatty() and not (options.json or options.raw or options.format)
+        names = options.format.names if options.format else [self._by]
+        self.shows_origin = "origin" in names or bool(options.verbose and (is_readable or options.json))
+        self._form = form
+        if is_readable:
+            self._form = partial(_as_readable, color=_colors(options))
+        elif sys.stdout.isatty():
+            self._form = lambda message: _printable(form(message))
+
+    def show(self, message: Message) -> None:
+        """Show a message."""
+        if not self._by:
+            print(self._form(message), flush=True)
+            return
+        value = _field_of(message, self._by)
+        kind = "" if value is None else str(value)
+        self._counts[kind if kind in self._counts or len(self._counts) < self.KINDS else "(others)"] += 1
+        if sys.stdout.isatty() and time.monotonic() >= self._view_due:
+            self._view_due = time.monotonic() + 1
+            _show(self._lines())
+
+    def _lines(self) -> list[str]:
+        rows = [[str(count), _printable(kind)] for kind, count in self._counts.most_common()]
+        return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
+
+    def finish(self) -> None:
+        """Show what there is at the end."""
+        if self._by:
+            _show(self._lines()) if sys.stdout.isatty() else print("\n".join(self._lines()), flush=True)
 
 
 def _as_json_line(message: Message) -> str:
     """Return a message as a JSON object on one line; bytes as a base64 data URL."""
     data = "".join(_encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
-    return _dumps({**fields, "version": message.version, "data": data}, "v1.2")[0]
+    more = {"age": _FIELDS["age"](message), "origin": message.origin} if message.origin else {}
+    return _dumps({**fields, "version": message.version, "data": data, **more}, "v1.2")[0]
 
 
 def _as_readable(message: Message, color: bool) -> str:
-    """Return a message as lines for people."""
-    moment = message.time.astimezone() if message.time.tzinfo else message.time
+    """Return a message as lines for people: when it was made, how old it is, and where it came from if that is told."""
+    moment = _local_time(message.time)
+    day = "" if moment.date() == date.today() else f"{moment:%Y-%m-%d} "
     paint = _colored if color else lambda text, _: text
     subject, kind = paint(_printable(message.subject), GREEN), paint(_printable(message.type), YELLOW)
-    head = f"{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)}"
+    origin = f", from {message.origin}" if message.origin else ""
+    age = f"({_span(_FIELDS['age'](message))} old{origin})"
+    head = f"{day}{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)} {age}"
     data = message.data
     if isinstance(data, dict):
         width = max(map(len, map(_printable, data)), default=0)
         names = (paint(_printable(name).ljust(width), CYAN) for name in data)
         return "\n".join([head, *(f"    {name}  {_printable(value)}" for name, value in zip(names, data.values()))])
     return f"{head} {_printable(data)}" if data != "" else head
+
+
+def _span(seconds: float) -> str:
+    """Return a time span for people: as exact as one needs it."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3f} s"
 
 
 # -- services --
@@ -7452,12 +7825,25 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
     return [head, *lines]
 
 
-def _check_publishers(addresses: Sequence[str]) -> dict[str, bool]:
-    """Return which of the addresses are answered by a ZeroMQ socket, all of them asked at once."""
-    from concurrent.futures import ThreadPoolExecutor
+def _check_publishers(addresses: Sequence[str], timeout: float = math.inf) -> dict[str, bool]:
+    """Return which of the addresses are answered, within *timeout*, by a ZeroMQ socket; all are asked at once."""
+    deadline = time.monotonic() + timeout
+    waiting, answers = deque(addresses), dict.fromkeys(addresses, False)
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    with ThreadPoolExecutor(max_workers=32) as pool:
-        return dict(zip(addresses, map(bool, pool.map(lambda address: _mechanism_at(address)[0], addresses))))
+    def ask() -> None:
+        with suppress(IndexError):
+            while True:
+                address = waiting.popleft()
+                answers[address] = bool(_mechanism_at(address)[0])
+                asked.put(address)
+
+    for _ in range(min(len(addresses), 32)):
+        threading.Thread(target=ask, daemon=True).start()  # nobody waits for one whose name does not resolve
+    with suppress(queue.Empty):
+        for _ in addresses:
+            asked.get(timeout=None if timeout == math.inf else max(deadline - time.monotonic(), 0))
+    return answers.copy()
 
 
 def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
@@ -7480,17 +7866,172 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
 
 
+# -- ping --
+
+
+class _Pinged:
+    """A peer that is asked again and again, and how long it took to answer.
+
+    Attributes:
+        name: What to call it.
+        about: What is known of it.
+        times: In seconds, those of the answers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.about = "no answer yet"
+        self.times: list[float] = []
+        self._asked = 0
+
+    def measure(self, timeout: float) -> str:
+        """Ask; return a line that tells how that went."""
+        self._asked += 1
+        start = time.monotonic()
+        is_answered = self.ask(timeout)
+        if is_answered:
+            self.times.append(time.monotonic() - start)
+        what = f"time={1000 * self.times[-1]:.3f} ms" if is_answered else f"no answer after {timeout:g} s"
+        return f"{self.name}: seq={self._asked} {what}"
+
+    @property
+    def summary(self) -> str:
+        """How often it was asked, how often it answered, and how fast."""
+        lost = 100 * (self._asked - len(self.times)) / max(self._asked, 1)
+        text = f"--- {self.name}: {self._asked} asked, {len(self.times)} answered, {lost:.0f}% lost"
+        if not self.times:
+            return text
+        mean = sum(self.times) / len(self.times)
+        deviation = math.sqrt(sum((time - mean) ** 2 for time in self.times) / len(self.times))
+        figures = "/".join(f"{1000 * each:.3f}" for each in (min(self.times), mean, max(self.times), deviation))
+        return f"{text}, min/avg/max/mdev = {figures} ms"
+
+    def ask(self, timeout: float) -> bool:
+        """Ask, and return whether there was an answer."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class _PingedNameserver(_Pinged):
+    """A nameserver, which is asked by a lookup."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"nameserver {host}")
+        self._host = host
+
+    def ask(self, timeout: float) -> bool:
+        try:
+            version = describe_nameserver(self._host, timeout).get("version")
+        except TimeoutError:
+            return False
+        self.about = f"posttroll {version}" if version else "version unknown"
+        return True
+
+
+class _PingedPublisher(_Pinged):
+    """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
+
+    def __init__(self, name: str, address: str, backend: str | None) -> None:
+        super().__init__(f"{name} {address}".strip())
+        self._address = address
+        self._is_ours: bool | None = None  # not known yet
+        self._inquiry = Inquiry(address, backend)
+
+    def ask(self, timeout: float) -> bool:
+        if self._is_ours is None:
+            timeout /= 2  # for each of the two ways
+        about = None if self._is_ours is False else self._inquiry.ask(timeout)
+        if about is not None:
+            self._is_ours = True
+            self.about = f"posttroll {about.get('version')}, {about.get('subscribers')} subscribers"
+            return True
+        if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
+            return False
+        self._is_ours = False
+        self.about = "version unknown (time until ZeroMQ greets)"
+        return True
+
+    def close(self) -> None:
+        self._inquiry.close()
+
+
+def _add_ping_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="publishers to ask, besides the nameserver")
+    command.set_defaults(words="names")
+    add("--address", action="append", default=[], help="address of a publisher, no nameserver is asked")
+    add("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)")
+    add("--interval", type=_number(float, 0.01), default=1.0, metavar="SECONDS", help="between two questions (1)")
+    add("--timeout", type=_number(float, 0.01), default=2.0, metavar="SECONDS", help="for an answer (2)")
+
+
+@_command("ping", _add_ping_arguments)
+def _run_ping(options: argparse.Namespace) -> int:
+    """Measure how fast nameservers and publishers answer.
+
+    Examples:
+      posttroll ping
+      posttroll ping receiver -c 5 --nameserver otherhost
+      posttroll ping --address tcp://otherhost:9000 -q -c 100 --interval 0.1
+    """
+    end = threading.Event()
+    with ExitStack() as stack:
+        peers = _pinged(options)
+        for peer in peers:
+            stack.callback(peer.close)
+        stack.enter_context(call_on_signals(end.set))
+        for peer in peers:
+            peer.ask(options.timeout)  # connects, and is not counted
+            print(f"PING {peer.name}: {peer.about}", flush=True)
+        for number in count(1):
+            for peer in peers:
+                if not end.is_set():
+                    line = peer.measure(options.timeout)
+                    if not options.quiet:
+                        print(line, flush=True)
+            if number == options.count or end.wait(options.interval):
+                break
+    print("\n".join(peer.summary for peer in peers))
+    silent = [peer.name for peer in peers if not peer.times]
+    if silent:
+        raise _CommandError(f"no answer from {', '.join(silent)}.")
+    return 0
+
+
+def _pinged(options: argparse.Namespace) -> list[_Pinged]:
+    """Return whom to ask."""
+    publishers: list[_Pinged] = [_PingedPublisher("", address, None) for address in options.address]
+    if options.address and not options.names:
+        return publishers
+    hosts = _nameservers(options)
+    for name in options.names:
+        entries = get_pub_address(name, options.timeout, hosts)
+        if not entries:
+            raise _CommandError(f"the nameserver on {', '.join(hosts)} knows no publisher {name}.")
+        for entry in entries:
+            publishers.append(_PingedPublisher(name, entry["URI"], _backend_towards(entry.get("backend"))))
+    return [*map(_PingedNameserver, hosts), *publishers]
+
+
 # -- top --
+
+
+# -- what top, check and exporter know --
 
 
 def raise_descriptor_limit() -> int:
     """Allow this process as many open files, that is connections, as the system lets it have; return how many."""
-    with suppress(ImportError, ValueError, OSError):  # see above; macOS says "unlimited" and means something else
+    try:
         import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    except ImportError:  # Windows has no such limit
+        return sys.maxsize
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS says "unlimited" and means something else
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return _descriptor_limit()
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 class _Heartbeats:
@@ -7531,152 +8072,291 @@ class _Heartbeats:
         return self._missed + self.overdue(now)
 
 
-class _Traffic:
-    """What a publisher has sent under one subject: how much since the last view, and when the last of it."""
+def _age(message: Message) -> float:
+    """Return how many seconds ago a message was made, by the clocks of its host and this one; 0 if it is to come."""
+    made = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
+    return max((datetime.now(timezone.utc) - made).total_seconds(), 0.0)
 
-    messages = size = 0
-    last = 0.0
+
+class _Traffic:
+    """The messages of one publisher, subject and type.
+
+    Attributes:
+        messages, size: How many there were, and of how many bytes.
+        ages: How many were, when they came, at most as old as each of `AGES`, and older than the one before; and older.
+        age_sum: How old all of them together were, in seconds.
+        last, last_time: When the last one came, by `time.monotonic` and by `time.time`.
+    """
+
+    AGES = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
+    SECONDS = 60  # of which it is known how many came in each
+
+    def __init__(self) -> None:
+        self.messages = self.size = 0
+        self.ages = [0] * (len(self.AGES) + 1)
+        self.age_sum = self.last = self.last_time = 0.0
+        self._counts = [0] * self.SECONDS
+        self._second = 0  # the last one that is in these
+
+    def count(self, size: int, age: float, now: float) -> None:
+        """Count a message of *size* bytes that comes *now*, *age* seconds old."""
+        self.messages += 1
+        self.size += size
+        self.ages[bisect_left(self.AGES, age)] += 1
+        self.age_sum += age
+        self.last, self.last_time = now, time.time()
+        self._advance(int(now))
+        self._counts[self._second % self.SECONDS] += 1
+
+    def _advance(self, second: int) -> None:
+        for new in range(max(self._second, second - self.SECONDS) + 1, second + 1):
+            self._counts[new % self.SECONDS] = 0
+        self._second = max(self._second, second)
+
+    def minute(self, now: float) -> list[int]:
+        """Return how many came in each second of the last minute, this one included."""
+        self._advance(int(now))
+        start = self._second % self.SECONDS + 1
+        return self._counts[start:] + self._counts[:start]
 
 
 class _Tally:
-    """A publisher that is listened to, and its traffic by subject."""
+    """A publisher that is listened to, and its traffic by subject and type."""
 
-    def __init__(self, sock: zmq.Socket[bytes], name: str) -> None:
-        self.socket = sock
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.traffic: dict[str, _Traffic] = {}
         self.heard = time.monotonic()
         self.heartbeats = _Heartbeats()
-
-    def receive(self) -> None:
-        """Count what has come, but not so much that others have to wait."""
-        self.heard = time.monotonic()
-        for _ in range(1000):
-            try:
-                raw = self.socket.recv(_NOBLOCK)
-                message = Message.decode(raw)
-            except zmq.Again:
-                return
-            except MessageError:
-                continue
-            traffic = self.traffic.setdefault(message.subject, _Traffic())
-            traffic.messages += 1
-            traffic.size += len(raw)
-            traffic.last = self.heard
-            self.heartbeats.take(message, self.heard)
-
-    @property
-    def missed_beats(self) -> str:
-        """How many heartbeats are overdue, empty if none is expected."""
-        return "" if self.heartbeats.interval is None else str(self.heartbeats.overdue(time.monotonic()))
+        self.traffic: dict[tuple[str, str], _Traffic] = {}
 
 
 class _Meter:
-    """Counts the messages of all publishers that the nameservers know, over a socket for each address.
+    """Counts the messages of publishers, in a thread that does nothing else.
+
+    Args:
+        topics: The beginnings of the subjects.
+    """
+
+    KINDS = 500  # of messages, by publisher, subject and type; what exceeds is counted as of the subject OTHER
+    OTHER = "other"
+
+    def __init__(self, topics: Sequence[str]) -> None:
+        self._start = time.monotonic()
+        self._lock = threading.Lock()
+        self._tallies: dict[str, _Tally] = {}  # by address
+        self._kinds = 0
+        self._subscriber = Subscriber([], topics, self._count, translate=True)
+        self._thread = threading.Thread(target=self._receive, name="posttroll meter", daemon=True)
+        self._thread.start()
+
+    def _receive(self) -> None:
+        for _ in self._subscriber.recv():  # it takes none of them, but counts them as they pass its filter
+            pass
+
+    def _count(self, message: Message) -> bool:
+        """Count a message; return that nobody wants to have it."""
+        now, age, size = time.monotonic(), _age(message), len((message.raw or "").encode())
+        with self._lock:
+            tally = self._tallies.get(message.origin)
+            if tally is not None:
+                tally.heard = now
+                tally.heartbeats.take(message, now)
+                kind = _shortened(message.subject, 200), _shortened(message.type, 60)
+                if kind not in tally.traffic:
+                    kind = kind if self._kinds < self.KINDS else (self.OTHER, self.OTHER)
+                    self._kinds += kind not in tally.traffic
+                tally.traffic.setdefault(kind, _Traffic()).count(size, age, now)
+        return False
+
+    def add(self, entry: Mapping[str, Any]) -> bool:
+        """Count the messages of a publisher, an entry of a nameserver's answer; return whether that is possible."""
+        name = _shortened(_describe_service(entry, True)["name"], 200)
+        with self._lock:
+            self._tallies.setdefault(entry["URI"], _Tally(name))
+        try:
+            self._subscriber.add(entry)
+        except (ValueError, zmq.ZMQError):  # another backend
+            self.remove(entry["URI"])
+            return False
+        return True
+
+    def remove(self, address: str) -> None:
+        """Forget a publisher."""
+        self._subscriber.remove(address)
+        with self._lock:
+            tally = self._tallies.pop(address, None)
+            self._kinds -= 0 if tally is None else len(tally.traffic)
+
+    def forget(self, before: float) -> None:
+        """Make room, if there is none: forget the kinds of messages that came last *before* a time."""
+        with self._lock:
+            for tally in self._tallies.values() if self._kinds >= self.KINDS else ():
+                tally.traffic = {kind: traffic for kind, traffic in tally.traffic.items() if traffic.last > before}
+            self._kinds = sum(len(tally.traffic) for tally in self._tallies.values())
+
+    def last_heard(self) -> dict[str, float]:
+        """Return when each of the publishers was heard last, or was added, by their addresses."""
+        with self._lock:
+            return {address: tally.heard for address, tally in self._tallies.items()}
+
+    def view(self) -> dict[str, Any]:
+        """Return all that was counted until now, as JSON can hold it."""
+        with self._lock:
+            now = time.monotonic()
+            publishers, traffic = [], []
+            for address, tally in self._tallies.items():
+                labels = {"publisher": tally.name, "address": address}
+                beats = tally.heartbeats
+                overdue = None if beats.interval is None else beats.overdue(now)
+                heard = {"heard_ago": round(now - tally.heard, 3), "heartbeat_interval": beats.interval}
+                missed = {"heartbeats_overdue": overdue, "heartbeats_missed": beats.missed(now)}
+                publishers.append({**labels, **heard, **missed})
+                for (subject, kind), each in tally.traffic.items():
+                    row = {**labels, "subject": subject, "type": kind, "messages": each.messages, "bytes": each.size}
+                    ages = {"age_sum": each.age_sum, "ages": each.ages[:], "last_minute": each.minute(now)}
+                    traffic.append({**row, "last": each.last_time, "ago": round(now - each.last, 3), **ages})
+        counts = {"caught_up": self._subscriber.caught_up, "missed": self._subscriber.missed}
+        bounds = [*_Traffic.AGES, None]
+        view = {"seconds": now - self._start, **counts, "publishers": publishers}
+        return {**view, "age_bounds": bounds, "traffic": traffic}
+
+    def close(self) -> None:
+        """End the counting."""
+        self._subscriber.close()
+        self._thread.join()
+
+
+class _Network:
+    """All publishers that the nameservers know, and what they send.
 
     Args:
         topics: The beginnings of the subjects.
         nameservers: Their hosts.
-        keyboard: A descriptor from which the key q is read, if there is one.
+        loop: What is run while nothing is to be looked up.
 
     Attributes:
-        sources: The publishers by address.
         problem: Why it does not see everything, and what to do; empty if it does.
     """
 
-    LOOKUP = 2.0  # seconds between two
+    LOOKUP, PATIENCE = 2.0, 1.0  # seconds between two, and for an answer
     KEEP = 300.0  # seconds of silence after which a subject is forgotten, or a publisher that no nameserver knows
-    OWN_FILES, FILES = 60, 3  # open files at most, and those of each address
+    OWN_FILES, FILES = 60, 4  # open files at most, and those of each address
 
-    def __init__(self, topics: Sequence[str], nameservers: Sequence[str], keyboard: int | None = None) -> None:
-        self._topics = [prefix.encode() for prefix in _topic_prefixes(topics or "")]
-        self._nameservers = nameservers
+    def __init__(self, topics: Sequence[str], nameservers: Sequence[str], loop: Loop) -> None:
         self._limit = (raise_descriptor_limit() - self.OWN_FILES) // self.FILES
-        self._resolutions: dict[str, _Resolution] = {}
-        self._poller = zmq.Poller()
-        if keyboard is not None:
-            self._poller.register(keyboard, _POLLIN)
+        self._loop = loop
         self._lookup_due = time.monotonic()
-        self._is_stopped = False
-        self._by_socket: dict[Any, _Tally] = {}
-        self.sources: dict[str, _Tally] = {}
+        self._up = dict.fromkeys(nameservers, False)
+        self._known: dict[str, Mapping[str, Any]] = {}  # what nameservers know, by address
+        self._counted: set[str] = set()  # addresses
         self.problem = ""
+        self._meter = _Meter(topics)
 
-    def count(self, seconds: float) -> bool:
-        """Count what comes in so many seconds; return False if it was stopped before."""
-        for traffic in chain.from_iterable(source.traffic.values() for source in self.sources.values()):
-            traffic.messages = traffic.size = 0
-        deadline = time.monotonic() + seconds
-        while not self._is_stopped and time.monotonic() < deadline:
+    def run(self, until: float = math.inf) -> bool:
+        """Follow the publishers *until* a time of `time.monotonic`; return False if the loop was stopped before."""
+        while not self._loop.is_stopped and time.monotonic() < until:
             if time.monotonic() >= self._lookup_due:
                 self._look_up()
-            for item, _ in self._poller.poll(100):
-                if isinstance(item, int):
-                    self._is_stopped |= os.read(item, 1) in (b"q", b"")
-                else:
-                    self._by_socket[item].receive()
-        return not self._is_stopped
-
-    def stop(self) -> None:
-        """End the counting; may be called from a signal handler."""
-        self._is_stopped = True
+                self._lookup_due = time.monotonic() + self.LOOKUP
+            self._loop.turn(min(until, self._lookup_due))
+        return not self._loop.is_stopped
 
     def _look_up(self) -> None:
-        """Ask where the publishers are, connect to new ones, and forget what has been silent for long."""
-        self._lookup_due = time.monotonic() + self.LOOKUP
-        known = set(self.sources)  # if nobody answers, they may still be there
-        self.problem = ""
-        try:
-            entries = get_pub_address("", 1, self._nameservers)
-            known = {entry["URI"] for entry in entries}
-            for entry in entries:
-                self._connect(entry)
-            if len(known) > self._limit:
-                self.problem = f"Only {self._limit} of {len(known)} publishers: allow more open files (ulimit -n)."
-        except TimeoutError as error:
-            self.problem = str(error)
+        """Ask where the publishers are, begin to count new ones, and forget what has been silent for long."""
+        known: dict[str, Mapping[str, Any]] = {}
+        problems = []
+        for host in self._up:
+            try:
+                known.update((entry["URI"], entry) for entry in get_pub_address("", self.PATIENCE, host))
+                self._up[host] = True
+            except TimeoutError as error:
+                self._up[host] = False
+                problems.append(str(error))
+        if any(self._up.values()):
+            self._known = known  # else they may still be there
+        for address in [address for address in known if address not in self._counted]:
+            if len(self._counted) < self._limit and self._meter.add(known[address]):
+                self._counted.add(address)
+        if len(known) > self._limit:
+            problems.append(f"Only {self._limit} of {len(known)} publishers: allow more open files (ulimit -n).")
+        self.problem = " ".join(problems)
         oldest = time.monotonic() - self.KEEP
-        for address, source in list(self.sources.items()):
-            source.traffic = {key: traffic for key, traffic in source.traffic.items() if traffic.last > oldest}
-            if address not in known and source.heard <= oldest:
-                self._disconnect(address)
+        self._meter.forget(oldest)
+        for address, heard in self._meter.last_heard().items():
+            if address not in self._known and heard <= oldest:
+                self._meter.remove(address)
+                self._counted.discard(address)
 
-    def _connect(self, entry: Mapping[str, Any]) -> None:
-        """Connect to a publisher, if that is possible and not done yet."""
-        address, backend = entry["URI"], _backend_towards(entry.get("backend"))
-        endpoint = self._resolutions.setdefault(address, _Resolution(address)).check()
-        if address in self.sources or backend is None or endpoint is None or len(self.sources) >= self._limit:
-            return
-        sock = set_up_client_socket(zmq.SUB, endpoint, None, backend)
-        for topic in self._topics:
-            sock.setsockopt(zmq.SUBSCRIBE, topic)
-        self._poller.register(sock, _POLLIN)
-        self.sources[address] = self._by_socket[sock] = _Tally(sock, _describe_service(entry, True)["name"])
-
-    def _disconnect(self, address: str) -> None:
-        source = self.sources.pop(address)
-        self._resolutions.pop(address, None)
-        self._poller.unregister(source.socket)
-        del self._by_socket[source.socket]
-        close_socket(source.socket)
+    def view(self) -> dict[str, Any]:
+        """Return all that is known now, as JSON can hold it."""
+        now = datetime.now(timezone.utc).isoformat()
+        return {"time": now, "nameservers": dict(self._up), "services": len(self._known), **self._meter.view()}
 
     def close(self) -> None:
-        """Close the sockets."""
-        for address in list(self.sources):
-            self._disconnect(address)
+        """End the counting."""
+        self._meter.close()
 
-    def lines(self, seconds: float, width: int = 0) -> list[str]:
-        """Return a view of what was counted in so many seconds, the busiest first."""
-        found = [(*pair, source, of) for of, source in self.sources.items() for pair in source.traffic.items()]
-        rows = []
-        for subject, traffic, source, address in sorted(found, key=lambda item: -item[1].messages):
-            rates = [f"{traffic.messages / seconds:.1f}", f"{traffic.size / seconds:.0f}"]
-            ago = f"{time.monotonic() - traffic.last:.0f} s ago"
-            rows.append([*map(_printable, (source.name, address, subject)), *rates, ago, source.missed_beats])
-        total = sum(traffic.messages for _, traffic, *_ in found) / seconds
-        head = f"posttroll top - {datetime.now():%H:%M:%S}  {len(self.sources)} publishers  {total:.1f} messages/s"
-        headings = ("PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "LAST SEEN", "BEATS MISSED")
-        return [head, self.problem, *_table(rows, headings, width, "PUBLISHER SUBJECT")]
+
+# -- top --
+
+_BLOCKS, _ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
+
+
+def _sparkline(counts: Sequence[int], width: int) -> str:
+    """Return *width* characters that show how *counts* rose and fell; the highest is as high as it can be."""
+    blocks = _BLOCKS
+    try:
+        _BLOCKS.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        blocks = _ASCII_BLOCKS
+    ends = [len(counts) * (place + 1) // width for place in range(width)]
+    heights = [sum(counts[start:end]) / max(end - start, 1) for start, end in zip([0, *ends], ends)]
+    highest = max(heights, default=0) or 1
+    return "".join(blocks[math.ceil(height / highest * (len(blocks) - 1))] for height in heights)
+
+
+def _rows_by_subject(view: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the traffic by address and subject, messages of all types together."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in view["traffic"]:
+        same = rows.setdefault((row["address"], row["subject"]), {**row, "messages": 0, "bytes": 0, "last_minute": []})
+        same["messages"] += row["messages"]
+        same["bytes"] += row["bytes"]
+        same["ago"] = min(same["ago"], row["ago"])
+        same["last_minute"] = [
+            sum(counts) for counts in zip_longest(same["last_minute"], row["last_minute"], fillvalue=0)
+        ]
+    return rows
+
+
+def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str, width: int) -> list[str]:
+    """Return the lines that show what was counted since the view *before*, the busiest first."""
+    overdue = {each["address"]: each["heartbeats_overdue"] for each in view["publishers"]}
+    rows, old = _rows_by_subject(view), _rows_by_subject(before)
+    seconds, total, shown = view["seconds"] - before["seconds"], 0.0, []
+    for key, row in rows.items():
+        past = old.get(key, {"messages": 0, "bytes": 0})
+        messages, size = ((row[what] - past[what]) / seconds for what in ("messages", "bytes"))
+        total += messages
+        late = "" if overdue[row["address"]] is None else str(overdue[row["address"]])
+        cells = [*map(_printable, (row["publisher"], row["address"], row["subject"])), f"{messages:.1f}", f"{size:.0f}"]
+        if row["ago"] < _Network.KEEP:
+            shown.append((messages, [*cells, f"{row['ago']:.0f} s ago", late], row["last_minute"]))
+    shown.sort(key=lambda item: -item[0])
+    headings = ["PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "SEEN", "OVERDUE"]
+    if 0 < width < 100:  # there is no room for the addresses
+        del headings[1]
+        for _, cells, _ in shown:
+            del cells[1]
+    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT")
+    longest = max(map(len, lines))
+    room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
+    pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
+    lines = [f"{line.ljust(longest)}  {picture}".rstrip() for line, picture in zip(lines, pictures)]
+    what = f"{len(view['publishers'])} publishers  {total:.1f} messages/s"
+    gone = f"{view['caught_up']} caught up, {view['missed']} missed"
+    lines = [f"posttroll top - {datetime.now():%H:%M:%S}  {what}  {gone}", problem, *lines]
+    return [line[: width or None] for line in lines]
 
 
 def _add_top_arguments(command: argparse.ArgumentParser) -> None:
@@ -7684,6 +8364,7 @@ def _add_top_arguments(command: argparse.ArgumentParser) -> None:
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
     add("--interval", type=_number(float, 0.1), default=2.0, metavar="SECONDS", help="between two views (2)")
     add("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)")
+    add("--json", action="store_true", help="one JSON object a line, with the numbers of 'exporter'")
     command.set_defaults(words="topics")
 
 
@@ -7694,16 +8375,29 @@ def _run_top(options: argparse.Namespace) -> int:
     Examples:
       posttroll top
       posttroll top /segment --interval 10 -n 6 > load.txt
+      posttroll top --json | jq '.publishers[] | select(.heartbeats_overdue > 0)'
     """
     views = options.count or (None if sys.stdout.isatty() else 1)
     with ExitStack() as stack:
         keyboard = stack.enter_context(_single_keys())
-        meter = stack.enter_context(closing(_Meter(options.topics, _nameservers(options), keyboard)))
-        stack.enter_context(call_on_signals(meter.stop))
-        for _ in count() if views is None else range(views):
-            if not meter.count(options.interval):
+        loop = stack.enter_context(closing(Loop()))
+        network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
+        stack.enter_context(signals_wake(loop))
+        stack.enter_context(call_on_signals(loop.stop))
+        if keyboard is not None:
+            loop.watch(keyboard, lambda: loop.stop() if os.read(keyboard, 1) in (b"q", b"") else None)
+        before: Mapping[str, Any] = {"seconds": 0.0, "traffic": []}
+        for number in count(1):
+            if not network.run(time.monotonic() + options.interval):
                 break
-            _show(meter.lines(options.interval, _view_size()[0]))
+            view = network.view()
+            if options.json:
+                print(json.dumps(view), flush=True)
+            else:
+                _show(_top_lines(view, before, network.problem, _view_size()[0]))
+            if number == views:
+                break
+            before = view
     return 0
 
 
@@ -7723,6 +8417,431 @@ def _single_keys() -> Iterator[int | None]:
         yield descriptor
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+# -- check --
+
+_VERDICTS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")  # in the order of the exit statuses that monitors know
+
+
+class _Listener:
+    """Listens to the publishers of a service, whose last messages come at once if they keep them.
+
+    Args:
+        name: That of the service, empty for all.
+        entries: The publishers, as a nameserver tells of them.
+        topic: The beginning of the subjects.
+        seconds: How long ago the last message may be.
+
+    Attributes:
+        age: How old the newest message is, in seconds; None if there is none.
+
+    Raises:
+        ValueError: A publisher has another backend.
+    """
+
+    def __init__(self, name: str, entries: Iterable[Mapping[str, Any]], topic: str, seconds: float) -> None:
+        self.name = name or "all"
+        self.age: float | None = None
+        self._seconds = seconds
+        self._start = time.monotonic()
+        self._heartbeats: dict[tuple[str, str], _Heartbeats] = {}
+        self._subscriber = Subscriber(entries, topic, since=seconds)
+        self._has_more = True
+
+    def listen(self, seconds: float) -> None:
+        """Take what comes within so many seconds."""
+        deadline = time.monotonic() + seconds
+        self._has_more = True
+        while self._has_more and time.monotonic() < deadline:
+            message = next(self._subscriber.recv(0.01))
+            self._has_more = message is not None
+            if message is not None:
+                age = _age(message)
+                self.age = min(age, self._seconds if self.age is None else self.age)
+                beats = self._heartbeats.setdefault((message.subject, message.sender), _Heartbeats())
+                beats.take(message, time.monotonic() - age)
+
+    @property
+    def _knows_past(self) -> bool:
+        """Whether all publishers have told what they had sent before; only ours do."""
+        return not self._has_more and self._subscriber.up_to_date >= len(self._subscriber.addresses)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more is to be learned."""
+        waited = time.monotonic() - self._start
+        return self._knows_past or waited >= self._seconds or (self.age is not None and waited > 1)
+
+    @property
+    def overdue(self) -> int | None:
+        """How many heartbeats are overdue, at that publisher where it is most; None if none are expected."""
+        beats = [each for each in self._heartbeats.values() if each.interval is not None]
+        return max((each.overdue(time.monotonic()) for each in beats), default=None)
+
+    def finding(self) -> tuple[int, str]:
+        """Return a status, and why."""
+        waited = time.monotonic() - self._start
+        if self.age is not None:
+            return 0, f"{self.name} heard {self.age:.0f} s ago"
+        if self._subscriber.missed:
+            return 0, f"{self.name} sent something in the last {self._seconds:g} s"
+        if self._knows_past or waited >= self._seconds:
+            return 2, f"nothing from {self.name} in {self._seconds:g} s"
+        remedy = "it may keep no history: raise --timeout above --silent"
+        return 3, f"nothing from {self.name} in {waited:.0f} s ({remedy})"
+
+    def close(self) -> None:
+        """End the listening."""
+        self._subscriber.close()
+
+
+class _Check:
+    """Asks what a monitor wants to know, and collects the answers.
+
+    Attributes:
+        status: The worst that was found.
+    """
+
+    WEIGHT = (0, 2, 3, 1)  # of the statuses: what is known to be wrong is worse than what is not known
+
+    def __init__(self, options: argparse.Namespace, deadline: float) -> None:
+        self._options = options
+        self._deadline = deadline
+        self.status = 0
+        self._findings: list[tuple[int, str]] = []
+        self._data: list[str] = []
+
+    def find(self, status: int, text: str) -> None:
+        """Take note of something that was found."""
+        self._findings.append((status, text))
+        self.status = max(self.status, status, key=self.WEIGHT.__getitem__)
+
+    def measure(self, name: str, value: str, warn: str = "", critical: str = "") -> None:
+        """Take note of a number."""
+        label = "".join("_" if character in "'=|" or character.isspace() else character for character in name)
+        self._data.append(f"'{label}'={value};{warn};{critical}")
+
+    def line(self) -> str:
+        """Return all that was found in one line, the worst first, with performance data."""
+        findings = sorted(self._findings, key=lambda finding: -self.WEIGHT[finding[0]])
+        text = _printable("; ".join(text for _, text in findings)).replace("|", "/")
+        return f"POSTTROLL {_VERDICTS[self.status]} - {text}" + (f" | {' '.join(self._data)}" if self._data else "")
+
+    @property
+    def left(self) -> float:
+        """How many seconds there are until the deadline."""
+        return max(self._deadline - time.monotonic(), 0.01)
+
+    def run(self) -> None:
+        """Check everything."""
+        names = self._options.names
+        services = [name for name in names if "://" not in name]
+        found = self._look_up(services) if services or not names else {}
+        for name in names:
+            if name not in services:
+                found[name] = [{"URI": name}]
+        if names:  # if no nameserver has answered, nothing is known of services
+            found = {name: self._reachable(name, entries) for name, entries in found.items()}
+        if self._options.silent is not None:
+            self._listen({name: entries for name, entries in found.items() if entries})
+
+    def _look_up(self, services: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+        """Return what the nameservers know of the services, of all (by the name "") if there are none but wanted."""
+        silent = self._options.silent is not None
+        wanted = services or ([""] if silent else ["posttroll-check"])  # any answer is one
+        hosts = ["127.0.0.1"] if self._options.local else _nameservers(self._options)
+        found: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in wanted}
+        down, start = [], time.monotonic()
+        for index, host in enumerate(hosts):
+            try:
+                for name in wanted:
+                    patience = self.left / (len(hosts) - index)
+                    found[name].update((entry["URI"], entry) for entry in get_pub_address(name, patience, host))
+            except TimeoutError:
+                down.append(host)
+        if down:
+            self.find(2 if len(down) == len(hosts) else 1, f"no answer from the nameserver on {', '.join(down)}")
+        else:
+            taken = time.monotonic() - start
+            self.find(0, f"the nameserver answers in {taken * 1000:.0f} ms")
+            self.measure("nameserver", f"{taken:.4f}s", critical=f"{self._options.timeout:g}")
+        if len(down) == len(hosts):
+            return {}
+        if silent and not services and not found[""]:
+            self.find(2, "no publisher is registered")
+        return {name: list(entries.values()) for name, entries in found.items()}
+
+    def _reachable(self, name: str, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return those publishers of *name* that answer."""
+        if not entries:
+            self.find(2, f"{name} is not registered")
+            return []
+        answers = _check_publishers([entry["URI"] for entry in entries], self.left)
+        silent = [address for address, answer in answers.items() if not answer]
+        count = len(entries) - len(silent)
+        if silent:
+            where = "" if "://" in name else f" at {', '.join(silent)}"
+            self.find(1 if count else 2, f"{name} does not answer{where}")
+        else:
+            self.find(0, f"{name} answers")
+        self.measure(name, str(count), f"{len(entries)}:", "1:")
+        return [entry for entry in entries if answers[entry["URI"]]]
+
+    def _listen(self, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Find out whether something came from each of the services in the last seconds, or comes now."""
+        topic, seconds = self._options.topic, self._options.silent
+        with ExitStack() as stack:
+            listeners = []
+            for name, entries in found.items():
+                try:
+                    listeners.append(stack.enter_context(closing(_Listener(name, entries, topic, seconds))))
+                except ValueError as error:
+                    self.find(3, str(error))
+            while time.monotonic() < self._deadline and not all(listener.is_done for listener in listeners):
+                for listener in listeners:
+                    listener.listen(min(0.05, self.left))
+            for listener in listeners:
+                status, text = listener.finding()
+                self.find(status, text)
+                age = "U" if listener.age is None else f"{listener.age:.1f}s"
+                self.measure(f"{listener.name}_silent", age, critical=f"{seconds:g}")
+                if listener.overdue is not None:
+                    self.measure(f"{listener.name}_heartbeats_overdue", str(listener.overdue), warn="0")
+                if listener.overdue:
+                    self.find(1, f"{listener.name}: {listener.overdue} heartbeats are overdue")
+
+
+def _add_check_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked")
+    command.set_defaults(words="names", failure=3)
+    add(
+        "--silent", metavar="SECONDS", type=_number(float, 0.1), help="something has to come from each within that time"
+    )
+    add("--topic", default="", help="that is: a message whose subject begins so (also a heartbeat)")
+    add("--local", action="store_true", help="ask the nameserver of this host, whatever is configured")
+    add("--timeout", metavar="SECONDS", type=_number(float, 0.1), default=10.0, help="of all together (10)")
+
+
+@_command("check", _add_check_arguments)
+def _run_check(options: argparse.Namespace) -> int:
+    """Tell monitors and probes whether all is well: exit status 0 if it is, 1 warning, 2 critical, 3 unknown.
+
+    Examples:
+      posttroll check --local --timeout 2
+      posttroll check receiver gatherer --silent 300
+      posttroll check receiver --silent 900 --topic /segment
+      posttroll check tcp://localhost:9010
+    """
+    logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the line says better
+    check = _Check(options, time.monotonic() + options.timeout - min(0.2, options.timeout / 4))
+    over = threading.Event()
+
+    def run() -> None:
+        try:
+            check.run()
+        except (ValueError, NotImplementedError, MessageError, OSError, zmq.ZMQError) as error:
+            check.find(3, str(error))
+        over.set()
+
+    threading.Thread(target=run, daemon=True).start()  # a name server that is down could hold it up
+    if not over.wait(options.timeout):
+        check.find(2, f"no result after {options.timeout:g} s")
+    print(check.line(), flush=True)
+    return check.status
+
+
+# -- exporter --
+
+EXPORTER_PORT = 9077  # none of the list of Prometheus' exporters, which have all from 9100 to 9999
+
+
+def _labelled(labels: Mapping[str, str]) -> str:
+    """Return labels as Prometheus reads them."""
+    escaped = (each.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for each in labels.values())
+    text = ",".join(f'{name}="{value}"' for name, value in zip(labels, escaped))
+    return f"{{{text}}}" if text else ""
+
+
+def _metric(name: str, kind: str, meaning: str, samples: Iterable[tuple[Mapping[str, str], float | None]]) -> list[str]:
+    """Return the lines about a metric; samples without a value are left out."""
+    name = f"posttroll_{name}"
+    values = [f"{name}{_labelled(labels)} {value!r}" for labels, value in samples if value is not None]
+    return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", *values]
+
+
+def _age_histogram(
+    bounds: Sequence[float | None], rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]
+) -> list[str]:
+    """Return the lines about how old messages were when they came."""
+    name = "posttroll_message_age_seconds"
+    lines = [f"# HELP {name} How old messages were when they came.", f"# TYPE {name} histogram"]
+    for labels, row in rows:
+        for bound, number in zip(bounds, accumulate(row["ages"])):
+            le = "+Inf" if bound is None else repr(bound)
+            lines.append(f"{name}_bucket{_labelled({**labels, 'le': le})} {number}")
+        lines.append(f"{name}_sum{_labelled(labels)} {row['age_sum']!r}")
+        lines.append(f"{name}_count{_labelled(labels)} {row['messages']}")
+    return lines
+
+
+def _exposition(view: Mapping[str, Any]) -> str:
+    """Return a view in Prometheus' text format."""
+    publishers = [({key: row[key] for key in ("publisher", "address")}, row) for row in view["publishers"]]
+    traffic = [({key: row[key] for key in ("publisher", "address", "subject", "type")}, row) for row in view["traffic"]]
+    up = [({"nameserver": host}, int(is_up)) for host, is_up in view["nameservers"].items()]
+    lines = [
+        _metric("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
+        _metric("nameserver_up", "gauge", "Whether the nameserver answers.", up),
+        _metric("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
+        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(publishers))]),
+        _metric(
+            "caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]
+        ),
+        _metric("missed_messages_total", "counter", "Messages gone in an outage.", [({}, view["missed"])]),
+    ]
+    for name, kind, meaning, key, rows in (
+        ("messages_total", "counter", "Messages.", "messages", traffic),
+        ("message_bytes_total", "counter", "Bytes of messages.", "bytes", traffic),
+        ("last_message_timestamp_seconds", "gauge", "When the last message came.", "last", traffic),
+        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", publishers),
+        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", publishers),
+        ("heartbeats_missed_total", "counter", "Heartbeats that did not come.", "heartbeats_missed", publishers),
+    ):
+        lines.append(_metric(name, kind, meaning, [(labels, row[key]) for labels, row in rows]))
+    return "\n".join([*chain.from_iterable(lines), *_age_histogram(view["age_bounds"], traffic), ""])
+
+
+class _Page:
+    """What is answered to HTTP requests: made anew at most once a second, however many ask for it."""
+
+    def __init__(self, make: Callable[[], str]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made = -math.inf
+        self._content = b""
+
+    def content(self) -> bytes:
+        """Return the page."""
+        with self._lock:
+            if time.monotonic() - self._made >= 1:
+                self._content = self._make().encode("utf-8", "backslashreplace")
+                self._made = time.monotonic()
+            return self._content
+
+
+def _handler_of(page: _Page) -> Callable[..., object]:
+    """Return the class that answers HTTP requests with *page*."""
+    import http.server  # takes as long to import as all the rest of a small program
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 10
+        server_version = f"posttroll/{__version__}"
+
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] != "/metrics":
+                self.send_error(404, explain="The metrics are at /metrics.")
+                return
+            content = page.content()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    return Handler
+
+
+class _PageServer:
+    """Answers HTTP requests with a page.
+
+    Each connection has a thread of its own; what comes too fast waits, and of too many connections the oldest goes.  So
+    requests that are many, slow or broken hold up neither others nor what this process has to do besides.
+    """
+
+    CONNECTIONS = 32
+    PAUSE = 0.01  # seconds until the next one
+
+    def __init__(self, host: str, port: int, page: _Page) -> None:
+        self._handler = _handler_of(page)
+        self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.port = int(self._socket.getsockname()[1])
+        self._connections: deque[socket.socket] = deque()
+        self._loop = Loop()
+        self._loop.watch(self._socket.fileno(), self._accept)
+        self._thread = threading.Thread(target=self._loop.run, name="posttroll exporter", daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # it has gone again, or there are no descriptors left
+            connection, address = self._socket.accept()
+            self._connections.append(connection)
+            threading.Thread(target=self._serve, args=(connection, address), daemon=True).start()
+            if len(self._connections) > self.CONNECTIONS:
+                self._connections.popleft().shutdown(socket.SHUT_RDWR)
+        time.sleep(self.PAUSE)
+
+    def _serve(self, connection: socket.socket, address: Any) -> None:
+        with connection, suppress(OSError):  # whoever asked has gone
+            self._handler(connection, address, self)
+        with suppress(ValueError):
+            self._connections.remove(connection)
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._loop.stop()
+        self._thread.join()
+        self._loop.close()
+        self._socket.close()
+
+
+def _add_exporter_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    command.set_defaults(words="topics")
+    add(
+        "--port",
+        type=_number(int, 0, 65535),
+        default=EXPORTER_PORT,
+        help=f"to be asked on ({EXPORTER_PORT}; 0 a free one)",
+    )
+    add(
+        "--bind",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="of the interface to be asked on (127.0.0.1; 0.0.0.0 all)",
+    )
+
+
+@_command("exporter", _add_exporter_arguments)
+def _run_exporter(options: argparse.Namespace) -> int:
+    """Give Prometheus the numbers of 'top', at http://localhost:9077/metrics.
+
+    Examples:
+      posttroll exporter
+      posttroll exporter --bind 0.0.0.0 --nameserver otherhost /segment /heartbeat
+    """
+    with ExitStack() as stack:
+        loop = stack.enter_context(closing(Loop()))
+        network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
+        page = _Page(lambda: _exposition(network.view()))
+        try:
+            server = stack.enter_context(closing(_PageServer(options.bind, options.port, page)))
+        except OSError as error:
+            raise _CommandError(f"cannot be asked on {options.bind}, port {options.port}: {error}") from None
+        stack.enter_context(signals_wake(loop))
+        stack.enter_context(call_on_signals(loop.stop))
+        host = f"[{options.bind}]" if ":" in options.bind else options.bind
+        _talk(f"Metrics are at http://{host}:{server.port}/metrics")
+        network.run()
+    return 0
 
 
 # -- config --

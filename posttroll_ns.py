@@ -729,6 +729,9 @@ class NameServer:
             service = message.data.get("service") if isinstance(message.data, dict) else None
             if not isinstance(service, str):
                 raise posttroll.MessageError("It does not say which service it asks for.")
+            if message.data.get("about") is True:
+                about = {"version": posttroll.__version__}
+                return posttroll.Message("/oper/ns", "info", about, version=version).encode().encode()
             return self._answers.get(service, address_receiver, version)
         except (posttroll.MessageError, UnicodeEncodeError) as error:
             self._log.warning("request", "Broken request: %s", str(error)[:300])
@@ -953,8 +956,10 @@ class _Daemon:
             os.chdir("/")
             return serve(when_ready)
         finally:
-            os.ftruncate(descriptor, 0)
-            os.unlink(self.path)
+            try:
+                os.unlink(self.path)  # first, as what is there, empty and locked, keeps the next one from starting
+            finally:
+                os.ftruncate(descriptor, 0)
 
     def stop(self) -> int:
         """Stop the daemon, and wait until it has ended; return the exit status."""
