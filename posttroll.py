@@ -2173,7 +2173,14 @@ _key_log = LimitedLogger("backends.zmq.socket")
 
 
 class _ClientKeys:
-    """The public keys in a directory, which is read again when it changes."""
+    """The public keys in a directory, which may change at any time.
+
+    To let a client in takes a look at the one file that has its key, however many there are.  Before one is refused,
+    the directory is read again, unless it has been just now: whoever may not come in keeps nobody busy.
+    """
+
+    PAUSE = 9  # times as long as the last reading took, until the next
+    GRANULARITY = 2.0  # seconds; of the times of files, at worst (FAT)
 
     def __init__(self, setting: str) -> None:
         path = config.get(setting)
@@ -2182,26 +2189,55 @@ class _ClientKeys:
         self.directory = os.path.expanduser(path)
         if not os.path.isdir(self.directory):
             raise ConfigurationError(f"{setting}: {self.directory} is not a directory.")
-        self._keys: dict[str, tuple[Any, bytes]] = {}  # by path, each with what changes when the file does
+        self._files: dict[str, tuple[Any, bytes]] = {}  # by path: what changes when the file does, and its key
+        self._paths: dict[bytes, str] = {}  # by key: a file that has it
+        self._state: Any = None  # what changes when a file is added or removed
+        self._next_reading = 0.0
 
     def __contains__(self, key: bytes) -> bool:
-        known, self._keys = self._keys, {}
+        if self._is_confirmed(key):
+            return True
+        if key in self._paths or self._state != self._directory_state() or time.monotonic() >= self._next_reading:
+            self._read_directory()
+        return self._is_confirmed(key)
+
+    def _is_confirmed(self, key: bytes) -> bool:
+        """Whether the file in which *key* was found is still the same."""
+        path = self._paths.get(key)
+        with suppress(OSError):
+            return path is not None and _file_state(os.stat(path)) == self._files[path][0]
+        return False
+
+    def _directory_state(self) -> Any:
+        """Return what changes when a file is added or removed; something new each time, if that cannot be told."""
+        with suppress(OSError):
+            state = os.stat(self.directory)
+            if time.time() - state.st_mtime > self.GRANULARITY:
+                return _file_state(state)
+        return object()
+
+    def _read_directory(self) -> None:
+        begin = time.monotonic()
+        self._state = self._directory_state()
+        known, self._files, self._paths = self._files, {}, {}
         try:
             with os.scandir(self.directory) as entries:
                 for entry in entries:
                     if entry.name.endswith(".key"):
-                        self._keys[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
+                        _, key = self._files[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
+                        self._paths[key] = entry.path
         except OSError as error:
+            self._paths = {}
             _key_log.warning("directory", "No client is let in: %s", error)
-            return False
-        return any(key == other for _, other in self._keys.values())
+        end = time.monotonic()
+        self._next_reading = end + self.PAUSE * (end - begin)
 
     @staticmethod
     def _read(entry: os.DirEntry[str], known_state: Any, known_key: bytes) -> tuple[Any, bytes]:
         """Return state and public key of a file, as known if it has not changed; no key if it is not to be used."""
         state = None
         try:
-            state = (entry.stat().st_mtime_ns, entry.stat().st_ino)
+            state = _file_state(entry.stat())
             if state == known_state:
                 return state, known_key
             return state, _read_keys(entry.path)["public"] if entry.is_file() else b""
@@ -2211,6 +2247,11 @@ class _ClientKeys:
             )
             # No file descriptors left, or no permission yet: it is read again.
             return None if isinstance(error, OSError) else state, b""
+
+
+def _file_state(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes when a file does."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 # -- who may connect --

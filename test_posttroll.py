@@ -8355,6 +8355,44 @@ class TestNameServer:
         thread.join(DEADLINE)
         assert not thread.is_alive()
 
+    def test_many_who_ask_for_the_same_get_one_answer_until_something_changes(self):
+        """As all who follow everything do when a nameserver starts again; and the answer may be large."""
+        made = mock.Mock(wraps=posttroll_ns.get_active_address)
+        long = mock.patch.object(posttroll_ns._Answers, "SECONDS", 1e9)
+        with (
+            long,
+            mock.patch("posttroll_ns.get_active_address", made),
+            nameserver(),
+            contextlib.ExitStack() as publishers,
+        ):
+
+            def found() -> list[str]:
+                return sorted(entry["name"] for entry in posttroll.get_pub_addresses([""], DEADLINE))
+
+            for name in ("a", "b"):
+                publisher = publishers.enter_context(posttroll.Publish(name, nameservers=["localhost"]))
+                wait_for(lambda publisher=publisher: publisher.name in found())
+            made.reset_mock()
+            assert [found() for _ in range(20)] == [["a", "b"]] * 20
+            assert made.call_count <= 1
+            publisher.stop()
+            wait_for(lambda: found() == ["a"])
+
+    def test_the_times_in_an_answer_are_of_this_second(self):
+        answers, receiver = posttroll_ns._Answers(), mock.Mock(changes=1)
+        receiver.get.side_effect = lambda service: [{"URI": service, "n": receiver.get.call_count}]
+        with freeze_time() as clock:
+            first = answers.get("a", receiver, "v1.2")
+            assert answers.get("a", receiver, "v1.2") == first
+            assert answers.get("b", receiver, "v1.2") != first
+            assert answers.get("a", receiver, "v1.01") != first
+            clock.tick(answers.SECONDS)
+            assert answers.get("a", receiver, "v1.2") != first
+            others = KnownAddresses(a=[])
+            assert answers.get("a", others, "v1.2") != first
+            others.services["a"] = [{"URI": "tcp://h:1"}]
+            assert b"tcp://h:1" in answers.get("a", others, "v1.2")
+
     def test_start_stop_and_start_again(self):
         server = posttroll_ns.NameServer(multicast_enabled=False)
         for _ in range(3):
@@ -10782,9 +10820,80 @@ class TestKeyDirectory:
         key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
         assert key in known
         keys.admit("other_server")
+        other = posttroll._read_keys(str(keys.clients / "other_server.key"))["public"]
         with mock.patch("posttroll._read_keys", wraps=posttroll._read_keys) as read:
-            assert key in known
+            assert other in known
         assert [call.args for call in read.call_args_list] == [(str(keys.clients / "other_server.key"),)]
+
+    @staticmethod
+    def settled(keys: Keys) -> tuple[Any, bytes, bytes]:
+        """Return the directory, which has not changed for a long time, with a key in it and one that is not."""
+        os.utime(keys.clients, (1e9, 1e9))
+        known = posttroll._ClientKeys("clients_public_keys_directory")
+        names = ("friend", "stranger")
+        friend, stranger = (posttroll._read_keys(str(keys.directory / f"{name}.key"))["public"] for name in names)
+        assert friend in known
+        return known, friend, stranger
+
+    def test_who_comes_again_costs_a_look_at_one_file(self, keys):
+        for number in range(20):
+            posttroll.write_key_pair(f"{number}", keys.clients)
+        known, friend, _ = self.settled(keys)
+        with mock.patch("os.scandir", side_effect=AssertionError("It reads the directory")):
+            for _ in range(100):
+                assert friend in known
+
+    def test_who_is_refused_again_and_again_costs_little(self, keys):
+        known, friend, stranger = self.settled(keys)
+        with mock.patch("os.scandir", wraps=os.scandir) as read, mock.patch.object(known, "PAUSE", 1e9):
+            for _ in range(100):
+                assert stranger not in known
+            assert read.call_count <= 1
+            shutil.copy(
+                keys.directory / "stranger.key", keys.clients / "friend.key"
+            )  # this leaves the directory as it was
+            for _ in range(100):
+                assert friend not in known
+            assert stranger in known
+            assert read.call_count <= 2
+            shutil.copy(keys.directory / "friend.key", keys.clients / "friend.key")
+            later = time.monotonic() + 1e10
+            with mock.patch("time.monotonic", return_value=later):
+                assert friend in known
+
+    def test_in_spite_of_that_all_that_changes_counts_at_once(self, keys):
+        known, friend, stranger = self.settled(keys)
+        with mock.patch.object(known, "PAUSE", 1e9):
+            assert stranger not in known
+            keys.admit("stranger")
+            assert stranger in known
+            shutil.copy(keys.clients / "stranger.key", keys.clients / "a copy.key")
+            assert stranger in known
+            os.utime(keys.clients, (1e9, 1e9))
+            assert friend in known
+            keys.expel("stranger")
+            assert stranger in known  # each file stands for itself
+            (keys.clients / "a copy.key").unlink()
+            os.utime(keys.clients, (1e9, 1e9))
+            assert stranger not in known
+            keys.clients.rename(keys.directory / "moved")
+            assert friend not in known
+            (keys.directory / "moved").rename(keys.clients)
+            assert friend in known
+
+    def test_a_change_just_after_reading_is_seen(self, keys):
+        """Also if the time of the directory is too coarse to show it."""
+        known, _, stranger = self.settled(keys)
+        os.utime(keys.clients)
+        times = os.stat(keys.clients)
+        with (
+            mock.patch.object(known, "PAUSE", 1e9),
+            mock.patch("posttroll._file_state", lambda status: status.st_mtime_ns),
+        ):
+            assert stranger not in known
+            keys.admit("stranger")
+            os.utime(keys.clients, ns=(times.st_atime_ns, times.st_mtime_ns))
+            assert stranger in known
 
     def test_what_stays_in_the_process_needs_no_keys(self, keys, monkeypatch):
         """Also beside connections that do."""
