@@ -6014,9 +6014,9 @@ class TestExporter:
         self.check_conventions(text)
         same = self.samples(posttroll._exposition(view))
         assert set(same) == set(found)
-        assert {key: same[key] for key in same if key[0].endswith(("messages_total", "bytes_total", "_bucket"))} == {
-            key: found[key] for key in found if key[0].endswith(("messages_total", "bytes_total", "_bucket"))
-        }
+        numbers = [key for key in found if key[0].endswith(("messages_total", "bytes_total", "_count"))]
+        assert {key: same[key] for key in numbers} == {key: found[key] for key in numbers}
+        assert same["posttroll_message_age_seconds_bucket", "b", "/late", "file", "600.0"] == 1
 
     @staticmethod
     def check_conventions(text: str) -> None:
