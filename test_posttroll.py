@@ -6130,7 +6130,7 @@ class TestExporter:
             wait_for(lambda: self.metrics(port)["posttroll_missed_messages_total",] > 0)
             found = self.metrics(port)
             caught_up, missed = (found[f"posttroll_{what}_messages_total",] for what in ("caught_up", "missed"))
-            assert caught_up + missed == 100
+            assert caught_up + missed in (100, 101)  # it may not have been confirmed yet that the first had come
             assert caught_up >= 16
             assert found[key] == 1 + caught_up
             wait_for(lambda: self.metrics(port)["posttroll_nameserver_up", "localhost"] == 0)
