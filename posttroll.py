@@ -72,7 +72,7 @@ from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
-from itertools import accumulate, chain, count, islice, takewhile, zip_longest
+from itertools import accumulate, chain, count, islice, takewhile
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
 
 import zmq
@@ -8141,8 +8141,8 @@ class _Heartbeats:
         self._missed = 0  # until the last one
 
     def take(self, message: Message, when: float) -> None:
-        """Take note of a message that came at a time, if it is a heartbeat."""
-        if message.type == "beat":
+        """Take note of a message that came at a time, if it is a heartbeat (and not older than the last one)."""
+        if message.type == "beat" and when >= (self.last or 0.0):
             self._missed += self.overdue(when)
             interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
             if isinstance(interval, (int, float)) and interval > 0:
@@ -8174,6 +8174,7 @@ class _Traffic:
         ages: How many were, when they came, at most as old as each of `AGES`, and older than the one before; and older.
         age_sum: How old all of them together were, in seconds.
         last, last_time: When the last one came, by `time.monotonic` and by `time.time`.
+        heartbeats: Those among them.
     """
 
     AGES = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
@@ -8183,6 +8184,7 @@ class _Traffic:
         self.messages = self.size = 0
         self.ages = [0] * (len(self.AGES) + 1)
         self.age_sum = self.last = self.last_time = 0.0
+        self.heartbeats = _Heartbeats()
         self._counts = [0] * self.SECONDS
         self._second = 0  # the last one that is in these
 
@@ -8201,6 +8203,13 @@ class _Traffic:
             self._counts[new % self.SECONDS] = 0
         self._second = max(self._second, second)
 
+    def beats(self, now: float) -> dict[str, float | None]:
+        """Return what is known of heartbeats; nothing if there are none to be expected."""
+        beats, names = self.heartbeats, ("heartbeat_interval", "heartbeats_overdue", "heartbeats_missed")
+        if beats.interval is None:
+            return dict.fromkeys(names)
+        return dict(zip(names, (beats.interval, beats.overdue(now), beats.missed(now))))
+
     def minute(self, now: float) -> list[int]:
         """Return how many came in each second of the last minute, this one included."""
         self._advance(int(now))
@@ -8214,7 +8223,6 @@ class _Tally:
     def __init__(self, name: str) -> None:
         self.name = name
         self.heard = time.monotonic()
-        self.heartbeats = _Heartbeats()
         self.traffic: dict[tuple[str, str], _Traffic] = {}
 
 
@@ -8248,12 +8256,14 @@ class _Meter:
             tally = self._tallies.get(message.origin)
             if tally is not None:
                 tally.heard = now
-                tally.heartbeats.take(message, now)
                 kind = _shortened(message.subject, 200), _shortened(message.type, 60)
                 if kind not in tally.traffic:
                     kind = kind if self._kinds < self.KINDS else (self.OTHER, self.OTHER)
                     self._kinds += kind not in tally.traffic
-                tally.traffic.setdefault(kind, _Traffic()).count(size, age, now)
+                traffic = tally.traffic.setdefault(kind, _Traffic())
+                traffic.count(size, age, now)
+                if kind[1] == message.type:
+                    traffic.heartbeats.take(message, now)
         return False
 
     def add(self, entry: Mapping[str, Any]) -> bool:
@@ -8294,15 +8304,11 @@ class _Meter:
             publishers, traffic = [], []
             for address, tally in self._tallies.items():
                 labels = {"publisher": tally.name, "address": address}
-                beats = tally.heartbeats
-                overdue = None if beats.interval is None else beats.overdue(now)
-                heard = {"heard_ago": round(now - tally.heard, 3), "heartbeat_interval": beats.interval}
-                missed = {"heartbeats_overdue": overdue, "heartbeats_missed": beats.missed(now)}
-                publishers.append({**labels, **heard, **missed})
+                publishers.append({**labels, "ago": round(now - tally.heard, 3)})
                 for (subject, kind), each in tally.traffic.items():
                     row = {**labels, "subject": subject, "type": kind, "messages": each.messages, "bytes": each.size}
-                    ages = {"age_sum": each.age_sum, "ages": each.ages[:], "last_minute": each.minute(now)}
-                    traffic.append({**row, "last": each.last_time, "ago": round(now - each.last, 3), **ages})
+                    times = {"last": each.last_time, "ago": round(now - each.last, 3), "last_minute": each.minute(now)}
+                    traffic.append({**row, **times, "age_sum": each.age_sum, "ages": each.ages[:], **each.beats(now)})
         counts = {"caught_up": self._subscriber.caught_up, "missed": self._subscriber.missed}
         bounds = [*_Traffic.AGES, None]
         view = {"seconds": now - self._start, **counts, "publishers": publishers}
@@ -8403,40 +8409,25 @@ def _sparkline(counts: Sequence[int], width: int) -> str:
     return "".join(blocks[math.ceil(height / highest * (len(blocks) - 1))] for height in heights)
 
 
-def _rows_by_subject(view: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the traffic by address and subject, messages of all types together."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in view["traffic"]:
-        same = rows.setdefault((row["address"], row["subject"]), {**row, "messages": 0, "bytes": 0, "last_minute": []})
-        same["messages"] += row["messages"]
-        same["bytes"] += row["bytes"]
-        same["ago"] = min(same["ago"], row["ago"])
-        same["last_minute"] = [
-            sum(counts) for counts in zip_longest(same["last_minute"], row["last_minute"], fillvalue=0)
-        ]
-    return rows
-
-
 def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str, width: int) -> list[str]:
     """Return the lines that show what was counted since the view *before*, the busiest first."""
-    overdue = {each["address"]: each["heartbeats_overdue"] for each in view["publishers"]}
-    rows, old = _rows_by_subject(view), _rows_by_subject(before)
+    old = {(row["address"], row["subject"], row["type"]): (row["messages"], row["bytes"]) for row in before["traffic"]}
     seconds, total, shown = view["seconds"] - before["seconds"], 0.0, []
-    for key, row in rows.items():
-        past = old.get(key, {"messages": 0, "bytes": 0})
-        messages, size = ((row[what] - past[what]) / seconds for what in ("messages", "bytes"))
+    for row in view["traffic"]:
+        messages_before, size_before = old.get((row["address"], row["subject"], row["type"]), (0, 0))
+        messages, size = (row["messages"] - messages_before) / seconds, (row["bytes"] - size_before) / seconds
         total += messages
-        late = "" if overdue[row["address"]] is None else str(overdue[row["address"]])
-        cells = [*map(_printable, (row["publisher"], row["address"], row["subject"])), f"{messages:.1f}", f"{size:.0f}"]
-        if row["ago"] < _Network.KEEP:
-            shown.append((messages, [*cells, f"{row['ago']:.0f} s ago", late], row["last_minute"]))
+        overdue = row["heartbeats_overdue"]
+        texts = [_printable(row[label]) for label in ("publisher", "address", "subject", "type")]
+        numbers = [f"{messages:.1f}", f"{size:.0f}", f"{row['ago']:.0f} s ago", "" if overdue is None else str(overdue)]
+        if row["ago"] < _Network.KEEP or overdue:
+            shown.append((messages, texts + numbers, row["last_minute"]))
     shown.sort(key=lambda item: -item[0])
-    headings = ["PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "SEEN", "OVERDUE"]
-    if 0 < width < 100:  # there is no room for the addresses
-        del headings[1]
-        for _, cells, _ in shown:
+    headings = ["PUBLISHER", "ADDRESS", "SUBJECT", "TYPE", "MSG/S", "BYTES/S", "SEEN", "OVERDUE"]
+    if 0 < width < 110:  # there is no room for the addresses
+        for cells in (headings, *(cells for _, cells, _ in shown)):
             del cells[1]
-    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT")
+    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT TYPE")
     longest = max(map(len, lines))
     room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
     pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
@@ -8463,7 +8454,7 @@ def _run_top(options: argparse.Namespace) -> int:
     Examples:
       posttroll top
       posttroll top /segment --interval 10 -n 6 > load.txt
-      posttroll top --json | jq '.publishers[] | select(.heartbeats_overdue > 0)'
+      posttroll top --json | jq '.traffic[] | select(.heartbeats_overdue > 0)'
     """
     views = options.count or (None if sys.stdout.isatty() else 1)
     with ExitStack() as stack:
@@ -8776,14 +8767,13 @@ def _age_histogram(
 
 def _exposition(view: Mapping[str, Any]) -> str:
     """Return a view in Prometheus' text format."""
-    publishers = [({key: row[key] for key in ("publisher", "address")}, row) for row in view["publishers"]]
     traffic = [({key: row[key] for key in ("publisher", "address", "subject", "type")}, row) for row in view["traffic"]]
     up = [({"nameserver": host}, int(is_up)) for host, is_up in view["nameservers"].items()]
     lines = [
         _metric("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
         _metric("nameserver_up", "gauge", "Whether the nameserver answers.", up),
         _metric("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
-        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(publishers))]),
+        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(view["publishers"]))]),
         _metric(
             "caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]
         ),
@@ -8793,9 +8783,9 @@ def _exposition(view: Mapping[str, Any]) -> str:
         ("messages_total", "counter", "Messages.", "messages", traffic),
         ("message_bytes_total", "counter", "Bytes of messages.", "bytes", traffic),
         ("last_message_timestamp_seconds", "gauge", "When the last message came.", "last", traffic),
-        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", publishers),
-        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", publishers),
-        ("heartbeats_missed_total", "counter", "Heartbeats that did not come.", "heartbeats_missed", publishers),
+        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", traffic),
+        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", traffic),
+        ("heartbeats_missed_total", "counter", "Heartbeats that did not come in time.", "heartbeats_missed", traffic),
     ):
         lines.append(_metric(name, kind, meaning, [(labels, row[key]) for labels, row in rows]))
     return "\n".join([*chain.from_iterable(lines), *_age_histogram(view["age_bounds"], traffic), ""])
