@@ -64,6 +64,7 @@ import time
 import types
 import warnings
 import weakref
+from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -71,8 +72,8 @@ from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
-from itertools import chain, count, islice, takewhile
-from typing import TYPE_CHECKING, Any, Callable, TypeVar, Union, cast
+from itertools import accumulate, chain, count, islice, takewhile, zip_longest
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
@@ -1057,6 +1058,11 @@ class Message:
         if not _keeps_timezone(version):
             moment = moment.replace(tzinfo=None)
         return f"{_MAGICK}{subject} {atype} {sender} {moment.isoformat()} {version}{prefix}{text}"
+
+    @property
+    def raw(self) -> str | None:
+        """The text that it was decoded from, whatever has been assigned since; None if it was not decoded."""
+        return self._raw
 
     @property
     def head(self) -> str:
@@ -3739,22 +3745,29 @@ class _Audience(_Listeners):
                 if peer.after is not None or (not peer.has_asked and now - peer.greeted < self._patience)
             ]
 
-    def measure_left(self) -> int:
-        """Return how many messages are queued for the slowest subscriber of ours: try how many it has room for."""
-        worst = 0
+    def count_unasked(self) -> int:
+        """Return how many messages subscribers of ours may miss that have not asked for them since they came."""
         with self.lock:
-            for peer in self.peers.values():
-                low, high = 0, max(self.history.number, 1)
-                while low < high:
-                    middle = (low + high) // 2
-                    self.socket.setsockopt(zmq.SNDHWM, middle + 1)
-                    if self._send_to(peer, b"P %s 0 0 0" % self.instance):
-                        high = middle
-                    else:
-                        low = middle + 1
-                behind = 0 if peer.after is None else self.history.number - peer.after
-                worst = max(worst, low + behind)
-        return worst
+            unasked = [peer for peer in self.peers.values() if not peer.has_asked]
+            numbers = [self.history.number if peer.hello is None else peer.hello for peer in unasked]
+            return sum(min(number, len(self.history)) for number in numbers)
+
+    def count_left(self) -> int:
+        """Return how many messages are queued for subscribers of ours, for all together; some of them may have left."""
+        with self.lock:
+            return sum(map(self._count_queued, self.peers.values()))
+
+    def _count_queued(self, peer: _Peer) -> int:
+        """Return how many messages are queued for a subscriber of ours: try how many it has room for."""
+        low, high = 0, max(self.history.number, 1)
+        while low < high:
+            middle = (low + high) // 2
+            self.socket.setsockopt(zmq.SNDHWM, middle + 1)
+            if self._send_to(peer, b"P %s 0 0 0" % self.instance):
+                high = middle
+            else:
+                low = middle + 1
+        return low + (0 if peer.after is None else self.history.number - peer.after)
 
 
 def _topic_of(prefix: bytes) -> str:
@@ -3837,7 +3850,7 @@ class _Ending:
         self.reached = 0
 
     def drain(self, young: float) -> int:
-        """Close the socket when all is sent; return how many messages are left if nothing goes on any more.
+        """Close the socket when all is sent; return how many messages (that is known of) will not arrive.
 
         Args:
             young: Seconds in the life of a publisher in which subscribers may be just finding it.
@@ -3851,13 +3864,17 @@ class _Ending:
         state = self._state()
         if audience.history.number and not self._wait(state):
             return self._give_up()
+        unasked = audience.count_unasked()
+        if unasked:
+            text = "Publisher %s: ends before a subscriber has asked for what it may have missed: %d messages at most"
+            _log("publisher").warning(text, self._name, unasked)
         monitor = None
         with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
             monitor = _open_monitor(audience.socket, 0)  # its end tells when the socket is really gone
         audience.close(int(self._patience * 1000))
         if monitor is not None and not _close_monitor(monitor, self._patience):
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
-        return 0
+        return unasked
 
     def _wait(self, state: Any) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
@@ -3883,7 +3900,7 @@ class _Ending:
         return (behind, unsent) if behind or unsent else None
 
     def _give_up(self) -> int:
-        left = self._audience.measure_left()
+        left = self._audience.count_left()
         text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
         _log("publisher").warning(text, self._name, self._patience, left or "the last")
         self._audience.close(0)
@@ -4173,7 +4190,7 @@ class Publisher(_Stoppable):
 
         It waits as long as the queues drain, and in the first seconds of a publisher's life (`discovery_seconds`) for
         subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress is counted in
-        `dropped`, and logged.
+        `dropped`, and logged; so is what a subscriber may have missed that came at the end, too busy to ask for it.
         """
         if self._inherited is not None:
             self._inherited, self._is_stopped = None, True  # the parent stops its own
@@ -4813,6 +4830,7 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
+        on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
 
@@ -4826,6 +4844,7 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
+        on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
         self.recv = sock.recv
@@ -4834,6 +4853,7 @@ class _CatchUp:
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
+        self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
         for topic in (*prefixes, self._mark):
@@ -4871,6 +4891,11 @@ class _CatchUp:
         self.freeze()
         end = self._index if until is None else until
         return Counter(digest for index, digest in self._frozen if since <= index < end)
+
+    @property
+    def up_to_date(self) -> int:
+        """How many publishers of ours have sent all that is wanted of the past."""
+        return sum(1 for source in list(self._sources.values()) if not source.is_asked)
 
     def _close(self, source: _Source) -> None:
         """Forget what came live, all of which is confirmed."""
@@ -4970,6 +4995,7 @@ class _CatchUp:
         if seen[digest] > 0:
             seen[digest] -= 1
             return None
+        self._on_past()
         return content
 
     def _take_end(
@@ -5664,6 +5690,7 @@ class _SubscriberSockets:
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
+        self.caught_up = 0
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
         """Add an address.
@@ -5721,6 +5748,11 @@ class _SubscriberSockets:
     def addresses(self) -> list[str]:
         """The addresses."""
         return list(self._wanted)
+
+    @property
+    def up_to_date(self) -> int:
+        """How many publishers of ours have sent all that they keep and that was wanted of the past."""
+        return sum(stream.up_to_date for stream in list(self._streams.values()))
 
     @property
     def subscribers(self) -> list[zmq.Socket[bytes]]:
@@ -5786,13 +5818,16 @@ class _SubscriberSockets:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._durable)
+        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._note_past, self._durable)
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
         return self._streams[sock].freeze()
+
+    def _note_past(self) -> None:
+        self.caught_up += 1
 
     def _note_missed(self, publisher: str, count: int) -> None:
         self.missed += count
@@ -5823,6 +5858,8 @@ class Subscriber(_SubscriberSockets):
     Attributes:
         missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
             keep, whatever their subjects.  Each time that is also logged as a warning.
+        caught_up: How many messages of the past have come: of before the subscriber (see *since* and *durable*), or of
+            the time when a publisher could not be heard.
 
     Raises:
         ValueError: An address cannot be used, or *durable* is no name for a file.
@@ -6129,6 +6166,7 @@ class _Follower:
         self._log = LimitedLogger("subscriber")
         self._has_warned = False
         self._interval = self.SOON
+        self._letting_go: Timer | None = None
 
     def begin(self) -> None:
         """Start to follow."""
@@ -6289,13 +6327,28 @@ class _Follower:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
         denial[1] += 1
 
+    def _let_go_later(self) -> None:
+        def let_go() -> None:
+            self._letting_go = None
+            self._let_go_of_lost()
+
+        if self._letting_go is None:
+            self._letting_go = self._loop.at(time.monotonic() + 1.2, let_go)
+
     def _let_go_of_lost(self) -> None:
-        """Remove the publishers that no nameserver knows any more, if they are not connected either."""
+        """Remove the publishers that no nameserver knows any more, if they are not connected either.
+
+        Not while messages wait: all would be read from the socket, so that others that come wait behind all of them.
+        """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
             denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
-            if publisher.denials and is_lost and not self._subscriber._connections.is_up(address):
+            if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
+                continue
+            if self._subscriber._inbox.is_ready:
+                self._let_go_later()
+            else:
                 del self._known[address]
                 if publisher.is_ours:
                     _log("subscriber").info("The publisher at %s is gone", address)
@@ -6892,9 +6945,9 @@ def _run_logger(options: argparse.Namespace) -> int:
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
-        logger.start()
         loop = Loop()
         with call_on_signals(loop.stop), signals_wake(loop):
+            logger.start()
             loop.run()
         loop.close()
     finally:
@@ -6985,6 +7038,14 @@ def patched_publisher() -> Iterator[list[str]]:
 # ======================================================================================================================
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends the program, if the command line is wrong, with the exit status that the command has for that."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(self.get_default("failure") or 2, f"{self.prog}: error: {message}\n")
+
+
 class _CommandError(Exception):
     """What went wrong with a command, and what to do about it; ends it with exit status 1."""
 
@@ -7010,7 +7071,7 @@ def _command(name: str, add_arguments: _AddArguments) -> Callable[[_Run], _Run]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="posttroll", description="Messages between programs over ZeroMQ.")
+    parser = _Parser(prog="posttroll", description="Messages between programs over ZeroMQ.")
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_arguments, run) in _commands.items():
@@ -7032,7 +7093,7 @@ def _parser() -> argparse.ArgumentParser:
         loudness.add_argument("-q", "--quiet", action="store_true", help="tell nothing but results and errors")
         loudness.add_argument("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged")
         add_arguments(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
     return parser
 
@@ -7081,7 +7142,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(words)
     # argparse takes no more words of a list after an option between them.
     if any(word.startswith("-") and word != "-" for word in rest) or (rest and not hasattr(options, "words")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         getattr(options, options.words).extend(rest)
     try:
@@ -7096,7 +7157,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
     except (_CommandError, NotImplementedError, MessageError, zmq.ZMQError, OSError, ValueError) as error:
         _talk(f"posttroll {options.command}: {error}")
-    return 1
+    return cast(int, options.parser.get_default("failure") or 1)
 
 
 def _prepare_output(options: argparse.Namespace) -> None:
@@ -7878,12 +7939,25 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
     return [head, *lines]
 
 
-def _check_publishers(addresses: Sequence[str]) -> dict[str, bool]:
-    """Return which of the addresses are answered by a ZeroMQ socket, all of them asked at once."""
-    from concurrent.futures import ThreadPoolExecutor
+def _check_publishers(addresses: Sequence[str], timeout: float = math.inf) -> dict[str, bool]:
+    """Return which of the addresses are answered, within *timeout*, by a ZeroMQ socket; all are asked at once."""
+    deadline = time.monotonic() + timeout
+    waiting, answers = deque(addresses), dict.fromkeys(addresses, False)
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    with ThreadPoolExecutor(max_workers=32) as pool:
-        return dict(zip(addresses, map(bool, pool.map(lambda address: _mechanism_at(address)[0], addresses))))
+    def ask() -> None:
+        with suppress(IndexError):
+            while True:
+                address = waiting.popleft()
+                answers[address] = bool(_mechanism_at(address)[0])
+                asked.put(address)
+
+    for _ in range(min(len(addresses), 32)):
+        threading.Thread(target=ask, daemon=True).start()  # nobody waits for one whose name does not resolve
+    with suppress(queue.Empty):
+        for _ in addresses:
+            asked.get(timeout=None if timeout == math.inf else max(deadline - time.monotonic(), 0))
+    return answers.copy()
 
 
 def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
@@ -8055,12 +8129,12 @@ def _pinged(options: argparse.Namespace) -> list[_Pinged]:
     return [*map(_PingedNameserver, hosts), *publishers]
 
 
-# -- top --
+# -- what top, check and exporter know --
 
 
 def raise_descriptor_limit() -> int:
     """Allow this process as many open files, that is connections, as the system lets it have; return how many."""
-    with suppress(ImportError, ValueError, OSError):  # see above; macOS says "unlimited" and means something else
+    with suppress(ImportError, ValueError, OSError):  # macOS says "unlimited" and means something else
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -8106,152 +8180,291 @@ class _Heartbeats:
         return self._missed + self.overdue(now)
 
 
-class _Traffic:
-    """What a publisher has sent under one subject: how much since the last view, and when the last of it."""
+def _age(message: Message) -> float:
+    """Return how many seconds ago a message was made, by the clocks of its host and this one; 0 if it is to come."""
+    made = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
+    return max((datetime.now(timezone.utc) - made).total_seconds(), 0.0)
 
-    messages = size = 0
-    last = 0.0
+
+class _Traffic:
+    """The messages of one publisher, subject and type.
+
+    Attributes:
+        messages, size: How many there were, and of how many bytes.
+        ages: How many were, when they came, at most as old as each of `AGES`, and older than the one before; and older.
+        age_sum: How old all of them together were, in seconds.
+        last, last_time: When the last one came, by `time.monotonic` and by `time.time`.
+    """
+
+    AGES = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
+    SECONDS = 60  # of which it is known how many came in each
+
+    def __init__(self) -> None:
+        self.messages = self.size = 0
+        self.ages = [0] * (len(self.AGES) + 1)
+        self.age_sum = self.last = self.last_time = 0.0
+        self._counts = [0] * self.SECONDS
+        self._second = 0  # the last one that is in these
+
+    def count(self, size: int, age: float, now: float) -> None:
+        """Count a message of *size* bytes that comes *now*, *age* seconds old."""
+        self.messages += 1
+        self.size += size
+        self.ages[bisect_left(self.AGES, age)] += 1
+        self.age_sum += age
+        self.last, self.last_time = now, time.time()
+        self._advance(int(now))
+        self._counts[self._second % self.SECONDS] += 1
+
+    def _advance(self, second: int) -> None:
+        for new in range(max(self._second, second - self.SECONDS) + 1, second + 1):
+            self._counts[new % self.SECONDS] = 0
+        self._second = max(self._second, second)
+
+    def minute(self, now: float) -> list[int]:
+        """Return how many came in each second of the last minute, this one included."""
+        self._advance(int(now))
+        start = self._second % self.SECONDS + 1
+        return self._counts[start:] + self._counts[:start]
 
 
 class _Tally:
-    """A publisher that is listened to, and its traffic by subject."""
+    """A publisher that is listened to, and its traffic by subject and type."""
 
-    def __init__(self, sock: zmq.Socket[bytes], name: str) -> None:
-        self.socket = sock
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.traffic: dict[str, _Traffic] = {}
         self.heard = time.monotonic()
         self.heartbeats = _Heartbeats()
-
-    def receive(self) -> None:
-        """Count what has come, but not so much that others have to wait."""
-        self.heard = time.monotonic()
-        for _ in range(1000):
-            try:
-                raw = self.socket.recv(_NOBLOCK)
-                message = Message.decode(raw)
-            except zmq.Again:
-                return
-            except MessageError:
-                continue
-            traffic = self.traffic.setdefault(message.subject, _Traffic())
-            traffic.messages += 1
-            traffic.size += len(raw)
-            traffic.last = self.heard
-            self.heartbeats.take(message, self.heard)
-
-    @property
-    def missed_beats(self) -> str:
-        """How many heartbeats are overdue, empty if none is expected."""
-        return "" if self.heartbeats.interval is None else str(self.heartbeats.overdue(time.monotonic()))
+        self.traffic: dict[tuple[str, str], _Traffic] = {}
 
 
 class _Meter:
-    """Counts the messages of all publishers that the nameservers know, over a socket for each address.
+    """Counts the messages of publishers, in a thread that does nothing else.
+
+    Args:
+        topics: The beginnings of the subjects.
+    """
+
+    KINDS = 500  # of messages, by publisher, subject and type; what exceeds is counted as of the subject OTHER
+    OTHER = "other"
+
+    def __init__(self, topics: Sequence[str]) -> None:
+        self._start = time.monotonic()
+        self._lock = threading.Lock()
+        self._tallies: dict[str, _Tally] = {}  # by address
+        self._kinds = 0
+        self._subscriber = Subscriber([], topics, self._count, translate=True)
+        self._thread = threading.Thread(target=self._receive, name="posttroll meter", daemon=True)
+        self._thread.start()
+
+    def _receive(self) -> None:
+        for _ in self._subscriber.recv():  # it takes none of them, but counts them as they pass its filter
+            pass
+
+    def _count(self, message: Message) -> bool:
+        """Count a message; return that nobody wants to have it."""
+        now, age, size = time.monotonic(), _age(message), len((message.raw or "").encode())
+        with self._lock:
+            tally = self._tallies.get(message.origin)
+            if tally is not None:
+                tally.heard = now
+                tally.heartbeats.take(message, now)
+                kind = _shortened(message.subject, 200), _shortened(message.type, 60)
+                if kind not in tally.traffic:
+                    kind = kind if self._kinds < self.KINDS else (self.OTHER, self.OTHER)
+                    self._kinds += kind not in tally.traffic
+                tally.traffic.setdefault(kind, _Traffic()).count(size, age, now)
+        return False
+
+    def add(self, entry: Mapping[str, Any]) -> bool:
+        """Count the messages of a publisher, an entry of a nameserver's answer; return whether that is possible."""
+        name = _shortened(_describe_service(entry, True)["name"], 200)
+        with self._lock:
+            self._tallies.setdefault(entry["URI"], _Tally(name))
+        try:
+            self._subscriber.add(entry)
+        except (ValueError, zmq.ZMQError):  # another backend
+            self.remove(entry["URI"])
+            return False
+        return True
+
+    def remove(self, address: str) -> None:
+        """Forget a publisher."""
+        self._subscriber.remove(address)
+        with self._lock:
+            tally = self._tallies.pop(address, None)
+            self._kinds -= 0 if tally is None else len(tally.traffic)
+
+    def forget(self, before: float) -> None:
+        """Make room, if there is none: forget the kinds of messages that came last *before* a time."""
+        with self._lock:
+            for tally in self._tallies.values() if self._kinds >= self.KINDS else ():
+                tally.traffic = {kind: traffic for kind, traffic in tally.traffic.items() if traffic.last > before}
+            self._kinds = sum(len(tally.traffic) for tally in self._tallies.values())
+
+    def last_heard(self) -> dict[str, float]:
+        """Return when each of the publishers was heard last, or was added, by their addresses."""
+        with self._lock:
+            return {address: tally.heard for address, tally in self._tallies.items()}
+
+    def view(self) -> dict[str, Any]:
+        """Return all that was counted until now, as JSON can hold it."""
+        with self._lock:
+            now = time.monotonic()
+            publishers, traffic = [], []
+            for address, tally in self._tallies.items():
+                labels = {"publisher": tally.name, "address": address}
+                beats = tally.heartbeats
+                overdue = None if beats.interval is None else beats.overdue(now)
+                heard = {"heard_ago": round(now - tally.heard, 3), "heartbeat_interval": beats.interval}
+                missed = {"heartbeats_overdue": overdue, "heartbeats_missed": beats.missed(now)}
+                publishers.append({**labels, **heard, **missed})
+                for (subject, kind), each in tally.traffic.items():
+                    row = {**labels, "subject": subject, "type": kind, "messages": each.messages, "bytes": each.size}
+                    ages = {"age_sum": each.age_sum, "ages": each.ages[:], "last_minute": each.minute(now)}
+                    traffic.append({**row, "last": each.last_time, "ago": round(now - each.last, 3), **ages})
+        counts = {"caught_up": self._subscriber.caught_up, "missed": self._subscriber.missed}
+        bounds = [*_Traffic.AGES, None]
+        view = {"seconds": now - self._start, **counts, "publishers": publishers}
+        return {**view, "age_bounds": bounds, "traffic": traffic}
+
+    def close(self) -> None:
+        """End the counting."""
+        self._subscriber.close()
+        self._thread.join()
+
+
+class _Network:
+    """All publishers that the nameservers know, and what they send.
 
     Args:
         topics: The beginnings of the subjects.
         nameservers: Their hosts.
-        keyboard: A descriptor from which the key q is read, if there is one.
+        loop: What is run while nothing is to be looked up.
 
     Attributes:
-        sources: The publishers by address.
         problem: Why it does not see everything, and what to do; empty if it does.
     """
 
-    LOOKUP = 2.0  # seconds between two
+    LOOKUP, PATIENCE = 2.0, 1.0  # seconds between two, and for an answer
     KEEP = 300.0  # seconds of silence after which a subject is forgotten, or a publisher that no nameserver knows
-    OWN_FILES, FILES = 60, 3  # open files at most, and those of each address
+    OWN_FILES, FILES = 60, 4  # open files at most, and those of each address
 
-    def __init__(self, topics: Sequence[str], nameservers: Sequence[str], keyboard: int | None = None) -> None:
-        self._topics = [prefix.encode() for prefix in _topic_prefixes(topics or "")]
-        self._nameservers = nameservers
+    def __init__(self, topics: Sequence[str], nameservers: Sequence[str], loop: Loop) -> None:
         self._limit = (raise_descriptor_limit() - self.OWN_FILES) // self.FILES
-        self._resolutions: dict[str, _Resolution] = {}
-        self._poller = zmq.Poller()
-        if keyboard is not None:
-            self._poller.register(keyboard, _POLLIN)
+        self._loop = loop
         self._lookup_due = time.monotonic()
-        self._is_stopped = False
-        self._by_socket: dict[Any, _Tally] = {}
-        self.sources: dict[str, _Tally] = {}
+        self._up = dict.fromkeys(nameservers, False)
+        self._known: dict[str, Mapping[str, Any]] = {}  # what nameservers know, by address
+        self._counted: set[str] = set()  # addresses
         self.problem = ""
+        self._meter = _Meter(topics)
 
-    def count(self, seconds: float) -> bool:
-        """Count what comes in so many seconds; return False if it was stopped before."""
-        for traffic in chain.from_iterable(source.traffic.values() for source in self.sources.values()):
-            traffic.messages = traffic.size = 0
-        deadline = time.monotonic() + seconds
-        while not self._is_stopped and time.monotonic() < deadline:
+    def run(self, until: float = math.inf) -> bool:
+        """Follow the publishers *until* a time of `time.monotonic`; return False if the loop was stopped before."""
+        while not self._loop.is_stopped and time.monotonic() < until:
             if time.monotonic() >= self._lookup_due:
                 self._look_up()
-            for item, _ in self._poller.poll(100):
-                if isinstance(item, int):
-                    self._is_stopped |= os.read(item, 1) in (b"q", b"")
-                else:
-                    self._by_socket[item].receive()
-        return not self._is_stopped
-
-    def stop(self) -> None:
-        """End the counting; may be called from a signal handler."""
-        self._is_stopped = True
+                self._lookup_due = time.monotonic() + self.LOOKUP
+            self._loop.turn(min(until, self._lookup_due))
+        return not self._loop.is_stopped
 
     def _look_up(self) -> None:
-        """Ask where the publishers are, connect to new ones, and forget what has been silent for long."""
-        self._lookup_due = time.monotonic() + self.LOOKUP
-        known = set(self.sources)  # if nobody answers, they may still be there
-        self.problem = ""
-        try:
-            entries = get_pub_address("", 1, self._nameservers)
-            known = {entry["URI"] for entry in entries}
-            for entry in entries:
-                self._connect(entry)
-            if len(known) > self._limit:
-                self.problem = f"Only {self._limit} of {len(known)} publishers: allow more open files (ulimit -n)."
-        except TimeoutError as error:
-            self.problem = str(error)
+        """Ask where the publishers are, begin to count new ones, and forget what has been silent for long."""
+        known: dict[str, Mapping[str, Any]] = {}
+        problems = []
+        for host in self._up:
+            try:
+                known.update((entry["URI"], entry) for entry in get_pub_address("", self.PATIENCE, host))
+                self._up[host] = True
+            except TimeoutError as error:
+                self._up[host] = False
+                problems.append(str(error))
+        if any(self._up.values()):
+            self._known = known  # else they may still be there
+        for address in [address for address in known if address not in self._counted]:
+            if len(self._counted) < self._limit and self._meter.add(known[address]):
+                self._counted.add(address)
+        if len(known) > self._limit:
+            problems.append(f"Only {self._limit} of {len(known)} publishers: allow more open files (ulimit -n).")
+        self.problem = " ".join(problems)
         oldest = time.monotonic() - self.KEEP
-        for address, source in list(self.sources.items()):
-            source.traffic = {key: traffic for key, traffic in source.traffic.items() if traffic.last > oldest}
-            if address not in known and source.heard <= oldest:
-                self._disconnect(address)
+        self._meter.forget(oldest)
+        for address, heard in self._meter.last_heard().items():
+            if address not in self._known and heard <= oldest:
+                self._meter.remove(address)
+                self._counted.discard(address)
 
-    def _connect(self, entry: Mapping[str, Any]) -> None:
-        """Connect to a publisher, if that is possible and not done yet."""
-        address, backend = entry["URI"], _backend_towards(entry.get("backend"))
-        endpoint = self._resolutions.setdefault(address, _Resolution(address)).check()
-        if address in self.sources or backend is None or endpoint is None or len(self.sources) >= self._limit:
-            return
-        sock = set_up_client_socket(zmq.SUB, endpoint, None, backend)
-        for topic in self._topics:
-            sock.setsockopt(zmq.SUBSCRIBE, topic)
-        self._poller.register(sock, _POLLIN)
-        self.sources[address] = self._by_socket[sock] = _Tally(sock, _describe_service(entry, True)["name"])
-
-    def _disconnect(self, address: str) -> None:
-        source = self.sources.pop(address)
-        self._resolutions.pop(address, None)
-        self._poller.unregister(source.socket)
-        del self._by_socket[source.socket]
-        close_socket(source.socket)
+    def view(self) -> dict[str, Any]:
+        """Return all that is known now, as JSON can hold it."""
+        now = datetime.now(timezone.utc).isoformat()
+        return {"time": now, "nameservers": dict(self._up), "services": len(self._known), **self._meter.view()}
 
     def close(self) -> None:
-        """Close the sockets."""
-        for address in list(self.sources):
-            self._disconnect(address)
+        """End the counting."""
+        self._meter.close()
 
-    def lines(self, seconds: float, width: int = 0) -> list[str]:
-        """Return a view of what was counted in so many seconds, the busiest first."""
-        found = [(*pair, source, of) for of, source in self.sources.items() for pair in source.traffic.items()]
-        rows = []
-        for subject, traffic, source, address in sorted(found, key=lambda item: -item[1].messages):
-            rates = [f"{traffic.messages / seconds:.1f}", f"{traffic.size / seconds:.0f}"]
-            ago = f"{time.monotonic() - traffic.last:.0f} s ago"
-            rows.append([*map(_printable, (source.name, address, subject)), *rates, ago, source.missed_beats])
-        total = sum(traffic.messages for _, traffic, *_ in found) / seconds
-        head = f"posttroll top - {datetime.now():%H:%M:%S}  {len(self.sources)} publishers  {total:.1f} messages/s"
-        headings = ("PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "LAST SEEN", "BEATS MISSED")
-        return [head, self.problem, *_table(rows, headings, width, "PUBLISHER SUBJECT")]
+
+# -- top --
+
+_BLOCKS, _ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
+
+
+def _sparkline(counts: Sequence[int], width: int) -> str:
+    """Return *width* characters that show how *counts* rose and fell; the highest is as high as it can be."""
+    blocks = _BLOCKS
+    try:
+        _BLOCKS.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        blocks = _ASCII_BLOCKS
+    ends = [len(counts) * (place + 1) // width for place in range(width)]
+    heights = [sum(counts[start:end]) / max(end - start, 1) for start, end in zip([0, *ends], ends)]
+    highest = max(heights, default=0) or 1
+    return "".join(blocks[math.ceil(height / highest * (len(blocks) - 1))] for height in heights)
+
+
+def _rows_by_subject(view: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the traffic by address and subject, messages of all types together."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in view["traffic"]:
+        same = rows.setdefault((row["address"], row["subject"]), {**row, "messages": 0, "bytes": 0, "last_minute": []})
+        same["messages"] += row["messages"]
+        same["bytes"] += row["bytes"]
+        same["ago"] = min(same["ago"], row["ago"])
+        same["last_minute"] = [
+            sum(counts) for counts in zip_longest(same["last_minute"], row["last_minute"], fillvalue=0)
+        ]
+    return rows
+
+
+def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str, width: int) -> list[str]:
+    """Return the lines that show what was counted since the view *before*, the busiest first."""
+    overdue = {each["address"]: each["heartbeats_overdue"] for each in view["publishers"]}
+    rows, old = _rows_by_subject(view), _rows_by_subject(before)
+    seconds, total, shown = view["seconds"] - before["seconds"], 0.0, []
+    for key, row in rows.items():
+        past = old.get(key, {"messages": 0, "bytes": 0})
+        messages, size = ((row[what] - past[what]) / seconds for what in ("messages", "bytes"))
+        total += messages
+        late = "" if overdue[row["address"]] is None else str(overdue[row["address"]])
+        cells = [*map(_printable, (row["publisher"], row["address"], row["subject"])), f"{messages:.1f}", f"{size:.0f}"]
+        if row["ago"] < _Network.KEEP:
+            shown.append((messages, [*cells, f"{row['ago']:.0f} s ago", late], row["last_minute"]))
+    shown.sort(key=lambda item: -item[0])
+    headings = ["PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "SEEN", "OVERDUE"]
+    if 0 < width < 100:  # there is no room for the addresses
+        del headings[1]
+        for _, cells, _ in shown:
+            del cells[1]
+    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT")
+    longest = max(map(len, lines))
+    room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
+    pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
+    lines = [f"{line.ljust(longest)}  {picture}".rstrip() for line, picture in zip(lines, pictures)]
+    what = f"{len(view['publishers'])} publishers  {total:.1f} messages/s"
+    gone = f"{view['caught_up']} caught up, {view['missed']} missed"
+    lines = [f"posttroll top - {datetime.now():%H:%M:%S}  {what}  {gone}", problem, *lines]
+    return [line[: width or None] for line in lines]
 
 
 def _add_top_arguments(command: argparse.ArgumentParser) -> None:
@@ -8259,6 +8472,7 @@ def _add_top_arguments(command: argparse.ArgumentParser) -> None:
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
     add("--interval", type=_number(float, 0.1), default=2.0, metavar="SECONDS", help="between two views (2)")
     add("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)")
+    add("--json", action="store_true", help="one JSON object a line, with the numbers of 'exporter'")
     command.set_defaults(words="topics")
 
 
@@ -8269,16 +8483,29 @@ def _run_top(options: argparse.Namespace) -> int:
     Examples:
       posttroll top
       posttroll top /segment --interval 10 -n 6 > load.txt
+      posttroll top --json | jq '.publishers[] | select(.heartbeats_overdue > 0)'
     """
     views = options.count or (None if sys.stdout.isatty() else 1)
     with ExitStack() as stack:
         keyboard = stack.enter_context(_single_keys())
-        meter = stack.enter_context(closing(_Meter(options.topics, _nameservers(options), keyboard)))
-        stack.enter_context(call_on_signals(meter.stop))
-        for _ in count() if views is None else range(views):
-            if not meter.count(options.interval):
+        loop = stack.enter_context(closing(Loop()))
+        network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
+        stack.enter_context(signals_wake(loop))
+        stack.enter_context(call_on_signals(loop.stop))
+        if keyboard is not None:
+            loop.watch(keyboard, lambda: loop.stop() if os.read(keyboard, 1) in (b"q", b"") else None)
+        before: Mapping[str, Any] = {"seconds": 0.0, "traffic": []}
+        for number in count(1):
+            if not network.run(time.monotonic() + options.interval):
                 break
-            _show(meter.lines(options.interval, _view_size()[0]))
+            view = network.view()
+            if options.json:
+                print(json.dumps(view), flush=True)
+            else:
+                _show(_top_lines(view, before, network.problem, _view_size()[0]))
+            if number == views:
+                break
+            before = view
     return 0
 
 
@@ -8298,6 +8525,431 @@ def _single_keys() -> Iterator[int | None]:
         yield descriptor
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+# -- check --
+
+_VERDICTS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")  # in the order of the exit statuses that monitors know
+
+
+class _Listener:
+    """Listens to the publishers of a service, whose last messages come at once if they keep them.
+
+    Args:
+        name: That of the service, empty for all.
+        entries: The publishers, as a nameserver tells of them.
+        topic: The beginning of the subjects.
+        seconds: How long ago the last message may be.
+
+    Attributes:
+        age: How old the newest message is, in seconds; None if there is none.
+
+    Raises:
+        ValueError: A publisher has another backend.
+    """
+
+    def __init__(self, name: str, entries: Iterable[Mapping[str, Any]], topic: str, seconds: float) -> None:
+        self.name = name or "all"
+        self.age: float | None = None
+        self._seconds = seconds
+        self._start = time.monotonic()
+        self._heartbeats: dict[tuple[str, str], _Heartbeats] = {}
+        self._subscriber = Subscriber(entries, topic, since=seconds)
+        self._has_more = True
+
+    def listen(self, seconds: float) -> None:
+        """Take what comes within so many seconds."""
+        deadline = time.monotonic() + seconds
+        self._has_more = True
+        while self._has_more and time.monotonic() < deadline:
+            message = next(self._subscriber.recv(0.01))
+            self._has_more = message is not None
+            if message is not None:
+                age = _age(message)
+                self.age = min(age, self._seconds if self.age is None else self.age)
+                beats = self._heartbeats.setdefault((message.subject, message.sender), _Heartbeats())
+                beats.take(message, time.monotonic() - age)
+
+    @property
+    def _knows_past(self) -> bool:
+        """Whether all publishers have told what they had sent before; only ours do."""
+        return not self._has_more and self._subscriber.up_to_date >= len(self._subscriber.addresses)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more is to be learned."""
+        waited = time.monotonic() - self._start
+        return self._knows_past or waited >= self._seconds or (self.age is not None and waited > 1)
+
+    @property
+    def overdue(self) -> int | None:
+        """How many heartbeats are overdue, at that publisher where it is most; None if none are expected."""
+        beats = [each for each in self._heartbeats.values() if each.interval is not None]
+        return max((each.overdue(time.monotonic()) for each in beats), default=None)
+
+    def finding(self) -> tuple[int, str]:
+        """Return a status, and why."""
+        waited = time.monotonic() - self._start
+        if self.age is not None:
+            return 0, f"{self.name} heard {self.age:.0f} s ago"
+        if self._subscriber.missed:
+            return 0, f"{self.name} sent something in the last {self._seconds:g} s"
+        if self._knows_past or waited >= self._seconds:
+            return 2, f"nothing from {self.name} in {self._seconds:g} s"
+        remedy = "it may keep no history: raise --timeout above --silent"
+        return 3, f"nothing from {self.name} in {waited:.0f} s ({remedy})"
+
+    def close(self) -> None:
+        """End the listening."""
+        self._subscriber.close()
+
+
+class _Check:
+    """Asks what a monitor wants to know, and collects the answers.
+
+    Attributes:
+        status: The worst that was found.
+    """
+
+    WEIGHT = (0, 2, 3, 1)  # of the statuses: what is known to be wrong is worse than what is not known
+
+    def __init__(self, options: argparse.Namespace, deadline: float) -> None:
+        self._options = options
+        self._deadline = deadline
+        self.status = 0
+        self._findings: list[tuple[int, str]] = []
+        self._data: list[str] = []
+
+    def find(self, status: int, text: str) -> None:
+        """Take note of something that was found."""
+        self._findings.append((status, text))
+        self.status = max(self.status, status, key=self.WEIGHT.__getitem__)
+
+    def measure(self, name: str, value: str, warn: str = "", critical: str = "") -> None:
+        """Take note of a number."""
+        label = "".join("_" if character in "'=|" or character.isspace() else character for character in name)
+        self._data.append(f"'{label}'={value};{warn};{critical}")
+
+    def line(self) -> str:
+        """Return all that was found in one line, the worst first, with performance data."""
+        findings = sorted(self._findings, key=lambda finding: -self.WEIGHT[finding[0]])
+        text = _printable("; ".join(text for _, text in findings)).replace("|", "/")
+        return f"POSTTROLL {_VERDICTS[self.status]} - {text}" + (f" | {' '.join(self._data)}" if self._data else "")
+
+    @property
+    def left(self) -> float:
+        """How many seconds there are until the deadline."""
+        return max(self._deadline - time.monotonic(), 0.01)
+
+    def run(self) -> None:
+        """Check everything."""
+        names = self._options.names
+        services = [name for name in names if "://" not in name]
+        found = self._look_up(services) if services or not names else {}
+        for name in names:
+            if name not in services:
+                found[name] = [{"URI": name}]
+        if names:  # if no nameserver has answered, nothing is known of services
+            found = {name: self._reachable(name, entries) for name, entries in found.items()}
+        if self._options.silent is not None:
+            self._listen({name: entries for name, entries in found.items() if entries})
+
+    def _look_up(self, services: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+        """Return what the nameservers know of the services, of all (by the name "") if there are none but wanted."""
+        silent = self._options.silent is not None
+        wanted = services or ([""] if silent else ["posttroll-check"])  # any answer is one
+        hosts = ["127.0.0.1"] if self._options.local else _nameservers(self._options)
+        found: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in wanted}
+        down, start = [], time.monotonic()
+        for index, host in enumerate(hosts):
+            try:
+                for name in wanted:
+                    patience = self.left / (len(hosts) - index)
+                    found[name].update((entry["URI"], entry) for entry in get_pub_address(name, patience, host))
+            except TimeoutError:
+                down.append(host)
+        if down:
+            self.find(2 if len(down) == len(hosts) else 1, f"no answer from the nameserver on {', '.join(down)}")
+        else:
+            taken = time.monotonic() - start
+            self.find(0, f"the nameserver answers in {taken * 1000:.0f} ms")
+            self.measure("nameserver", f"{taken:.4f}s", critical=f"{self._options.timeout:g}")
+        if len(down) == len(hosts):
+            return {}
+        if silent and not services and not found[""]:
+            self.find(2, "no publisher is registered")
+        return {name: list(entries.values()) for name, entries in found.items()}
+
+    def _reachable(self, name: str, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return those publishers of *name* that answer."""
+        if not entries:
+            self.find(2, f"{name} is not registered")
+            return []
+        answers = _check_publishers([entry["URI"] for entry in entries], self.left)
+        silent = [address for address, answer in answers.items() if not answer]
+        count = len(entries) - len(silent)
+        if silent:
+            where = "" if "://" in name else f" at {', '.join(silent)}"
+            self.find(1 if count else 2, f"{name} does not answer{where}")
+        else:
+            self.find(0, f"{name} answers")
+        self.measure(name, str(count), f"{len(entries)}:", "1:")
+        return [entry for entry in entries if answers[entry["URI"]]]
+
+    def _listen(self, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Find out whether something came from each of the services in the last seconds, or comes now."""
+        topic, seconds = self._options.topic, self._options.silent
+        with ExitStack() as stack:
+            listeners = []
+            for name, entries in found.items():
+                try:
+                    listeners.append(stack.enter_context(closing(_Listener(name, entries, topic, seconds))))
+                except ValueError as error:
+                    self.find(3, str(error))
+            while time.monotonic() < self._deadline and not all(listener.is_done for listener in listeners):
+                for listener in listeners:
+                    listener.listen(min(0.05, self.left))
+            for listener in listeners:
+                status, text = listener.finding()
+                self.find(status, text)
+                age = "U" if listener.age is None else f"{listener.age:.1f}s"
+                self.measure(f"{listener.name}_silent", age, critical=f"{seconds:g}")
+                if listener.overdue is not None:
+                    self.measure(f"{listener.name}_heartbeats_overdue", str(listener.overdue), warn="0")
+                if listener.overdue:
+                    self.find(1, f"{listener.name}: {listener.overdue} heartbeats are overdue")
+
+
+def _add_check_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked")
+    command.set_defaults(words="names", failure=3)
+    add(
+        "--silent", metavar="SECONDS", type=_number(float, 0.1), help="something has to come from each within that time"
+    )
+    add("--topic", default="", help="that is: a message whose subject begins so (also a heartbeat)")
+    add("--local", action="store_true", help="ask the nameserver of this host, whatever is configured")
+    add("--timeout", metavar="SECONDS", type=_number(float, 0.1), default=10.0, help="of all together (10)")
+
+
+@_command("check", _add_check_arguments)
+def _run_check(options: argparse.Namespace) -> int:
+    """Tell monitors and probes whether all is well: exit status 0 if it is, 1 warning, 2 critical, 3 unknown.
+
+    Examples:
+      posttroll check --local --timeout 2
+      posttroll check receiver gatherer --silent 300
+      posttroll check receiver --silent 900 --topic /segment
+      posttroll check tcp://localhost:9010
+    """
+    logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the line says better
+    check = _Check(options, time.monotonic() + options.timeout - min(0.2, options.timeout / 4))
+    over = threading.Event()
+
+    def run() -> None:
+        try:
+            check.run()
+        except (ValueError, NotImplementedError, MessageError, OSError, zmq.ZMQError) as error:
+            check.find(3, str(error))
+        over.set()
+
+    threading.Thread(target=run, daemon=True).start()  # a name server that is down could hold it up
+    if not over.wait(options.timeout):
+        check.find(2, f"no result after {options.timeout:g} s")
+    print(check.line(), flush=True)
+    return check.status
+
+
+# -- exporter --
+
+EXPORTER_PORT = 9077  # none of the list of Prometheus' exporters, which have all from 9100 to 9999
+
+
+def _labelled(labels: Mapping[str, str]) -> str:
+    """Return labels as Prometheus reads them."""
+    escaped = (each.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for each in labels.values())
+    text = ",".join(f'{name}="{value}"' for name, value in zip(labels, escaped))
+    return f"{{{text}}}" if text else ""
+
+
+def _metric(name: str, kind: str, meaning: str, samples: Iterable[tuple[Mapping[str, str], float | None]]) -> list[str]:
+    """Return the lines about a metric; samples without a value are left out."""
+    name = f"posttroll_{name}"
+    values = [f"{name}{_labelled(labels)} {value!r}" for labels, value in samples if value is not None]
+    return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", *values]
+
+
+def _age_histogram(
+    bounds: Sequence[float | None], rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]
+) -> list[str]:
+    """Return the lines about how old messages were when they came."""
+    name = "posttroll_message_age_seconds"
+    lines = [f"# HELP {name} How old messages were when they came.", f"# TYPE {name} histogram"]
+    for labels, row in rows:
+        for bound, number in zip(bounds, accumulate(row["ages"])):
+            le = "+Inf" if bound is None else repr(bound)
+            lines.append(f"{name}_bucket{_labelled({**labels, 'le': le})} {number}")
+        lines.append(f"{name}_sum{_labelled(labels)} {row['age_sum']!r}")
+        lines.append(f"{name}_count{_labelled(labels)} {row['messages']}")
+    return lines
+
+
+def _exposition(view: Mapping[str, Any]) -> str:
+    """Return a view in Prometheus' text format."""
+    publishers = [({key: row[key] for key in ("publisher", "address")}, row) for row in view["publishers"]]
+    traffic = [({key: row[key] for key in ("publisher", "address", "subject", "type")}, row) for row in view["traffic"]]
+    up = [({"nameserver": host}, int(is_up)) for host, is_up in view["nameservers"].items()]
+    lines = [
+        _metric("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
+        _metric("nameserver_up", "gauge", "Whether the nameserver answers.", up),
+        _metric("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
+        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(publishers))]),
+        _metric(
+            "caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]
+        ),
+        _metric("missed_messages_total", "counter", "Messages gone in an outage.", [({}, view["missed"])]),
+    ]
+    for name, kind, meaning, key, rows in (
+        ("messages_total", "counter", "Messages.", "messages", traffic),
+        ("message_bytes_total", "counter", "Bytes of messages.", "bytes", traffic),
+        ("last_message_timestamp_seconds", "gauge", "When the last message came.", "last", traffic),
+        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", publishers),
+        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", publishers),
+        ("heartbeats_missed_total", "counter", "Heartbeats that did not come.", "heartbeats_missed", publishers),
+    ):
+        lines.append(_metric(name, kind, meaning, [(labels, row[key]) for labels, row in rows]))
+    return "\n".join([*chain.from_iterable(lines), *_age_histogram(view["age_bounds"], traffic), ""])
+
+
+class _Page:
+    """What is answered to HTTP requests: made anew at most once a second, however many ask for it."""
+
+    def __init__(self, make: Callable[[], str]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made = -math.inf
+        self._content = b""
+
+    def content(self) -> bytes:
+        """Return the page."""
+        with self._lock:
+            if time.monotonic() - self._made >= 1:
+                self._content = self._make().encode("utf-8", "backslashreplace")
+                self._made = time.monotonic()
+            return self._content
+
+
+def _handler_of(page: _Page) -> Callable[..., object]:
+    """Return the class that answers HTTP requests with *page*."""
+    import http.server  # takes as long to import as all the rest of a small program
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 10
+        server_version = f"posttroll/{__version__}"
+
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] != "/metrics":
+                self.send_error(404, explain="The metrics are at /metrics.")
+                return
+            content = page.content()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    return Handler
+
+
+class _PageServer:
+    """Answers HTTP requests with a page.
+
+    Each connection has a thread of its own; what comes too fast waits, and of too many connections the oldest goes.  So
+    requests that are many, slow or broken hold up neither others nor what this process has to do besides.
+    """
+
+    CONNECTIONS = 32
+    PAUSE = 0.01  # seconds until the next one
+
+    def __init__(self, host: str, port: int, page: _Page) -> None:
+        self._handler = _handler_of(page)
+        self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.port = int(self._socket.getsockname()[1])
+        self._connections: deque[socket.socket] = deque()
+        self._loop = Loop()
+        self._loop.watch(self._socket.fileno(), self._accept)
+        self._thread = threading.Thread(target=self._loop.run, name="posttroll exporter", daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # it has gone again, or there are no descriptors left
+            connection, address = self._socket.accept()
+            self._connections.append(connection)
+            threading.Thread(target=self._serve, args=(connection, address), daemon=True).start()
+            if len(self._connections) > self.CONNECTIONS:
+                self._connections.popleft().shutdown(socket.SHUT_RDWR)
+        time.sleep(self.PAUSE)
+
+    def _serve(self, connection: socket.socket, address: Any) -> None:
+        with connection, suppress(OSError):  # whoever asked has gone
+            self._handler(connection, address, self)
+        with suppress(ValueError):
+            self._connections.remove(connection)
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._loop.stop()
+        self._thread.join()
+        self._loop.close()
+        self._socket.close()
+
+
+def _add_exporter_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    command.set_defaults(words="topics")
+    add(
+        "--port",
+        type=_number(int, 0, 65535),
+        default=EXPORTER_PORT,
+        help=f"to be asked on ({EXPORTER_PORT}; 0 a free one)",
+    )
+    add(
+        "--bind",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="of the interface to be asked on (127.0.0.1; 0.0.0.0 all)",
+    )
+
+
+@_command("exporter", _add_exporter_arguments)
+def _run_exporter(options: argparse.Namespace) -> int:
+    """Give Prometheus the numbers of 'top', at http://localhost:9077/metrics.
+
+    Examples:
+      posttroll exporter
+      posttroll exporter --bind 0.0.0.0 --nameserver otherhost /segment /heartbeat
+    """
+    with ExitStack() as stack:
+        loop = stack.enter_context(closing(Loop()))
+        network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
+        page = _Page(lambda: _exposition(network.view()))
+        try:
+            server = stack.enter_context(closing(_PageServer(options.bind, options.port, page)))
+        except OSError as error:
+            raise _CommandError(f"cannot be asked on {options.bind}, port {options.port}: {error}") from None
+        stack.enter_context(signals_wake(loop))
+        stack.enter_context(call_on_signals(loop.stop))
+        host = f"[{options.bind}]" if ":" in options.bind else options.bind
+        _talk(f"Metrics are at http://{host}:{server.port}/metrics")
+        network.run()
+    return 0
 
 
 # -- config --

@@ -920,8 +920,10 @@ class _Daemon:
             os.chdir("/")
             return serve(when_ready)
         finally:
-            os.ftruncate(descriptor, 0)
-            os.unlink(self.path)
+            try:
+                os.unlink(self.path)  # first, as what is there, empty and locked, keeps the next one from starting
+            finally:
+                os.ftruncate(descriptor, 0)
 
     def stop(self) -> int:
         """Stop the daemon, and wait until it has ended; return the exit status."""

@@ -70,6 +70,7 @@ from freezegun import freeze_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from posttroll.message import Message, MessageError
+from prometheus_client.parser import text_string_to_metric_families
 
 import posttroll
 import posttroll_ns
@@ -4664,6 +4665,16 @@ class TestLoggerCommand:
                 assert (status, err) == (0, "")
                 assert "heartbeat" not in out
 
+    def test_a_signal_as_soon_as_it_listens(self):
+        code = """
+import os, posttroll, signal, sys
+start = posttroll.Logger.start
+posttroll.Logger.start = lambda self: (start(self), os.kill(os.getpid(), signal.SIGTERM))
+sys.exit(posttroll.run_logger())
+"""
+        with python(code) as running:
+            assert finish(running)[::2] == (0, "")
+
     def test_server_and_port_choose_the_server(self):
         """The settings of this host lead nowhere, the options lead to the nameserver."""
         nowhere = {"POSTTROLL_NAMESERVER_PORT": str(free_port()), "POSTTROLL_ADDRESS_PUBLISH_PORT": str(free_port())}
@@ -5508,21 +5519,12 @@ class TestTerminal:
         lines = view.splitlines()
         assert max(map(len, lines)) <= 100
         assert len(lines) <= 8
-        assert lines[2].split() == [
-            "PUBLISHER",
-            "ADDRESS",
-            "SUBJECT",
-            "MSG/S",
-            "BYTES/S",
-            "LAST",
-            "SEEN",
-            "BEATS",
-            "MISSED",
-        ]
+        headings = "PUBLISHER ADDRESS SUBJECT MSG/S BYTES/S SEEN OVERDUE LAST MINUTE"
+        assert lines[2].split() == headings.split()
         for line in lines[3:]:
-            assert re.search(r" +\d+\.\d +\d+ +\d+ s ago +\d+$", line)
-        assert any(re.search(r"^a  .*  /a/sub\S*\.\.\.\S*/end  ", line) for line in lines)
-        assert any(re.search(r"^the_pub\S*\.\.\.\S*table  ", line) for line in lines)
+            assert re.search(r" +\d+\.\d +\d+ +\d+ s ago +\d+ +█$", line)
+        assert any(re.search(r"^a  .*  /a/s\S*\.\.\.\S*/end  ", line) for line in lines)
+        assert any(re.search(r"^the_p\S*\.\.\.\S*ble  ", line) for line in lines)
 
     def test_services_are_watched_on_a_terminal_through_a_restart_of_the_nameserver(self):
         """The heading stays in sight, whatever there is, and the table comes back."""
@@ -6098,15 +6100,18 @@ class TestServicesAndTop:
                 views.open("w") as stdout,
                 process(*shell, "top", "--interval", "0.5", "-n", "99", stdout=stdout) as top,
             ):
-                wanted = 400 if hard is None else 50
-                connected = 0
+                wanted = 400 if hard is None else 40
+                subscriptions, sent = 0, 0.0
 
                 def seen() -> list[str]:
-                    nonlocal connected
+                    nonlocal subscriptions, sent
                     while sock.poll(0):
-                        connected += sock.recv()[:1] == b"\1"
-                    if connected >= wanted:
+                        subscriptions += sock.recv()[:1] == b"\1"
+                    if (
+                        subscriptions >= 2 * wanted and time.monotonic() > sent + 0.2
+                    ):  # to all messages, and to its mark
                         sock.send(posttroll.Message("/seen", "info", "x").encode().encode())
+                        sent = time.monotonic()
                     return [
                         view for view in views.read_text().split("posttroll top") if view.count(" /seen ") >= wanted
                     ]
@@ -6120,7 +6125,7 @@ class TestServicesAndTop:
         if hard is None:
             assert count == 400
         else:
-            assert 50 <= count < hard
+            assert 40 <= count < hard
             assert f"Only {count} of 400 publishers: allow more open files (ulimit -n)." in view
 
     def test_top_counts_missed_heartbeats(self):
@@ -6131,35 +6136,48 @@ class TestServicesAndTop:
                         assert publisher.wait_for_subscribers(1, DEADLINE)
                     late.heartbeat(1)
                     none.send(posttroll.Message("/quiet", "info"))
-                    assert await_line(top, "/heartbeat/late").split()[-1] == "0"
-                    while int(await_line(top, "/heartbeat/late").split()[-1]) < 3:
+                    assert self.beats_missed(await_line(top, "/heartbeat/late")) == "0"
+                    while int(self.beats_missed(await_line(top, "/heartbeat/late"))) < 3:
                         pass
-                    assert await_line(top, "/quiet").endswith("ago\n")
-                    late.heartbeat(1)
-                    while await_line(top, "/heartbeat/late").split()[-1] != "0":
+                    assert self.beats_missed(await_line(top, "/quiet")) == ""
+                    late.heartbeat()  # which promises nothing, so what the one before has promised holds
+                    while self.beats_missed(await_line(top, "/heartbeat/late")) != "0":
+                        pass
+                    while self.beats_missed(await_line(top, "/heartbeat/late")) != "1":
                         pass
                     top.terminate()
                     assert finish(top)[0] == 0
 
-    def test_top_survives_odd_heartbeats(self):
-        head = "pytroll://odd beat a@b 2026-01-01T00:00:00 v1.01 application/json "
-        intervals = ["NaN", "Infinity", "-Infinity", "-1", "0", "1" + "0" * 400, "true", "null", '"often"', "[]"]
-        meter = posttroll._Meter([], ["localhost"])
-        with nameserver(), contextlib.closing(meter), posttroll.Publish("odd", nameservers=["localhost"]) as publisher:
-            meter.LOOKUP = 0.05
-            wait_for(lambda: meter.count(0.1) and publisher.subscriber_count)
-            for interval in intervals:
-                publisher.send(f'{head}{{"min_interval": {interval}}}')
-                wait_for(lambda: meter.count(0.1) and meter.sources and self.seen_now(meter, "/odd"))
-                assert meter.lines(0.1)[3].split()[-1] in ("0", "ago")
-
     @staticmethod
-    def seen_now(meter: Any, subject: str) -> bool:
-        """Whether messages with this subject have come since the last view."""
-        rows = [line.split() for line in meter.lines(0.1)[3:]]
-        return any(row[2] == subject and float(row[3]) > 0 for row in rows)
+    def beats_missed(line: str) -> str:
+        """Return what stands behind SEEN in a line of top."""
+        return re.search(r"s ago *(\d*)", line)[1]
 
-    def test_top_forgets_what_is_gone_and_survives_a_restart_of_the_nameserver(self):
+    def test_odd_heartbeats(self):
+        """Nothing is expected after one that promises nothing, whatever it is."""
+        head = "pytroll://odd beat a@b 2026-01-01T00:00:00 v1.01 application/json "
+        for interval in ["NaN", "-Infinity", "-1", "0", "false", "null", '"often"', "[]", "1" + "0" * 400, "true"]:
+            heartbeats = posttroll._Heartbeats()
+            heartbeats.take(posttroll.Message.decode(f'{head}{{"min_interval": {interval}}}'), 100.0)
+            expected = {"1" + "0" * 400: (1e6, 8), "true": (1.0, 9000000 - 1)}.get(interval, (None, 0))
+            assert (heartbeats.interval, heartbeats.overdue(9000100.4)) == expected
+        heartbeats.take(posttroll.Message.decode(head + "[]"), 200.0)
+        assert heartbeats.interval == 1.0
+
+    def test_which_heartbeats_are_overdue(self):
+        """Half an interval late is not late; what was missed is counted once, and stays so."""
+        heartbeats = posttroll._Heartbeats()
+        other = posttroll.Message("/a", "info", {"min_interval": 1})
+        heartbeats.take(other, 0.0)
+        assert (heartbeats.overdue(1000.0), heartbeats.missed(1000.0)) == (0, 0)
+        beat = posttroll.Message("/heartbeat/a", "beat", {"min_interval": 10})
+        for came, before, missed in ((1000.0, 0, 0), (1014.9, 0, 0), (1050.0, 3, 3), (1060.0, 0, 3)):
+            assert heartbeats.overdue(came) == before
+            heartbeats.take(beat, came)
+            assert (heartbeats.overdue(came), heartbeats.missed(came)) == (0, missed)
+        assert (heartbeats.overdue(1100.0), heartbeats.missed(1100.0)) == (3, 6)
+
+    def test_top_forgets_what_is_gone_and_survives_a_restart_of_the_nameserver(self, monkeypatch):
         """A subject that is silent goes, a publisher goes when no nameserver knows it either."""
         with contextlib.ExitStack() as world:
             first = world.enter_context(contextlib.ExitStack())
@@ -6167,14 +6185,17 @@ class TestServicesAndTop:
             publishers = {
                 name: world.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in "abc"
             }
-            meter = world.enter_context(contextlib.closing(posttroll._Meter([], ["localhost"])))
-            meter.LOOKUP, meter.KEEP = 0.05, 0.6
+            loop = world.enter_context(contextlib.closing(posttroll.Loop()))
+            network = world.enter_context(contextlib.closing(posttroll._Network([], ["localhost"], loop)))
+            network.LOOKUP, network.PATIENCE = 0.05, 0.1
+            monkeypatch.setattr(posttroll._Network, "KEEP", 0.6)
 
             def subjects() -> set[str]:
-                assert meter.count(0.1)
+                assert network.run(time.monotonic() + 0.1)
                 for name in publishers:
                     publishers[name].send(posttroll.Message(f"/steady/{name}", "info"))
-                return {line.split()[2] for line in meter.lines(0.1)[3:]}
+                lines = posttroll._top_lines(network.view(), {"seconds": 0.0, "traffic": []}, network.problem, 0)
+                return {line.split()[2] for line in lines[3:]}
 
             steady = {f"/steady/{name}" for name in publishers}
             wait_for(lambda: subjects() >= steady)
@@ -6182,17 +6203,475 @@ class TestServicesAndTop:
             wait_for(lambda: "/once" in subjects())
             wait_for(lambda: subjects() == steady)
             first.close()
-            wait_for(lambda: subjects() == steady and "no answer from the nameserver" in meter.problem)
+            wait_for(lambda: subjects() == steady and "no answer from the nameserver" in network.problem)
+            assert network.view()["nameservers"] == {"localhost": False}
             world.enter_context(nameserver())
-            wait_for(lambda: subjects() == steady and not meter.problem and len(posttroll.get_pub_address("")) == 3)
+            wait_for(lambda: subjects() == steady and not network.problem and len(posttroll.get_pub_address("")) == 3)
             silent = publishers.pop("b")
             silent._publisher.stop()  # and it is still announced
             wait_for(lambda: subjects() == {"/steady/a", "/steady/c"})
-            address = next(address for address in meter.sources if meter.sources[address].name == "b")
-            assert posttroll.get_pub_address("b")[0]["URI"] == address  # as long as it is known, it may come back
+            addresses = {each["publisher"]: each["address"] for each in network.view()["publishers"]}
+            assert posttroll.get_pub_address("b")[0]["URI"] == addresses["b"]  # it may come back as long as it is known
             silent.stop()
-            wait_for(lambda: subjects() == {"/steady/a", "/steady/c"} and address not in meter.sources)
-            assert {source.name for source in meter.sources.values()} == {"a", "c"}
+            wait_for(
+                lambda: {each["publisher"] for each in network.view()["publishers"]} == {"a", "c"} or not subjects()
+            )
+            assert subjects() == {"/steady/a", "/steady/c"}
+
+
+class TestSparkline:
+    """The picture of the last minute in ``posttroll top``."""
+
+    def test_its_heights_and_widths(self, monkeypatch):
+        minute = [0] * 30 + [1] * 10 + [2] * 10 + [4] * 10
+        output = io.TextIOWrapper(io.BytesIO(), "utf-8")
+        monkeypatch.setattr(sys, "stdout", output)
+        assert posttroll._sparkline(minute, 60) == " " * 30 + "▂" * 10 + "▄" * 10 + "█" * 10
+        assert posttroll._sparkline(minute, 12) == "      ▂▂▄▄██"
+        assert posttroll._sparkline([0] * 60, 12) == " " * 12
+        assert posttroll._sparkline([0] * 59 + [1], 7) == "      █"
+        assert posttroll._sparkline([1000] + [1] * 59, 60) == "█" + "▁" * 59  # what is little is seen, too
+        assert all(len(posttroll._sparkline(minute, width)) == width for width in range(61))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        assert posttroll._sparkline(minute, 12) == "      ::==@@"
+
+    def test_what_came_in_each_second(self):
+        traffic = posttroll._Traffic()
+        for when in (100.0, 100.9, 101.0, 103.5):
+            traffic.count(10, 0.5, when)
+        assert traffic.minute(103.9) == [0] * 56 + [2, 1, 0, 1]
+        assert traffic.minute(110.0) == [0] * 49 + [2, 1, 0, 1] + [0] * 7
+        assert traffic.minute(160.0) == [1, 0, 1] + [0] * 57
+        assert traffic.minute(162.0) == [1] + [0] * 59
+        assert traffic.minute(1e6) == [0] * 60
+        traffic.count(10, 0.5, 1e6)
+        assert traffic.minute(1e6) == [0] * 59 + [1]
+        assert (traffic.messages, traffic.size) == (5, 50)
+
+    @pytest.mark.parametrize(("encoding", "highest"), [("utf-8", "█"), ("ascii", "@")])
+    @pytest.mark.parametrize("columns", [70, 100, 200])
+    def test_it_fits_the_terminal(self, columns, encoding, highest):
+        with nameserver(), posttroll.Publish("feeder", nameservers=["localhost"]) as publisher:
+            words = ("top", "--interval", "0.2")
+            with on_terminal(*words, size=(columns, 12), PYTHONIOENCODING=encoding) as (running, read_to, terminal):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.heartbeat(60)
+                publisher.send(posttroll.Message("/a/rather/long/subject/for/a/table", "info", "x"))
+                seen = read_to(highest, 5)
+                os.write(terminal, b"q")
+                assert running.wait(DEADLINE) == 0
+        view = next(view for view in seen.split("\033[H\033[J") if highest in view).replace("\r", "")
+        lines = view.splitlines()
+        assert max(map(len, lines)) <= columns
+        assert max(map(len, lines[3:])) <= len(lines[2].partition("LAST MINUTE")[0]) + 60
+        assert all(re.fullmatch(r" *.?", line.partition("s ago   0")[2].lstrip()) for line in lines[3:])
+        assert "LAST MINUTE" in lines[2]
+        assert ("ADDRESS" in lines[2]) == (columns >= 100)
+        assert columns < 100 or "0 caught up, 0 missed" in lines[0]
+
+
+class TestCheck:
+    """``posttroll check``: the exit status and the line that monitors read."""
+
+    @staticmethod
+    def check(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, dict[str, str]]:
+        """Run it; return its status, what it says, and the performance data by their labels."""
+        status = posttroll.main(["check", *map(str, words)])
+        line = capsys.readouterr().out
+        assert line.count("\n") == 1
+        match = re.fullmatch(r"POSTTROLL (OK|WARNING|CRITICAL|UNKNOWN) - ([^|\n]+?)(?: \| ([^|\n]+))?\n", line)
+        assert ("OK", "WARNING", "CRITICAL", "UNKNOWN").index(match[1]) == status
+        data = re.findall(r"'([^'=|\s]+)'=(U|[\d.]+s?)((?:;[\d.:]*){2})(?: |$)", match[3] or "")
+        assert " ".join(f"'{label}'={value}{bounds}" for label, value, bounds in data) == (match[3] or "")
+        return status, match[2], {label: value + bounds for label, value, bounds in data}
+
+    def test_all_is_well(self, capsys):
+        """What was sent a while ago is seen at once, in the history."""
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            for name in ("a", "b", "other"):
+                publisher = world.enter_context(
+                    posttroll.Publish(name, aliases=[f"{name}2"], nameservers=["localhost"])
+                )
+                publisher.send(posttroll.Message(f"/sent/{name}", "info"))
+                publisher.heartbeat(30)
+                wait_for(lambda: posttroll.get_pub_address(name))  # noqa: B023
+            status, text, data = self.check(capsys, "a", "b2", "--silent", 60, "--timeout", 20)
+            assert (status, len(text.split("; "))) == (0, 5)
+            assert re.fullmatch(r"0\.\d+s;;20", data.pop("nameserver"))
+            assert re.fullmatch(r"\d\.\ds;;60", data.pop("a_silent"))
+            assert re.fullmatch(r"\d\.\ds;;60", data.pop("b2_silent"))
+            beats = {"a_heartbeats_overdue": "0;0;", "b2_heartbeats_overdue": "0;0;"}
+            assert data == {"a": "1;1:;1:", "b2": "1;1:;1:", **beats}
+            assert self.check(capsys)[0] == 0
+            assert self.check(capsys, "--silent", 60)[0] == 0
+            assert self.check(capsys, "a", "--silent", 60, "--topic", "/sent/a")[0] == 0
+            status, text, data = self.check(capsys, "a", "b", "--silent", 60, "--topic", "/sent/a")
+            assert (status, text.partition(";")[0]) == (2, "nothing from b in 60 s")
+            assert data["b_silent"] == "U;;60"
+
+    def test_what_is_wrong(self, capsys):
+        with nameserver(), posttroll.Publish("alive", nameservers=["localhost"]) as alive:
+            for name, address in (
+                ("dead", f"tcp://127.0.0.1:{free_port()}"),
+                ("half", f"tcp://127.0.0.1:{free_port()}"),
+                ("half", f"tcp://localhost:{alive.port_number}"),
+            ):
+                announcement = posttroll.Message(f"/address/{name}", "info", {"URI": address, "service": [name]})
+                assert raw_request(config.get("broadcast_port"), announcement.encode().encode()) == [b"ok"]
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            for words, expected, reasons in [
+                (["alive"], 0, []),
+                (["nonesuch"], 2, ["nonesuch is not registered"]),
+                (["none", "alive", "nor that"], 2, ["none is not registered", "nor that is not registered"]),
+                (["dead"], 2, ["dead does not answer at tcp://127.0.0.1:"]),
+                (["half"], 1, ["half does not answer at tcp://127.0.0.1:"]),
+                (["half", "dead"], 2, ["dead does not answer", "half does not answer"]),
+                ([f"tcp://127.0.0.1:{alive.port_number}"], 0, []),
+                ([f"tcp://127.0.0.1:{alive.port_number}", "--nameserver", "none.invalid"], 0, []),
+                ([f"tcp://127.0.0.1:{free_port()}", "alive"], 2, ["tcp://127.0.0.1:"]),
+                (["alive", "--set", "backend=nonesuch"], 3, ["backend is 'nonesuch'"]),
+            ]:
+                status, text, _ = self.check(capsys, *words)
+                assert (status, text) == (expected, text)
+                wrong = text.split("; ")[: len(reasons)]
+                assert all(found.startswith(reason) or reason in found for found, reason in zip(wrong, reasons)), text
+            down = ["--nameserver", f"127.0.0.1:{free_port()}", "--timeout", "1"]
+            assert self.check(capsys, *down)[0] == 2
+            status, text, _ = self.check(capsys, "--nameserver", "localhost", *down, "alive")
+            assert status == 1
+            assert text.startswith("no answer from the nameserver on 127.0.0.1:")
+            assert self.check(capsys, "--local", *down, "alive")[0] == 0
+        status, text, data = self.check(capsys, "alive", "--timeout", 0.5)
+        assert (status, text, data) == (2, "no answer from the nameserver on localhost", {})
+
+    def test_what_can_only_be_known_by_waiting(self, capsys):
+        """Other implementations keep no history: something has to come while the check listens."""
+        with zmq.Context() as context, context.socket(zmq.XPUB) as sock:
+            sock.linger = 0
+            address = f"tcp://127.0.0.1:{sock.bind_to_random_port('tcp://127.0.0.1')}"
+            status, text, _ = self.check(capsys, address, "--silent", 60, "--timeout", 0.5)
+            assert status == 3
+            assert text.startswith(f"nothing from {address} in 0 s (it may keep no history")
+            status, text, _ = self.check(capsys, address, "--silent", 0.3)
+            assert (status, text.partition(";")[0]) == (2, f"nothing from {address} in 0.3 s")
+            results: list[tuple[int, str, dict[str, str]]] = []
+            with in_thread(lambda: results.append(self.check(capsys, address, "--silent", 20))) as thread:
+                while thread.is_alive():
+                    sock.send(posttroll.Message("/a", "info").encode().encode())
+                    time.sleep(0.01)
+            assert results[0][0] == 0
+
+    def test_what_is_not_in_the_history_any_more(self, capsys):
+        """It has come all the same."""
+        with config.set(history_messages=0), posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://127.0.0.1:{publisher.port_number}"
+            assert self.check(capsys, address, "--silent", 60)[0] == 2
+            publisher.send(posttroll.Message("/a", "info"))
+            status, text, _ = self.check(capsys, address, "--silent", 60)
+            assert (status, text) == (0, f"{address} answers; {address} sent something in the last 60 s")
+
+    def test_overdue_heartbeats(self, capsys):
+        """One that promised to beat has stopped to do so, while it says other things."""
+        with posttroll.Publisher("tcp://*:0", "late") as publisher:
+            address = f"tcp://127.0.0.1:{publisher.port_number}"
+            publisher.heartbeat(1)
+            publisher.send(posttroll.Message("/a", "info"))
+            assert self.check(capsys, address, "--silent", 60)[0] == 0
+            status, text, data = wait_for(
+                lambda: next((found for found in [self.check(capsys, address, "--silent", 60)] if found[0]), None)
+            )
+            assert (status, text.partition(";")[0]) == (1, f"{address}: 1 heartbeats are overdue")
+            assert data[f"{address}_heartbeats_overdue"] == "1;0;"
+
+    @pytest.mark.parametrize(
+        "words",
+        [["--frob"], ["a", "--timeout", "soon"], ["--silent", "-1"], ["--set", "nonesuch=1"], ["a", "--topic"], ["-n"]],
+    )
+    def test_a_wrong_command_line_is_unknown(self, words, capsys):
+        with pytest.raises(SystemExit) as caught:
+            posttroll.main(["check", *words])
+        assert caught.value.code == 3
+        assert "usage: posttroll check" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as caught:
+            posttroll.main(["services", *words])
+        assert caught.value.code == 2
+
+    @pytest.mark.parametrize("name", ["a", "tcp://slow.invalid:9000"])
+    def test_never_longer_than_the_timeout(self, name, capsys, monkeypatch):
+        """Even if names do not resolve for minutes."""
+        over = threading.Event()
+
+        def resolve(*args: Any, **kwargs: Any) -> Any:
+            over.wait(DEADLINE)
+            raise OSError("no answer from the name server")
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(socket, "create_connection", resolve)
+        try:
+            start = time.monotonic()
+            status, _, _ = self.check(capsys, name, "--nameserver", "slow.invalid", "--timeout", 0.5, "--silent", 60)
+            assert time.monotonic() - start < DEADLINE / 2
+            assert status == 2
+        finally:
+            over.set()
+
+    def test_as_a_process(self):
+        """Never a traceback, whatever is configured, and not a word too much."""
+        with nameserver(), posttroll.Publish("alive", nameservers=["localhost"]):
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            status, out, err = run_command("check", "alive", "--silent", 1, "--timeout", 20)
+            assert (status, err) == (2, "")
+            assert out.startswith("POSTTROLL CRITICAL - nothing from alive in 1 s; the nameserver answers in ")
+        Path(os.environ["POSTTROLL_CONFIG"], "broken.json").write_text("{")
+        status, out, err = run_command("check", "alive")
+        assert (status, err) == (3, "")
+        assert "broken.json" in out
+        status, out, err = run_command("check", stdout=None, preexec_fn=lambda: os.close(1))
+        assert (status, "Traceback" in err) == (3, False)
+
+    def test_secure(self, keys, capsys):
+        with nameserver(), posttroll.Publish("alive", nameservers=["localhost"]) as publisher:
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            publisher.send(posttroll.Message("/a", "info"))
+            assert self.check(capsys, "alive", "--silent", 60)[0] == 0
+            assert self.check(capsys, "alive", "--set", "backend=unsecure_zmq", "--timeout", "0.5")[0] == 2
+
+
+class TestExporter:
+    """``posttroll exporter``, read by Prometheus' own parser."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def exporter(*words: Any) -> Iterator[tuple[subprocess.Popen[str], int]]:
+        """Run it on a free port; gives the process and the port."""
+        with command("exporter", "--port", 0, *words) as running:
+            yield running, int(running.stderr.readline().rpartition(":")[2].partition("/")[0])
+            running.terminate()
+            assert finish(running)[:2] == (0, "")
+
+    @staticmethod
+    def get(port: int, path: str = "/metrics", host: str = "127.0.0.1") -> tuple[str, str]:
+        """Return the head and the body of an answer."""
+        with socket.create_connection((host, port), DEADLINE) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            with connection.makefile("rb") as stream:
+                head, _, body = stream.read().decode().partition("\r\n\r\n")
+        return head, body
+
+    @classmethod
+    def metrics(cls, port: int) -> dict[tuple[str, ...], float]:
+        """Return the samples, by their name and the values of their labels but for the address."""
+        return cls.samples(cls.get(port)[1])
+
+    @staticmethod
+    def samples(text: str) -> dict[tuple[str, ...], float]:
+        found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        by_labels = {
+            (sample.name, *(value for label, value in sample.labels.items() if label != "address")): sample.value
+            for sample in found
+        }
+        assert len(by_labels) == len(found)
+        return by_labels
+
+    def test_what_it_tells(self):
+        """Of several publishers, subjects and types, whatever characters they have; ``top --json`` tells the same."""
+        odd = '/odd/"quoted"\\n\\\\{a="b"}/\u4eac'
+        sent = {("a", "/x", "file"): 3, ("a", "/x", "info"): 2, ("b", odd, "file"): 4, ("b", "/x", "file"): 1}
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            publishers = {
+                name: world.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in "abc"
+            }
+            wait_for(lambda: len(posttroll.get_pub_address("")) == 3)
+            _, port = world.enter_context(self.exporter())
+            top = world.enter_context(command("top", "--json", "--interval", 0.5, "-n", 99))
+            sizes: dict[tuple[str, str, str], int] = collections.Counter()
+            for publisher in publishers.values():
+                assert publisher.wait_for_subscribers(2, DEADLINE)
+            for (name, subject, kind), count in sent.items():
+                for number in range(count):
+                    message = posttroll.Message(subject, kind, {"number": number, "text": "\u4eac" * number})
+                    publishers[name].send(message)
+                    sizes[name, subject, kind] += len(message.encode().encode())
+            late = posttroll.Message("/late", "file")
+            late.time -= timedelta(seconds=100)
+            publishers["b"].send(late)
+            publishers["c"].heartbeat(1)
+            missed, beats = (
+                ("posttroll_heartbeats_missed_total", "c"),
+                ("posttroll_messages_total", "c", "/heartbeat/c", "beat"),
+            )
+            wait_for(lambda: self.metrics(port).get(missed) == 1)
+            publishers["c"].send(posttroll.Message("/heartbeat/c", "beat", {"min_interval": 5}))
+            found = wait_for(lambda: next((now for now in [self.metrics(port)] if now[beats] == 2), None))
+            view = json.loads(await_line(top, '"heartbeat_interval": 5.0'))
+            head, text = self.get(port)
+            top.terminate()
+            assert finish(top)[0] == 0
+        assert "Content-Type: text/plain; version=0.0.4; charset=utf-8" in head
+        counts = {key[1:]: value for key, value in found.items() if key[0] == "posttroll_messages_total"}
+        assert counts == {**sent, ("b", "/late", "file"): 1, ("c", "/heartbeat/c", "beat"): 2}
+        for labels, size in sizes.items():
+            assert found[("posttroll_message_bytes_total", *labels)] == size
+            assert abs(found[("posttroll_last_message_timestamp_seconds", *labels)] - time.time()) < 3600
+        ages = [
+            found["posttroll_message_age_seconds_bucket", "b", "/late", "file", le] for le in ("60.0", "600.0", "+Inf")
+        ]
+        assert ages == [0, 1, 1]
+        assert 100 <= found["posttroll_message_age_seconds_sum", "b", "/late", "file"] < 200
+        assert found["posttroll_message_age_seconds_bucket", "a", "/x", "file", "60.0"] == 3
+        assert found["posttroll_message_age_seconds_count", "a", "/x", "file"] == 3
+        assert (found["posttroll_heartbeats_overdue", "c"], found[missed]) == (0, 1)
+        assert found["posttroll_heartbeat_interval_seconds", "c"] == 5
+        assert ("posttroll_heartbeats_overdue", "a") not in found
+        assert (found["posttroll_known_services",], found["posttroll_nameserver_up", "localhost"]) == (3, 1)
+        assert found["posttroll_build_info", posttroll.__version__] == 1
+        self.check_conventions(text)
+        same = self.samples(posttroll._exposition(view))
+        assert set(same) == set(found)
+        assert {key: same[key] for key in same if key[0].endswith(("messages_total", "bytes_total", "_bucket"))} == {
+            key: found[key] for key in found if key[0].endswith(("messages_total", "bytes_total", "_bucket"))
+        }
+
+    @staticmethod
+    def check_conventions(text: str) -> None:
+        """Prefix, base units, ``_total`` for counters alone, ``_info`` for what is always 1, a help text."""
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        assert len(families) >= 13
+        for name, family in families.items():
+            assert re.fullmatch(r"posttroll(_[a-z]+)+", name)
+            assert family.type in ("counter", "gauge", "histogram")
+            assert family.documentation.endswith(".")
+            assert all((sample.name == f"{name}_total") == (family.type == "counter") for sample in family.samples)
+            assert not re.search(r"milli|minute|hour|kilo|_ms$", name)
+            assert all(sample.value == 1 for sample in family.samples) or not name.endswith("_info")
+        assert re.findall(r"^# TYPE (\S+_total) (?!counter)", text, re.MULTILINE) == []
+
+    def test_there_are_not_too_many_series(self, monkeypatch):
+        """What exceeds is counted all the same, as something else; what has been silent for long makes room."""
+        monkeypatch.setattr(posttroll._Meter, "KINDS", 5)
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            publishers = [world.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in "ab"]
+            loop = world.enter_context(contextlib.closing(posttroll.Loop()))
+            network = world.enter_context(contextlib.closing(posttroll._Network([], ["localhost"], loop)))
+            network.LOOKUP = 0.05
+            wait_for(lambda: network.run(time.monotonic() + 0.05) and all(each.subscriber_count for each in publishers))
+
+            def counts() -> dict[tuple[str, str, str], int]:
+                assert network.run(time.monotonic() + 0.05)
+                rows = network.view()["traffic"]
+                return {(row["publisher"], row["subject"], row["type"]): row["messages"] for row in rows}
+
+            publishers[1].send(posttroll.Message("/first", "info"))
+            wait_for(lambda: counts() == {("b", "/first", "info"): 1})
+            for number in range(10):
+                for publisher in publishers:
+                    publisher.send(posttroll.Message(f"/{number}" + "x" * 100000, "info" * 1000))
+            wait_for(lambda: sum(counts().values()) == 21)
+            assert all(len("".join(kind)) < 300 for kind in counts())
+            assert len(counts()) == 7
+            assert counts()["a", "other", "other"] + counts()["b", "other", "other"] == 21 - 5
+            network.KEEP = 0.1
+            wait_for(lambda: counts() == {})
+            network.KEEP = 300
+            publishers[0].send(posttroll.Message("/again", "info"))
+            wait_for(lambda: counts() == {("a", "/again", "info"): 1})
+
+    def test_requests_hold_up_nothing(self):
+        """Slow ones, broken ones, very many: all that is sent meanwhile is counted, and a good one has its answer."""
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            publisher = world.enter_context(posttroll.Publish("busy", nameservers=["localhost"]))
+            wait_for(lambda: posttroll.get_pub_address("busy"))
+            running, port = world.enter_context(self.exporter())
+            assert publisher.wait_for_subscribers(1, DEADLINE)
+            slow = [world.enter_context(socket.create_connection(("127.0.0.1", port), DEADLINE)) for _ in range(80)]
+            for connection in slow:
+                connection.sendall(b"GET /metr")
+            broken = (b"\0" * 5000 + b"\r\n\r\n", b"GET\r\n\r\n", b"POST /metrics HTTP/1.0\r\n\r\n", b"G" * 100000, b"")
+            over = threading.Event()
+
+            def hammer() -> None:
+                for content in itertools.cycle((*broken, b"GET /metrics HTTP/1.0\r\n\r\n")):
+                    if over.is_set():
+                        return
+                    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as connection:
+                        connection.sendall(content)
+
+            threads = [threading.Thread(target=hammer) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            try:
+                for number in range(2000):
+                    publisher.send(posttroll.Message("/busy", "info", number))
+                key = ("posttroll_messages_total", "busy", "/busy", "info")
+                wait_for(lambda: self.metrics(port).get(key) == 2000)
+            finally:
+                over.set()
+                for thread in threads:
+                    thread.join(DEADLINE)
+            assert int(Path(f"/proc/{running.pid}/status").read_text().partition("Threads:")[2].split()[0]) < 60
+            assert self.get(port, "/nonesuch")[0].startswith("HTTP/1.0 404 ")
+            with socket.create_connection(("127.0.0.1", port), DEADLINE) as connection:
+                connection.sendall(b"HEAD /metrics HTTP/1.0\r\n\r\n")
+                with connection.makefile("rb") as stream:
+                    answer = stream.read()
+            assert answer.startswith(b"HTTP/1.0 200 ")
+            assert answer.endswith(b"\r\n\r\n")
+
+    def test_after_an_outage(self, short_heartbeats):
+        """What was caught up and what was missed; that the nameserver is away, and back."""
+        with contextlib.ExitStack() as world:
+            first = world.enter_context(contextlib.ExitStack())
+            first.enter_context(nameserver())
+            with config.set(history_messages=16):
+                publisher = world.enter_context(posttroll.Publisher("tcp://*:0"))
+            relay = world.enter_context(Relay(publisher.port_number))
+            data = {"URI": f"tcp://127.0.0.1:{relay.port}", "service": ["relayed"]}
+            announcement = posttroll.Message("/address/relayed", "info", data).encode().encode()
+            assert raw_request(config.get("broadcast_port"), announcement) == [b"ok"]
+            _, port = world.enter_context(self.exporter())
+            assert publisher.wait_for_subscribers(1, DEADLINE)
+            publisher.send(posttroll.Message("/a", "info", "before"))
+            key = ("posttroll_messages_total", "relayed", "/a", "info")
+            wait_for(lambda: self.metrics(port).get(key) == 1)
+            relay.cut()
+            wait_for(lambda: publisher.subscriber_count == 0)
+            for number in range(100):
+                publisher.send(posttroll.Message("/a", "info", number))
+            first.close()
+            relay.mend()
+            wait_for(lambda: self.metrics(port)["posttroll_missed_messages_total",] > 0)
+            found = self.metrics(port)
+            caught_up, missed = (found[f"posttroll_{what}_messages_total",] for what in ("caught_up", "missed"))
+            assert caught_up + missed == 100
+            assert caught_up >= 16
+            assert found[key] == 1 + caught_up
+            wait_for(lambda: self.metrics(port)["posttroll_nameserver_up", "localhost"] == 0)
+            assert self.metrics(port)["posttroll_known_services",] == 1
+            world.enter_context(nameserver())
+            wait_for(lambda: self.metrics(port)["posttroll_nameserver_up", "localhost"] == 1)
+
+    def test_who_may_ask(self):
+        """This host, unless another address is given."""
+        with nameserver(), self.exporter() as (_, port):
+            self.get(port)
+            with pytest.raises(ConnectionRefusedError):
+                self.get(port, host="127.0.0.2")
+            status, out, err = run_command("exporter", "--port", port)
+            assert (status, out) == (1, "")
+            assert f"posttroll exporter: cannot be asked on 127.0.0.1, port {port}: " in err
+            with self.exporter("--bind", "0.0.0.0") as (_, other):
+                assert "posttroll_build_info" in self.get(other, host="127.0.0.2")[1]
+
+    def test_secure(self, keys):
+        with nameserver(), posttroll.Publish("secret", nameservers=["localhost"]) as publisher:
+            with self.exporter() as (_, port):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a", "info"))
+                wait_for(lambda: self.metrics(port).get(("posttroll_messages_total", "secret", "/a", "info")) == 1)
 
 
 class TestConfigCommand:
@@ -8133,6 +8612,20 @@ class TestDaemon:
         assert control.pid() != first
         assert posttroll.get_pub_address("a", DEADLINE) == []
 
+    def test_a_restart_while_the_last_one_takes_leave(self, control):
+        """It has no pid file any more when nothing is heard of it: the next one can have the lock of its own."""
+        code = """
+import os, sys, time, posttroll_ns
+def slow(function):
+    return lambda *args: (function(*args), time.sleep(0.3))
+os.unlink, os.ftruncate = slow(os.unlink), slow(os.ftruncate)
+sys.exit(posttroll_ns.main(sys.argv[1:]))
+"""
+        with python(code, "--no-multicast", "--pid-file", control.pid_file, "-d", "start") as running:
+            assert finish(running) == (0, "", LOGS_NOWHERE)
+        assert control("restart") == (0, "", LOGS_NOWHERE)
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+
     def test_after_a_crash_its_pid_file_is_no_trouble(self, control):
         control("start")
         pid = control.pid()
@@ -9023,10 +9516,12 @@ class TestBrokenAnnouncements:
         """Memory and log are bounded, publishers that are known stay, and lookups are answered meanwhile."""
         log = tmp_path / "log"
         with running_nameserver("--no-multicast", log) as running:
-            register(registration_of(URI="tcp://127.0.0.1:10", service=["real"]))
             with raw_socket(zmq.DEALER, config.get("broadcast_port")) as sock:
                 answered = 0
                 for number in range(count):
+                    if number % 500 == 0:  # as publishers do: who is silent for 10 s may have to make room
+                        register(registration_of(URI="tcp://127.0.0.1:10", service=["real"]))
+                        register(registration_of(URI="tcp://10.1.1.1:1", service=["s1"]))
                     text = registration_of(
                         URI=f"tcp://10.1.{number % 250}.1:{number // 250 + 1}", service=[f"s{number}"]
                     )
@@ -9626,15 +10121,17 @@ sys.exit(status)
         with python(code, cwd=HERE) as running:
             assert finish(running) == (0, "", "")
 
-    @pytest.mark.parametrize(
-        "ending", ["", "raise SystemExit(3)", "raise RuntimeError('oh')"], ids=["end", "exit", "error"]
-    )
     @pytest.mark.parametrize("code", FORGETFUL.values(), ids=FORGETFUL.keys())
-    def test_forgotten_stop(self, code, ending):
-        """A program that ends or fails without stopping anything ends."""
-        with python(f"import posttroll\n{code}\n{ending}\n") as running:
-            status, _, _ = finish(running)
-            assert status == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1)
+    def test_forgotten_stop(self, code):
+        """A program that ends without stopping anything ends."""
+        with python(f"import posttroll\n{code}\n") as running:
+            assert finish(running)[0] == 0
+
+    @pytest.mark.parametrize(("ending", "status"), [("raise SystemExit(3)", 3), ("raise RuntimeError('oh')", 1)])
+    def test_everything_forgotten(self, ending, status):
+        """A program that fails, with all of that at once, ends."""
+        with python("\n".join(["import posttroll", *FORGETFUL.values(), ending])) as running:
+            assert finish(running)[0] == status
 
     @pytest.mark.parametrize("nameservers", [["localhost"], None], ids=["registration", "multicast"])
     def test_a_forgotten_publisher_says_goodbye(self, nameservers):
@@ -11463,15 +11960,28 @@ def without_ours() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other workers waiting."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
     """Return the interpreter of an environment with the known package, made with the first Python that will do."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with alone(directory / "lock"):
+        return install_known_alone(directory / "environment", requirement, pythons)
+
+
+def install_known_alone(directory: Path, requirement: str, pythons: list[str]) -> str:
     python = str(directory / "bin" / "python")
     complete = directory / "complete"
     if complete.exists():
         return python
     problems = [f"no suitable Python among {interpreters()}"]
     proof = "import posttroll, posttroll.ns; assert posttroll.__file__.endswith('__init__.py'), posttroll.__file__"
-    directory.mkdir(parents=True, exist_ok=True)
     for interpreter in pythons:
         for command in (
             [interpreter, "-m", "venv", "--clear", str(directory)],
@@ -11479,7 +11989,7 @@ def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
             [python, "-c", proof],
         ):
             result = subprocess.run(
-                command, cwd=directory, env=without_ours(), capture_output=True, text=True, check=False
+                command, cwd=directory.parent, env=without_ours(), capture_output=True, text=True, check=False
             )
             if result.returncode:
                 problems.append(f"{' '.join(command)}:\n{(result.stderr or result.stdout)[-1500:]}")
@@ -11493,9 +12003,9 @@ def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def peers_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of the environments with the known package."""
-    kept = os.environ.get("POSTTROLL_TEST_PEERS")
-    return Path(kept).resolve() if kept else tmp_path_factory.mktemp("peers")
+    """Return the directory of the environments with the known package, one for all workers."""
+    kept, own = os.environ.get("POSTTROLL_TEST_PEERS"), tmp_path_factory.getbasetemp()
+    return Path(kept).resolve() if kept else (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "peers"
 
 
 @pytest.fixture(scope="session")
@@ -11748,15 +12258,16 @@ def theirs(newest: str, tmp_path: Path) -> Side:
 
 
 @pytest.fixture
-def old(oldest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Side:
-    """Return 1.10.0, which has some settings by other names, and some not at all."""
-    wait_for(lambda: all(is_free(port) for port in (16543, 21200)), what="the ports that 1.10.0 has built in")
-    monkeypatch.setenv("NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
-    monkeypatch.setenv("PYTROLL_MC_GROUP", os.environ["POSTTROLL_MC_GROUP"])
-    monkeypatch.setenv("POSTTROLL_ADDRESS_PUBLISH_PORT", "16543")
-    monkeypatch.setenv("POSTTROLL_BROADCAST_PORT", "21200")
-    monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
-    return Side("1.10.0", oldest, tmp_path)
+def old(oldest: str, peers_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
+    """Give 1.10.0, which has some settings by other names, and some not at all."""
+    with alone(peers_directory / "ports"):
+        wait_for(lambda: all(is_free(port) for port in (16543, 21200)), what="the ports that 1.10.0 has built in")
+        monkeypatch.setenv("NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
+        monkeypatch.setenv("PYTROLL_MC_GROUP", os.environ["POSTTROLL_MC_GROUP"])
+        monkeypatch.setenv("POSTTROLL_ADDRESS_PUBLISH_PORT", "16543")
+        monkeypatch.setenv("POSTTROLL_BROADCAST_PORT", "21200")
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        yield Side("1.10.0", oldest, tmp_path)
 
 
 def is_free(port: int) -> bool:
@@ -12494,7 +13005,6 @@ class TestPopulatedWorlds:
 
     @pytest.fixture(
         params=[
-            "plain",
             "secure",
             "few files",
             "silent name server",
@@ -13758,7 +14268,7 @@ class TestNewcomers:
                     with in_thread(send):
                         wait_for(lambda: data)
                         for number in range(20):
-                            with posttroll.Publisher("tcp://*:0", f"pub{number}") as pub:
+                            with posttroll.Publisher(f"tcp://*:{free_port()}", f"pub{number}") as pub:
                                 for _ in range(20):
                                     pub.send(text_message("old"))
                                 time.sleep(0.01)
@@ -13787,11 +14297,13 @@ class TestNewcomers:
                 with in_thread(send):
                     for _ in range(40):
                         with posttroll.Subscriber([local_address(pub.port_number)], topics) as sub:
-                            got = received_data(sub, 300)
-                            assert len(got) == 300
-                            span = list(range(min(got), max(got) + 1))
-                            assert len(set(got)) == 300, "came twice"
-                            assert sorted(got)[:250] == span[:250]
+                            got = set()
+                            deadline = time.monotonic() + DEADLINE
+                            while not got or not set(range(min(got), min(got) + 250)) <= got:
+                                assert time.monotonic() < deadline, f"a gap in {sorted(got)}"
+                                more = received_data(sub, 10)  # what is caught up may come after what is live
+                                assert len(got | set(more)) == len(got) + len(more), "came twice"
+                                got.update(more)
                     ended.set()
             finally:
                 ended.set()
@@ -14134,6 +14646,23 @@ class TestNothingFallsBetween:
             with serving(sub):
                 wait_for(lambda: sub.addresses == [])
 
+    def test_a_publisher_that_is_lost_while_much_is_unread(self, impatient):
+        """Its address is kept until all is read: else what comes meanwhile would wait behind all of it."""
+        with nameserver(), posttroll.Publish("numbers", nameservers=["localhost"]) as pub:
+            with posttroll.Subscribe(["numbers", "lost"], addr_listener=True, timeout=0) as sub:
+                messages = sub.recv(0.01)
+                with posttroll.Publish("lost", nameservers=["localhost"], broadcast_interval=0.1) as lost:
+                    wait_for(lambda: next(messages) is None and pub.subscriber_count and lost.subscriber_count)
+                for number in range(1000):
+                    pub.send(text_message(number))
+                for number in range(200):  # in 2 s; it would be removed after 1.2 s
+                    assert next(messages).data == number
+                    time.sleep(0.01)
+                assert len(sub.addresses) == 2
+                assert len(sub._inbox._unread) == 0
+                wait_for(lambda: next(messages) is None)
+                wait_for(lambda: next(messages) is None and len(sub.addresses) == 1)
+
     def test_removing_an_address_with_unread_messages(self):
         with connected() as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
             sub.add(local_address(other.port_number))
@@ -14290,19 +14819,35 @@ print("dropped", pub.dropped)
                 assert got == list(range(3000))
                 assert finish(pub)[:2] == (0, "dropped 0\n")
 
-    def test_stop_on_a_dead_link(self, monkeypatch, caplog, short_heartbeats):
-        """Nothing goes on any more: it gives up after its time, counts and says so."""
+    def test_stop_on_a_dead_link(self, monkeypatch, caplog):
+        """Nothing goes on any more: it gives up after its time, counts and says so; for each of its subscribers."""
         monkeypatch.setattr(posttroll.Publisher, "LINGER_SECONDS", 1.0)
-        with behind_relay() as (pub, relay, sub):
+        with behind_relay() as (pub, relay, sub), posttroll.Subscriber([local_address(relay.port)]) as other:
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            for each in (sub, other):
+                wait_for(lambda each=each: next(each.recv(0)) is None and not pub._audience.unserved())
             relay.silence()
             for number in range(2000):
                 pub.send(text_message([number, "x" * 10_000]))
             with in_thread(pub.stop) as stopping:
                 stopping.join(DEADLINE)
-            assert 0 < pub.dropped <= 2000
+            assert 2000 < pub.dropped <= 4000
             assert sub.missed == 0
         [record] = [record for record in caplog.records if "did not reach a subscriber" in record.getMessage()]
         assert record.levelname == "WARNING"
+
+    def test_a_subscriber_that_has_not_asked_until_the_end(self, caplog):
+        """It came in the last moments of a publisher, and was busy: what it may have missed is counted and told."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            Numbers(pub).send(5)
+            with posttroll.Subscriber([local_address(pub.port_number)], since=60) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("live"))
+                pub.stop()
+                assert pub.dropped == 5
+                assert received_data(sub) == ["live"]
+        [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert "has asked for what it may have missed: 5 messages at most" in record.getMessage()
 
 
 class TestAwaiting:
@@ -14523,7 +15068,9 @@ class World(Crowd):
     def environment(self, part: Part) -> dict[str, str]:
         heartbeats = {"POSTTROLL_ZMTP_HEARTBEAT_INTERVAL": "1", "POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT": "6"}
         here = {"POSTTROLL_MULTICAST_INTERFACE": self.HOSTS[part.host]}
-        return {**super().environment(part), **heartbeats, **here}
+        # Its hosts have all ports for themselves: few would often give a publisher that of one that has gone.
+        shared = {key: value for key, value in super().environment(part).items() if "_PUB_M" not in key}
+        return {**shared, **heartbeats, **here}
 
     def prefix(self, part: Part) -> list[str]:
         return ["ip", "netns", "exec", self.namespace(part.host)]
@@ -14715,8 +15262,10 @@ class Oracle:
         unfound = self.connected(begin)
         was_there_too_shortly = not self._got and publisher.ended < unfound
         spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
-        if not CAUGHT_UP:
-            spans += [(self.under_way(start, throttled), self.connected(end, NOTICED)) for start, end in self._cuts]
+        for start, end in self._cuts:  # nobody catches up with a publisher that has ended
+            back = self.connected(end, NOTICED)
+            if not CAUGHT_UP or publisher.ended < back:
+                spans.append((self.under_way(start, throttled), back))
         if publisher.ending == signal.SIGKILL:
             spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
         if subscriber.ended < float("inf"):
