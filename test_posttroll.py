@@ -5943,6 +5943,181 @@ class TestPing:
         assert re.search(r"40 asked, [1-3]?\d answered, [1-9]\d?% lost", out)
 
 
+class TestRelayCommand:
+    @pytest.fixture(autouse=True)
+    def directory(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(tmp_path / "durable"))
+
+    @pytest.fixture
+    def source(self):
+        with posttroll.Publisher("tcp://*:0", "source") as pub:
+            yield pub
+
+    @contextlib.contextmanager
+    def relay(self, source: Any, port: int, *words: Any) -> Iterator[subprocess.Popen[str]]:
+        """Run a relay that listens to a publisher, and publishes on *port*."""
+        addresses = ("--address", local_address(source.port_number), "--out-nameserver", "none", "--port", port)
+        before = set(source._audience.peers)
+        with command("relay", *addresses, *words) as running:
+            wait_for(lambda: set(source._audience.peers) - before or running.poll() is not None)
+            yield running
+
+    def end(self, running: Any, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        running.send_signal(number)
+        return finish(running)
+
+    def test_byte_for_byte(self, source):
+        """What is chosen, in its order; also a message in ISO-8859-1, as old programs send."""
+        port = free_port()
+        old = "pytroll://a/old info user@host 2026-11-24T12:00:00 v1.01 text/ascii M\xfcnchen".encode("iso-8859-1")
+        wanted = [posttroll.Message("/a/x", "info", data).encode().encode() for data in ("é", {"n": [1.50]}, b"\0", "")]
+        with self.relay(source, port, "/a", "--type", "info") as running, raw_socket(zmq.SUB, port) as other:
+            other.subscribe(b"")
+            with contextlib.closing(posttroll.Inquiry(local_address(port))) as inquiry:
+                wait_for(lambda: inquiry.ask(DEADLINE)["subscribers"])
+            for raw in (old, *wanted, text_message("x", "/b").encode(), old):
+                source.send(raw)
+            source.send(posttroll.Message("/a", "file", "x"))
+            source.send(text_message("end"))
+            got = []
+            while not got or b" end" not in got[-1]:
+                assert other.poll(1000 * DEADLINE)
+                got.append(other.recv())
+            assert got[:-1] == [old, *wanted, old]
+            status, out, err = self.end(running)
+        assert (status, out, err) == (0, "", "7 messages relayed\n")
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+    def test_a_restart_loses_nothing(self, source, number):
+        """While messages are sent; only what was in hand may come twice, after SIGKILL."""
+        port = free_port()
+        numbers = Numbers(source)
+        words = ("--durable", "name", "--out-set", "discovery_seconds=1.5")  # longer than until it is found again
+        with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
+            for _ in range(2):
+                with self.relay(source, port, *words) as running:
+                    numbers.send(200, 0.0005)
+                    wait_for(lambda: data)
+                    running.send_signal(number)
+                    numbers.send(100, 0.0005)
+                    status = running.wait(DEADLINE)
+                assert status == (0 if number != signal.SIGKILL else -number)
+            with self.relay(source, port, *words):
+                wait_for(lambda: len(set(data)) == numbers.count)
+            counts = collections.Counter(data)
+        assert sorted(counts) == list(range(numbers.count))
+        assert sum(counts.values()) - len(counts) <= (2 if number == signal.SIGKILL else 0)
+
+    def test_two_relays_in_a_circle(self, source):
+        """Nothing goes round twice; the same text sent twice is sent twice."""
+        ports = [free_port(), free_port()]
+        addresses = list(map(local_address, ports))
+        with contextlib.ExitStack() as world:
+            one = world.enter_context(self.relay(source, ports[0], "--address", addresses[1]))
+            words = ("relay", "--address", addresses[0], "--port", ports[1], "--out-nameserver", "none")
+            two = world.enter_context(command(*words))
+            subs = [world.enter_context(posttroll.Subscriber([address])) for address in addresses]
+            data = [world.enter_context(serving(sub)) for sub in subs]
+            for address, count in zip(addresses, (2, 2)):  # the other relay, and ours
+                with contextlib.closing(posttroll.Inquiry(address)) as inquiry:
+                    wait_for(lambda inquiry=inquiry, count=count: (inquiry.ask(1) or {}).get("subscribers") == count)
+            numbers = Numbers(source)
+            numbers.send(50)
+            for _ in range(2):
+                source.send(text_message("twice"))
+            for number in range(3):  # what goes round has come again by then
+                source.send(text_message(f"round {number}"))
+                wait_for(lambda number=number: all(f"round {number}" in each for each in data))
+            expected = sorted([*range(50), "twice", "twice", "round 0", "round 1", "round 2"], key=str)
+            assert [sorted(each, key=str) for each in data] == [expected, expected]
+            assert [self.end(running)[0] for running in (one, two)] == [0, 0]
+
+    def test_by_nameservers_from_plain_to_secure(self, keys, monkeypatch):
+        """Each end has a configuration, a nameserver and a backend of its own."""
+        plain = free_port()
+        with contextlib.ExitStack() as world:
+            with config.set(backend="unsecure_zmq"):
+                source = world.enter_context(posttroll.Publisher("tcp://*:0", "source"))
+            world.enter_context(nameserver(multicast_enabled=False))
+            words = ["--address", local_address(source.port_number), "--in-set", "backend=unsecure_zmq"]
+            words += ["--out-set", f"pub_min_port={plain}", "--out-set", f"pub_max_port={plain + 1}"]
+            running = world.enter_context(command("relay", *words, "--name", "site", "--out-nameserver", "localhost"))
+            sub = world.enter_context(posttroll.Subscribe("site", timeout=DEADLINE))
+            assert sub.addresses[0].endswith(f":{plain}")
+            assert posttroll.get_pub_address("site")[0]["backend"] == "secure_zmq"
+            assert source.wait_for_subscribers(1, DEADLINE)
+            source.send(text_message("through"))
+            assert received_data(sub) == ["through"]
+            with subscribing(plain, **keys.of("no CURVE")) as stranger:
+                source.send(text_message("again"))
+                assert received_data(sub) == ["again"]
+                assert next(stranger.recv(0.2)) is None
+            assert self.end(running)[0] == 0
+
+    def test_what_is_lost_on_the_way_is_no_success(self, source):
+        """A subscriber that does not read; its queue and the relay's hold ten messages each."""
+        port = free_port()
+        with zmq.Context() as context, context.socket(zmq.SUB) as slow:
+            slow.linger = 0
+            slow.rcvhwm, slow.rcvbuf = 1, 4096
+            slow.subscribe(b"")
+            with self.relay(source, port, "--out-set", "send_high_water_mark=10") as running:
+                slow.connect(local_address(port))
+                with contextlib.closing(posttroll.Inquiry(local_address(port))) as inquiry:
+                    wait_for(lambda: inquiry.ask(DEADLINE)["subscribers"])
+                for _ in range(300):
+                    source.send(text_message("x" * 100_000))
+                assert any("the queue of a slow subscriber is full" in line for line in running.stderr)
+                slow.close()
+                status, _, err = self.end(running)
+        assert status == 1
+        assert re.search(r"0 messages were gone before they could be relayed, [1-9]\d* on their way", err)
+
+    def test_an_end_that_dies_is_told_and_nothing_is_taken_for_relayed(self, source):
+        port = free_port()
+        numbers = Numbers(source)
+        with self.relay(source, port, "--durable", "name") as running:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+            (child,) = children.read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            numbers.send(5)
+            status, out, err = finish(running)
+        assert (status, out) == (1, "")
+        assert err == "0 messages relayed\nposttroll relay: the end that publishes has ended, with status -9.\n"
+        with self.relay(source, port, "--durable", "name"), posttroll.Subscriber([local_address(port)]) as sub:
+            assert sorted(received_data(sub, 5)) == list(range(5))
+
+    def test_only_one_of_several_copies(self, source):
+        port = free_port()
+        with self.relay(source, port, "--unique", "uid") as running, posttroll.Subscriber([local_address(port)]) as sub:
+            for uid in "aabab":
+                source.send(copy_of(uid))
+            source.send(text_message("end"))
+            assert [data if data == "end" else data["uid"] for data in received_data(sub, 3)] == ["a", "b", "end"]
+            assert self.end(running)[2] == "3 messages relayed\n"
+
+    def test_what_hinders_the_start(self, source):
+        with posttroll.Publisher("tcp://*:0") as other, self.relay(source, other.port_number) as running:
+            status, _, err = finish(running)
+        assert status == 1
+        assert "posttroll relay: Address already in use" in err
+        with posttroll.Subscriber([], durable="name"):
+            status, _, err = run_command("relay", "--address", "tcp://localhost:1", "--durable", "name")
+        assert status == 1
+        assert "posttroll relay: The durable name 'name' is in use by process" in err
+        status, _, err = run_command("relay", "--out-set", "no_key=1")
+        assert status == 2
+        assert "there is no key 'no_key'" in err
+
+    def test_memory_of_echoes_is_bounded(self):
+        echoes = posttroll._Echoes()
+        for number in range(2 * echoes.LIMIT):
+            assert not echoes.is_echo(b"%d" % number, "here")
+        assert len(echoes._origins) == echoes.LIMIT
+        assert echoes.is_echo(b"%d" % number, "there")
+        assert not echoes.is_echo(b"0", "there")
+
+
 class TestServicesAndTop:
     """What there is on the network."""
 
