@@ -15349,6 +15349,263 @@ class TestAwaiting:
                 wait_for(lambda: data == ["still"])
 
 
+OUTAGE_PUBLISHER = """
+import json, logging, os, select, signal, sys, posttroll
+logging.basicConfig(format="%(levelname)s %(message)s")
+address, name, life, padding, record = json.loads(sys.argv[1])
+number = 0
+with open(record, "a", buffering=1) as record, posttroll.Publisher(address, name) as publisher:
+    print("started", flush=True)
+    while True:
+        is_told = bool(select.select([0], [], [], 0.1)[0])
+        count = os.read(0, 100) if is_told else b"1"
+        if not count:
+            break  # the end of the input
+        for _ in range(int(count)):
+            print(name, life, number, file=record)
+            publisher.send(posttroll.Message("/outage", "info", [name, life, number, "x" * padding]))
+            number += 1
+        if is_told:
+            print("done", flush=True)
+print("dropped", publisher.dropped, flush=True)
+"""
+
+OUTAGE_SUBSCRIBER = """
+import json, logging, signal, sys, posttroll
+logging.basicConfig(format="%(levelname)s %(message)s")
+addresses, record = json.loads(sys.argv[1])
+with open(record, "a", buffering=1) as record, posttroll.Subscriber(addresses, "/outage") as subscriber:
+    signal.signal(signal.SIGTERM, lambda *args: subscriber.stop())
+    print("started", flush=True)
+    for message in subscriber.recv():
+        print(*message.data[:3], file=record)
+print("missed", subscriber.missed, flush=True)
+"""
+
+
+class Outage:
+    """A plain publisher and one with CURVE on one host; on another one subscribers to the one, the other, and both."""
+
+    PORTS = types.MappingProxyType({"plain": 9001, "secure": 9101})
+    WISHES = (("plain",), ("secure",), ("plain", "secure"))
+
+    def __init__(self, hosts: TwoHosts, keys: Keys, directory: Path, seconds: float, **environment: str) -> None:
+        hosts.plug_in()
+        hosts.ip("-n", hosts.names[1], "addr", "add", "10.203.77.3/32", "dev", hosts.links[1])
+        self.hosts, self.keys, self.directory, self.seconds = hosts, keys, directory, seconds
+        self.padding = int(environment.pop("padding", 0))
+        self.environment = {
+            **os.environ,
+            "POSTTROLL_ZMTP_HEARTBEAT_INTERVAL": str(seconds / 20),
+            "POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT": str(seconds / 6),
+            **environment,
+        }
+        self.killed: set[tuple[str, int]] = set()  # lives that ended so: their last messages are theirs to lose
+        self.lives = dict.fromkeys(self.PORTS, -1)
+        self.stack = contextlib.ExitStack()
+        self.publishers: dict[str, Any] = {}
+        self.subscribers: list[Any] = []
+
+    def _start(self, host: int, code: str, backend: str, *settings: Any) -> Any:
+        environment = {**self.environment, "POSTTROLL_BACKEND": backend}
+        command = ["ip", "netns", "exec", self.hosts.names[host], sys.executable, "-u", "-c", code]
+        log = self.stack.enter_context((self.directory / f"{settings[-1].stem}.log").open("a"))
+        words = json.dumps([*settings[:-1], str(settings[-1])])
+        running = self.stack.enter_context(process(*command, words, env=environment, stderr=log))
+        await_line(running, "started")
+        return running
+
+    def publish(self, name: str, host: str = TwoHosts.ADDRESSES[1], port: int = 0) -> None:
+        """Start the next life of a publisher."""
+        self.lives[name] += 1
+        backend = {"plain": "unsecure_zmq", "secure": "secure_zmq"}[name]
+        address = f"tcp://{host}:{port or self.PORTS[name]}"
+        record = self.directory / f"{name}.sent"
+        self.publishers[name] = self._start(
+            1, OUTAGE_PUBLISHER, backend, address, name, self.lives[name], self.padding, record
+        )
+
+    def kill(self, name: str) -> None:
+        self.publishers[name].kill()
+        self.publishers[name].wait()
+        self.killed.add((name, self.lives[name]))
+
+    def subscribe(self) -> None:
+        for number, wishes in enumerate(self.WISHES):
+            addresses = [
+                {"URI": f"tcp://{host}:{port}", "backend": {"plain": "unsecure_zmq", "secure": "secure_zmq"}[name]}
+                for name in wishes
+                for host, port in (
+                    (TwoHosts.ADDRESSES[1], self.PORTS[name]),
+                    (TwoHosts.ADDRESSES[1], self.PORTS[name] + 1),
+                    ("10.203.77.3", self.PORTS[name]),
+                )
+            ]
+            backend = "unsecure_zmq" if "plain" in wishes else "secure_zmq"
+            record = self.directory / f"{number}.got"
+            self.subscribers.append(self._start(0, OUTAGE_SUBSCRIBER, backend, addresses, record))
+
+    def read(self, file: str) -> list[tuple[str, int, int]]:
+        """Return what a process has written down: name, life and number of messages."""
+        lines = (self.directory / file).read_text().rpartition("\n")[0].splitlines()
+        return [(name, int(life), int(number)) for name, life, number in map(str.split, lines)]
+
+    def wanted(self, subscriber: int) -> set[tuple[str, int, int]]:
+        return {message for name in self.WISHES[subscriber] for message in self.read(f"{name}.sent")}
+
+    def missing(self, subscriber: int) -> set[tuple[str, int, int]]:
+        """Return what has not come but what was the last of a publisher that was killed."""
+        got = self.read(f"{subscriber}.got")
+        newest = dict.fromkeys(self.killed, -1)
+        for *life, number in got:
+            if tuple(life) in newest:
+                newest[tuple(life)] = max(number, newest[tuple(life)])
+        return {
+            (name, life, number)
+            for name, life, number in self.wanted(subscriber) - set(got)
+            if number < newest.get((name, life), float("inf"))
+        }
+
+    def reported(self, subscriber: int) -> int:
+        """Return how many messages a subscriber says are gone."""
+        return sum(map(int, REPORTED_LOSS.findall((self.directory / f"{subscriber}.log").read_text())))
+
+    def tell(self, count: str) -> None:
+        """Have all publishers send so many messages at once."""
+        for publisher in self.publishers.values():
+            command_of(publisher, count)
+
+    def hear_all(self) -> None:
+        """Wait until all messages that have been sent until now have come, or are said to be gone."""
+        for number in range(len(self.WISHES)):
+            want = self.wanted(number)
+            wait_for(
+                lambda number=number, want=want: len(self.missing(number) & want) <= self.reported(number),
+                self.seconds + DEADLINE,
+                f"what subscriber {number} should have",
+            )
+
+    def finish(self) -> list[int]:
+        """Let all end well, and judge what has come; return how many messages publishers counted as dropped."""
+        dropped = []
+        for publisher in self.publishers.values():
+            status, out, _ = finish(publisher, self.seconds + DEADLINE)
+            assert status == 0
+            dropped.append(int(out.split()[-1]))
+        self.hear_all()
+        for number, subscriber in enumerate(self.subscribers):
+            subscriber.terminate()
+            status, out, _ = finish(subscriber)
+            assert (status, out) == (0, f"missed {self.reported(number)}\n")
+            got = self.read(f"{number}.got")
+            assert max(collections.Counter(got).values()) == 1, "came twice"
+            assert set(got) <= self.wanted(number)
+            assert len(self.missing(number)) <= self.reported(number)
+        for log in self.directory.glob("*.log"):
+            assert "Traceback" not in log.read_text()
+        return dropped
+
+
+@pytest.mark.long
+@pytest.mark.network
+@pytest.mark.timeout(LONG + 300)
+class TestOutages:
+    """Every message exactly once, or counted and told, whatever has come between publishers and subscribers."""
+
+    SECONDS = max(min(20, LONG / 20), 2)  # how long an outage lasts
+
+    @pytest.fixture
+    def world(self, two_faulty_hosts, keys, tmp_path):
+        """Give what starts the world, with settings for all of its programs."""
+        with contextlib.ExitStack() as stack:
+
+            def start(seconds: float = self.SECONDS, **environment: str) -> Outage:
+                outage = Outage(two_faulty_hosts, keys, tmp_path, seconds, **environment)
+                stack.push(outage.stack)
+                outage.subscribe()
+                for name in Outage.PORTS:
+                    outage.publish(name)
+                outage.tell("20")
+                outage.hear_all()
+                return outage
+
+            yield start
+
+    def cut(self, world: Outage) -> None:
+        name, link = world.hosts.names[1], world.hosts.links[1]
+        world.hosts.ip("-n", name, "link", "set", link, "down")
+        time.sleep(world.seconds)  # the duration of the outage
+        world.hosts.ip("-n", name, "link", "set", link, "up")
+
+    @pytest.mark.parametrize("seconds", [SECONDS, LONG / 2])
+    def test_the_link_is_cut(self, world, seconds):
+        running = world(seconds)
+        self.cut(running)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_the_link_is_cut_for_longer_than_the_history_reaches(self, world):
+        running = world(POSTTROLL_HISTORY_MESSAGES="50")
+        telling = threading.Timer(running.seconds * 0.8, lambda: running.tell("400"))
+        telling.start()  # by then it has been noticed that the link is dead
+        self.cut(running)
+        telling.join()
+        running.finish()
+        for number, wishes in enumerate(Outage.WISHES):
+            missing = running.missing(number)
+            assert len(missing) > 300 * len(wishes)
+            assert running.reported(number) <= len(missing) + 30 * len(wishes)  # what came just before may count, too
+
+    def test_a_half_open_connection(self, world):
+        """Packets vanish; meanwhile the publishers are killed, and have successors that know nothing of connections."""
+        running = world()
+        blackhole = ["blackhole", TwoHosts.ADDRESSES[0] + "/32"]
+        running.hosts.ip("-n", running.hosts.names[1], "route", "add", *blackhole)
+        for name in Outage.PORTS:
+            running.kill(name)
+            running.publish(name)
+        time.sleep(running.seconds)  # the duration of the outage
+        running.hosts.ip("-n", running.hosts.names[1], "route", "del", *blackhole)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    @pytest.mark.parametrize("where", ["same port", "other port", "other address"])
+    def test_a_publisher_is_killed_and_restarted(self, world, where):
+        running = world()
+        for name in Outage.PORTS:
+            running.kill(name)
+        time.sleep(running.seconds / 4)  # the duration of the outage
+        for name, port in Outage.PORTS.items():
+            host = "10.203.77.3" if where == "other address" else TwoHosts.ADDRESSES[1]
+            running.publish(name, host, port + (where == "other port"))
+        running.tell("100")
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_the_host_of_the_subscribers_is_suspended(self, world):
+        running = world()
+        for subscriber in running.subscribers:
+            subscriber.send_signal(signal.SIGSTOP)
+        time.sleep(running.seconds)  # the duration of the outage
+        for subscriber in running.subscribers:
+            subscriber.send_signal(signal.SIGCONT)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_queues_are_full(self, world):
+        small = {f"POSTTROLL_{side}_HIGH_WATER_MARK": "50" for side in ("SEND", "RECEIVE")}
+        running = world(padding="20000", POSTTROLL_HISTORY_BYTES="100000000", **small)
+        for subscriber in running.subscribers[1:]:
+            subscriber.send_signal(signal.SIGSTOP)
+        for _ in range(10):
+            running.tell("100")
+            time.sleep(running.seconds / 10)  # the duration of the outage
+        for subscriber in running.subscribers[1:]:
+            subscriber.send_signal(signal.SIGCONT)
+        running.hear_all()
+        assert all(running.finish())
+
+
 # ======================================================================================================================
 # Chaos: several hosts, everything that goes wrong at random, and not one message unaccounted for
 #
@@ -15396,7 +15653,7 @@ class World(Crowd):
             Part("s1", "subscriber", "b", 0.004, everybody, services=everybody, **following),
             Part("s2", "subscriber", "c", 0, everybody, services="", **following),
             Part("s3", "subscriber", "d", 0, ["mover"], **by_name),
-            Part("s4", "subscriber", "a", 0.008, everybody, services="", **following),
+            Part("s4", "subscriber", "a", 0.005, everybody, services="", **following),
             Part("s5", "subscriber", "b", 0, ["p0", "p2"], services=["p0", "p2"], nameserver=["ns-a", "ns-b"]),
             Part("s6", "subscriber", "c", 0.02, ["p3"], throttled, services=["p3"], **following),
             Part("s7", "subscriber", "d", 0, ["mover"], services=["mover"], **following),
@@ -15729,7 +15986,7 @@ class TestChaos:
         world.note("all is well again")
         faults = []
         try:
-            hear_each_other(world, "at the end")
+            hear_each_other(world, "at the end", 120)  # slow ones have much before them
             for life, before in uses.items():
                 if not life.ending:
                     with contextlib.suppress(pytest.fail.Exception):
