@@ -14212,6 +14212,8 @@ class TestDurable:
             relay.mend()
             with posttroll.Subscriber([], durable="name") as sub:
                 sub.add(local_address(pub.port_number), "/numbers")
+                wait_for(lambda: next(sub.recv(0.01)) is None and pub.subscriber_count == 3)
+                wait_for(lambda: next(sub.recv(0.01)) is None and not pub._audience.unserved())
                 sub.add(local_address(relay.port), "/other")
                 assert received_data(sub) == [1]
                 assert receive(sub, 1, 0.1) == []
@@ -14610,22 +14612,35 @@ class TestFirstMessages:
         config.set(discovery_seconds=1.5)
         self.check(way)
 
-    def test_a_process_for_each_message(self, monkeypatch):
-        """As scripts do: 24 of them, with what the configuration is by default, and the same text."""
-        monkeypatch.delenv("POSTTROLL_DISCOVERY_SECONDS")
-        code = """
+    def run_processes(self, way: Any, batches: int, size: int) -> None:
+        """Let processes publish the same text, *size* of them at once, with what the configuration is by default."""
+        code = f"""
 import sys, posttroll
-with posttroll.Publish("first", nameservers=["localhost"]) as pub:
+with posttroll.Publish("first", nameservers={way}) as pub:
     pub.send("pytroll://first info me@here 2020-01-01T00:00:00 v1.01 application/json %s" % sys.argv[1])
 """
-        with nameserver(), posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
-            wait_for(lambda: sub._loop)
-            for batch in range(3):
-                with contextlib.ExitStack() as stack:
-                    running = [stack.enter_context(python(code, batch)) for _ in range(8)]
-                    assert [finish(each)[0] for each in running] == [0] * 8
-            wait_for(lambda: len(data) >= 24)
-            assert sorted(data) == sorted(list(range(3)) * 8)
+        with nameserver(multicast_enabled=way is None):
+            with posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+                wait_for(lambda: sub._loop)
+                for batch in range(batches):
+                    with contextlib.ExitStack() as stack:
+                        running = [stack.enter_context(python(code, batch)) for _ in range(size)]
+                        assert [finish(each)[0] for each in running] == [0] * size
+                wait_for(lambda: len(data) >= batches * size)
+                assert sorted(data) == sorted(list(range(batches)) * size)
+
+    def test_a_process_for_each_message(self, monkeypatch):
+        """As scripts do."""
+        monkeypatch.delenv("POSTTROLL_DISCOVERY_SECONDS")
+        self.run_processes(["localhost"], 3, 8)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("backend", ["plain", "secure"])
+    def test_50_processes(self, way, backend, monkeypatch, request):
+        monkeypatch.delenv("POSTTROLL_DISCOVERY_SECONDS")
+        if backend == "secure":
+            request.getfixturevalue("keys")
+        self.run_processes(way, 10, 5)
 
     def test_nobody_is_waited_for_when_nothing_was_sent(self):
         config.set(discovery_seconds=1000)
