@@ -14820,6 +14820,17 @@ def proxy(port: int) -> Iterator[int]:
             sock.close()
 
 
+def binds(sock: Any, port: int) -> bool:
+    """Bind a socket to a port of this host, if it is free already."""
+    try:
+        sock.bind(f"tcp://127.0.0.1:{port}")
+    except zmq.ZMQError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
 class TestProxiesAndNeighbours:
     @pytest.mark.skipif(
         not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
@@ -14842,6 +14853,21 @@ class TestProxiesAndNeighbours:
                             await_count(second, numbers.count)
                         wait_for(lambda: not pub._audience.unserved())
                         assert sorted(first) == sorted(second) == list(range(numbers.count))
+
+    def test_a_mark_follows_the_topics(self):
+        """Also when a connection has come back, and when a proxy passes them on: else what comes between is lost."""
+        port = free_port()
+        topics = ["/a", "/z", "/\U0010ffff"]
+        with posttroll.Subscriber([local_address(port)], topics) as sub, serving(sub):
+            for _ in range(2):
+                with raw_socket(zmq.XPUB) as publisher:
+                    wait_for(partial(binds, publisher, port))
+                    changes = []
+                    while not any(b"subscriber" in change for change in changes):
+                        assert publisher.poll(DEADLINE * 1000)
+                        changes.append(publisher.recv())
+                    assert len(changes) == 4
+                    assert all(change.startswith(b"\1pytroll:/") for change in changes[:3])
 
     def test_what_plain_sockets_see_while_others_catch_up(self, short_heartbeats):
         """Whole messages on their topics, each once: by an empty subscription, and as the known package subscribes."""
