@@ -1586,15 +1586,19 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
 SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 
 DATAGRAM_SIZE = 65535
-_IP_MULTICAST_ALL = 49  # of Linux, see ip(7)
+_IP_MULTICAST_ALL, _IPV6_MULTICAST_ALL = 49, 29  # of Linux, see ip(7) and ipv6(7)
+_NO_ADDRESS = ("0.0.0.0", "::")  # of an interface that has none
 _BROADCAST_GROUPS = ("0.0.0.0", "255.255.255.255", "<broadcast>")
 
 
 def multicast_group(mcgroup: str | None) -> str:
-    """Return the address of the group; raises OSError if it is no IPv4 multicast address."""
+    """Return the address of the group; raises OSError if it is no multicast address."""
     group = config.get("mc_group") if mcgroup is None else mcgroup
     if group in _BROADCAST_GROUPS:
         return "<broadcast>"
+    with suppress(ValueError):
+        if ipaddress.IPv6Address(group).is_multicast:
+            return cast(str, group)
     try:
         packed = socket.inet_aton(socket.gethostbyname(group))
     except OSError as error:
@@ -1604,7 +1608,7 @@ def multicast_group(mcgroup: str | None) -> str:
     if packed[0] >> 4 != 0xE:
         raise OSError(
             errno.EINVAL,
-            f"Invalid multicast address {group!r} (mc_group): Invalid argument, not in 224.0.0.0 to 239.255.255.255",
+            f"Invalid multicast address {group!r} (mc_group): Invalid argument, not in 224.0.0.0/4 or ff00::/8",
         )
     return socket.inet_ntoa(packed)
 
@@ -1632,6 +1636,38 @@ def _multicast_interface() -> bytes:
         raise OSError(errno.ENODEV, f"multicast_interface {interface!r} has no address here: {error}") from None
 
 
+def _multicast_index(group: str) -> int:
+    """Return the index of the interface for the IPv6 *group*, 0 to leave the choice to the routing table.
+
+    Raises:
+        OSError: The configured interface does not exist (perhaps not yet).
+    """
+    interface = group.partition("%")[2] or config.get("multicast_interface")
+    if not interface:
+        return 0
+    known = {address.partition("%")[0]: index for address, index in _local_ipv6()}
+    try:
+        number, _, zone = interface.partition("%")
+        return known.get(number) or socket.if_nametoindex(zone or number)
+    except OSError as error:
+        raise OSError(errno.ENODEV, f"multicast_interface {interface!r} has no IPv6 here: {error}") from None
+
+
+def _membership(group: str) -> tuple[int, int, bytes]:
+    """Return level, option and value that make a socket a member of *group*."""
+    if ":" in group:
+        packed = socket.inet_pton(socket.AF_INET6, group.partition("%")[0])
+        return socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, packed + struct.pack("@I", _multicast_index(group))
+    return socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(group) + _multicast_interface()
+
+
+def _udp_socket(group: str) -> socket.socket:
+    """Return a socket for *group* that shares its port."""
+    sock = socket.socket(socket.AF_INET6 if ":" in group else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return sock
+
+
 def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
     """Open a UDP socket to send to a multicast group.
 
@@ -1645,13 +1681,16 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
         OSError: The group is no multicast address, or the socket cannot be set up.
     """
     group = multicast_group(mcgroup)
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    ttl = min(max(config.get("mc_ttl"), 0), 255)
+    sock = _udp_socket(group)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if group == "<broadcast>":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        elif ":" in group:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, _multicast_index(group))
         else:
-            ttl = min(max(config.get("mc_ttl"), 0), 255)
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
             interface = _multicast_interface()
@@ -1677,17 +1716,20 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
         OSError: The group is no multicast address, the port is taken, or no interface can receive multicast.
     """
     group = multicast_group(mcgroup)
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock = _udp_socket(group)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if sys.platform not in ("linux", "win32") and hasattr(socket, "SO_REUSEPORT"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # BSD and macOS share ports by this one
+        if ":" in group:  # another socket may have the same port for IPv4
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(("", port))
         if group != "<broadcast>":
+            level, option, value = _membership(group)
             if sys.platform == "linux":  # else it also gets what comes for the groups of other programs
-                sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
-            membership = socket.inet_aton(group) + _multicast_interface()
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+                with suppress(OSError):  # IPv6: from Linux 4.20 on
+                    all_groups = _IPV6_MULTICAST_ALL if level == socket.IPPROTO_IPV6 else _IP_MULTICAST_ALL
+                    sock.setsockopt(level, all_groups, 0)
+            sock.setsockopt(level, option, value)
     except BaseException:
         sock.close()
         raise
@@ -1714,7 +1756,10 @@ class MulticastSender:
         probe, group = mcast_sender(self.group)
         with probe:
             probe.connect((group, self.port))  # no packet is sent; the kernel picks the route
-            return cast(str, probe.getsockname()[0])
+            address = number_of(probe.getsockname())
+        if address in _NO_ADDRESS:
+            raise OSError(errno.EADDRNOTAVAIL, f"The interface that leads to the group {self.group} has no address")
+        return address
 
     def close(self) -> None:
         """Close the sender."""
@@ -1737,7 +1782,7 @@ class MulticastReceiver:
     def __call__(self) -> tuple[str, tuple[str, int]]:
         """Return the next datagram as text, and the address and port that it came from."""
         data, sender = self.socket.recvfrom(max(self.BUFSIZE, DATAGRAM_SIZE))
-        return data.decode("utf-8", "replace"), sender
+        return data.decode("utf-8", "replace"), sender[:2]
 
     def fileno(self) -> int:
         """Return the file descriptor, for pollers."""
@@ -1749,9 +1794,6 @@ class MulticastReceiver:
 
     def close(self) -> None:
         """Close the receiver."""
-        with suppress(OSError):
-            membership = socket.inet_aton(self.group) + _multicast_interface()
-            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_DROP_MEMBERSHIP, membership)
         self.socket.close()
 
 
@@ -1762,18 +1804,39 @@ def source_address(number: str) -> str | None:
     """
     family = socket.AF_INET6 if ":" in number else socket.AF_INET
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((number, 9))  # no packet is sent; the kernel picks the route
-        return cast(str, probe.getsockname()[0])
+        host, _, zone = number.partition("%")
+        # Connecting sends no packet, the kernel picks the route.
+        probe.connect((host, 9, 0, socket.if_nametoindex(zone)) if zone else (host, 9))
+        address = number_of(probe.getsockname())
+        return None if address in _NO_ADDRESS else address
     return None
 
 
-def get_own_ip() -> str:
-    """Return the IPv4 address of this host that leads to others, ``127.0.0.1`` without a network.
+def number_of(socket_address: Sequence[Any]) -> str:
+    """Return the number of the host in what `socket` calls an address, with the zone if it is for one link only."""
+    host, _, _, index = (*socket_address, 0, 0)[:4]
+    return f"{host}%{socket.if_indextoname(index)}" if index else cast(str, host)
 
-    It is that of the default route, or, if there is none, that of an interface.
+
+def get_own_ip() -> str:
+    """Return the address of this host that leads to others, that of loopback without a network.
+
+    It is that of the default route, or, if there is none, that of an interface; IPv4 before IPv6.
     """
-    candidates = chain((source_address("192.0.2.1") for _ in range(1)), get_local_ips())
-    return next((address for address in candidates if address and not is_loopback(address)), "127.0.0.1")
+    addresses = (address for address in _own_addresses() if address and "%" not in address)  # that is for one link only
+    return next((address for address in addresses if not is_loopback(address)), loopback_address())
+
+
+def _own_addresses() -> Iterator[str | None]:
+    yield source_address("192.0.2.1")
+    yield from get_local_ips()
+    yield source_address("2001:db8::1")
+    yield from (address for address, _ in _local_ipv6())
+
+
+def loopback_address() -> str:
+    """Return ``127.0.0.1``, or ``::1`` on a host that has only that."""
+    return "::1" if source_address("127.0.0.1") is None and source_address("::1") is not None else "127.0.0.1"
 
 
 def is_loopback(address: str) -> bool:
@@ -1791,6 +1854,20 @@ def get_local_ips() -> list[str]:
         with suppress(OSError):
             found += socket.gethostbyname_ex(socket.gethostname())[2]
     return list(dict.fromkeys(found))
+
+
+def _local_ipv6() -> list[tuple[str, int]]:
+    """Return the IPv6 addresses of this host, each with the index of its interface; those of a link only at the end."""
+    try:
+        with open("/proc/net/if_inet6") as lines:
+            rows = [line.split() for line in lines]
+    except OSError:  # this is no Linux, or there is no IPv6
+        return []
+    found = []
+    for packed, index, _, scope, _, name in sorted(rows, key=lambda row: row[3]):
+        address = str(ipaddress.IPv6Address(bytes.fromhex(packed)))
+        found.append((f"{address}%{name}" if scope == "20" else address, int(index, 16)))
+    return found
 
 
 # ======================================================================================================================
@@ -1953,6 +2030,17 @@ def _is_number(host: str) -> bool:
         return False
 
 
+def tcp_address(number: str, port: int) -> str:
+    """Return the address of *port* at a host, given as a number."""
+    return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
+
+
+def connect(sock: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect *sock* to *endpoint*, by IPv6 if it is such an address."""
+    sock.setsockopt(zmq.IPV6, int("[" in endpoint))  # of the next connection only
+    sock.connect(endpoint)
+
+
 def split_tcp_address(address: str) -> tuple[str, int] | None:
     """Return host and port of a ``tcp://`` address, None if it is something else."""
     match = _TCP_ADDRESS.fullmatch(address)
@@ -1995,9 +2083,11 @@ class _Resolution:
         self._asked = -self.RETRY
         self.endpoint: str | None = None
         if self._host == "localhost":
-            self._host, self.endpoint = "", f"tcp://127.0.0.1:{self._port}"
-        elif tcp is None or _is_number(self._host):
-            self._host, self.endpoint = "", address
+            self._host, self.endpoint = "", tcp_address(loopback_address(), self._port)
+        elif tcp is None:
+            self.endpoint = address
+        elif _is_number(self._host):
+            self._host, self.endpoint = "", tcp_address(_plain_number(self._host.strip("[]")), self._port)
 
     def check(self) -> str | None:
         """Return the endpoint; as long as it is not known, ask (again) in the background."""
@@ -2019,13 +2109,13 @@ class _Resolution:
 
     def _resolve(self) -> None:
         try:
-            found = socket.getaddrinfo(self._host, None, socket.AF_INET)
+            numbers = _numbers_of(self._host)
         except (OSError, UnicodeError) as error:
             _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self._host, error)
         else:
-            endpoint = f"tcp://{found[0][4][0]}:{self._port}"
-            if endpoint != self.endpoint:
-                self.endpoint = endpoint
+            endpoints = [tcp_address(number, self._port) for number in numbers]
+            if self.endpoint not in endpoints:  # a name of several hosts says them in another order each time
+                self.endpoint = endpoints[0]
                 self._on_success()
         finally:
             self._is_asking = False
@@ -2033,6 +2123,25 @@ class _Resolution:
 
 
 _resolution_log = LimitedLogger("backends.zmq")
+
+
+def _plain_number(number: str) -> str:
+    """Return an address as ZeroMQ would write it; one of IPv4 in the clothes of IPv6 as what it is."""
+    if ":" not in number:
+        return number
+    mapped = ipaddress.IPv6Address(number).ipv4_mapped
+    return str(mapped or ipaddress.IPv6Address(number))
+
+
+def _numbers_of(name: str) -> list[str]:
+    """Return the addresses of the host *name*, first those that a route leads to, IPv4 before IPv6.
+
+    Raises:
+        OSError, UnicodeError: The name does not resolve.
+    """
+    numbers = {number_of(info[4]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+    return sorted(numbers, key=lambda number: (source_address(number) is None, ":" in number, number))
+
 
 # ======================================================================================================================
 # 6. Keys and access
@@ -2271,7 +2380,7 @@ _IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothin
 
 def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
-    address = address.removeprefix("::ffff:")
+    address = address.removeprefix("::ffff:")  # an IPv4 client of a socket for both
     if not address or _IPC_PEER.fullmatch(address):
         return True
     try:
@@ -2293,26 +2402,36 @@ class _AddressList:
     PATIENCE = 0.5  # seconds that a server that starts waits for them
 
     def __init__(self, entries: Sequence[str]) -> None:
-        self._networks = []
+        self._networks: list[tuple[Any, str]] = []  # each with its zone, "" for any
         self._names: dict[str, frozenset[str]] = {}
         for entry in entries:
+            number, _, rest = entry.partition("%")
+            zone, slash, size = rest.partition("/")
             try:
-                self._networks.append(ipaddress.ip_network(entry, strict=False))
+                self._networks.append((self._network((number + slash + size).strip("[]")), zone.strip("]")))
             except ValueError:
                 self._names[entry] = frozenset()
         if self._names:
             self._resolve_in_background().join(self.PATIENCE)
 
+    @staticmethod
+    def _network(text: str) -> Any:
+        """Return the network that *text* is, one of IPv4 in the clothes of IPv6 as what it is."""
+        network = ipaddress.ip_network(text, strict=False)
+        mapped = getattr(network.network_address, "ipv4_mapped", None)
+        return network if mapped is None else ipaddress.ip_network(f"{mapped}/{max(network.prefixlen - 96, 0)}")
+
     def __contains__(self, address: str) -> bool:
         if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
             self._resolve_in_background()
+        text, _, zone = address.partition("%")
         try:
-            number = ipaddress.ip_address(address.partition("%")[0])
+            number = ipaddress.ip_address(text)
         except ValueError:
             return False
         number = getattr(number, "ipv4_mapped", None) or number
         is_named = any(str(number) in numbers for numbers in self._names.values())
-        return is_named or any(number in network for network in self._networks)
+        return is_named or any(number in network and wanted in ("", zone) for network, wanted in self._networks)
 
     def _resolve_in_background(self) -> threading.Thread:
         self._asked = time.monotonic()
@@ -2453,7 +2572,7 @@ class _AccessControl:
             self._socket.send_multipart([b"1.0", b"", b"500", b"Not ZAP 1.0", b"", b""])
             return
         _, request_id, domain, address_bytes, _, mechanism, *credentials = request
-        address = address_bytes.decode("utf-8", "replace")
+        address = address_bytes.decode("utf-8", "replace").removeprefix("::ffff:")
         reason = "an error, see the log"
         try:
             reason = self._refusal(domain, address, mechanism, credentials)
@@ -2501,10 +2620,10 @@ def _peer_of(descriptor: int) -> str:
     try:
         connection = socket.socket(fileno=duplicate)
         try:
-            return str(connection.getpeername()[0])
+            return number_of(connection.getpeername()).removeprefix("::ffff:")
         finally:
             connection.detach()
-    except (OSError, IndexError):
+    except (OSError, ValueError):
         return "an unknown address"
     finally:
         os.close(duplicate)
@@ -2627,7 +2746,7 @@ def set_up_client_socket(
         for option, key in keys.items():
             setattr(sock, option, key)
         if address:
-            sock.connect(address)
+            connect(sock, address)
     except BaseException:
         sock.close()
         raise
@@ -2708,9 +2827,17 @@ def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | 
 
 
 def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
-    """Bind *sock*; the error names the address, as that of newer releases of pyzmq does."""
+    """Bind *sock*, for IPv4 and IPv6; the error names the address, as that of newer releases of pyzmq does."""
+    is_for_both = address.startswith("tcp://*")
+    sock.setsockopt(zmq.IPV6, int(is_for_both or "[" in address))
     try:
-        sock.bind(address)
+        try:
+            sock.bind(address)
+        except zmq.ZMQError as error:
+            if not is_for_both or error.errno in (zmq.EADDRINUSE, errno.EACCES):
+                raise
+            sock.setsockopt(zmq.IPV6, 0)  # this host may not use IPv6
+            sock.bind(address)
     except zmq.ZMQError as error:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
@@ -2798,7 +2925,7 @@ def _endpoint_at(host: str, port: int) -> str:
     host = host.strip()
     if "://" in host:
         return _check_connectable(host)
-    if _is_number(f"[{host}]"):
+    if host.count(":") > 1 and _is_number(f"[{host}]"):
         return f"tcp://[{host}]:{port}"
     name, _, own_port = host.rpartition(":")
     has_port = own_port.isdigit() and name and not name.endswith(":")
@@ -2842,7 +2969,10 @@ def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
     is_fresh = sock is None
     while True:
         if sock is None:
-            sock = set_up_client_socket(zmq.REQ, endpoint)
+            number = _await_number(endpoint, deadline)
+            if number is None:
+                return None
+            sock = set_up_client_socket(zmq.REQ, number)
         # A kept connection may have died unnoticed: do not spend all the time on it.
         patience = deadline - time.monotonic() if is_fresh else min(timeout / 2, 1.0)
         answer = _answer_on(sock, request, patience)
@@ -2853,6 +2983,15 @@ def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
         if is_fresh:
             return None
         sock, is_fresh = None, True
+
+
+def _await_number(endpoint: str, deadline: float) -> str | None:
+    """Return *endpoint* with the number of its host, None if its name does not resolve until *deadline*."""
+    is_known = threading.Event()
+    resolution = _Resolution(endpoint, is_known.set)
+    while resolution.check() is None and time.monotonic() < deadline:
+        is_known.wait(max(min(deadline - time.monotonic(), _Resolution.RETRY), 0))
+    return resolution.endpoint
 
 
 def _answer_on(sock: zmq.Socket[bytes], request: bytes, timeout: float) -> bytes | None:
@@ -2929,22 +3068,26 @@ def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[b
 
     Once one has answered, the rest have as long again as it took, and at least a quarter of a second.
     """
-    sockets = {endpoint: set_up_client_socket(zmq.REQ, endpoint) for endpoint in dict.fromkeys(endpoints)}
+    unresolved = [_Resolution(endpoint) for endpoint in dict.fromkeys(endpoints)]
+    sockets: list[zmq.Socket[bytes]] = []
     answers: list[bytes | None] = []
     poller = zmq.Poller()
     start = time.monotonic()
     deadline = start + timeout
     try:
-        for sock in sockets.values():
-            sock.send(request, _NOBLOCK)
-            poller.register(sock, _POLLIN)
-        while len(answers) < len(sockets) and time.monotonic() < deadline:
-            for sock, _ in poller.poll(max(int((deadline - time.monotonic()) * 1000), 1)):
+        while len(answers) < len(sockets) + len(unresolved) and time.monotonic() < deadline:
+            for resolution in [each for each in unresolved if each.check() is not None]:
+                unresolved.remove(resolution)
+                sockets.append(set_up_client_socket(zmq.REQ, cast(str, resolution.endpoint)))
+                sockets[-1].send(request, _NOBLOCK)
+                poller.register(sockets[-1], _POLLIN)
+            left = deadline - time.monotonic()
+            for sock, _ in poller.poll(max(int((min(left, 0.02) if unresolved else left) * 1000), 1)):
                 answers.append(cast("zmq.Socket[bytes]", sock).recv_multipart(_NOBLOCK)[0])
                 poller.unregister(sock)
                 deadline = min(deadline, time.monotonic() + max(time.monotonic() - start, 0.25))
     finally:
-        for sock in sockets.values():
+        for sock in sockets:
             close_socket(sock)
     return answers or [None]
 
@@ -4392,8 +4535,8 @@ def _bind_address(address: str) -> str:
     """Return the address to bind for *address*; raises ValueError if there is none."""
     tcp = split_tcp_address(address) if isinstance(address, str) else None
     if tcp is not None and tcp[1] < 65536:
-        host = "127.0.0.1" if tcp[0].lower() == "localhost" else tcp[0]
-        return f"tcp://{host if is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
+        host = loopback_address() if tcp[0].lower() == "localhost" else tcp[0].strip("[]")
+        return tcp_address(host if is_own_address(host) else "*", tcp[1])
     if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
@@ -4777,7 +4920,7 @@ class _Connections:
         before = self._connected.get(address)
         if endpoint is not None and (before is None or before[1] != endpoint):
             sock = self.sockets.get(key) or self._new_socket(key)
-            sock.connect(endpoint)
+            connect(sock, endpoint)
             if before is not None:
                 self._disconnect(address)
             self._connected[address] = (sock, endpoint)
@@ -4882,7 +5025,7 @@ class _Connections:
                 self._read_all(sock)
                 with suppress(zmq.ZMQError):
                     sock.disconnect(endpoint)
-                sock.connect(endpoint)
+                connect(sock, endpoint)
 
     def close(self) -> None:
         """Close all sockets."""
@@ -6334,7 +6477,7 @@ class _Follower:
         monitor = _open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._loop.watch(news, partial(_take_frames, news, partial(self._take_news, host)))
         self._loop.watch(monitor, partial(_take_frames, monitor, self._catch_up))
-        news.connect(f"{endpoint.rpartition(':')[0]}:{self._address_port}")
+        connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
         return [news, monitor]
 
     def _catch_up(self, frames: list[bytes]) -> None:
@@ -8102,9 +8245,12 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
     ours is never sent.
     """
-    tcp = split_tcp_address(address) or ("", 0)
+    host, port = split_tcp_address(address) or ("", 0)
     received = b""
-    with suppress(OSError), socket.create_connection(tcp, timeout) as connection:  # what has come by then tells enough
+    with (
+        suppress(OSError),
+        socket.create_connection((host.strip("[]"), port), timeout) as connection,
+    ):  # what has come by then tells enough
         for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
             connection.sendall(part)
             while len(received) < size:
@@ -9185,7 +9331,7 @@ class _Doctor:
             with closing(MulticastSender(config.get("broadcast_port"))) as sender:
                 route = f"to group {sender.group} from {sender.own_address()}"
         except OSError as error:
-            remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255"
+            remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255, or ff15::..."
             if error.errno == errno.ENODEV:
                 remedy = "set multicast_interface to the name of a device here, or its address"
             if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
@@ -9254,7 +9400,7 @@ class _Doctor:
             endpoint = _lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
-                socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0], None)
+                socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0].strip("[]"), None)
             except OSError as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue

@@ -2309,10 +2309,19 @@ class TestNumbersAndNames:
         with pytest.raises(posttroll_ns.AnnouncementError, match="no TCP address"):
             posttroll_ns.AddressBook(600).parse(announcement)
 
-    @pytest.mark.parametrize("host", ["[::1]", "[2001:db8::1]", "[fe80::1%eth0]", "[::ffff:10.0.0.1]", "10.0.0.1"])
-    def test_a_number_is_handed_on_as_it_is(self, host):
+    @pytest.mark.parametrize(
+        ("host", "handed_on"),
+        [
+            ("[::1]", "[::1]"),
+            ("[2001:DB8:0::1]", "[2001:db8::1]"),
+            ("[fe80::1%eth0]", "[fe80::1%eth0]"),
+            ("[::ffff:10.0.0.1]", "10.0.0.1"),
+            ("10.0.0.1", "10.0.0.1"),
+        ],
+    )
+    def test_a_number_is_handed_on_as_zeromq_writes_it(self, host, handed_on):
         assert posttroll.is_connectable(f"tcp://{host}:9000")
-        assert posttroll._Resolution(f"tcp://{host}:9000").endpoint == f"tcp://{host}:9000"
+        assert posttroll._Resolution(f"tcp://{host}:9000").endpoint == f"tcp://{handed_on}:9000"
 
     @pytest.mark.parametrize("host", ["999.1.1.1", "1.2.3.4.5", "1.2.3", "some.name", "1.2.3.256"])
     def test_what_is_no_number_has_to_be_resolved(self, host):
@@ -9312,6 +9321,166 @@ print(posttroll.get_pub_address("a_service", nameserver="10.77.2.2"))
                 posttroll.AddressBroadcaster("a_service", "tcp://*:9000", 1)
 
 
+@pytest.fixture
+def two_ipv6_hosts(two_hosts):
+    """Give two hosts that have no IPv4 address, not even 127.0.0.1; and names for them."""
+    directories = [Path("/etc/netns") / host.name for host in two_hosts]
+    try:
+        for number, (host, directory) in enumerate(zip(two_hosts, directories), 1):
+            host.address = f"2001:db8:77::{number}"
+            host.ip("addr", "del", "127.0.0.1/8", "dev", "lo")
+            host.ip("addr", "add", f"{host.address}/64", "dev", host.device, "nodad")
+            host.ip("route", "add", "default", "dev", host.device)
+            directory.mkdir(parents=True)
+            (directory / "hosts").write_text("::1 localhost\n2001:db8:77::1 one\n10.9.9.9 two\n2001:db8:77::2 two\n")
+        yield two_hosts
+    finally:
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+IPV6_GROUP = f"ff15::{chance.randrange(1, 65536):x}:7"
+
+
+@pytest.mark.network
+class TestIPv6:
+    @pytest.mark.parametrize("nameserver", ["2001:db8:77::1", "one", "[2001:DB8:77:0::1]"])
+    def test_registration_lookup_news_and_messages(self, two_ipv6_hosts, nameserver):
+        """With a subscriber on the nameserver's host and one on that of the publisher, by number and by name."""
+        one, two = two_ipv6_hosts
+        ask = {"POSTTROLL_NAMESERVER": nameserver}
+        with (
+            one.run(NAMESERVER, "--no-multicast") as server,
+            one.run("-c", SUBSCRIBING) as local,
+            two.run("-c", SUBSCRIBING, **ask) as remote,
+        ):
+            for running, line in ((server, "answers on port"), (local, "up"), (remote, "up")):
+                await_line(running, line)
+            with two.run("-c", PUBLISHING.replace("rs(1,", "rs(2,"), "60", nameserver) as pub:
+                port = await_line(pub, "port").split()[1]
+                for running in (local, remote):
+                    assert await_line(running, "got") == "got across the network\n"
+                assert one.ask("a_service") == [f"tcp://[2001:db8:77::2]:{port}"]
+                assert two.ask("a_service", nameserver) == [f"tcp://[2001:db8:77::2]:{port}"]
+
+    @pytest.mark.parametrize("interface", ["", "device", "address"])
+    def test_by_multicast(self, two_ipv6_hosts, interface):
+        one, two = two_ipv6_hosts
+        group = [{"POSTTROLL_MC_GROUP": IPV6_GROUP} for _ in two_ipv6_hosts]
+        for host, own in zip(two_ipv6_hosts, group):
+            if interface:
+                own["POSTTROLL_MULTICAST_INTERFACE"] = getattr(host, interface)
+        with (
+            one.run(NAMESERVER, **group[0]) as server,
+            one.run("-c", SUBSCRIBING) as subscriber,
+            two.run("-c", PUBLISHING, "60", **group[1]) as pub,
+        ):
+            await_line(server, "answers on port")
+            assert await_line(subscriber, "got") == "got across the network\n"
+            port = await_line(pub, "port").split()[1]
+            assert one.ask("a_service") == [f"tcp://[2001:db8:77::2]:{port}"]
+
+    def test_addresses_of_a_link(self, two_ipv6_hosts):
+        """Without any other: both sides name the interface."""
+        one, two = two_ipv6_hosts
+        for host in two_ipv6_hosts:
+            host.ip("addr", "flush", "dev", host.device)
+        for host, address in ((one, "fe80::1"), (two, "fe80::2")):
+            host.ip("addr", "add", f"{address}/64", "dev", host.device, "nodad")
+        with one.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            with two.run("-c", PUBLISHING, "60", f"fe80::1%{two.device}") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: one.ask("a_service") == [f"tcp://[fe80::2%{two.device}]:{port}"])
+                code = f"import posttroll\nwith posttroll.Subscriber(['tcp://[fe80::2%{one.device}]:{port}']) as sub:\n"
+                assert one.say(code + "    print(next(sub.recv(15)).data)") == "across the network"
+
+    def test_fixed_addresses_and_names_of_hosts(self, two_ipv6_hosts):
+        """``localhost`` is what there is of it; of a host with two numbers, that which can be reached."""
+        code = """
+import posttroll, sys
+for host, seen in (("*", "localhost"), ("localhost", "localhost"), ("[::1]", "[::1]"), ("[2001:db8:77::2]", "two")):
+    pub = posttroll.Publisher(f"tcp://{host}:0").start()
+    with posttroll.Subscriber([f"tcp://{seen}:{pub.port_number}"]) as sub:
+        assert pub.wait_for_subscribers(1, 15)
+        pub.send(posttroll.Message("/a", "info", host))
+        print(next(sub.recv(15)).data)
+    pub.stop()
+"""
+        _, two = two_ipv6_hosts
+        assert two.say(code).split() == ["*", "localhost", "[::1]", "[2001:db8:77::2]"]
+
+    @pytest.mark.parametrize(
+        ("entries", "is_in"), [("2001:db8:77::/64", True), ("two", True), ("2001:db8:78::/64 10.0.0.0/8", False)]
+    )
+    def test_access(self, two_ipv6_hosts, entries, is_in):
+        """Of the nameserver, and of registrations; the host itself is always let in."""
+        one, two = two_ipv6_hosts
+        settings = {"POSTTROLL_AUTHORIZED_CLIENT_ADDRESSES": entries}
+        code = """
+import posttroll
+try:
+    print(posttroll.get_pub_address("", 10 if IS_IN else 1, "one"))
+except TimeoutError:
+    print("refused")
+""".replace("IS_IN", str(is_in))
+        with one.run(NAMESERVER, "--no-multicast", **settings) as server:
+            await_line(server, "answers on port")
+            assert two.say(code) == ("[]" if is_in else "refused")
+            assert one.say(code.replace("one", "2001:db8:77::1")) == "[]"
+
+    def test_doctor_with_keys(self, two_ipv6_hosts, keys):
+        """All of it, with CURVE."""
+        one, _ = two_ipv6_hosts
+        with one.run(NAMESERVER, "--no-multicast", POSTTROLL_BACKEND="secure_zmq") as server:
+            await_line(server, "answers on port")
+            doctor = one.run(LIBRARY, "doctor", "--no-multicast", POSTTROLL_BACKEND="secure_zmq")
+            with doctor as running:
+                status, out, err = finish(running)
+            assert status == 0, out + err
+            assert "own address: 2001:db8:77::1" in out
+
+    def test_a_host_with_both_announces_ipv4(self, two_hosts):
+        """And serves both, whoever comes; peers that know nothing else see what they have always seen."""
+        one, two = two_hosts
+        for host in two_hosts:
+            host.connect()
+            host.ip("addr", "add", f"2001:db8:77::{host.address[-1]}/64", "dev", host.device, "nodad")
+        with one.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            with two.run("-c", PUBLISHING, "60", "10.77.1.1") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+                assert two.ask("a_service", "2001:db8:77::1") == [f"tcp://10.77.1.2:{port}"]
+                code = f"import posttroll\nwith posttroll.Subscriber(['tcp://[2001:db8:77::2]:{port}']) as sub:\n"
+                assert one.say(code + "    print(next(sub.recv(15)).data)") == "across the network"
+
+    def test_a_host_without_ipv6(self, two_hosts):
+        """Its kernel, or what it is locked into, refuses it."""
+        code = """
+import errno, socket, zmq
+refused = {"number": 0}
+bind, open_socket = zmq.Socket.bind, socket.socket
+class Socket(socket.socket):
+    def __init__(self, family=-1, *args, **kwargs):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EPERM, "not permitted")
+        super().__init__(family, *args, **kwargs)
+def refusing(sock, address):
+    if sock.get(zmq.IPV6):
+        refused["number"] += 1
+        raise zmq.ZMQError(errno.EPERM)
+    return bind(sock, address)
+socket.socket, zmq.Socket.bind = Socket, refusing
+import posttroll
+with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+    assert pub.wait_for_subscribers(1, 15)
+print(refused["number"] > 0, posttroll.get_own_ip())
+"""
+        host, _ = two_hosts
+        assert host.say(code) == "True 127.0.0.1"
+
+
 # ======================================================================================================================
 # Robustness: bad input, faults, ends, loss
 #
@@ -11553,6 +11722,23 @@ class TestOwnAddresses:
         assert not rules.refuses_address("2001:db8::7")
         assert rules.refuses_address("10.2.0.1")
         assert rules.refuses_address("2001:db9::7")
+
+    @pytest.mark.parametrize(
+        ("entry", "let_in", "kept_out"),
+        [
+            ("::ffff:10.1.0.0/112", ["10.1.2.3", "::ffff:10.1.2.3"], ["10.2.0.1", "::ffff:10.2.0.1", "2001:db8::1"]),
+            ("::ffff:10.1.0.9", ["10.1.0.9"], ["10.1.0.8"]),
+            ("[2001:db8::7]", ["2001:db8::7"], ["2001:db8::8"]),
+            ("fe80::/64", ["fe80::7%eth0", "fe80::8%eth1"], ["fe81::1%eth0"]),
+            ("fe80::7%eth0", ["fe80::7%eth0"], ["fe80::7%eth1", "fe80::8%eth0", "fe80::7"]),
+            ("fe80::%eth0/64", ["fe80::7%eth0", "fe80::8%eth0"], ["fe80::7%eth1"]),
+        ],
+    )
+    def test_entries_of_all_forms(self, entry, let_in, kept_out):
+        with config.set(authorized_client_addresses=["192.0.2.1", entry, "2001:db8:f::/48"]):
+            rules = posttroll.AccessRules()
+        assert not any(map(rules.refuses_address, let_in))
+        assert all(map(rules.refuses_address, kept_out))
 
     def test_a_list_that_is_no_list_is_an_error(self):
         with pytest.raises(posttroll.ConfigurationError, match="authorized_client_addresses"):
