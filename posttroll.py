@@ -73,7 +73,7 @@ from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import accumulate, chain, count, islice, takewhile, zip_longest
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
@@ -1947,6 +1947,7 @@ class _Resolution:
 
     Attributes:
         endpoint: What to connect to, the address with a number for the host; None as long as it is not known.
+        endpoints: All that the name stands for just now, that one among them.
     """
 
     RETRY = 5.0
@@ -1963,6 +1964,8 @@ class _Resolution:
             self._host, self.endpoint = "", f"tcp://127.0.0.1:{self._port}"
         elif tcp is None or _is_number(self._host):
             self._host, self.endpoint = "", address
+        self.endpoints: tuple[str, ...] = () if self.endpoint is None else (self.endpoint,)
+        self.is_name = self.endpoint is None
 
     def check(self) -> str | None:
         """Return the endpoint; as long as it is not known, ask (again) in the background."""
@@ -1970,9 +1973,9 @@ class _Resolution:
             self.ask()
         return self.endpoint
 
-    def ask(self) -> None:
-        """Ask (again) in the background, unless it was just done; a number needs no answer."""
-        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= self.RETRY
+    def ask(self, pause: float = RETRY) -> None:
+        """Ask (again) in the background, but not *pause* seconds after the last time; a number needs no answer."""
+        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= pause
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
@@ -1988,9 +1991,10 @@ class _Resolution:
         except (OSError, UnicodeError) as error:
             _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self._host, error)
         else:
-            endpoint = f"tcp://{found[0][4][0]}:{self._port}"
-            if endpoint != self.endpoint:
-                self.endpoint = endpoint
+            endpoints = tuple(dict.fromkeys(f"tcp://{info[4][0]}:{self._port}" for info in found))
+            if set(endpoints) != set(self.endpoints):  # they come in another order each time
+                self.endpoints = endpoints
+                self.endpoint = self.endpoint if self.endpoint in endpoints else endpoints[0]
                 self._on_success()
         finally:
             self._is_asking = False
@@ -4586,6 +4590,42 @@ class _Link:
         self.index = 0  # of the first message after it has come up
 
 
+class _OwnSocket(NamedTuple):
+    """Which socket of an address alone, as its name stands for several endpoints."""
+
+    key: Any
+    address: str
+    number: int
+
+
+class _Twins:
+    """What has come over the endpoints of single names: if they are all of one publisher, a message counts once."""
+
+    LIMIT = 16384  # messages that are recognised when they come once more
+
+    def __init__(self) -> None:
+        self._counts: dict[
+            int, dict[Any, int]
+        ] = {}  # by message, oldest first: how many times it came over which stream
+
+    def is_new(self, raw: bytes, stream: Any) -> bool:
+        """Whether *raw*, which came over *stream*, has not come as many times over another."""
+        counts = self._counts.setdefault(_digest(raw), {})
+        most = max(counts.values(), default=0)
+        counts[stream] = counts.get(stream, 0) + 1
+        if len(self._counts) > self.LIMIT:
+            del self._counts[next(iter(self._counts))]
+        return counts[stream] > most
+
+
+def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
+    """Leave out all but the first of this host's own endpoints: a host knows its name by all its addresses."""
+    if len(endpoints) < 2:
+        return endpoints
+    own = sorted(endpoint for endpoint in endpoints if is_own_address(endpoint[6:].rpartition(":")[0].strip("[]")))
+    return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
+
+
 class _Connections:
     """Keeps connected what is wanted.
 
@@ -4596,9 +4636,15 @@ class _Connections:
         on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
             message of that socket.
         on_close: Called with a socket that is closed.
+        on_several: Called with the sockets that are connected to what a single name stands for.
+
+    A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
+    over a socket of its own but for the first, so that it is known which of them a message came from.  One that the
+    name does not stand for any more is left alone as long as it is connected.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
+    LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
 
     def __init__(
         self,
@@ -4607,31 +4653,32 @@ class _Connections:
         read_all: Callable[[Any], None],
         on_change: Callable[[Any], int],
         on_close: Callable[[Any], object],
+        on_several: Callable[[Iterable[Any]], object],
     ) -> None:
         self._on_change = on_change
         self._on_close = on_close
+        self._on_several = on_several
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
         self._wanted: dict[str, tuple[Any, float]] = {}
-        self._connected: dict[str, tuple[zmq.Socket[bytes], str]] = {}  # address: socket and endpoint
+        self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
-        self._names: dict[str, _Resolution] = {}  # of the addresses that are not numbers
-        self.sockets: dict[Any, zmq.Socket[bytes]] = {}
+        self._names: dict[str, _Resolution] = {}  # of the addresses
+        self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
     def want(self, address: str, key: Any, begin: float) -> None:
         """Connect to *address* over the socket of the group *key*; its messages are wanted since *begin*."""
+        if self._wanted.get(address, (key,))[0] != key:
+            self._disconnect_all(address)
         self._wanted[address] = (key, begin)
-        current = self._connected.get(address)
-        if current is not None and current[0] is not self.sockets.get(key):
-            self._disconnect(address)
         try:
             self._connect(address)
         except BaseException:
-            del self._wanted[address]
+            self.drop(address)
             raise
         finally:
             self._close_unused()
@@ -4640,14 +4687,13 @@ class _Connections:
         """Disconnect from *address*."""
         self._wanted.pop(address, None)
         self._names.pop(address, None)
-        if address in self._connected:
-            self._disconnect(address)
+        self._disconnect_all(address)
         self._close_unused()
 
     def is_up(self, address: str) -> bool:
         """Whether *address* is connected, or was until a moment ago: what it sent last may still be on its way."""
-        link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
-        return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
+        links = [self._links[sock, endpoint] for endpoint, sock in self._connected.get(address, {}).items()]
+        return any(link.is_up or time.monotonic() - link.changed < 1 for link in links)
 
     def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
@@ -4674,48 +4720,72 @@ class _Connections:
             self._log.warning("connect", "Cannot connect to %s (trying again): %s", address, error)
 
     def _connect(self, address: str) -> None:
-        """Connect to *address*, or, if its name has moved, to its new endpoint."""
+        """Connect to all that *address* stands for, no longer to what it does not stand for if that is down."""
         if address not in self._wanted:
             return
-        self._tend_later()
-        key, begin = self._wanted[address]
+        self._tend_later(self.RENEWAL)
         resolution = self._names.get(address)
         if resolution is None:
             resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect_again, address)))
             self._names[address] = resolution
-        endpoint = resolution.check()
-        before = self._connected.get(address)
-        if endpoint is not None and (before is None or before[1] != endpoint):
-            sock = self.sockets.get(key) or self._new_socket(key)
-            sock.connect(endpoint)
-            if before is not None:
-                self._disconnect(address)
-            self._connected[address] = (sock, endpoint)
-            self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
-            _warn_of_descriptors(len(self._connected))
-            _log("subscriber").debug("Subscribed to %s", address)
+        resolution.check()
+        endpoints = _without_own_twins(resolution.endpoints)
+        connected = self._connected.setdefault(address, {})
+        for endpoint, sock in list(connected.items()):
+            if endpoint not in endpoints and not self._links[sock, endpoint].is_up:
+                self._disconnect(address, endpoint)
+        for endpoint in endpoints:
+            if endpoint not in connected:
+                self._connect_to(address, endpoint)
 
-    def _disconnect(self, address: str) -> None:
-        """Disconnect from *address*, unless another address is another name for the same endpoint."""
-        current = sock, endpoint = self._connected.pop(address)
-        if current not in self._connected.values():
-            del self._links[current]
+    def _connect_to(self, address: str, endpoint: str) -> None:
+        """Connect *address* to one of its endpoints, over the first socket of its own that is free."""
+        key, begin = self._wanted[address]
+        connected = self._connected[address]
+        used = list(connected.values())
+        slots = chain([key], (_OwnSocket(key, address, number) for number in count(1)))
+        slot = next(slot for slot in slots if self.sockets.get(slot) not in used)
+        sock = self.sockets.get(slot) or self._new_socket(slot, key)
+        sock.connect(endpoint)
+        connected[endpoint] = sock
+        self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
+        if used:
+            self._on_several(connected.values())
+        _warn_of_descriptors(len(self._links))
+        _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
+
+    def _disconnect(self, address: str, endpoint: str) -> None:
+        """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
+        sock = self._connected[address].pop(endpoint)
+        if not any(others.get(endpoint) is sock for others in self._connected.values()):
+            del self._links[sock, endpoint]
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
-        _log("subscriber").debug("No longer subscribed to %s", address)
+        _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
+
+    def _disconnect_all(self, address: str) -> None:
+        for endpoint in list(self._connected.get(address, ())):
+            self._disconnect(address, endpoint)
+        self._connected.pop(address, None)
 
     def _close_unused(self) -> None:
         """Close the sockets of which no address is left."""
         used = {key for key, _ in self._wanted.values()}
-        for key in [key for key in self.sockets if key not in used]:
-            sock = self.sockets.pop(key)
+        for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
+            sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
 
-    def _new_socket(self, key: Any) -> zmq.Socket[bytes]:
+    def _is_used(self, slot: Any, used: set[Any]) -> bool:
+        """Whether there is an address for the socket at *slot*; *used* are the groups that have addresses."""
+        if isinstance(slot, _OwnSocket):
+            return slot.address in self._wanted and self._wanted[slot.address][0] == slot.key
+        return slot in used
+
+    def _new_socket(self, slot: Any, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -4726,7 +4796,7 @@ class _Connections:
             close_socket(sock)
             self._on_close(sock)
             raise
-        self.sockets[key] = sock
+        self.sockets[slot] = sock
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
         self._monitors[sock] = monitor
         return sock
@@ -4765,34 +4835,47 @@ class _Connections:
         if link.is_up or link.is_tried:
             link.changed = time.monotonic()
         link.is_up = link.is_tried = link.is_greeted = False
-        self._tend_later()
+        self._tend_later(self.RENEWAL)
 
-    def _tend_later(self) -> None:
+    def _tend_later(self, seconds: float) -> None:
+        when = time.monotonic() + seconds
+        if self._timer is not None and self._timer.when > when:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
-            self._timer = self._loop.at(time.monotonic() + self.RENEWAL, self._tend)
+            self._timer = self._loop.at(when, self._tend)
 
     def _tend(self) -> None:
-        """Renew connections that ZeroMQ gave up, and ask again for the names of those that are down."""
+        """Renew connections that ZeroMQ gave up, and ask again for the names, often for those that are down."""
         self._timer = None
-        now = time.monotonic()
         for address in list(self._wanted):
-            current = self._connected.get(address)
-            if current is None:
+            connected = self._connected.get(address)
+            resolution = self._names.get(address)
+            if not connected or resolution is None:
                 self._connect_again(address)
                 continue
-            sock, endpoint = current
-            link = self._links[current]
-            if link.is_up:
-                continue
-            self._tend_later()
-            self._names[address].ask()  # a number has no answer but itself
-            if not link.is_tried and now - link.changed >= link.pause:
-                link.changed = now
-                link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
-                self._read_all(sock)
-                with suppress(zmq.ZMQError):
-                    sock.disconnect(endpoint)
-                sock.connect(endpoint)
+            for endpoint, sock in connected.items():
+                self._renew(sock, endpoint)
+            if set(connected) - set(resolution.endpoints):
+                self._connect_again(address)
+            if resolution.is_name:
+                is_up = all(self._links[sock, endpoint].is_up for endpoint, sock in connected.items())
+                resolution.ask(self.LOOK_AGAIN - 1 if is_up else resolution.RETRY)
+                self._tend_later(self.LOOK_AGAIN)
+
+    def _renew(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
+        """Make a connection anew if ZeroMQ has given it up some time ago."""
+        link, now = self._links[sock, endpoint], time.monotonic()
+        if link.is_up:
+            return
+        self._tend_later(self.RENEWAL)
+        if not link.is_tried and now - link.changed >= link.pause:
+            link.changed = now
+            link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
+            self._read_all(sock)
+            with suppress(zmq.ZMQError):
+                sock.disconnect(endpoint)
+            sock.connect(endpoint)
 
     def close(self) -> None:
         """Close all sockets."""
@@ -4880,6 +4963,7 @@ class _CatchUp:
         durable: _DurableState | None = None,
     ) -> None:
         self.recv = sock.recv
+        self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
@@ -5657,6 +5741,8 @@ class _Inbox:
                 content = raw if raw[:1] != b"~" else stream.take(raw)
                 if content is raw:
                     stream.note(raw)
+                if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
+                    content = None
                 message = None if content is None else self._accept(content, stream)
                 if message is not None:
                     accepted.append(message)
@@ -5718,7 +5804,9 @@ class _SubscriberSockets:
             lambda sock: self._inbox.read_all(self._streams[sock]),
             self._note_change,
             lambda sock: self._streams.pop(sock, None),
+            self._note_several,
         )
+        self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
@@ -5857,6 +5945,10 @@ class _SubscriberSockets:
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
         return self._streams[sock].freeze()
+
+    def _note_several(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
+        for sock in sockets:
+            self._streams[sock].twins = self._twins
 
     def _note_past(self) -> None:
         self.caught_up += 1

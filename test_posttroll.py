@@ -4536,6 +4536,116 @@ class TestGivenUpConnections:
                 assert subscriber.addresses == [address]
 
 
+WITHOUT_OWN_TWINS = posttroll._without_own_twins
+
+
+class TestNamesWithSeveralAddresses:
+    """As that of a headless service of Kubernetes, which stands for all its pods, or of a host on several networks."""
+
+    @pytest.fixture(autouse=True)
+    def names(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+        """What names stand for; it may change, and is looked up often.  The loopback network stands for others."""
+        names: dict[str, list[str]] = {}
+        resolve = socket.getaddrinfo
+
+        def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+            if host not in names:
+                return resolve(host, *args, **kwargs)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 0)) for number in names[host]]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(posttroll, "_without_own_twins", lambda endpoints: endpoints)
+        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.05)
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.1)
+        monkeypatch.setattr(posttroll._Connections, "LOOK_AGAIN", 1.05)
+        return names
+
+    @staticmethod
+    def connected(subscriber: posttroll.Subscriber) -> list[str]:
+        """Return the hosts that it is connected to."""
+        subscriber_links = subscriber._connections._links
+        return sorted(endpoint[6:].partition(":")[0] for (_, endpoint), link in subscriber_links.items() if link.is_up)
+
+    @staticmethod
+    def until(subscriber: posttroll.Subscriber, condition: Callable[[], Any]) -> list[Any]:
+        """Receive until *condition* holds; return the data of what came."""
+        messages: list[Any] = []
+        wait_for(lambda: messages.append(next(subscriber.recv(0.02))) or condition())
+        return [message.data for message in messages if message is not None]
+
+    def test_all_are_connected(self, names):
+        port = free_port()
+        names["pods"] = hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+        with contextlib.ExitStack() as stack:
+            publishers = [stack.enter_context(posttroll.Publisher(f"tcp://{host}:{port}")) for host in hosts]
+            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
+            self.until(sub, lambda: self.connected(sub) == hosts)
+            for number, publisher in enumerate(publishers):
+                publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(Message("/a", "b", number))
+            assert sorted(message.data for message in receive(sub, 3)) == [0, 1, 2]
+            assert sub.addresses == [f"tcp://pods:{port}"]
+            sub.remove(f"tcp://pods:{port}")
+            assert sub.subscribers == []
+            wait_for(lambda: not any(publisher.subscriber_count for publisher in publishers))
+
+    def test_they_come_and_go(self, names):
+        port = free_port()
+        names["pods"] = ["127.0.0.2"]
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.2:{port}"))
+            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2"])
+            second = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.3:{port}"))
+            names["pods"] = ["127.0.0.3", "127.0.0.2"]
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"])
+            names["pods"] = ["127.0.0.3"]
+            wait_for(lambda: len(sub._connections._names[f"tcp://pods:{port}"].endpoints) == 1 or next(sub.recv(0.02)))
+            self.until(sub, lambda: True)
+            for number in range(500):  # it is not in the name any more, but it lives
+                first.send(Message("/a", "b", number))
+                second.send(Message("/a", "b", -1))
+            first.stop()
+            heard = self.until(sub, lambda: len(sub._connections._connected[f"tcp://pods:{port}"]) == 1)
+            heard += [message.data for message in receive(sub, 1000 - len(heard))]
+            assert [number for number in heard if number >= 0] == list(range(500))
+            assert len(heard) == 1000
+            assert self.connected(sub) == ["127.0.0.3"]
+            third = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.4:{port}"))
+            names["pods"] = ["127.0.0.4", "127.0.0.3"]
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.3", "127.0.0.4"])
+            assert len(sub.subscribers) == 2  # the socket of the one that has gone is used again
+            third.send(Message("/a", "b", "third"))
+            assert receive(sub)[0].data == "third"
+
+    def test_a_host_with_several_addresses_is_heard_once(self, names):
+        port = free_port()
+        names["host"] = ["127.0.0.2", "127.0.0.3"]
+        with posttroll.Publisher(f"tcp://*:{port}") as pub, posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"] and pub.subscriber_count == 2)
+            messages = [Message("/a", "b", number) for number in range(200)]
+            for message in messages:
+                pub.send(message)
+            pub.send(messages[-1])  # on purpose
+            pub.send(Message("/a", "b", "end"))
+            heard = self.until(sub, lambda: sub._inbox._streams == [] and not sub._inbox.accepted)
+            heard += [message.data for message in receive(sub, 202 - len(heard), 5)]
+            assert heard == [*range(200), 199, "end"]
+            pub.send(Message("/a", "b", "the last"))
+            assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
+
+    def test_of_its_own_addresses_a_host_uses_one(self, names, monkeypatch):
+        port = free_port()
+        monkeypatch.setattr(posttroll, "_without_own_twins", WITHOUT_OWN_TWINS)
+        monkeypatch.setattr(posttroll, "is_own_address", lambda address: address != "127.0.0.4")
+        names["host"] = ["127.0.0.3", "127.0.0.4", "127.0.0.2"]
+        with posttroll.Publisher(f"tcp://*:{port}"), posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.4"])
+            names["host"] = ["127.0.0.2", "127.0.0.4", "127.0.0.3"]
+            self.until(sub, lambda: sub._connections._timer is not None)
+            assert self.connected(sub) == ["127.0.0.2", "127.0.0.4"]
+
+
 # ======================================================================================================================
 # 10. Logging over messages
 # ======================================================================================================================
