@@ -1963,13 +1963,12 @@ class TestOwnAddress:
         with socket.socket() as sock:
             sock.bind((posttroll.get_own_ip(), 0))  # fails for an address that is not our own
 
-    def test_it_is_that_of_the_multicast_interface(self, monkeypatch):
-        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "127.0.0.1")
-        assert posttroll.get_own_ip() == "127.0.0.1"
-
-    def test_an_interface_that_is_not_there_is_no_error(self, monkeypatch):
-        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "no_such_device")
-        assert socket.inet_aton(posttroll.get_own_ip())
+    @pytest.mark.parametrize("interface", ["127.0.0.1", "no_such_device"])
+    def test_it_does_not_depend_on_multicast(self, monkeypatch, interface):
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        own = posttroll.get_own_ip()
+        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", interface)
+        assert posttroll.get_own_ip() == own
 
     def test_all_addresses_of_this_host(self, monkeypatch):
         monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
@@ -2600,6 +2599,159 @@ class TestDescribeNameserver:
             posttroll.describe_nameserver(timeout=0.1)
 
 
+@pytest.fixture
+def hub():
+    """Give a nameserver on ports of which only the keys ``nameserver`` and ``nameservers`` know."""
+    with nameserver():
+        hosts = {"nameserver": f"127.0.0.1:{config.get('nameserver_port')}"}
+        hosts["nameservers"] = f"127.0.0.1:{config.get('broadcast_port')}"
+        with config.set(nameserver_port=free_port(), broadcast_port=free_port()):
+            yield hosts
+
+
+class TestConfiguredNameservers:
+    """The keys ``nameserver`` and ``nameservers`` stand in for the defaults of programs that have no option for it."""
+
+    @pytest.mark.parametrize(
+        ("value", "hosts"),
+        [
+            ("a b:5600", ["a", "b:5600"]),
+            ("a,b:5600, [::1]:7", ["a", "b:5600", "[::1]:7"]),
+            ("['a', 'b']", ["a", "b"]),
+            ("none", []),
+            ("False", []),
+            ("false", []),
+            ("", []),
+        ],
+    )
+    def test_hosts_in_the_environment(self, value, hosts, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", value)
+        monkeypatch.setenv("POSTTROLL_NAMESERVERS", value)
+        assert posttroll.hosts_to_ask("localhost") == posttroll.hosts_to_register_with(None) == hosts
+
+    @pytest.mark.parametrize(("value", "hosts"), [('["a", "b"]', ["a", "b"]), ("false", []), ('"none"', [])])
+    def test_hosts_in_a_file(self, value, hosts, tmp_path):
+        write(tmp_path / "config", "a.json", f'{{"nameserver": {value}}}')
+        config.refresh()
+        assert posttroll.hosts_to_ask(None) == hosts
+
+    @pytest.mark.parametrize("value", [7, [7], {"a": 1}, True])
+    def test_what_are_no_hosts(self, value):
+        with (
+            config.set(nameservers=value),
+            pytest.raises(ConfigurationError, match=r"nameservers is .* list of strings"),
+        ):
+            posttroll.NoisyPublisher("a_service").start()
+
+    @pytest.mark.parametrize(
+        ("given", "asked", "registered"),
+        [
+            (None, ["ns"], ["regs"]),
+            ("localhost", ["ns"], ["regs"]),
+            (True, ["ns"], ["regs"]),
+            (False, [], None),
+            ([], [], ["regs"]),
+            ("127.0.0.1", ["127.0.0.1"], ["127.0.0.1"]),
+            (["localhost"], ["localhost"], ["localhost"]),
+            (("a", "b:1"), ["a", "b:1"], ["a", "b:1"]),
+        ],
+    )
+    def test_they_stand_in_for_the_default_only(self, given, asked, registered):
+        with config.set(nameserver="ns", nameservers=["regs"]):
+            assert posttroll.hosts_to_ask(given) == asked
+            assert posttroll.hosts_to_register_with(given) == registered
+
+    def test_without_them_all_is_as_ever(self):
+        assert posttroll.hosts_to_ask(None) == posttroll.hosts_to_ask("localhost") == ["localhost"]
+        assert posttroll.hosts_to_register_with(None) is None
+        assert posttroll.hosts_to_register_with("localhost") == ["localhost"]
+
+    @pytest.mark.parametrize(
+        "publish",
+        [
+            lambda: posttroll.Publish("a_service", broadcast_interval=0.02).publisher,
+            lambda: posttroll.NoisyPublisher("a_service", broadcast_interval=0.02),
+            lambda: posttroll.publisher.create_publisher_from_dict_config({"name": "a_service", "nameservers": None}),
+            lambda: posttroll.message_broadcaster.sendaddressservice("a_service", "tcp://h:9", ["a_service"], 0.02),
+        ],
+    )
+    def test_unedited_publishers_register_there(self, hub, publish):
+        with config.set(hub):
+            publisher = publish()
+            publisher.start()
+            (found,) = wait_for(lambda: posttroll.get_pub_addresses(["a_service"]))
+            assert found["name"] == "a_service"
+            assert posttroll.get_pub_address("a_service", nameserver="localhost") != []
+            publisher.stop()
+
+    @pytest.mark.parametrize(
+        "subscribe",
+        [
+            lambda: posttroll.Subscribe("a_service").subscriber,
+            lambda: posttroll.NSSubscriber("a_service", nameserver="localhost").start(),
+            lambda: posttroll.NSSubscriber("a_service", addr_listener=True, timeout=0).start(),
+            lambda: posttroll.subscriber.create_subscriber_from_dict_config({"services": "a_service"}),
+            lambda: posttroll.subscriber.create_subscriber_from_dict_config({"nameserver": False}),
+        ],
+    )
+    def test_unedited_subscribers_ask_there(self, hub, subscribe):
+        with config.set(hub), posttroll.Publish("a_service", broadcast_interval=0.02) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            with contextlib.closing(subscribe()) as sub:
+                wait_for(lambda: next(sub.recv(0.01)) or pub.subscriber_count)
+                pub.send(Message("/a", "info", "found"))
+                assert [message.data for message in receive(sub)] == ["found"]
+
+    def test_a_listener_and_a_logger_ask_there(self, hub):
+        with config.set(hub), posttroll.Publish("a_service", broadcast_interval=0.02) as pub:
+            listener = posttroll.listener.ListenerContainer(topics=["/a"], services="a_service")
+            logger = posttroll.logger.Logger(nameserver_port=config.get("address_publish_port"))
+            logger.start()
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            logger.stop()
+            listener.stop()
+
+    def test_commands_honour_them(self, hub, monkeypatch):
+        for key, value in hub.items():
+            monkeypatch.setenv(f"POSTTROLL_{key.upper()}", value)
+        for key in ("nameserver_port", "broadcast_port"):
+            monkeypatch.setenv(f"POSTTROLL_{key.upper()}", str(config.get(key)))
+        status, out, err = run_here("doctor")
+        assert status == 0, out + err
+        assert f"(by {hub['nameserver']})" in out
+        with posttroll.Publish("a_service", broadcast_interval=0.02):
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            assert run_here("services", "a_service")[0] == 0
+
+    def test_nowhere(self, hub, caplog):
+        """A publisher that is announced nowhere is there all the same, and a subscriber asks nobody."""
+        with multicast(config.get("broadcast_port")) as (_, receiver), config.set(nameservers="none"):
+            receiver.settimeout(0.1)
+            with posttroll.Publish("a_service", broadcast_interval=0.01) as pub, pytest.raises(posttroll.SocketTimeout):
+                receiver()
+            with posttroll.Publish("a_service", broadcast_interval=0.01) as pub, config.set(nameserver=False):
+                assert posttroll.get_pub_address("a_service") == []
+                address = f"tcp://127.0.0.1:{pub.port_number}"
+                with posttroll.Subscribe("a_service", addresses=[address]) as sub:
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(Message("/a", "info", "found"))
+                    assert [message.data for message in receive(sub)] == ["found"]
+                assert "No nameserver is asked" not in caplog.text
+                posttroll.Subscribe("a_service").subscriber.close()
+                assert "No nameserver is asked for ['a_service']" in caplog.text
+
+    def test_commands_that_can_ask_nobody_say_so(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", "none")
+        monkeypatch.setenv("POSTTROLL_NAMESERVERS", "none")
+        status, _, err = run_here("services")
+        assert (status, "say --nameserver HOST" in err) == (1, True)
+        status, _, err = run_here("publish", "/a", "info", "x")
+        assert (status, "needs --port" in err) == (1, True)
+        status, out, _ = run_here("doctor")
+        assert "not tried, as publishers are announced nowhere" in out
+        assert status == 0
+
+
 class TestMessageBroadcaster:
     def test_by_multicast_until_it_is_stopped(self):
         port = free_port()
@@ -2683,7 +2835,7 @@ class TestAddressBroadcasters:
             broadcaster.stop()
         assert message.version == "v1.01"
         assert message.data == {
-            "URI": f"tcp://{posttroll.get_own_ip()}:9000",
+            "URI": "tcp://127.0.0.1:9000",  # the configured interface
             "service": ["one", "two"],
             "supported_message_version": "v1.2",
             "backend": "unsecure_zmq",
@@ -5551,7 +5703,7 @@ class TestTerminal:
                 os.write(terminal, b"q")
                 assert running.wait(DEADLINE) == 0
         assert "\033[H\033[J" in seen
-        assert re.search(r"feeder +tcp://\S+ +/fed +[1-9]", seen)
+        assert re.search(r"feeder +/fed +info +[1-9]", seen)
 
     @pytest.mark.parametrize("form", [None, "--json", "--raw"])
     def test_messages_cannot_give_orders_to_the_terminal(self, form):
@@ -5629,10 +5781,10 @@ class TestTerminal:
         lines = view.splitlines()
         assert max(map(len, lines)) <= 100
         assert len(lines) <= 8
-        headings = "PUBLISHER ADDRESS SUBJECT MSG/S BYTES/S SEEN OVERDUE LAST MINUTE"
+        headings = "PUBLISHER SUBJECT TYPE MSG/S BYTES/S SEEN OVERDUE LAST MINUTE"
         assert lines[2].split() == headings.split()
         for line in lines[3:]:
-            assert re.search(r" +\d+\.\d +\d+ +\d+ s ago +\d+ +█$", line)
+            assert re.search(r" +(beat +\d+\.\d +\d+ +\d+ s ago +0|info +\d+\.\d +\d+ +\d+ s ago) +█$", line)
         assert any(re.search(r"^a  .*  /a/s\S*\.\.\.\S*/end  ", line) for line in lines)
         assert any(re.search(r"^the_p\S*\.\.\.\S*ble  ", line) for line in lines)
 
@@ -5877,12 +6029,18 @@ class TestPing:
         assert "PING nameserver localhost: no answer yet" in out
 
     def test_control_c_ends_it_with_the_summary_and_quiet_shows_that_alone(self):
-        with nameserver(), command("ping", "-q", "--interval", 0.01) as running:
-            await_line(running, "PING")
-            running.send_signal(signal.SIGINT)
-            status, out, _ = finish(running)
-        assert status == 0
-        assert re.fullmatch(r"--- nameserver localhost: \d+ asked, \d+ answered, 0% lost.*\n", out)
+        summary = r"--- nameserver localhost: \d+ asked, \d+ answered, \d+% lost.*\n"
+        with nameserver():
+            with command("ping", "--interval", 0.01) as running:
+                await_line(running, "seq=1 time")
+                running.send_signal(signal.SIGINT)
+                status, out, _ = finish(running)
+            assert status == 0
+            assert re.fullmatch(summary, out.splitlines(keepends=True)[-1])
+            with command("ping", "-q", "-c", 2, "--interval", 0.01) as running:
+                status, out, _ = finish(running)
+            assert status == 0
+            assert re.fullmatch("PING .*\n" + summary, out)
 
     def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
         with posttroll.Publisher("tcp://*:0") as pub:
@@ -5893,6 +6051,181 @@ class TestPing:
                 status, out, err = finish(running)
         assert (status, err) == (0, "")
         assert re.search(r"40 asked, [1-3]?\d answered, [1-9]\d?% lost", out)
+
+
+class TestRelayCommand:
+    @pytest.fixture(autouse=True)
+    def directory(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(tmp_path / "durable"))
+
+    @pytest.fixture
+    def source(self):
+        with posttroll.Publisher("tcp://*:0", "source") as pub:
+            yield pub
+
+    @contextlib.contextmanager
+    def relay(self, source: Any, port: int, *words: Any) -> Iterator[subprocess.Popen[str]]:
+        """Run a relay that listens to a publisher, and publishes on *port*."""
+        addresses = ("--address", local_address(source.port_number), "--out-nameserver", "none", "--port", port)
+        before = set(source._audience.peers)
+        with command("relay", *addresses, *words) as running:
+            wait_for(lambda: set(source._audience.peers) - before or running.poll() is not None)
+            yield running
+
+    def end(self, running: Any, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        running.send_signal(number)
+        return finish(running)
+
+    def test_byte_for_byte(self, source):
+        """What is chosen, in its order; also a message in ISO-8859-1, as old programs send."""
+        port = free_port()
+        old = "pytroll://a/old info user@host 2026-11-24T12:00:00 v1.01 text/ascii M\xfcnchen".encode("iso-8859-1")
+        wanted = [posttroll.Message("/a/x", "info", data).encode().encode() for data in ("é", {"n": [1.50]}, b"\0", "")]
+        with self.relay(source, port, "/a", "--type", "info") as running, raw_socket(zmq.SUB, port) as other:
+            other.subscribe(b"")
+            with contextlib.closing(posttroll.Inquiry(local_address(port))) as inquiry:
+                wait_for(lambda: inquiry.ask(DEADLINE)["subscribers"])
+            for raw in (old, *wanted, text_message("x", "/b").encode(), old):
+                source.send(raw)
+            source.send(posttroll.Message("/a", "file", "x"))
+            source.send(text_message("end"))
+            got = []
+            while not got or b" end" not in got[-1]:
+                assert other.poll(1000 * DEADLINE)
+                got.append(other.recv())
+            assert got[:-1] == [old, *wanted, old]
+            status, out, err = self.end(running)
+        assert (status, out, err) == (0, "", "7 messages relayed\n")
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+    def test_a_restart_loses_nothing(self, source, number):
+        """While messages are sent; only what was in hand may come twice, after SIGKILL."""
+        port = free_port()
+        numbers = Numbers(source)
+        words = ("--durable", "name", "--out-set", "discovery_seconds=1.5")  # longer than until it is found again
+        with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
+            for _ in range(2):
+                with self.relay(source, port, *words) as running:
+                    numbers.send(200, 0.0005)
+                    wait_for(lambda: data)
+                    running.send_signal(number)
+                    numbers.send(100, 0.0005)
+                    status = running.wait(DEADLINE)
+                assert status == (0 if number != signal.SIGKILL else -number)
+            with self.relay(source, port, *words):
+                wait_for(lambda: len(set(data)) == numbers.count)
+            counts = collections.Counter(data)
+        assert sorted(counts) == list(range(numbers.count))
+        assert sum(counts.values()) - len(counts) <= (2 if number == signal.SIGKILL else 0)
+
+    def test_two_relays_in_a_circle(self, source):
+        """Nothing goes round twice; the same text sent twice is sent twice."""
+        ports = [free_port(), free_port()]
+        addresses = list(map(local_address, ports))
+        with contextlib.ExitStack() as world:
+            one = world.enter_context(self.relay(source, ports[0], "--address", addresses[1]))
+            words = ("relay", "--address", addresses[0], "--port", ports[1], "--out-nameserver", "none")
+            two = world.enter_context(command(*words))
+            subs = [world.enter_context(posttroll.Subscriber([address])) for address in addresses]
+            data = [world.enter_context(serving(sub)) for sub in subs]
+            for address, count in zip(addresses, (2, 2)):  # the other relay, and ours
+                with contextlib.closing(posttroll.Inquiry(address)) as inquiry:
+                    wait_for(lambda inquiry=inquiry, count=count: (inquiry.ask(1) or {}).get("subscribers") == count)
+            numbers = Numbers(source)
+            numbers.send(50)
+            for _ in range(2):
+                source.send(text_message("twice"))
+            for number in range(3):  # what goes round has come again by then
+                source.send(text_message(f"round {number}"))
+                wait_for(lambda number=number: all(f"round {number}" in each for each in data))
+            expected = sorted([*range(50), "twice", "twice", "round 0", "round 1", "round 2"], key=str)
+            assert [sorted(each, key=str) for each in data] == [expected, expected]
+            assert [self.end(running)[0] for running in (one, two)] == [0, 0]
+
+    def test_by_nameservers_from_plain_to_secure(self, keys, monkeypatch):
+        """Each end has a configuration, a nameserver and a backend of its own."""
+        plain = free_port()
+        with contextlib.ExitStack() as world:
+            with config.set(backend="unsecure_zmq"):
+                source = world.enter_context(posttroll.Publisher("tcp://*:0", "source"))
+            world.enter_context(nameserver(multicast_enabled=False))
+            words = ["--address", local_address(source.port_number), "--in-set", "backend=unsecure_zmq"]
+            words += ["--out-set", f"pub_min_port={plain}", "--out-set", f"pub_max_port={plain + 1}"]
+            running = world.enter_context(command("relay", *words, "--name", "site", "--out-nameserver", "localhost"))
+            sub = world.enter_context(posttroll.Subscribe("site", timeout=DEADLINE))
+            assert sub.addresses[0].endswith(f":{plain}")
+            assert posttroll.get_pub_address("site")[0]["backend"] == "secure_zmq"
+            assert source.wait_for_subscribers(1, DEADLINE)
+            source.send(text_message("through"))
+            assert received_data(sub) == ["through"]
+            with subscribing(plain, **keys.of("no CURVE")) as stranger:
+                source.send(text_message("again"))
+                assert received_data(sub) == ["again"]
+                assert next(stranger.recv(0.2)) is None
+            assert self.end(running)[0] == 0
+
+    def test_what_is_lost_on_the_way_is_no_success(self, source):
+        """A subscriber that does not read; its queue and the relay's hold ten messages each."""
+        port = free_port()
+        with zmq.Context() as context, context.socket(zmq.SUB) as slow:
+            slow.linger = 0
+            slow.rcvhwm, slow.rcvbuf = 1, 4096
+            slow.subscribe(b"")
+            with self.relay(source, port, "--out-set", "send_high_water_mark=10") as running:
+                slow.connect(local_address(port))
+                with contextlib.closing(posttroll.Inquiry(local_address(port))) as inquiry:
+                    wait_for(lambda: inquiry.ask(DEADLINE)["subscribers"])
+                for _ in range(300):
+                    source.send(text_message("x" * 100_000))
+                assert any("the queue of a slow subscriber is full" in line for line in running.stderr)
+                slow.close()
+                status, _, err = self.end(running)
+        assert status == 1
+        assert re.search(r"0 messages were gone before they could be relayed, [1-9]\d* on their way", err)
+
+    def test_an_end_that_dies_is_told_and_nothing_is_taken_for_relayed(self, source):
+        port = free_port()
+        numbers = Numbers(source)
+        with self.relay(source, port, "--durable", "name") as running:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+            (child,) = children.read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            numbers.send(5)
+            status, out, err = finish(running)
+        assert (status, out) == (1, "")
+        assert err == "0 messages relayed\nposttroll relay: the end that publishes has ended, with status -9.\n"
+        with self.relay(source, port, "--durable", "name"), posttroll.Subscriber([local_address(port)]) as sub:
+            assert sorted(received_data(sub, 5)) == list(range(5))
+
+    def test_only_one_of_several_copies(self, source):
+        port = free_port()
+        with self.relay(source, port, "--unique", "uid") as running, posttroll.Subscriber([local_address(port)]) as sub:
+            for uid in "aabab":
+                source.send(copy_of(uid))
+            source.send(text_message("end"))
+            assert [data if data == "end" else data["uid"] for data in received_data(sub, 3)] == ["a", "b", "end"]
+            assert self.end(running)[2] == "3 messages relayed\n"
+
+    def test_what_hinders_the_start(self, source):
+        with posttroll.Publisher("tcp://*:0") as other, self.relay(source, other.port_number) as running:
+            status, _, err = finish(running)
+        assert status == 1
+        assert "posttroll relay: Address already in use" in err
+        with posttroll.Subscriber([], durable="name"):
+            status, _, err = run_command("relay", "--address", "tcp://localhost:1", "--durable", "name")
+        assert status == 1
+        assert "posttroll relay: The durable name 'name' is in use by process" in err
+        status, _, err = run_command("relay", "--out-set", "no_key=1")
+        assert status == 2
+        assert "there is no key 'no_key'" in err
+
+    def test_memory_of_echoes_is_bounded(self):
+        echoes = posttroll._Echoes()
+        for number in range(2 * echoes.LIMIT):
+            assert not echoes.is_echo(b"%d" % number, "here")
+        assert len(echoes._origins) == echoes.LIMIT
+        assert echoes.is_echo(b"%d" % number, "there")
+        assert not echoes.is_echo(b"0", "there")
 
 
 class TestServicesAndTop:
@@ -5947,7 +6280,7 @@ class TestServicesAndTop:
         assert status == 0
         assert out.count("PUBLISHER") == 2
         assert "\033" not in out
-        assert re.search(r"feeder +tcp://\S+ +/fed +[1-9]", out)
+        assert re.search(r"feeder +tcp://\S+ +/fed +info +[1-9]", out)
 
     def test_services_are_sorted_by_name(self):
         names = ["zebra", "ant", "mouse", "bee", "yak", "cat"]
@@ -6110,6 +6443,7 @@ class TestServicesAndTop:
             assert heartbeats.overdue(came) == before
             heartbeats.take(beat, came)
             assert (heartbeats.overdue(came), heartbeats.missed(came)) == (0, missed)
+        heartbeats.take(beat, 1000.0)  # caught up, after newer ones
         assert (heartbeats.overdue(1100.0), heartbeats.missed(1100.0)) == (3, 6)
 
     def test_top_forgets_what_is_gone_and_survives_a_restart_of_the_nameserver(self, monkeypatch):
@@ -6199,9 +6533,9 @@ class TestSparkline:
         lines = view.splitlines()
         assert max(map(len, lines)) <= columns
         assert max(map(len, lines[3:])) <= len(lines[2].partition("LAST MINUTE")[0]) + 60
-        assert all(re.fullmatch(r" *.?", line.partition("s ago   0")[2].lstrip()) for line in lines[3:])
+        assert all(re.search(r"s ago +0? +\S$", line) for line in lines[3:])
         assert "LAST MINUTE" in lines[2]
-        assert ("ADDRESS" in lines[2]) == (columns >= 100)
+        assert ("ADDRESS" in lines[2]) == (columns >= 110)
         assert columns < 100 or "0 caught up, 0 missed" in lines[0]
 
 
@@ -6434,7 +6768,7 @@ class TestExporter:
             publishers["b"].send(late)
             publishers["c"].heartbeat(1)
             missed, beats = (
-                ("posttroll_heartbeats_missed_total", "c"),
+                ("posttroll_heartbeats_missed_total", "c", "/heartbeat/c", "beat"),
                 ("posttroll_messages_total", "c", "/heartbeat/c", "beat"),
             )
             wait_for(lambda: self.metrics(port).get(missed) == 1)
@@ -6457,17 +6791,17 @@ class TestExporter:
         assert 100 <= found["posttroll_message_age_seconds_sum", "b", "/late", "file"] < 200
         assert found["posttroll_message_age_seconds_bucket", "a", "/x", "file", "60.0"] == 3
         assert found["posttroll_message_age_seconds_count", "a", "/x", "file"] == 3
-        assert (found["posttroll_heartbeats_overdue", "c"], found[missed]) == (0, 1)
-        assert found["posttroll_heartbeat_interval_seconds", "c"] == 5
-        assert ("posttroll_heartbeats_overdue", "a") not in found
+        assert (found["posttroll_heartbeats_overdue", "c", "/heartbeat/c", "beat"], found[missed]) == (0, 1)
+        assert found["posttroll_heartbeat_interval_seconds", "c", "/heartbeat/c", "beat"] == 5
+        assert ("posttroll_heartbeats_overdue", "a", "/x", "file") not in found
         assert (found["posttroll_known_services",], found["posttroll_nameserver_up", "localhost"]) == (3, 1)
         assert found["posttroll_build_info", posttroll.__version__] == 1
         self.check_conventions(text)
         same = self.samples(posttroll._exposition(view))
         assert set(same) == set(found)
-        assert {key: same[key] for key in same if key[0].endswith(("messages_total", "bytes_total", "_bucket"))} == {
-            key: found[key] for key in found if key[0].endswith(("messages_total", "bytes_total", "_bucket"))
-        }
+        numbers = [key for key in found if key[0].endswith(("messages_total", "bytes_total", "_count"))]
+        assert {key: same[key] for key in numbers} == {key: found[key] for key in numbers}
+        assert same["posttroll_message_age_seconds_bucket", "b", "/late", "file", "600.0"] == 1
 
     @staticmethod
     def check_conventions(text: str) -> None:
@@ -6581,7 +6915,7 @@ class TestExporter:
             wait_for(lambda: self.metrics(port)["posttroll_missed_messages_total",] > 0)
             found = self.metrics(port)
             caught_up, missed = (found[f"posttroll_{what}_messages_total",] for what in ("caught_up", "missed"))
-            assert caught_up + missed == 100
+            assert caught_up + missed in (100, 101)  # it may not have been confirmed yet that the first had come
             assert caught_up >= 16
             assert found[key] == 1 + caught_up
             wait_for(lambda: self.metrics(port)["posttroll_nameserver_up", "localhost"] == 0)
@@ -8854,10 +9188,17 @@ class Host:
     def environment(self) -> dict[str, str]:
         return {key: value for key, value in os.environ.items() if key != "POSTTROLL_MULTICAST_INTERFACE"}
 
-    def run(self, *words: Any) -> Any:
+    def run(self, *words: Any, **settings: str) -> Any:
         """Run a Python program on this host."""
         command = ["ip", "netns", "exec", self.name, sys.executable, "-u", *words]
-        return process(*command, env=self.environment())
+        return process(*command, env={**self.environment(), **settings})
+
+    def say(self, code: str, **settings: str) -> str:
+        """Return what Python *code* prints on this host."""
+        with self.run("-c", code, **settings) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        return out.strip()
 
     def ask(self, service: str, nameserver: str = "localhost") -> list[str]:
         """Return the addresses of a service, as a program on this host sees them."""
@@ -8978,6 +9319,107 @@ class TestSeveralHosts:
             one.connect()
             two.connect()
             wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+
+
+@pytest.fixture
+def two_networks(two_hosts):
+    """Give two hosts with two cables: 10.77.1.0/24, with the default route, and 10.77.2.0/24, with that for multicast.
+
+    The second is the reception card of the first host: what is sent there, nobody hears.
+    """
+    one, two = two_hosts
+    device = f"c{one.device}"
+    one.ip("link", "add", device, "type", "veth", "peer", "name", device, "netns", two.name)
+    for host in two_hosts:
+        host.connect()
+        host.ip("addr", "add", f"10.77.2.{host.address[-1]}/24", "dev", device)
+        host.ip("link", "set", device, "up")
+    one.ip("route", "add", "224.0.0.0/4", "dev", device)
+    return two_hosts
+
+
+@pytest.mark.network
+class TestSeveralNetworks:
+    def test_to_each_nameserver_the_address_of_the_interface_that_leads_there(self, two_networks):
+        """One is on this host, two are on another one, each on a network of its own; a name leads to one of them."""
+        one, two = two_networks
+        names = ("NAMESERVER_PORT", "ADDRESS_PUBLISH_PORT", "BROADCAST_PORT")
+        second = {f"POSTTROLL_{name}": str(free_port()) for name in names}
+        with (
+            one.run(NAMESERVER, "--no-multicast") as local,
+            two.run(NAMESERVER, "--no-multicast") as first,
+            two.run(NAMESERVER, "--no-multicast", **second) as other,
+        ):
+            for server in (local, first, other):
+                await_line(server, "answers on port")
+            other_host = f"10.77.2.2:{second['POSTTROLL_BROADCAST_PORT']}"
+            with one.run("-c", PUBLISHING, "60", f"localhost,10.77.1.2,{other_host}") as pub:
+                port = await_line(pub, "port").split()[1]
+                main, card = [f"tcp://10.77.1.1:{port}"], [f"tcp://10.77.2.1:{port}"]
+                wait_for(lambda: one.ask("a_service") == main)
+                wait_for(lambda: one.ask("a_service", "10.77.1.2") == main)
+                asked = f"10.77.2.2:{second['POSTTROLL_NAMESERVER_PORT']}"
+                wait_for(lambda: one.ask("a_service", asked) == card)
+                assert two.ask("a_service", asked) == card
+
+    def test_a_goodbye_ends_what_was_announced_there(self, two_networks):
+        one, two = two_networks
+        code = """
+import posttroll, time
+with posttroll.Publish("a_service", nameservers=["10.77.2.2"]):
+    while not posttroll.get_pub_address("a_service", nameserver="10.77.2.2"):
+        time.sleep(0.01)
+print(posttroll.get_pub_address("a_service", nameserver="10.77.2.2"))
+"""
+        with two.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            assert one.say(code) == "[]"
+
+    def test_multicast_that_leads_to_a_reception_card(self, two_networks):
+        """Its address is announced only there; ``multicast_interface`` names another one."""
+        one, two = two_networks
+        assert one.say("import posttroll; print(posttroll.get_own_ip())") == "10.77.1.1"
+        to_lan = {"POSTTROLL_MULTICAST_INTERFACE": one.device}
+        with two.run(NAMESERVER, POSTTROLL_MULTICAST_INTERFACE="10.77.1.2") as lan:
+            await_line(lan, "answers on port")
+            with one.run("-c", PUBLISHING, "60", **to_lan) as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: two.ask("a_service") == [f"tcp://10.77.1.1:{port}"])
+        with two.run(NAMESERVER, POSTTROLL_MULTICAST_INTERFACE="10.77.2.2") as card:
+            await_line(card, "answers on port")
+            with one.run("-c", PUBLISHING, "60") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: two.ask("a_service") == [f"tcp://10.77.2.1:{port}"])
+
+    @pytest.mark.parametrize(
+        ("announced", "uri"),
+        [
+            ("some.name", "tcp://some.name:%s"),
+            ("192.0.2.7:9999", "tcp://192.0.2.7:9999"),
+            ("2001:db8::1", "tcp://[2001:db8::1]:%s"),
+            ("[2001:db8::1]:7", "tcp://[2001:db8::1]:7"),
+        ],
+    )
+    @pytest.mark.parametrize("multicast", [True, False])
+    def test_an_announced_address_overrules_all(self, two_networks, announced, uri, multicast):
+        """A name is passed on: nobody resolves it but who connects to it."""
+        one, two = two_networks
+        settings = {"POSTTROLL_ANNOUNCED_ADDRESS": announced, "POSTTROLL_MULTICAST_INTERFACE": one.device}
+        with two.run(NAMESERVER, *([] if multicast else ["--no-multicast"])) as server:
+            await_line(server, "answers on port")
+            with one.run("-c", PUBLISHING, "60", *([] if multicast else ["10.77.2.2"]), **settings) as pub:
+                port = await_line(pub, "port").split()[1]
+                expected = uri % port if "%" in uri else uri
+                wait_for(lambda: two.ask("a_service") == [expected])
+
+    @pytest.mark.parametrize("announced", ["two words", "a:b:c", "tcp://", "[some.name]", ""])
+    def test_what_cannot_be_announced(self, announced):
+        with config.set(announced_address=announced):
+            if announced:
+                with pytest.raises(ValueError, match="Cannot connect to"):
+                    posttroll.NoisyPublisher("a_service").start()
+            else:
+                posttroll.AddressBroadcaster("a_service", "tcp://*:9000", 1)
 
 
 # ======================================================================================================================
@@ -13968,6 +14410,8 @@ class TestDurable:
                 numbers.send(100)
                 received_data(sub, 100)
                 sizes.append((directory / "name").stat().st_size)
+            # On a loaded host, more than these 1,000 lines may come before the publisher has told how far it is.
+            wait_for(lambda: not next(sub.recv(timeout=0.01)) and b" n5000 " in (directory / "name").read_bytes())
         assert 17000 < max(sizes) < 25000  # 17 bytes a message
         numbers.send(3)
         assert self.rest(numbers) == [5000, 5001, 5002]
@@ -14526,7 +14970,7 @@ class TestMarks:
             numbers.send(10)
             numbers.check(data)
             assert len(pub._audience.peers) < 10
-        assert pub.dropped == 0
+            assert pub.dropped == 0
 
     def test_thousands_of_marks(self, monkeypatch):
         """Each is a subscriber for its publisher; there is a limit, and others are served all the same."""
@@ -15015,6 +15459,263 @@ class TestAwaiting:
                 wait_for(lambda: data == ["still"])
 
 
+OUTAGE_PUBLISHER = """
+import json, logging, os, select, signal, sys, posttroll
+logging.basicConfig(format="%(levelname)s %(message)s")
+address, name, life, padding, record = json.loads(sys.argv[1])
+number = 0
+with open(record, "a", buffering=1) as record, posttroll.Publisher(address, name) as publisher:
+    print("started", flush=True)
+    while True:
+        is_told = bool(select.select([0], [], [], 0.1)[0])
+        count = os.read(0, 100) if is_told else b"1"
+        if not count:
+            break  # the end of the input
+        for _ in range(int(count)):
+            print(name, life, number, file=record)
+            publisher.send(posttroll.Message("/outage", "info", [name, life, number, "x" * padding]))
+            number += 1
+        if is_told:
+            print("done", flush=True)
+print("dropped", publisher.dropped, flush=True)
+"""
+
+OUTAGE_SUBSCRIBER = """
+import json, logging, signal, sys, posttroll
+logging.basicConfig(format="%(levelname)s %(message)s")
+addresses, record = json.loads(sys.argv[1])
+with open(record, "a", buffering=1) as record, posttroll.Subscriber(addresses, "/outage") as subscriber:
+    signal.signal(signal.SIGTERM, lambda *args: subscriber.stop())
+    print("started", flush=True)
+    for message in subscriber.recv():
+        print(*message.data[:3], file=record)
+print("missed", subscriber.missed, flush=True)
+"""
+
+
+class Outage:
+    """A plain publisher and one with CURVE on one host; on another one subscribers to the one, the other, and both."""
+
+    PORTS = types.MappingProxyType({"plain": 9001, "secure": 9101})
+    WISHES = (("plain",), ("secure",), ("plain", "secure"))
+
+    def __init__(self, hosts: TwoHosts, keys: Keys, directory: Path, seconds: float, **environment: str) -> None:
+        hosts.plug_in()
+        hosts.ip("-n", hosts.names[1], "addr", "add", "10.203.77.3/32", "dev", hosts.links[1])
+        self.hosts, self.keys, self.directory, self.seconds = hosts, keys, directory, seconds
+        self.padding = int(environment.pop("padding", 0))
+        self.environment = {
+            **os.environ,
+            "POSTTROLL_ZMTP_HEARTBEAT_INTERVAL": str(seconds / 20),
+            "POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT": str(seconds / 6),
+            **environment,
+        }
+        self.killed: set[tuple[str, int]] = set()  # lives that ended so: their last messages are theirs to lose
+        self.lives = dict.fromkeys(self.PORTS, -1)
+        self.stack = contextlib.ExitStack()
+        self.publishers: dict[str, Any] = {}
+        self.subscribers: list[Any] = []
+
+    def _start(self, host: int, code: str, backend: str, *settings: Any) -> Any:
+        environment = {**self.environment, "POSTTROLL_BACKEND": backend}
+        command = ["ip", "netns", "exec", self.hosts.names[host], sys.executable, "-u", "-c", code]
+        log = self.stack.enter_context((self.directory / f"{settings[-1].stem}.log").open("a"))
+        words = json.dumps([*settings[:-1], str(settings[-1])])
+        running = self.stack.enter_context(process(*command, words, env=environment, stderr=log))
+        await_line(running, "started")
+        return running
+
+    def publish(self, name: str, host: str = TwoHosts.ADDRESSES[1], port: int = 0) -> None:
+        """Start the next life of a publisher."""
+        self.lives[name] += 1
+        backend = {"plain": "unsecure_zmq", "secure": "secure_zmq"}[name]
+        address = f"tcp://{host}:{port or self.PORTS[name]}"
+        record = self.directory / f"{name}.sent"
+        self.publishers[name] = self._start(
+            1, OUTAGE_PUBLISHER, backend, address, name, self.lives[name], self.padding, record
+        )
+
+    def kill(self, name: str) -> None:
+        self.publishers[name].kill()
+        self.publishers[name].wait()
+        self.killed.add((name, self.lives[name]))
+
+    def subscribe(self) -> None:
+        for number, wishes in enumerate(self.WISHES):
+            addresses = [
+                {"URI": f"tcp://{host}:{port}", "backend": {"plain": "unsecure_zmq", "secure": "secure_zmq"}[name]}
+                for name in wishes
+                for host, port in (
+                    (TwoHosts.ADDRESSES[1], self.PORTS[name]),
+                    (TwoHosts.ADDRESSES[1], self.PORTS[name] + 1),
+                    ("10.203.77.3", self.PORTS[name]),
+                )
+            ]
+            backend = "unsecure_zmq" if "plain" in wishes else "secure_zmq"
+            record = self.directory / f"{number}.got"
+            self.subscribers.append(self._start(0, OUTAGE_SUBSCRIBER, backend, addresses, record))
+
+    def read(self, file: str) -> list[tuple[str, int, int]]:
+        """Return what a process has written down: name, life and number of messages."""
+        lines = (self.directory / file).read_text().rpartition("\n")[0].splitlines()
+        return [(name, int(life), int(number)) for name, life, number in map(str.split, lines)]
+
+    def wanted(self, subscriber: int) -> set[tuple[str, int, int]]:
+        return {message for name in self.WISHES[subscriber] for message in self.read(f"{name}.sent")}
+
+    def missing(self, subscriber: int) -> set[tuple[str, int, int]]:
+        """Return what has not come but what was the last of a publisher that was killed."""
+        got = self.read(f"{subscriber}.got")
+        newest = dict.fromkeys(self.killed, -1)
+        for *life, number in got:
+            if tuple(life) in newest:
+                newest[tuple(life)] = max(number, newest[tuple(life)])
+        return {
+            (name, life, number)
+            for name, life, number in self.wanted(subscriber) - set(got)
+            if number < newest.get((name, life), float("inf"))
+        }
+
+    def reported(self, subscriber: int) -> int:
+        """Return how many messages a subscriber says are gone."""
+        return sum(map(int, REPORTED_LOSS.findall((self.directory / f"{subscriber}.log").read_text())))
+
+    def tell(self, count: str) -> None:
+        """Have all publishers send so many messages at once."""
+        for publisher in self.publishers.values():
+            command_of(publisher, count)
+
+    def hear_all(self) -> None:
+        """Wait until all messages that have been sent until now have come, or are said to be gone."""
+        for number in range(len(self.WISHES)):
+            want = self.wanted(number)
+            wait_for(
+                lambda number=number, want=want: len(self.missing(number) & want) <= self.reported(number),
+                self.seconds + DEADLINE,
+                f"what subscriber {number} should have",
+            )
+
+    def finish(self) -> list[int]:
+        """Let all end well, and judge what has come; return how many messages publishers counted as dropped."""
+        dropped = []
+        for publisher in self.publishers.values():
+            status, out, _ = finish(publisher, self.seconds + DEADLINE)
+            assert status == 0
+            dropped.append(int(out.split()[-1]))
+        self.hear_all()
+        for number, subscriber in enumerate(self.subscribers):
+            subscriber.terminate()
+            status, out, _ = finish(subscriber)
+            assert (status, out) == (0, f"missed {self.reported(number)}\n")
+            got = self.read(f"{number}.got")
+            assert max(collections.Counter(got).values()) == 1, "came twice"
+            assert set(got) <= self.wanted(number)
+            assert len(self.missing(number)) <= self.reported(number)
+        for log in self.directory.glob("*.log"):
+            assert "Traceback" not in log.read_text()
+        return dropped
+
+
+@pytest.mark.long
+@pytest.mark.network
+@pytest.mark.timeout(LONG + 300)
+class TestOutages:
+    """Every message exactly once, or counted and told, whatever has come between publishers and subscribers."""
+
+    SECONDS = max(min(20, LONG / 20), 2)  # how long an outage lasts
+
+    @pytest.fixture
+    def world(self, two_faulty_hosts, keys, tmp_path):
+        """Give what starts the world, with settings for all of its programs."""
+        with contextlib.ExitStack() as stack:
+
+            def start(seconds: float = self.SECONDS, **environment: str) -> Outage:
+                outage = Outage(two_faulty_hosts, keys, tmp_path, seconds, **environment)
+                stack.push(outage.stack)
+                outage.subscribe()
+                for name in Outage.PORTS:
+                    outage.publish(name)
+                outage.tell("20")
+                outage.hear_all()
+                return outage
+
+            yield start
+
+    def cut(self, world: Outage) -> None:
+        name, link = world.hosts.names[1], world.hosts.links[1]
+        world.hosts.ip("-n", name, "link", "set", link, "down")
+        time.sleep(world.seconds)  # the duration of the outage
+        world.hosts.ip("-n", name, "link", "set", link, "up")
+
+    @pytest.mark.parametrize("seconds", [SECONDS, LONG / 2])
+    def test_the_link_is_cut(self, world, seconds):
+        running = world(seconds)
+        self.cut(running)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_the_link_is_cut_for_longer_than_the_history_reaches(self, world):
+        running = world(POSTTROLL_HISTORY_MESSAGES="50")
+        telling = threading.Timer(running.seconds * 0.8, lambda: running.tell("400"))
+        telling.start()  # by then it has been noticed that the link is dead
+        self.cut(running)
+        telling.join()
+        running.finish()
+        for number, wishes in enumerate(Outage.WISHES):
+            missing = running.missing(number)
+            assert len(missing) > 300 * len(wishes)
+            assert running.reported(number) <= len(missing) + 30 * len(wishes)  # what came just before may count, too
+
+    def test_a_half_open_connection(self, world):
+        """Packets vanish; meanwhile the publishers are killed, and have successors that know nothing of connections."""
+        running = world()
+        blackhole = ["blackhole", TwoHosts.ADDRESSES[0] + "/32"]
+        running.hosts.ip("-n", running.hosts.names[1], "route", "add", *blackhole)
+        for name in Outage.PORTS:
+            running.kill(name)
+            running.publish(name)
+        time.sleep(running.seconds)  # the duration of the outage
+        running.hosts.ip("-n", running.hosts.names[1], "route", "del", *blackhole)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    @pytest.mark.parametrize("where", ["same port", "other port", "other address"])
+    def test_a_publisher_is_killed_and_restarted(self, world, where):
+        running = world()
+        for name in Outage.PORTS:
+            running.kill(name)
+        time.sleep(running.seconds / 4)  # the duration of the outage
+        for name, port in Outage.PORTS.items():
+            host = "10.203.77.3" if where == "other address" else TwoHosts.ADDRESSES[1]
+            running.publish(name, host, port + (where == "other port"))
+        running.tell("100")
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_the_host_of_the_subscribers_is_suspended(self, world):
+        running = world()
+        for subscriber in running.subscribers:
+            subscriber.send_signal(signal.SIGSTOP)
+        time.sleep(running.seconds)  # the duration of the outage
+        for subscriber in running.subscribers:
+            subscriber.send_signal(signal.SIGCONT)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_queues_are_full(self, world):
+        small = {f"POSTTROLL_{side}_HIGH_WATER_MARK": "50" for side in ("SEND", "RECEIVE")}
+        running = world(padding="20000", POSTTROLL_HISTORY_BYTES="100000000", **small)
+        for subscriber in running.subscribers[1:]:
+            subscriber.send_signal(signal.SIGSTOP)
+        for _ in range(10):
+            running.tell("100")
+            time.sleep(running.seconds / 10)  # the duration of the outage
+        for subscriber in running.subscribers[1:]:
+            subscriber.send_signal(signal.SIGCONT)
+        running.hear_all()
+        assert all(running.finish())
+
+
 # ======================================================================================================================
 # Chaos: several hosts, everything that goes wrong at random, and not one message unaccounted for
 #
@@ -15062,7 +15763,7 @@ class World(Crowd):
             Part("s1", "subscriber", "b", 0.004, everybody, services=everybody, **following),
             Part("s2", "subscriber", "c", 0, everybody, services="", **following),
             Part("s3", "subscriber", "d", 0, ["mover"], **by_name),
-            Part("s4", "subscriber", "a", 0.008, everybody, services="", **following),
+            Part("s4", "subscriber", "a", 0.005, everybody, services="", **following),
             Part("s5", "subscriber", "b", 0, ["p0", "p2"], services=["p0", "p2"], nameserver=["ns-a", "ns-b"]),
             Part("s6", "subscriber", "c", 0.02, ["p3"], throttled, services=["p3"], **following),
             Part("s7", "subscriber", "d", 0, ["mover"], services=["mover"], **following),
@@ -15395,7 +16096,7 @@ class TestChaos:
         world.note("all is well again")
         faults = []
         try:
-            hear_each_other(world, "at the end")
+            hear_each_other(world, "at the end", 120)  # slow ones have much before them
             for life, before in uses.items():
                 if not life.ending:
                     with contextlib.suppress(pytest.fail.Exception):
