@@ -137,8 +137,13 @@ OPTIONS: dict[str, _Option] = {
     "zmtp_heartbeat_interval": _Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": _Option(30, "number", "seconds without a sign of life until a connection is given up"),
     "send_high_water_mark": _Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_bytes": _Option(
+        None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
+    ),
     "receive_high_water_mark": _Option(
-        200000, "int", "the same in a busy subscriber, for each publisher; 0 for no limit"
+        None,
+        "int",
+        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 1 GiB); 0 no limit",
     ),
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
@@ -2559,6 +2564,29 @@ def get_tcp_keepalive_options() -> dict[int, int]:
     return {option: value for option, value in values.items() if value is not None}
 
 
+@cache
+def _usable_memory() -> int:
+    """Return how many bytes of memory this program may use: those of its container, or of the host."""
+    paths = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
+    with suppress(OSError), open("/proc/self/cgroup") as file:
+        for group in (line.rstrip("\n").split(":", 2)[2] for line in file):
+            paths += [f"/sys/fs/cgroup{group}/memory.max", f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"]
+    limits = [2**40]
+    for path in dict.fromkeys(paths):
+        with suppress(OSError, ValueError), open(path) as file:  # "max" is no number
+            limits.append(int(file.read()))
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limits += [resource.getrlimit(resource.RLIMIT_AS)[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    return min(limit for limit in limits if limit > 0)  # -1 is no limit
+
+
+def _default_receive_limit() -> int:
+    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have 512 bytes."""
+    return min(200000, _usable_memory() // 8 // 512)
+
+
 def _liveness_options(is_limited: bool) -> dict[int, int]:
     """Return the options by which peers are noticed that are gone without a word.
 
@@ -2592,7 +2620,9 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
     try:
         sock.linger = 0
         limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
-        own: dict[Any, Any] = {option: config.get(name) for option, name in limits.items()}
+        own: dict[Any, Any] = {option: config.get(name, None) for option, name in limits.items()}
+        if own[zmq.RCVHWM] is None:
+            own[zmq.RCVHWM] = _default_receive_limit()
         own.update(options or {})
         general = {
             zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
@@ -3372,6 +3402,7 @@ class History:
         self._limit = self._messages + self._messages // 16  # they are dropped many at once, which costs less
         self.number = 0  # of the newest message
         self.size = 0
+        self._gone = 0  # the size of those that are not kept any more
         self._newest_gone = float("-inf")
 
     def __len__(self) -> int:
@@ -3381,6 +3412,11 @@ class History:
     def first(self) -> int:
         """The number of the oldest message that is kept."""
         return self.number - len(self) + 1
+
+    @property
+    def total(self) -> int:
+        """The size of all messages that there have been."""
+        return self.size + self._gone
 
     def append(self, data: bytes, now: float) -> None:
         """Keep a message, which was sent *now*."""
@@ -3397,6 +3433,7 @@ class History:
         while entries and (len(entries) > messages or self.size > size):
             self._newest_gone, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
+            self._gone += len(data) + self.OVERHEAD
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
@@ -3418,6 +3455,35 @@ class History:
     def has_lost_since(self, when: float) -> bool:
         """Whether a message that was sent since *when* is not kept any more."""
         return self._newest_gone >= when
+
+
+class _QueueLimit:
+    """How many messages a queue of a publisher may hold, so that they take only so many bytes.
+
+    ZeroMQ counts messages.  So the limit is that of messages of a recent average size; when they get smaller, it
+    follows slowly, as the larger ones may still be in a queue.
+    """
+
+    LEAST = 10  # messages
+
+    def __init__(self, sock: zmq.Socket[bytes]) -> None:
+        self._socket = sock
+        self._most = cast(int, sock.getsockopt(zmq.SNDHWM)) or 2**31 - 1
+        self._bytes = config.get("send_high_water_bytes") or _usable_memory() // 8
+        self._average = 1.0
+        self._count = self._total = 0
+        self._limit = self._most
+
+    def adapt(self, count: int, total: int) -> None:
+        """Take note that there have been *count* messages of *total* bytes until now."""
+        if count > self._count:
+            recent = (total - self._total) / (count - self._count)
+            self._average = max(recent, 0.9 * self._average)
+            self._count, self._total = count, total
+        limit = min(self._most, max(int(self._bytes / self._average), self.LEAST))
+        if not 0.9 * self._limit <= limit <= 1.1 * self._limit or limit == self._most != self._limit:
+            self._limit = limit
+            self._socket.setsockopt(zmq.SNDHWM, limit)
 
 
 class _Peer:
@@ -3478,6 +3544,7 @@ class _Listeners:
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._next_look = 0.0
+        self._queue_limit = _QueueLimit(sock)
         self._patience = max(config.get("discovery_seconds"), 0.5)  # seconds that a busy subscriber has to ask
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3674,6 +3741,8 @@ class _Audience(_Listeners):
         now = time.monotonic()
         if now > self._next_look:
             self.look(now)
+        elif len(data) > 16384:  # a few of them are a lot
+            self._queue_limit.adapt(self.history.number, self.history.total)
         self.history.append(data, now)
         try:
             self._send(data, _NOBLOCK)
@@ -3745,6 +3814,7 @@ class _Audience(_Listeners):
     def look(self, now: float) -> None:
         """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
         self._next_look = now + self.LOOK_SECONDS
+        self._queue_limit.adapt(self.history.number, self.history.total)
         self._take_subscriptions()
         self._tell_positions()
         if self._look_again not in self._timers:

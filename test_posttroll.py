@@ -2137,6 +2137,25 @@ class TestSocketOptions:
                     with silent.accept()[0]:
                         pass
 
+    def test_where_memory_is_short_less_is_kept(self):
+        """Queues of 200,000 messages are more than a small container has."""
+        code = """
+            import posttroll, resource, zmq
+            resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))
+            assert posttroll._usable_memory() <= 2**28
+            with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber([]) as sub:
+                sub.add(f"tcp://127.0.0.1:{pub.port_number}")
+                assert 1000 < sub.subscribers[0].rcvhwm <= 2**16
+                assert pub._audience._queue_limit._bytes <= 2**25
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "", "")
+
+    def test_where_there_is_enough_it_is_what_it_always_was(self):
+        with mock.patch("posttroll._usable_memory", return_value=2**34), posttroll.Subscriber(["tcp://h:1"]) as sub:
+            sub.add("tcp://127.0.0.1:1")
+            assert sub.subscribers[0].rcvhwm == 200000
+
     def test_high_water_marks(self):
         with config.set(send_high_water_mark=11, receive_high_water_mark=12), posttroll.Publisher("tcp://*:0") as pub:
             with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
@@ -14643,6 +14662,52 @@ class TestFullQueues:
                     pub.send(text_message("end"))
                     wait_for(lambda: quick[-1] == slow[-1] == "end")
                     assert (len(quick), len(slow)) == (1001, 1001)
+
+    def test_a_queue_takes_only_so_many_bytes(self, monkeypatch):
+        """Whatever the size of the messages; it is caught up, as far as the history reaches, or known to be missed."""
+        monkeypatch.setenv("POSTTROLL_SEND_HIGH_WATER_MARK", "1000000")
+        monkeypatch.setenv("POSTTROLL_HISTORY_BYTES", "1000000")
+        with config.set(send_high_water_bytes=500_000), posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            with self.crowd(pub, 2) as (subs, _), serving(subs[0]) as quick:
+                numbers = Numbers(pub, padding="x" * 2000)
+                numbers.send(1)
+                await_count(quick, 1)
+                wait_for(lambda: pub._audience.socket.getsockopt(zmq.SNDHWM) < 1000)
+                buffers = 8_000_000 // 2000  # of the system, for the loopback interface
+                while numbers.count < 2 * buffers:
+                    numbers.send(100)
+                    await_count(quick, numbers.count)
+                assert pub.dropped > numbers.count - buffers - 1000
+                with serving(subs[1]) as slow:
+                    wait_for(lambda: slow and slow[-1][0] == numbers.count - 1)
+                    wait_for(lambda: not pub._audience.unserved())
+                    numbers.send(100)
+                    wait_for(lambda: slow[-1][0] == numbers.count - 1)
+                    came = {number for number, _ in slow}
+                    assert len(came) == len(slow)
+                    assert {*range(numbers.count - 400, numbers.count)} <= came  # what the history reaches
+                    assert subs[1].missed >= numbers.count - len(came) > 0
+                assert sorted(number for number, _ in quick) == list(range(numbers.count))
+
+    def test_the_limit_follows_the_sizes(self):
+        sock = mock.Mock(getsockopt=lambda option: 5000)
+        with config.set(send_high_water_bytes=1_000_000):
+            limit = posttroll._QueueLimit(sock)
+        count = total = 0
+
+        def after(messages: int, size: int) -> int:
+            nonlocal count, total
+            count, total = count + messages, total + messages * size
+            limit.adapt(count, total)
+            return limit._limit
+
+        assert after(1000, 100) == 5000
+        assert after(1, 10_000) == 100
+        assert after(1, 10_000_000) == limit.LEAST
+        assert after(1000, 1000) == limit.LEAST  # the large one may still be there
+        assert [after(1000, 1000) for _ in range(100)][-1] == pytest.approx(1000, rel=0.2)
+        assert [after(1000, 100) for _ in range(100)][-1] == 5000
+        assert sock.setsockopt.call_args.args == (zmq.SNDHWM, 5000)
 
     def test_full_and_cut(self, monkeypatch):
         """A queue is full when its connection ends."""
