@@ -73,7 +73,7 @@ from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import accumulate, chain, count, islice, takewhile
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
@@ -137,8 +137,13 @@ OPTIONS: dict[str, _Option] = {
     "zmtp_heartbeat_interval": _Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": _Option(30, "number", "seconds without a sign of life until a connection is given up"),
     "send_high_water_mark": _Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_bytes": _Option(
+        None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
+    ),
     "receive_high_water_mark": _Option(
-        200000, "int", "the same in a busy subscriber, for each publisher; 0 for no limit"
+        None,
+        "int",
+        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 1 GiB); 0 no limit",
     ),
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
@@ -2070,6 +2075,7 @@ class _Resolution:
 
     Attributes:
         endpoint: What to connect to, the address with a number for the host; None as long as it is not known.
+        endpoints: All that the name stands for just now, that one among them.
     """
 
     RETRY = 5.0
@@ -2088,6 +2094,8 @@ class _Resolution:
             self.endpoint = address
         elif _is_number(self._host):
             self._host, self.endpoint = "", tcp_address(_plain_number(self._host.strip("[]")), self._port)
+        self.endpoints: tuple[str, ...] = () if self.endpoint is None else (self.endpoint,)
+        self.is_name = self.endpoint is None
 
     def check(self) -> str | None:
         """Return the endpoint; as long as it is not known, ask (again) in the background."""
@@ -2095,9 +2103,9 @@ class _Resolution:
             self.ask()
         return self.endpoint
 
-    def ask(self) -> None:
-        """Ask (again) in the background, unless it was just done; a number needs no answer."""
-        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= self.RETRY
+    def ask(self, pause: float = RETRY) -> None:
+        """Ask (again) in the background, but not *pause* seconds after the last time; a number needs no answer."""
+        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= pause
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
@@ -2113,9 +2121,11 @@ class _Resolution:
         except (OSError, UnicodeError) as error:
             _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self._host, error)
         else:
-            endpoints = [tcp_address(number, self._port) for number in numbers]
-            if self.endpoint not in endpoints:  # a name of several hosts says them in another order each time
-                self.endpoint = endpoints[0]
+            # Of IPv4 and IPv6 that which is to be preferred: both lead to the same hosts.
+            endpoints = tuple(tcp_address(each, self._port) for each in numbers if (":" in each) == (":" in numbers[0]))
+            if set(endpoints) != set(self.endpoints):  # they come in another order each time
+                self.endpoints = endpoints
+                self.endpoint = self.endpoint if self.endpoint in endpoints else endpoints[0]
                 self._on_success()
         finally:
             self._is_asking = False
@@ -2674,6 +2684,29 @@ def get_tcp_keepalive_options() -> dict[int, int]:
     return {option: value for option, value in values.items() if value is not None}
 
 
+@cache
+def _usable_memory() -> int:
+    """Return how many bytes of memory this program may use: those of its container, or of the host."""
+    paths = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
+    with suppress(OSError), open("/proc/self/cgroup") as file:
+        for group in (line.rstrip("\n").split(":", 2)[2] for line in file):
+            paths += [f"/sys/fs/cgroup{group}/memory.max", f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"]
+    limits = [2**40]
+    for path in dict.fromkeys(paths):
+        with suppress(OSError, ValueError), open(path) as file:  # "max" is no number
+            limits.append(int(file.read()))
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limits += [resource.getrlimit(resource.RLIMIT_AS)[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    return min(limit for limit in limits if limit > 0)  # -1 is no limit
+
+
+def _default_receive_limit() -> int:
+    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have 512 bytes."""
+    return min(200000, _usable_memory() // 8 // 512)
+
+
 def _liveness_options(is_limited: bool) -> dict[int, int]:
     """Return the options by which peers are noticed that are gone without a word.
 
@@ -2707,7 +2740,9 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
     try:
         sock.linger = 0
         limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
-        own: dict[Any, Any] = {option: config.get(name) for option, name in limits.items()}
+        own: dict[Any, Any] = {option: config.get(name, None) for option, name in limits.items()}
+        if own[zmq.RCVHWM] is None:
+            own[zmq.RCVHWM] = _default_receive_limit()
         own.update(options or {})
         general = {
             zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
@@ -3511,6 +3546,7 @@ class History:
         self._limit = self._messages + self._messages // 16  # they are dropped many at once, which costs less
         self.number = 0  # of the newest message
         self.size = 0
+        self._gone = 0  # the size of those that are not kept any more
         self._newest_gone = float("-inf")
 
     def __len__(self) -> int:
@@ -3520,6 +3556,11 @@ class History:
     def first(self) -> int:
         """The number of the oldest message that is kept."""
         return self.number - len(self) + 1
+
+    @property
+    def total(self) -> int:
+        """The size of all messages that there have been."""
+        return self.size + self._gone
 
     def append(self, data: bytes, now: float) -> None:
         """Keep a message, which was sent *now*."""
@@ -3536,6 +3577,7 @@ class History:
         while entries and (len(entries) > messages or self.size > size):
             self._newest_gone, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
+            self._gone += len(data) + self.OVERHEAD
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
@@ -3557,6 +3599,35 @@ class History:
     def has_lost_since(self, when: float) -> bool:
         """Whether a message that was sent since *when* is not kept any more."""
         return self._newest_gone >= when
+
+
+class _QueueLimit:
+    """How many messages a queue of a publisher may hold, so that they take only so many bytes.
+
+    ZeroMQ counts messages.  So the limit is that of messages of a recent average size; when they get smaller, it
+    follows slowly, as the larger ones may still be in a queue.
+    """
+
+    LEAST = 10  # messages
+
+    def __init__(self, sock: zmq.Socket[bytes]) -> None:
+        self._socket = sock
+        self._most = cast(int, sock.getsockopt(zmq.SNDHWM)) or 2**31 - 1
+        self._bytes = config.get("send_high_water_bytes") or _usable_memory() // 8
+        self._average = 1.0
+        self._count = self._total = 0
+        self._limit = self._most
+
+    def adapt(self, count: int, total: int) -> None:
+        """Take note that there have been *count* messages of *total* bytes until now."""
+        if count > self._count:
+            recent = (total - self._total) / (count - self._count)
+            self._average = max(recent, 0.9 * self._average)
+            self._count, self._total = count, total
+        limit = min(self._most, max(int(self._bytes / self._average), self.LEAST))
+        if not 0.9 * self._limit <= limit <= 1.1 * self._limit or limit == self._most != self._limit:
+            self._limit = limit
+            self._socket.setsockopt(zmq.SNDHWM, limit)
 
 
 class _Peer:
@@ -3617,6 +3688,7 @@ class _Listeners:
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._next_look = 0.0
+        self._queue_limit = _QueueLimit(sock)
         self._patience = max(config.get("discovery_seconds"), 0.5)  # seconds that a busy subscriber has to ask
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3813,6 +3885,8 @@ class _Audience(_Listeners):
         now = time.monotonic()
         if now > self._next_look:
             self.look(now)
+        elif len(data) > 16384:  # a few of them are a lot
+            self._queue_limit.adapt(self.history.number, self.history.total)
         self.history.append(data, now)
         try:
             self._send(data, _NOBLOCK)
@@ -3884,6 +3958,7 @@ class _Audience(_Listeners):
     def look(self, now: float) -> None:
         """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
         self._next_look = now + self.LOOK_SECONDS
+        self._queue_limit.adapt(self.history.number, self.history.total)
         self._take_subscriptions()
         self._tell_positions()
         if self._look_again not in self._timers:
@@ -4819,6 +4894,42 @@ class _Link:
         self.index = 0  # of the first message after it has come up
 
 
+class _OwnSocket(NamedTuple):
+    """Which socket of an address alone, as its name stands for several endpoints."""
+
+    key: Any
+    address: str
+    number: int
+
+
+class _Twins:
+    """What has come over the endpoints of single names: if they are all of one publisher, a message counts once."""
+
+    LIMIT = 16384  # messages that are recognised when they come once more
+
+    def __init__(self) -> None:
+        self._counts: dict[
+            int, dict[Any, int]
+        ] = {}  # by message, oldest first: how many times it came over which stream
+
+    def is_new(self, raw: bytes, stream: Any) -> bool:
+        """Whether *raw*, which came over *stream*, has not come as many times over another."""
+        counts = self._counts.setdefault(_digest(raw), {})
+        most = max(counts.values(), default=0)
+        counts[stream] = counts.get(stream, 0) + 1
+        if len(self._counts) > self.LIMIT:
+            del self._counts[next(iter(self._counts))]
+        return counts[stream] > most
+
+
+def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
+    """Leave out all but the first of this host's own endpoints: a host knows its name by all its addresses."""
+    if len(endpoints) < 2:
+        return endpoints
+    own = sorted(endpoint for endpoint in endpoints if is_own_address(endpoint[6:].rpartition(":")[0].strip("[]")))
+    return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
+
+
 class _Connections:
     """Keeps connected what is wanted.
 
@@ -4829,9 +4940,15 @@ class _Connections:
         on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
             message of that socket.
         on_close: Called with a socket that is closed.
+        on_several: Called with the sockets that are connected to what a single name stands for.
+
+    A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
+    over a socket of its own but for the first, so that it is known which of them a message came from.  One that the
+    name does not stand for any more is left alone as long as it is connected.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
+    LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
 
     def __init__(
         self,
@@ -4840,31 +4957,32 @@ class _Connections:
         read_all: Callable[[Any], None],
         on_change: Callable[[Any], int],
         on_close: Callable[[Any], object],
+        on_several: Callable[[Iterable[Any]], object],
     ) -> None:
         self._on_change = on_change
         self._on_close = on_close
+        self._on_several = on_several
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
         self._wanted: dict[str, tuple[Any, float]] = {}
-        self._connected: dict[str, tuple[zmq.Socket[bytes], str]] = {}  # address: socket and endpoint
+        self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
-        self._names: dict[str, _Resolution] = {}  # of the addresses that are not numbers
-        self.sockets: dict[Any, zmq.Socket[bytes]] = {}
+        self._names: dict[str, _Resolution] = {}  # of the addresses
+        self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
     def want(self, address: str, key: Any, begin: float) -> None:
         """Connect to *address* over the socket of the group *key*; its messages are wanted since *begin*."""
+        if self._wanted.get(address, (key,))[0] != key:
+            self._disconnect_all(address)
         self._wanted[address] = (key, begin)
-        current = self._connected.get(address)
-        if current is not None and current[0] is not self.sockets.get(key):
-            self._disconnect(address)
         try:
             self._connect(address)
         except BaseException:
-            del self._wanted[address]
+            self.drop(address)
             raise
         finally:
             self._close_unused()
@@ -4873,14 +4991,13 @@ class _Connections:
         """Disconnect from *address*."""
         self._wanted.pop(address, None)
         self._names.pop(address, None)
-        if address in self._connected:
-            self._disconnect(address)
+        self._disconnect_all(address)
         self._close_unused()
 
     def is_up(self, address: str) -> bool:
         """Whether *address* is connected, or was until a moment ago: what it sent last may still be on its way."""
-        link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
-        return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
+        links = [self._links[sock, endpoint] for endpoint, sock in self._connected.get(address, {}).items()]
+        return any(link.is_up or time.monotonic() - link.changed < 1 for link in links)
 
     def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
@@ -4907,48 +5024,72 @@ class _Connections:
             self._log.warning("connect", "Cannot connect to %s (trying again): %s", address, error)
 
     def _connect(self, address: str) -> None:
-        """Connect to *address*, or, if its name has moved, to its new endpoint."""
+        """Connect to all that *address* stands for, no longer to what it does not stand for if that is down."""
         if address not in self._wanted:
             return
-        self._tend_later()
-        key, begin = self._wanted[address]
+        self._tend_later(self.RENEWAL)
         resolution = self._names.get(address)
         if resolution is None:
             resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect_again, address)))
             self._names[address] = resolution
-        endpoint = resolution.check()
-        before = self._connected.get(address)
-        if endpoint is not None and (before is None or before[1] != endpoint):
-            sock = self.sockets.get(key) or self._new_socket(key)
-            connect(sock, endpoint)
-            if before is not None:
-                self._disconnect(address)
-            self._connected[address] = (sock, endpoint)
-            self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
-            _warn_of_descriptors(len(self._connected))
-            _log("subscriber").debug("Subscribed to %s", address)
+        resolution.check()
+        endpoints = _without_own_twins(resolution.endpoints)
+        connected = self._connected.setdefault(address, {})
+        for endpoint, sock in list(connected.items()):
+            if endpoint not in endpoints and not self._links[sock, endpoint].is_up:
+                self._disconnect(address, endpoint)
+        for endpoint in endpoints:
+            if endpoint not in connected:
+                self._connect_to(address, endpoint)
 
-    def _disconnect(self, address: str) -> None:
-        """Disconnect from *address*, unless another address is another name for the same endpoint."""
-        current = sock, endpoint = self._connected.pop(address)
-        if current not in self._connected.values():
-            del self._links[current]
+    def _connect_to(self, address: str, endpoint: str) -> None:
+        """Connect *address* to one of its endpoints, over the first socket of its own that is free."""
+        key, begin = self._wanted[address]
+        connected = self._connected[address]
+        used = list(connected.values())
+        slots = chain([key], (_OwnSocket(key, address, number) for number in count(1)))
+        slot = next(slot for slot in slots if self.sockets.get(slot) not in used)
+        sock = self.sockets.get(slot) or self._new_socket(slot, key)
+        connect(sock, endpoint)
+        connected[endpoint] = sock
+        self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
+        if used:
+            self._on_several(connected.values())
+        _warn_of_descriptors(len(self._links))
+        _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
+
+    def _disconnect(self, address: str, endpoint: str) -> None:
+        """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
+        sock = self._connected[address].pop(endpoint)
+        if not any(others.get(endpoint) is sock for others in self._connected.values()):
+            del self._links[sock, endpoint]
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
-        _log("subscriber").debug("No longer subscribed to %s", address)
+        _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
+
+    def _disconnect_all(self, address: str) -> None:
+        for endpoint in list(self._connected.get(address, ())):
+            self._disconnect(address, endpoint)
+        self._connected.pop(address, None)
 
     def _close_unused(self) -> None:
         """Close the sockets of which no address is left."""
         used = {key for key, _ in self._wanted.values()}
-        for key in [key for key in self.sockets if key not in used]:
-            sock = self.sockets.pop(key)
+        for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
+            sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
 
-    def _new_socket(self, key: Any) -> zmq.Socket[bytes]:
+    def _is_used(self, slot: Any, used: set[Any]) -> bool:
+        """Whether there is an address for the socket at *slot*; *used* are the groups that have addresses."""
+        if isinstance(slot, _OwnSocket):
+            return slot.address in self._wanted and self._wanted[slot.address][0] == slot.key
+        return slot in used
+
+    def _new_socket(self, slot: Any, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -4959,7 +5100,7 @@ class _Connections:
             close_socket(sock)
             self._on_close(sock)
             raise
-        self.sockets[key] = sock
+        self.sockets[slot] = sock
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
         self._monitors[sock] = monitor
         return sock
@@ -4998,34 +5139,47 @@ class _Connections:
         if link.is_up or link.is_tried:
             link.changed = time.monotonic()
         link.is_up = link.is_tried = link.is_greeted = False
-        self._tend_later()
+        self._tend_later(self.RENEWAL)
 
-    def _tend_later(self) -> None:
+    def _tend_later(self, seconds: float) -> None:
+        when = time.monotonic() + seconds
+        if self._timer is not None and self._timer.when > when:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
-            self._timer = self._loop.at(time.monotonic() + self.RENEWAL, self._tend)
+            self._timer = self._loop.at(when, self._tend)
 
     def _tend(self) -> None:
-        """Renew connections that ZeroMQ gave up, and ask again for the names of those that are down."""
+        """Renew connections that ZeroMQ gave up, and ask again for the names, often for those that are down."""
         self._timer = None
-        now = time.monotonic()
         for address in list(self._wanted):
-            current = self._connected.get(address)
-            if current is None:
+            connected = self._connected.get(address)
+            resolution = self._names.get(address)
+            if not connected or resolution is None:
                 self._connect_again(address)
                 continue
-            sock, endpoint = current
-            link = self._links[current]
-            if link.is_up:
-                continue
-            self._tend_later()
-            self._names[address].ask()  # a number has no answer but itself
-            if not link.is_tried and now - link.changed >= link.pause:
-                link.changed = now
-                link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
-                self._read_all(sock)
-                with suppress(zmq.ZMQError):
-                    sock.disconnect(endpoint)
-                connect(sock, endpoint)
+            for endpoint, sock in connected.items():
+                self._renew(sock, endpoint)
+            if set(connected) - set(resolution.endpoints):
+                self._connect_again(address)
+            if resolution.is_name:
+                is_up = all(self._links[sock, endpoint].is_up for endpoint, sock in connected.items())
+                resolution.ask(self.LOOK_AGAIN - 1 if is_up else resolution.RETRY)
+                self._tend_later(self.LOOK_AGAIN)
+
+    def _renew(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
+        """Make a connection anew if ZeroMQ has given it up some time ago."""
+        link, now = self._links[sock, endpoint], time.monotonic()
+        if link.is_up:
+            return
+        self._tend_later(self.RENEWAL)
+        if not link.is_tried and now - link.changed >= link.pause:
+            link.changed = now
+            link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
+            self._read_all(sock)
+            with suppress(zmq.ZMQError):
+                sock.disconnect(endpoint)
+            connect(sock, endpoint)
 
     def close(self) -> None:
         """Close all sockets."""
@@ -5113,6 +5267,7 @@ class _CatchUp:
         durable: _DurableState | None = None,
     ) -> None:
         self.recv = sock.recv
+        self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
@@ -5890,6 +6045,8 @@ class _Inbox:
                 content = raw if raw[:1] != b"~" else stream.take(raw)
                 if content is raw:
                     stream.note(raw)
+                if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
+                    content = None
                 message = None if content is None else self._accept(content, stream)
                 if message is not None:
                     accepted.append(message)
@@ -5951,7 +6108,9 @@ class _SubscriberSockets:
             lambda sock: self._inbox.read_all(self._streams[sock]),
             self._note_change,
             lambda sock: self._streams.pop(sock, None),
+            self._note_several,
         )
+        self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
@@ -6090,6 +6249,10 @@ class _SubscriberSockets:
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
         return self._streams[sock].freeze()
+
+    def _note_several(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
+        for sock in sockets:
+            self._streams[sock].twins = self._twins
 
     def _note_past(self) -> None:
         self.caught_up += 1

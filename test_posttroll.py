@@ -2137,6 +2137,25 @@ class TestSocketOptions:
                     with silent.accept()[0]:
                         pass
 
+    def test_where_memory_is_short_less_is_kept(self):
+        """Queues of 200,000 messages are more than a small container has."""
+        code = """
+            import posttroll, resource, zmq
+            resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))
+            assert posttroll._usable_memory() <= 2**28
+            with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber([]) as sub:
+                sub.add(f"tcp://127.0.0.1:{pub.port_number}")
+                assert 1000 < sub.subscribers[0].rcvhwm <= 2**16
+                assert pub._audience._queue_limit._bytes <= 2**25
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "", "")
+
+    def test_where_there_is_enough_it_is_what_it_always_was(self):
+        with mock.patch("posttroll._usable_memory", return_value=2**34), posttroll.Subscriber(["tcp://h:1"]) as sub:
+            sub.add("tcp://127.0.0.1:1")
+            assert sub.subscribers[0].rcvhwm == 200000
+
     def test_high_water_marks(self):
         with config.set(send_high_water_mark=11, receive_high_water_mark=12), posttroll.Publisher("tcp://*:0") as pub:
             with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
@@ -4695,6 +4714,116 @@ class TestGivenUpConnections:
 
                 wait_for(lambda: pauses() == [0.04])
                 assert subscriber.addresses == [address]
+
+
+WITHOUT_OWN_TWINS = posttroll._without_own_twins
+
+
+class TestNamesWithSeveralAddresses:
+    """As that of a headless service of Kubernetes, which stands for all its pods, or of a host on several networks."""
+
+    @pytest.fixture(autouse=True)
+    def names(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+        """What names stand for; it may change, and is looked up often.  The loopback network stands for others."""
+        names: dict[str, list[str]] = {}
+        resolve = socket.getaddrinfo
+
+        def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+            if host not in names:
+                return resolve(host, *args, **kwargs)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 0)) for number in names[host]]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(posttroll, "_without_own_twins", lambda endpoints: endpoints)
+        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.05)
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.1)
+        monkeypatch.setattr(posttroll._Connections, "LOOK_AGAIN", 1.05)
+        return names
+
+    @staticmethod
+    def connected(subscriber: posttroll.Subscriber) -> list[str]:
+        """Return the hosts that it is connected to."""
+        subscriber_links = subscriber._connections._links
+        return sorted(endpoint[6:].partition(":")[0] for (_, endpoint), link in subscriber_links.items() if link.is_up)
+
+    @staticmethod
+    def until(subscriber: posttroll.Subscriber, condition: Callable[[], Any]) -> list[Any]:
+        """Receive until *condition* holds; return the data of what came."""
+        messages: list[Any] = []
+        wait_for(lambda: messages.append(next(subscriber.recv(0.02))) or condition())
+        return [message.data for message in messages if message is not None]
+
+    def test_all_are_connected(self, names):
+        port = free_port()
+        names["pods"] = hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+        with contextlib.ExitStack() as stack:
+            publishers = [stack.enter_context(posttroll.Publisher(f"tcp://{host}:{port}")) for host in hosts]
+            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
+            self.until(sub, lambda: self.connected(sub) == hosts)
+            for number, publisher in enumerate(publishers):
+                publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(Message("/a", "b", number))
+            assert sorted(message.data for message in receive(sub, 3)) == [0, 1, 2]
+            assert sub.addresses == [f"tcp://pods:{port}"]
+            sub.remove(f"tcp://pods:{port}")
+            assert sub.subscribers == []
+            wait_for(lambda: not any(publisher.subscriber_count for publisher in publishers))
+
+    def test_they_come_and_go(self, names):
+        port = free_port()
+        names["pods"] = ["127.0.0.2"]
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.2:{port}"))
+            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2"])
+            second = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.3:{port}"))
+            names["pods"] = ["127.0.0.3", "127.0.0.2"]
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"])
+            names["pods"] = ["127.0.0.3"]
+            wait_for(lambda: len(sub._connections._names[f"tcp://pods:{port}"].endpoints) == 1 or next(sub.recv(0.02)))
+            self.until(sub, lambda: True)
+            for number in range(500):  # it is not in the name any more, but it lives
+                first.send(Message("/a", "b", number))
+                second.send(Message("/a", "b", -1))
+            first.stop()
+            heard = self.until(sub, lambda: len(sub._connections._connected[f"tcp://pods:{port}"]) == 1)
+            heard += [message.data for message in receive(sub, 1000 - len(heard))]
+            assert [number for number in heard if number >= 0] == list(range(500))
+            assert len(heard) == 1000
+            assert self.connected(sub) == ["127.0.0.3"]
+            third = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.4:{port}"))
+            names["pods"] = ["127.0.0.4", "127.0.0.3"]
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.3", "127.0.0.4"])
+            assert len(sub.subscribers) == 2  # the socket of the one that has gone is used again
+            third.send(Message("/a", "b", "third"))
+            assert receive(sub)[0].data == "third"
+
+    def test_a_host_with_several_addresses_is_heard_once(self, names):
+        port = free_port()
+        names["host"] = ["127.0.0.2", "127.0.0.3"]
+        with posttroll.Publisher(f"tcp://*:{port}") as pub, posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"] and pub.subscriber_count == 2)
+            messages = [Message("/a", "b", number) for number in range(200)]
+            for message in messages:
+                pub.send(message)
+            pub.send(messages[-1])  # on purpose
+            pub.send(Message("/a", "b", "end"))
+            heard = self.until(sub, lambda: sub._inbox._streams == [] and not sub._inbox.accepted)
+            heard += [message.data for message in receive(sub, 202 - len(heard), 5)]
+            assert heard == [*range(200), 199, "end"]
+            pub.send(Message("/a", "b", "the last"))
+            assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
+
+    def test_of_its_own_addresses_a_host_uses_one(self, names, monkeypatch):
+        port = free_port()
+        monkeypatch.setattr(posttroll, "_without_own_twins", WITHOUT_OWN_TWINS)
+        monkeypatch.setattr(posttroll, "is_own_address", lambda address: address != "127.0.0.4")
+        names["host"] = ["127.0.0.3", "127.0.0.4", "127.0.0.2"]
+        with posttroll.Publisher(f"tcp://*:{port}"), posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.4"])
+            names["host"] = ["127.0.0.2", "127.0.0.4", "127.0.0.3"]
+            self.until(sub, lambda: sub._connections._timer is not None)
+            assert self.connected(sub) == ["127.0.0.2", "127.0.0.4"]
 
 
 # ======================================================================================================================
@@ -14719,6 +14848,52 @@ class TestFullQueues:
                     pub.send(text_message("end"))
                     wait_for(lambda: quick[-1] == slow[-1] == "end")
                     assert (len(quick), len(slow)) == (1001, 1001)
+
+    def test_a_queue_takes_only_so_many_bytes(self, monkeypatch):
+        """Whatever the size of the messages; it is caught up, as far as the history reaches, or known to be missed."""
+        monkeypatch.setenv("POSTTROLL_SEND_HIGH_WATER_MARK", "1000000")
+        monkeypatch.setenv("POSTTROLL_HISTORY_BYTES", "1000000")
+        with config.set(send_high_water_bytes=500_000), posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            with self.crowd(pub, 2) as (subs, _), serving(subs[0]) as quick:
+                numbers = Numbers(pub, padding="x" * 2000)
+                numbers.send(1)
+                await_count(quick, 1)
+                wait_for(lambda: pub._audience.socket.getsockopt(zmq.SNDHWM) < 1000)
+                buffers = 8_000_000 // 2000  # of the system, for the loopback interface
+                while numbers.count < 2 * buffers:
+                    numbers.send(100)
+                    await_count(quick, numbers.count)
+                assert pub.dropped > numbers.count - buffers - 1000
+                with serving(subs[1]) as slow:
+                    wait_for(lambda: slow and slow[-1][0] == numbers.count - 1)
+                    wait_for(lambda: not pub._audience.unserved())
+                    numbers.send(100)
+                    wait_for(lambda: slow[-1][0] == numbers.count - 1)
+                    came = {number for number, _ in slow}
+                    assert len(came) == len(slow)
+                    assert {*range(numbers.count - 400, numbers.count)} <= came  # what the history reaches
+                    assert subs[1].missed >= numbers.count - len(came) > 0
+                assert sorted(number for number, _ in quick) == list(range(numbers.count))
+
+    def test_the_limit_follows_the_sizes(self):
+        sock = mock.Mock(getsockopt=lambda option: 5000)
+        with config.set(send_high_water_bytes=1_000_000):
+            limit = posttroll._QueueLimit(sock)
+        count = total = 0
+
+        def after(messages: int, size: int) -> int:
+            nonlocal count, total
+            count, total = count + messages, total + messages * size
+            limit.adapt(count, total)
+            return limit._limit
+
+        assert after(1000, 100) == 5000
+        assert after(1, 10_000) == 100
+        assert after(1, 10_000_000) == limit.LEAST
+        assert after(1000, 1000) == limit.LEAST  # the large one may still be there
+        assert [after(1000, 1000) for _ in range(100)][-1] == pytest.approx(1000, rel=0.2)
+        assert [after(1000, 100) for _ in range(100)][-1] == 5000
+        assert sock.setsockopt.call_args.args == (zmq.SNDHWM, 5000)
 
     def test_full_and_cut(self, monkeypatch):
         """A queue is full when its connection ends."""
