@@ -7417,7 +7417,7 @@ def patched_subscriber_recv(messages: Iterable[Any]) -> Iterator[None]:
     def fake_recv(self: Subscriber, *args: Any, **kwargs: Any) -> Iterator[Any]:
         yield from messages
 
-    def fake_follow(self: NSSubscriber, subscriber: Subscriber) -> None:
+    def fake_follow(self: NSSubscriber, subscriber: Subscriber, hosts: list[str]) -> None:
         """There is nobody to ask."""
 
     patch_recv = mock.patch.multiple(Subscriber, recv=fake_recv, __call__=fake_recv)
