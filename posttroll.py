@@ -48,12 +48,14 @@ import ipaddress
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
 import re
 import signal
 import socket
+import string
 import struct
 import sys
 import textwrap
@@ -106,7 +108,7 @@ class _Option:
 
     def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
         self.default = default
-        self.kind = kind  # "int", "number", "str", "path", "list", or the choices as "a|b|c"
+        self.kind = kind  # "int", "port", "number", "str", "path", "list", "hosts", or the choices as "a|b|c"
         self.meaning = meaning
         self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
@@ -114,6 +116,11 @@ class _Option:
 OPTIONS: dict[str, _Option] = {
     "backend": _Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
     "message_version": _Option("v1.2", "v1.2|v1.01|auto", "format of new messages; v1.01 drops time zones"),
+    "nameserver": _Option(None, "hosts", "nameservers to ask in place of the default localhost; none for nobody"),
+    "nameservers": _Option(None, "hosts", "nameservers to register with in place of multicast; none for nowhere"),
+    "announced_address": _Option(
+        None, "str", "host or host:port that publishers announce in place of the address of this host"
+    ),
     "nameserver_port": _Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
     "secure_zmq_nameserver_port": _Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
     "address_publish_port": _Option(16543, "port", "where the nameserver publishes new and lost addresses"),
@@ -212,7 +219,9 @@ def _as_kind(value: Any, kind: str) -> Any:
         if kind == "number" and not 0 <= number < 1e6:
             raise ValueError("a number of seconds that is not negative")
         return number
-    elif kind == "list":
+    elif kind == "hosts" and (value is False or str(value).strip().lower() in ("none", "false", "")):
+        return []
+    elif kind in ("list", "hosts"):
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         if not isinstance(items, (list, tuple, set)) or not all(isinstance(item, str) for item in items):
             raise ValueError("a list of strings")
@@ -1691,6 +1700,13 @@ class MulticastSender:
         """Send *data* in one datagram."""
         self.socket.sendto(data.encode() if isinstance(data, str) else data, (self.group, self.port))
 
+    def own_address(self) -> str:
+        """Return the address of the interface that it sends over; raises OSError if there is none."""
+        probe, group = mcast_sender(self.group)
+        with probe:
+            probe.connect((group, self.port))  # no packet is sent; the kernel picks the route
+            return cast(str, probe.getsockname()[0])
+
     def close(self) -> None:
         """Close the sender."""
         self.socket.close()
@@ -1730,18 +1746,30 @@ class MulticastReceiver:
         self.socket.close()
 
 
+def source_address(number: str) -> str | None:
+    """Return the address from which this host talks to the host *number*, None if nothing leads there.
+
+    It is that of the interface that leads there.
+    """
+    family = socket.AF_INET6 if ":" in number else socket.AF_INET
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((number, 9))  # no packet is sent; the kernel picks the route
+        return cast(str, probe.getsockname()[0])
+    return None
+
+
 def get_own_ip() -> str:
-    """Return the IPv4 address of this host that other hosts see, ``127.0.0.1`` without a network."""
-    for target in (config.get("mc_group"), "192.0.2.1"):  # no packet is sent; the kernel picks the route
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            interface = _multicast_interface() if target != "192.0.2.1" else b"\0\0\0\0"
-            if interface != b"\0\0\0\0":
-                return socket.inet_ntoa(interface)
-            probe.connect((target, 9))
-            address = str(probe.getsockname()[0])
-            if address != "0.0.0.0":
-                return address
-    return next((address for address in get_local_ips() if not address.startswith("127.")), "127.0.0.1")
+    """Return the IPv4 address of this host that leads to others, ``127.0.0.1`` without a network.
+
+    It is that of the default route, or, if there is none, that of an interface.
+    """
+    candidates = chain((source_address("192.0.2.1") for _ in range(1)), get_local_ips())
+    return next((address for address in candidates if address and not is_loopback(address)), "127.0.0.1")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether *address*, a number, is one by which only this host itself can be reached."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def get_local_ips() -> list[str]:
@@ -2145,7 +2173,14 @@ _key_log = LimitedLogger("backends.zmq.socket")
 
 
 class _ClientKeys:
-    """The public keys in a directory, which is read again when it changes."""
+    """The public keys in a directory, which may change at any time.
+
+    To let a client in takes a look at the one file that has its key, however many there are.  Before one is refused,
+    the directory is read again, unless it has been just now: whoever may not come in keeps nobody busy.
+    """
+
+    PAUSE = 9  # times as long as the last reading took, until the next
+    GRANULARITY = 2.0  # seconds; of the times of files, at worst (FAT)
 
     def __init__(self, setting: str) -> None:
         path = config.get(setting)
@@ -2154,26 +2189,55 @@ class _ClientKeys:
         self.directory = os.path.expanduser(path)
         if not os.path.isdir(self.directory):
             raise ConfigurationError(f"{setting}: {self.directory} is not a directory.")
-        self._keys: dict[str, tuple[Any, bytes]] = {}  # by path, each with what changes when the file does
+        self._files: dict[str, tuple[Any, bytes]] = {}  # by path: what changes when the file does, and its key
+        self._paths: dict[bytes, str] = {}  # by key: a file that has it
+        self._state: Any = None  # what changes when a file is added or removed
+        self._next_reading = 0.0
 
     def __contains__(self, key: bytes) -> bool:
-        known, self._keys = self._keys, {}
+        if self._is_confirmed(key):
+            return True
+        if key in self._paths or self._state != self._directory_state() or time.monotonic() >= self._next_reading:
+            self._read_directory()
+        return self._is_confirmed(key)
+
+    def _is_confirmed(self, key: bytes) -> bool:
+        """Whether the file in which *key* was found is still the same."""
+        path = self._paths.get(key)
+        with suppress(OSError):
+            return path is not None and _file_state(os.stat(path)) == self._files[path][0]
+        return False
+
+    def _directory_state(self) -> Any:
+        """Return what changes when a file is added or removed; something new each time, if that cannot be told."""
+        with suppress(OSError):
+            state = os.stat(self.directory)
+            if time.time() - state.st_mtime > self.GRANULARITY:
+                return _file_state(state)
+        return object()
+
+    def _read_directory(self) -> None:
+        begin = time.monotonic()
+        self._state = self._directory_state()
+        known, self._files, self._paths = self._files, {}, {}
         try:
             with os.scandir(self.directory) as entries:
                 for entry in entries:
                     if entry.name.endswith(".key"):
-                        self._keys[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
+                        _, key = self._files[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
+                        self._paths[key] = entry.path
         except OSError as error:
+            self._paths = {}
             _key_log.warning("directory", "No client is let in: %s", error)
-            return False
-        return any(key == other for _, other in self._keys.values())
+        end = time.monotonic()
+        self._next_reading = end + self.PAUSE * (end - begin)
 
     @staticmethod
     def _read(entry: os.DirEntry[str], known_state: Any, known_key: bytes) -> tuple[Any, bytes]:
         """Return state and public key of a file, as known if it has not changed; no key if it is not to be used."""
         state = None
         try:
-            state = (entry.stat().st_mtime_ns, entry.stat().st_ino)
+            state = _file_state(entry.stat())
             if state == known_state:
                 return state, known_key
             return state, _read_keys(entry.path)["public"] if entry.is_file() else b""
@@ -2183,6 +2247,11 @@ class _ClientKeys:
             )
             # No file descriptors left, or no permission yet: it is read again.
             return None if isinstance(error, OSError) else state, b""
+
+
+def _file_state(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes when a file does."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 # -- who may connect --
@@ -2201,13 +2270,8 @@ def is_own_address(address: str) -> bool:
             return True
     except ValueError:
         return False
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # no packet is sent; a host talks to itself from the address that it talks to
-            return str(probe.getsockname()[0]).partition("%")[0] == address.partition("%")[0]
-    except OSError:
-        return False
+    # A host talks to itself from the address that it talks to.
+    return (source_address(address) or "").partition("%")[0] == address.partition("%")[0]
 
 
 class _AddressList:
@@ -2690,11 +2754,43 @@ class SocketReceiver:
 get_configured_nameserver_port = get_configured_unsecure_zmq_nameserver_port
 
 
-def _nameserver_endpoint(nameserver: str, port: int) -> str:
-    """Return the address of *nameserver*, given as ``host``, or as ``host:port`` for another port than *port*."""
-    host = nameserver.strip()
+Hosts = Union[str, Sequence[str], bool, None]
+
+
+def hosts_to_ask(nameserver: Hosts) -> list[str]:
+    """Return the nameservers to ask, none for False.
+
+    The default (None, or the text ``localhost``) stands for the configured `nameserver`, else for this host.
+    """
+    return _hosts_or_configured(nameserver, "nameserver", ["localhost"]) or []
+
+
+def hosts_to_register_with(nameservers: Hosts) -> list[str] | None:
+    """Return the nameservers to register a publisher with: None for multicast, an empty list for nowhere.
+
+    The default (nothing, or the text ``localhost``) stands for the configured `nameservers`, else for multicast (or
+    this host).  Only False is multicast whatever is configured.
+    """
+    return None if nameservers is False else _hosts_or_configured(nameservers or None, "nameservers", None)
+
+
+def _hosts_or_configured(given: Hosts, key: str, default: list[str] | None) -> list[str] | None:
+    """Return the hosts *given*; if that is the default, those that are configured under *key*, else *default*."""
+    if given is None or given is True or given == "localhost":
+        configured = config.get(key)
+        if configured is not None:
+            return cast("list[str]", configured)
+        return ["localhost"] if given == "localhost" else default
+    return [] if given is False else [given] if isinstance(given, str) else list(given)
+
+
+def _endpoint_at(host: str, port: int) -> str:
+    """Return the address at *host*, given as ``host``, or as ``host:port`` for another port than *port*."""
+    host = host.strip()
     if "://" in host:
         return _check_connectable(host)
+    if _is_number(f"[{host}]"):
+        return f"tcp://[{host}]:{port}"
     name, _, own_port = host.rpartition(":")
     has_port = own_port.isdigit() and name and not name.endswith(":")
     return _check_connectable(f"tcp://{host}" if has_port else f"tcp://{host}:{port}")
@@ -2703,7 +2799,7 @@ def _nameserver_endpoint(nameserver: str, port: int) -> str:
 def _lookup_endpoint(nameserver: str) -> str:
     """Return the address on which *nameserver* answers lookups."""
     secure_port = config.get("secure_zmq_nameserver_port") if configured_backend() == "secure_zmq" else None
-    return _nameserver_endpoint(nameserver, secure_port or get_configured_nameserver_port())
+    return _endpoint_at(nameserver, secure_port or get_configured_nameserver_port())
 
 
 def _request_for(service: str) -> bytes:
@@ -2764,16 +2860,15 @@ def _answer_on(sock: zmq.Socket[bytes], request: bytes, timeout: float) -> bytes
     return None
 
 
-def get_pub_address(
-    name: str, timeout: float = 10, nameserver: str | Sequence[str] = "localhost"
-) -> list[dict[str, Any]]:
+def get_pub_address(name: str, timeout: float = 10, nameserver: Hosts = "localhost") -> list[dict[str, Any]]:
     """Get the addresses of the publishers of the service *name*.
 
     Args:
         name: Name or alias of the publisher, ``""`` for all publishers.
         timeout: How long to wait for the nameserver, in seconds.
         nameserver: The host of the nameserver, ``host:port`` if it answers on another port than configured, or a
-            list of them: then the answers are merged, and one that answers is enough.
+            list of them: then the answers are merged, and one that answers is enough.  The default stands for the
+            configured `nameserver`.
 
     Returns:
         A dictionary for each publisher, with its address as ``"URI"``; none if the nameserver knows none.
@@ -2783,7 +2878,9 @@ def get_pub_address(
         ConfigurationError: The secure backend is not set up.
     """
     request = _request_for(name)
-    nameservers = [nameserver] if isinstance(nameserver, str) else list(nameserver)
+    nameservers = hosts_to_ask(nameserver)
+    if not nameservers:
+        return []
     if len(nameservers) == 1:
         answers = [_ask(_lookup_endpoint(nameservers[0]), request, timeout)]
     else:
@@ -2793,6 +2890,29 @@ def get_pub_address(
         raise TimeoutError(f"Didn't get an address after {timeout} seconds: no answer from the nameserver on {hosts}.")
     merged = {entry["URI"]: entry for answer in answers if answer is not None for entry in _addresses_in(answer)}
     return list(merged.values())
+
+
+def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> dict[str, Any]:
+    """Ask a nameserver about itself.
+
+    Args:
+        nameserver: Its host, or ``host:port`` if it answers on another port than configured.
+        timeout: How long to wait for it, in seconds.
+
+    Returns:
+        Its ``"version"``; nothing if it tells nothing, as other implementations.
+
+    Raises:
+        TimeoutError: It did not answer in time.
+        ConfigurationError: The secure backend is not set up.
+    """
+    question = {"service": "about the nameserver", "about": True}  # for others, a service that nobody has
+    request = Message("/oper/ns", "request", question, version="v1.01").encode().encode()
+    answer = _ask(_lookup_endpoint(nameserver), request, timeout)
+    if answer is None:
+        raise TimeoutError(f"no answer from the nameserver on {nameserver} after {timeout:g} s.")
+    about = Message.decode(answer).data
+    return about if isinstance(about, dict) else {}
 
 
 def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[bytes | None]:
@@ -2821,7 +2941,7 @@ def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[b
 
 
 def get_pub_addresses(
-    names: Sequence[str] | str | None = None, timeout: float = 10, nameserver: str | Sequence[str] = "localhost"
+    names: Sequence[str] | str | None = None, timeout: float = 10, nameserver: Hosts = "localhost"
 ) -> list[dict[str, Any]]:
     """Get the addresses of the publishers of several services.
 
@@ -2860,12 +2980,22 @@ class _MulticastTarget:
     def open(self, loop: Loop) -> None:
         """Do nothing: the socket is opened when it is used."""
 
+    def own_address(self) -> str | None:
+        """Return the address of the interface that is used; None if it leads nowhere, but for a configured one."""
+        with suppress(OSError):
+            address = self._opened().own_address()
+            return None if is_loopback(address) and not config.get("multicast_interface") else address
+        return None
+
+    def _opened(self) -> MulticastSender:
+        if self._sender is None:
+            self._sender = MulticastSender(self._port, self._group)
+        return self._sender
+
     def announce(self, text: str) -> None:
         """Send *text* to the multicast group."""
         try:
-            if self._sender is None:
-                self._sender = MulticastSender(self._port, self._group)
-            self._sender(text)
+            self._opened()(text)
         except OSError as error:
             self._log.warning("send", "Cannot announce by multicast (trying again): %s", error)
             self.close()
@@ -2903,6 +3033,12 @@ class _NameserverTarget:
         self._loop = loop
         self._resolution = _Resolution(self._endpoint, partial(loop.call, self._connect))
         self._connect()
+
+    def own_address(self) -> str | None:
+        """Return the address of the interface that leads to the nameserver, None if it is on this host, or unknown."""
+        tcp = split_tcp_address(self._resolution.endpoint or "")
+        address = source_address(tcp[0].strip("[]")) if tcp is not None else None
+        return None if address is None or is_loopback(address) else address
 
     def _connect(self) -> None:
         endpoint = None if self._is_closed else self._resolution.check()
@@ -2998,7 +3134,7 @@ class MessageBroadcaster:
         self._port = port
         self._interval = interval
         receivers = [designated_receivers] if isinstance(designated_receivers, str) else designated_receivers
-        self._receivers = [_nameserver_endpoint(host, port) for host in dict.fromkeys(receivers or ())]
+        self._receivers = [_endpoint_at(host, port) for host in dict.fromkeys(receivers or ())]
         if not self._receivers:
             multicast_group(None)
         self._targets: list[Any] = []
@@ -3030,17 +3166,24 @@ class MessageBroadcaster:
 
     def _announce(self, loop: Loop) -> None:
         self._timer = loop.at(time.monotonic() + self._interval, partial(self._announce, loop))
-        text = self._text()
         for target in self._targets:
-            target.announce(text)
+            target.announce(self._text(target))
 
-    def _text(self) -> str:
-        """Return what to send now."""
+    def _text(self, target: Any = None) -> str:
+        """Return what to send to *target* now."""
         return self._message
 
-    def _goodbye(self) -> str | None:
-        """Return what to send as the last thing, if anything."""
+    def _goodbye(self, target: Any) -> str | None:
+        """Return what to send to *target* as the last thing, if anything."""
         return None
+
+    def _say_goodbye(self, done: Sequence[threading.Event]) -> None:
+        for target, event in zip(self._targets, done):
+            text = self._goodbye(target)
+            if text is None:
+                event.set()
+            else:
+                target.say_goodbye(text, event.set)
 
     def stop(self) -> MessageBroadcaster:
         """Stop the broadcasting, and wait until it has ended."""
@@ -3050,10 +3193,9 @@ class MessageBroadcaster:
             loop, self._loop = self._loop, None
             if loop is None:
                 return self
-        goodbye = self._goodbye()
-        if goodbye is not None and not loop.is_stopped and not _background.is_here:
+        if not loop.is_stopped and not _background.is_here:
             done = [threading.Event() for _ in self._targets]
-            loop.call(lambda: [each.say_goodbye(goodbye, event.set) for each, event in zip(self._targets, done)])
+            loop.call(partial(self._say_goodbye, done))
             deadline = time.monotonic() + self._GOODBYE_SECONDS
             all(event.wait(max(deadline - time.monotonic(), 0)) for event in done)
         _background.finish(self._end, loop)
@@ -3080,34 +3222,37 @@ class AddressBroadcaster(MessageBroadcaster):
 
     Args:
         name: The name of the publisher.
-        address: Its address; ``tcp://*:PORT`` stands for the address of this host, looked up each time.
+        address: Its address; ``tcp://*:PORT`` stands for the configured `announced_address`, else that of the interface
+            that leads to whom it is told, looked up each time.
         interval: Seconds between two announcements.
-        nameservers: Hosts to register with; without any, the announcement goes to the multicast group.
+        nameservers: Hosts to register with; without any, those that are configured (`nameservers`), else the
+            announcement goes to the multicast group.
 
     Raises:
         OSError, ConfigurationError, ValueError: As for `MessageBroadcaster`.
     """
 
-    def __init__(
-        self, name: str, address: str, interval: float, nameservers: str | Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, name: str, address: str, interval: float, nameservers: Hosts = None) -> None:
         self._name = name
         self._address = address
         self._text()  # a name that cannot be announced is an error now, not in the loop
-        super().__init__("", config.get("broadcast_port"), interval, nameservers)
+        hosts = hosts_to_register_with(nameservers)
+        super().__init__("", config.get("broadcast_port"), 0 if hosts == [] else interval, hosts)
 
-    def _content(self) -> dict[str, Any]:
-        """Return the data of the announcement."""
+    def _content(self, target: Any) -> dict[str, Any]:
+        """Return the data of the announcement to *target*."""
         tcp = split_tcp_address(self._address)
-        uri = self._address if tcp is None or tcp[0] != "*" else f"tcp://{get_own_ip()}:{tcp[1]}"
-        return {"URI": uri}
+        if tcp is None or tcp[0] != "*":
+            return {"URI": self._address}
+        host = config.get("announced_address") or (target and target.own_address()) or get_own_ip()
+        return {"URI": _endpoint_at(host, tcp[1])}
 
-    def _text(self) -> str:
-        return self._encoded(self._content())
+    def _text(self, target: Any = None) -> str:
+        return self._encoded(self._content(target))
 
-    def _goodbye(self) -> str | None:
+    def _goodbye(self, target: Any) -> str | None:
         # No services: so a nameserver that does not know of goodbyes lists it for none either.
-        return self._encoded({**self._content(), "service": [], "status": False})
+        return self._encoded({**self._content(target), "service": [], "status": False})
 
     def _encoded(self, content: Any) -> str:
         # Every nameserver, however old, must be able to read it: v1.01.
@@ -3119,10 +3264,12 @@ class AddressServiceBroadcaster(AddressBroadcaster):
 
     Args:
         name: The name of the publisher.
-        address: Its address; ``tcp://*:PORT`` stands for the address of this host, looked up each time.
+        address: Its address; ``tcp://*:PORT`` stands for the configured `announced_address`, else that of the interface
+            that leads to whom it is told, looked up each time.
         data_type: The services that it can be found by.
         interval: Seconds between two announcements.
-        nameservers: Hosts to register with; without any, the announcement goes to the multicast group.
+        nameservers: Hosts to register with; without any, those that are configured (`nameservers`), else the
+            announcement goes to the multicast group.
 
     Raises:
         OSError, ConfigurationError, ValueError: As for `MessageBroadcaster`.
@@ -3134,14 +3281,14 @@ class AddressServiceBroadcaster(AddressBroadcaster):
         address: str,
         data_type: str | Sequence[str],
         interval: float = 2,
-        nameservers: str | Iterable[str] | None = None,
+        nameservers: Hosts = None,
     ) -> None:
         self._services = [data_type] if isinstance(data_type, str) else list(data_type)
         super().__init__(name, address, interval, nameservers)
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, target: Any) -> dict[str, Any]:
         return {
-            **super()._content(),
+            **super()._content(target),
             "service": self._services,
             "supported_message_version": str(_DEFAULT_VERSION),
             "backend": configured_backend(),
@@ -3172,6 +3319,9 @@ sendaddressservice = AddressServiceBroadcaster
 # subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
+#
+# Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
+# one message under it, <mark>/?\0<JSON>.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
@@ -3180,6 +3330,7 @@ _MARK_PATTERN = re.compile(
     rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
     re.DOTALL,
 )
+_QUESTION_PATTERN = re.compile(_MARK + rb"[0-9a-f]{16}/\?")
 
 
 class PublisherStoppedError(RuntimeError, zmq.ZMQError):
@@ -3259,8 +3410,9 @@ class History:
 class _Peer:
     """A subscriber of ours, as its publisher sees it."""
 
-    def __init__(self, mark: bytes, topics: int) -> None:
+    def __init__(self, mark: bytes, topics: int, host: str) -> None:
         self.mark = mark
+        self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
         self.greeted = 0.0  # when
@@ -3293,6 +3445,7 @@ class _Listeners:
     """
 
     PEERS = 10000
+    TOPICS = 1000  # that are told apart
 
     def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
@@ -3306,6 +3459,9 @@ class _Listeners:
         self.peers: dict[bytes, _Peer] = {}
         self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
+        self._by_topic: Counter[bytes] = Counter()
+        self._answering = 0.0  # since when answers are counted
+        self._answers = 0
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._next_look = 0.0
@@ -3375,9 +3531,10 @@ class _Listeners:
         sock = self.socket
         while True:
             try:
-                change = sock.recv(_NOBLOCK)
+                frame = sock.recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            change = frame.bytes
             sign, topic = change[:1], change[1:]
             if sign not in (b"\0", b"\1"):
                 continue  # a message of an XSUB socket
@@ -3385,17 +3542,26 @@ class _Listeners:
             if topic.startswith(_MARK):
                 match = _MARK_PATTERN.fullmatch(topic)
                 if match is not None and match[3] is None:
-                    self._take_mark(topic, int(match[2]), option)
+                    self._take_mark(topic, int(match[2]), option, frame)
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
+                elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
+                    self._answer(topic)
                 continue
-            self._topics += 1 if sign == b"\1" else -1
+            self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
             elif not _MARK.startswith(topic):
                 sock.setsockopt(option, topic)
 
-    def _take_mark(self, mark: bytes, topics: int, option: int) -> None:
+    def _count_topic(self, topic: bytes, difference: int) -> None:
+        self._topics += difference
+        if topic in self._by_topic or len(self._by_topic) < self.TOPICS:
+            self._by_topic[topic] += difference
+            if self._by_topic[topic] <= 0:
+                del self._by_topic[topic]
+
+    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
         """Take note that a subscriber of ours has come (again), or gone."""
         peer = self.peers.get(mark)
         if option == zmq.UNSUBSCRIBE:
@@ -3408,7 +3574,11 @@ class _Listeners:
             if len(self.peers) >= self.PEERS:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
-            peer = self.peers[mark] = _Peer(mark, topics)
+            try:
+                host = str(frame.get("Peer-Address"))
+            except zmq.ZMQError:  # not a TCP connection
+                host = ""
+            peer = self.peers[mark] = _Peer(mark, topics, host)
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1
@@ -3474,11 +3644,16 @@ class _Listeners:
         """Take what a subscriber of ours asks for."""
         raise NotImplementedError
 
+    def _answer(self, question: bytes) -> None:
+        """Answer somebody who asks about this publisher."""
+        raise NotImplementedError
+
 
 class _Audience(_Listeners):
     """What those who listen to a publisher get, have, and have missed."""
 
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
+    ANSWERS = 100  # to questions in a second, and what is listed in each
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
     def send(self, data: bytes) -> None:
@@ -3612,6 +3787,27 @@ class _Audience(_Listeners):
         sent = now - (time.time() - asked)
         return sent if peer.greeted <= sent <= now else min(peer.greeted, now)
 
+    def _answer(self, question: bytes) -> None:
+        now = time.monotonic()
+        if now > self._answering + 1:
+            self._answering, self._answers = now, 0
+        self._answers += 1
+        if self._answers > self.ANSWERS:
+            return
+        known = [(peer.host, peer.prefixes) for peer in islice(self.peers.values(), self.ANSWERS)]
+        about = {
+            "version": __version__,
+            "name": self._name.decode(),
+            "subscribers": len(self.peers) + self.strangers,
+            "known": [{"host": host, "topics": list(map(_topic_of, prefixes))} for host, prefixes in known],
+            "topics": {_topic_of(topic): times for topic, times in self._by_topic.most_common(self.ANSWERS)},
+            "sent": self.history.number,
+        }
+        self.socket.setsockopt(zmq.SUBSCRIBE, question)  # of the one who has asked
+        with suppress(zmq.Again):
+            self.socket.send(question + b"\0" + json.dumps(about).encode(), _NOBLOCK)
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, question)
+
     def _catch_up_soon(self, seconds: float) -> None:
         self.later(seconds, self._catch_up)
 
@@ -3662,22 +3858,75 @@ class _Audience(_Listeners):
                 if peer.after is not None or (not peer.has_asked and now - peer.greeted < self._patience)
             ]
 
-    def measure_left(self) -> int:
-        """Return how many messages are queued for the slowest subscriber of ours: try how many it has room for."""
-        worst = 0
+    def count_unasked(self) -> int:
+        """Return how many messages subscribers of ours may miss that have not asked for them since they came."""
         with self.lock:
-            for peer in self.peers.values():
-                low, high = 0, max(self.history.number, 1)
-                while low < high:
-                    middle = (low + high) // 2
-                    self.socket.setsockopt(zmq.SNDHWM, middle + 1)
-                    if self._send_to(peer, b"P %s 0 0 0" % self.instance):
-                        high = middle
-                    else:
-                        low = middle + 1
-                behind = 0 if peer.after is None else self.history.number - peer.after
-                worst = max(worst, low + behind)
-        return worst
+            unasked = [peer for peer in self.peers.values() if not peer.has_asked]
+            numbers = [self.history.number if peer.hello is None else peer.hello for peer in unasked]
+            return sum(min(number, len(self.history)) for number in numbers)
+
+    def count_left(self) -> int:
+        """Return how many messages are queued for subscribers of ours, for all together; some of them may have left."""
+        with self.lock:
+            return sum(map(self._count_queued, self.peers.values()))
+
+    def _count_queued(self, peer: _Peer) -> int:
+        """Return how many messages are queued for a subscriber of ours: try how many it has room for."""
+        low, high = 0, max(self.history.number, 1)
+        while low < high:
+            middle = (low + high) // 2
+            self.socket.setsockopt(zmq.SNDHWM, middle + 1)
+            if self._send_to(peer, b"P %s 0 0 0" % self.instance):
+                high = middle
+            else:
+                low = middle + 1
+        return low + (0 if peer.after is None else self.history.number - peer.after)
+
+
+def _topic_of(prefix: bytes) -> str:
+    """Return the beginning of the subjects of what begins with *prefix*."""
+    return prefix.decode("utf-8", "replace").removeprefix(_MAGICK)[:200]
+
+
+class Inquiry:
+    """Asks a publisher about itself, without being taken for a subscriber; others than ours do not notice it.
+
+    Args:
+        address: The publisher's address.
+        backend: ``"unsecure_zmq"`` or ``"secure_zmq"``; by default as configured.
+
+    Raises:
+        ConfigurationError: A key for the secure backend is missing or cannot be read.
+        zmq.ZMQError: The address cannot be used.
+    """
+
+    def __init__(self, address: str, backend: str | None = None) -> None:
+        self._socket = set_up_client_socket(zmq.SUB, address, None, backend)
+
+    def ask(self, timeout: float) -> dict[str, Any] | None:
+        """Ask, and wait for the answer, at most *timeout* seconds.
+
+        Returns:
+            ``version`` and ``name``, how many ``subscribers`` there are, and of those ``known`` (the first 100 of ours)
+            ``host`` and ``topics``; how many times each of the ``topics`` is subscribed to, by whomever; how many
+            messages were ``sent``.  None if there is no answer: it is not there, or is no publisher of ours.
+        """
+        question = _MARK + os.urandom(8).hex().encode() + b"/?"
+        deadline = time.monotonic() + timeout
+        self._socket.setsockopt(zmq.SUBSCRIBE, question)
+        try:
+            while self._socket.poll(max(int(1000 * (deadline - time.monotonic())), 0)):
+                answer = self._socket.recv(_NOBLOCK)
+                if answer.startswith(question + b"\0"):  # else it is a late one to an earlier question
+                    about = json.loads(answer[len(question) + 1 :])
+                    return about if isinstance(about, dict) else None
+        finally:
+            self._socket.setsockopt(zmq.UNSUBSCRIBE, question)
+        return None
+
+    def close(self) -> None:
+        """Close the connection."""
+        close_socket(self._socket)
 
 
 def _unsent_bytes(port: int | None) -> list[str] | None:
@@ -3714,7 +3963,7 @@ class _Ending:
         self.reached = 0
 
     def drain(self, young: float) -> int:
-        """Close the socket when all is sent; return how many messages are left if nothing goes on any more.
+        """Close the socket when all is sent; return how many messages (that is known of) will not arrive.
 
         Args:
             young: Seconds in the life of a publisher in which subscribers may be just finding it.
@@ -3728,13 +3977,17 @@ class _Ending:
         state = self._state()
         if audience.history.number and not self._wait(state):
             return self._give_up()
+        unasked = audience.count_unasked()
+        if unasked:
+            text = "Publisher %s: ends before a subscriber has asked for what it may have missed: %d messages at most"
+            _log("publisher").warning(text, self._name, unasked)
         monitor = None
         with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
             monitor = _open_monitor(audience.socket, 0)  # its end tells when the socket is really gone
         audience.close(int(self._patience * 1000))
         if monitor is not None and not _close_monitor(monitor, self._patience):
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
-        return 0
+        return unasked
 
     def _wait(self, state: Any) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
@@ -3760,7 +4013,7 @@ class _Ending:
         return (behind, unsent) if behind or unsent else None
 
     def _give_up(self) -> int:
-        left = self._audience.measure_left()
+        left = self._audience.count_left()
         text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
         _log("publisher").warning(text, self._name, self._patience, left or "the last")
         self._audience.close(0)
@@ -4050,7 +4303,7 @@ class Publisher(_Stoppable):
 
         It waits as long as the queues drain, and in the first seconds of a publisher's life (`discovery_seconds`) for
         subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress is counted in
-        `dropped`, and logged.
+        `dropped`, and logged; so is what a subscriber may have missed that came at the end, too busy to ask for it.
         """
         if self._inherited is not None:
             self._inherited, self._is_stopped = None, True  # the parent stops its own
@@ -4159,7 +4412,7 @@ class NoisyPublisher(_Stoppable):
         aliases: Other names by which it can be found.
         broadcast_interval: Seconds between two announcements.
         nameservers: Hosts of nameservers to register with, each as ``host`` or ``host:port`` (by default the configured
-            `broadcast_port`); without any, it announces itself by multicast.
+            `broadcast_port`); without any, those of the configuration, else it announces itself by multicast.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
@@ -4173,7 +4426,7 @@ class NoisyPublisher(_Stoppable):
         port: int = 0,
         aliases: str | Sequence[str] | None = None,
         broadcast_interval: float = 2,
-        nameservers: str | Sequence[str] | bool | None = None,
+        nameservers: Hosts = None,
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
@@ -4183,7 +4436,7 @@ class NoisyPublisher(_Stoppable):
         self._aliases = [name] + ([aliases] if isinstance(aliases, str) else list(aliases or []))
         self._port = int(port)
         self._broadcast_interval = broadcast_interval
-        self._nameservers = None if isinstance(nameservers, bool) else nameservers or None
+        self._nameservers = nameservers
         self.min_port = min_port
         self.max_port = max_port
         self._publisher: Publisher | None = None
@@ -4202,7 +4455,7 @@ class NoisyPublisher(_Stoppable):
         if self._publisher is None:
             address = f"tcp://*:{self._port}"
             publisher = Publisher(address, name=self._name, min_port=self.min_port, max_port=self.max_port)
-            publisher._is_announced = True
+            publisher._is_announced = hosts_to_register_with(self._nameservers) != []
             try:
                 publisher.start()
                 port = publisher.port_number
@@ -4296,8 +4549,8 @@ class Publish:
         port: The port, 0 for a free one.
         aliases: Other names by which it can be found.
         broadcast_interval: Seconds between two announcements.
-        nameservers: Hosts of nameservers to register with; without any (None), it announces itself by multicast; with
-            False and a *port*, it is not announced at all.
+        nameservers: Hosts of nameservers to register with; without any (None), those of the configuration, else it
+            announces itself by multicast; with False and a *port*, it is not announced at all.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
@@ -4313,7 +4566,7 @@ class Publish:
         port: int = 0,
         aliases: str | Sequence[str] | None = None,
         broadcast_interval: float = 2,
-        nameservers: str | Sequence[str] | bool | None = None,
+        nameservers: Hosts = None,
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
@@ -4348,7 +4601,7 @@ def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublish
 
     - an ``address`` or a non-zero ``port``, and ``nameservers`` False: a `Publisher` there, not announced anywhere;
     - ``nameservers`` a list of hosts: a `NoisyPublisher` that registers with them;
-    - otherwise: a `NoisyPublisher` that announces itself by multicast.
+    - otherwise: a `NoisyPublisher` that registers with the configured `nameservers`, or announces itself by multicast.
 
     Args:
         settings: ``name`` (needed for the last two), ``port``, ``nameservers``, ``aliases``, ``broadcast_interval``,
@@ -5413,7 +5666,7 @@ class _Inbox:
     BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
 
     def __init__(
-        self, message_filter: Callable[[Message], Any] | None, translate: bool, durable: _DurableState | None
+        self, message_filter: Callable[[Message], Any] | None, translate: bool | str, durable: _DurableState | None
     ) -> None:
         self._filter = message_filter
         self._translate = translate
@@ -5503,7 +5756,7 @@ class _Inbox:
         self._heard = self.batch_end
         if self._translate:
             message.origin = stream.origin
-            tcp = split_tcp_address(stream.origin)
+            tcp = split_tcp_address(stream.origin) if self._translate != "origin" else None
             if tcp is not None:  # the host that it came from, in place of the one that its sender says
                 message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
         if self._filter is not None and not self._filter(message):
@@ -5524,7 +5777,7 @@ class _SubscriberSockets:
         self,
         topics: str | Iterable[str] | None,
         message_filter: Callable[[Message], Any] | None,
-        translate: bool,
+        translate: bool | str,
         since: float | timedelta | datetime | None,
         durable: str | None,
     ) -> None:
@@ -5708,7 +5961,8 @@ class Subscriber(_SubscriberSockets):
         addresses: The publishers' addresses, as text, or as `get_pub_address` returns them.
         topics: The beginnings of the subjects to subscribe to; by default everything.
         message_filter: Called with each message; those for which it returns a false value are skipped; see `unique`.
-        translate: Put the host of the publisher's address in place of the host of the sender.
+        translate: Put the host of the publisher's address in place of the host of the sender; with ``"origin"``, only
+            tell that address, as `Message.origin`.  It takes a socket for each address.
         since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
             last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
         durable: A name under which is written down what has been handled.  The next program with this name gets what
@@ -5742,7 +5996,7 @@ class Subscriber(_SubscriberSockets):
         addresses: str | Iterable[Any],
         topics: str | Iterable[str] | None = "",
         message_filter: Callable[[Message], Any] | None = None,
-        translate: bool = False,
+        translate: bool | str = False,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
@@ -6025,6 +6279,7 @@ class _Follower:
         self._log = LimitedLogger("subscriber")
         self._has_warned = False
         self._interval = self.SOON
+        self._letting_go: Timer | None = None
 
     def begin(self) -> None:
         """Start to follow."""
@@ -6185,13 +6440,28 @@ class _Follower:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
         denial[1] += 1
 
+    def _let_go_later(self) -> None:
+        def let_go() -> None:
+            self._letting_go = None
+            self._let_go_of_lost()
+
+        if self._letting_go is None:
+            self._letting_go = self._loop.at(time.monotonic() + 1.2, let_go)
+
     def _let_go_of_lost(self) -> None:
-        """Remove the publishers that no nameserver knows any more, if they are not connected either."""
+        """Remove the publishers that no nameserver knows any more, if they are not connected either.
+
+        Not while messages wait: all would be read from the socket, so that others that come wait behind all of them.
+        """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
             denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
-            if publisher.denials and is_lost and not self._subscriber._connections.is_up(address):
+            if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
+                continue
+            if self._subscriber._inbox.is_ready:
+                self._let_go_later()
+            else:
                 del self._known[address]
                 if publisher.is_ours:
                     _log("subscriber").info("The publisher at %s is gone", address)
@@ -6210,7 +6480,8 @@ class NSSubscriber:
         timeout: How long to wait for the addresses at the start, in seconds.
         translate: Put the host of the publisher's address in place of the host of the sender.
         nameserver: The host to ask, or a list of them (their answers are merged, one that is down is left out).
-            ``host:port`` for one that answers on another port than configured.
+            ``host:port`` for one that answers on another port than configured.  The default stands for the configured
+            `nameserver`.
         message_filter: Called with each message; those for which it returns a false value are skipped.
         since, durable: As for `Subscriber`: what was sent before, and what was not handled yet.
     """
@@ -6222,8 +6493,8 @@ class NSSubscriber:
         addr_listener: bool = False,
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
-        translate: bool = False,
-        nameserver: str | Sequence[str] = "localhost",
+        translate: bool | str = False,
+        nameserver: Hosts = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6261,25 +6532,27 @@ class NSSubscriber:
                 **self._begin,
             )
             try:
-                if self._services and self._nameserver:
-                    self._follow(subscriber)
+                hosts = hosts_to_ask(self._nameserver)
+                if self._services and hosts:
+                    self._follow(subscriber, hosts)
+                elif self._services and not self._addresses:
+                    _log("subscriber").warning("No nameserver is asked for %s, and there is no address", self._services)
             except BaseException:
                 subscriber.close()
                 raise
             self._subscriber = subscriber
         return self._subscriber
 
-    def _follow(self, subscriber: Subscriber) -> None:
+    def _follow(self, subscriber: Subscriber, hosts: list[str]) -> None:
         """Have *subscriber* follow the services, and wait until they are found."""
         _load_client_keys()  # what is wrong with them is an error now, not where the messages are received
-        hosts = [self._nameserver] if isinstance(self._nameserver, str) else list(self._nameserver)
         follower = _Follower(subscriber, self._services, hosts, self._addr_listener, self._address_port)
         deadline = time.monotonic() + self._timeout
         while follower.missing and time.monotonic() < deadline:
             for service in follower.missing:
                 try:
                     left = max(deadline - time.monotonic(), 0.001)
-                    for entry in get_pub_addresses([service], left, self._nameserver):
+                    for entry in get_pub_addresses([service], left, hosts):
                         follower.add(hosts[0], entry, service)
                 except TimeoutError as error:
                     _log("subscriber").warning("%s", error)
@@ -6344,8 +6617,8 @@ class Subscribe:
         addr_listener: bool = False,
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
-        translate: bool = False,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        translate: bool | str = False,
+        nameserver: Hosts = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6396,7 +6669,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
     """Create a subscriber from a dictionary of settings.
 
     - ``addresses`` a non-empty list and ``nameserver`` False: subscribes to these addresses only;
-    - otherwise: asks ``nameserver`` (a host, by default localhost) for the ``services``.
+    - otherwise: asks ``nameserver`` (a host, by default the configured one, else localhost) for the ``services``.
 
     Args:
         settings: ``services``, ``topics``, ``addr_listener``, ``addresses``, ``timeout``, ``translate``,
@@ -6425,7 +6698,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         addresses=settings.get("addresses"),
         timeout=settings.get("timeout", 10),
         translate=settings.get("translate", False),
-        nameserver=nameserver or "localhost",
+        nameserver=nameserver or None,
         message_filter=settings.get("message_filter"),
         **begin,
     ).start()
@@ -6456,7 +6729,7 @@ class Listener:
         topics: str | Sequence[str] | None = None,
         queue: Any = None,
         addresses: str | Sequence[Any] | None = None,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        nameserver: Hosts = "localhost",
         services: str | Sequence[str] | None = "",
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6556,7 +6829,7 @@ class ListenerContainer:
         self,
         topics: str | Sequence[str] | None = None,
         addresses: str | Sequence[Any] | None = None,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        nameserver: Hosts = "localhost",
         services: str | Sequence[str] | None = "",
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6696,7 +6969,7 @@ class Logger:
         nameserver_port: The port on which it publishes new addresses.
     """
 
-    def __init__(self, nameserver_address: str | Sequence[str] = "localhost", nameserver_port: int = 16543) -> None:
+    def __init__(self, nameserver_address: Hosts = "localhost", nameserver_port: int = 16543) -> None:
         self._address = nameserver_address
         self._port = nameserver_port
         self._subscriber: Subscriber | None = None
@@ -6762,7 +7035,7 @@ def run_logger(args: Sequence[str] | None = None) -> int:
 def _add_logger_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", "--rotated", help="Time rotated log file")
     parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
-    parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to (localhost)")
+    parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to")
     parser.add_argument("-p", "--port", type=int, default=None, help="port to listen to")
 
 
@@ -6788,9 +7061,9 @@ def _run_logger(options: argparse.Namespace) -> int:
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
-        logger.start()
         loop = Loop()
         with call_on_signals(loop.stop), signals_wake(loop):
+            logger.start()
             loop.run()
         loop.close()
     finally:
@@ -6920,12 +7193,26 @@ def _parser() -> argparse.ArgumentParser:
     for name, (add_arguments, run) in _commands.items():
         description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
         brief, epilog = description[0].lower() + description[1:].rstrip("."), textwrap.dedent(examples)
-        command = subparsers.add_parser(name, help=brief, description=description, epilog=epilog.replace("E", "e", 1))
-        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command = subparsers.add_parser(
+            name,
+            help=brief,
+            description=description,
+            epilog=epilog.replace("E", "e", 1),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            conflict_handler="resolve",  # what a command has of its own comes before what all have
+        )
         add = command.add_argument
-        add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
+        add(
+            "--nameserver",
+            metavar="HOST",
+            action="append",
+            help="nameserver to use (as configured, else localhost); may be repeated",
+        )
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
         add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
+        loudness = command.add_mutually_exclusive_group()
+        loudness.add_argument("-q", "--quiet", action="store_true", help="tell nothing but results and errors")
+        loudness.add_argument("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged")
         add_arguments(command)
         command.set_defaults(run=run, parser=command)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
@@ -6981,6 +7268,7 @@ def main(args: Sequence[str] | None = None) -> int:
         getattr(options, options.words).extend(rest)
     try:
         _prepare_output(options)
+        _prepare_log(options)
         with config.set(dict(options.set)):
             return cast(int, options.run(options))
     except BrokenPipeError:  # whoever read our output has had enough
@@ -7002,20 +7290,32 @@ def _prepare_output(options: argparse.Namespace) -> None:
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
+def _prepare_log(options: argparse.Namespace) -> None:
+    """Let as much of what the library logs be seen as is wanted: by default its warnings."""
+    if options.quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+    elif options.verbose and options.command != "logger":  # which sets that up itself
+        level = logging.INFO if options.verbose == 1 else logging.DEBUG
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
 def _nameserver_module() -> Any:
     """Return the module ``posttroll_ns``, imported when it is used for the first time."""
     return importlib.import_module(f"{__name__}_ns")
 
 
-def _talk(text: str) -> None:
-    """Tell something that is not a result."""
-    if sys.stderr is not None:
+def _talk(text: str, options: argparse.Namespace | None = None) -> None:
+    """Tell something that is not a result; with *options*, it is no error either, and is not told if they say so."""
+    if sys.stderr is not None and not (options and options.quiet):
         print(text, file=sys.stderr, flush=True)
 
 
 def _nameservers(options: argparse.Namespace) -> list[str]:
     """Return the nameservers to ask."""
-    return options.nameserver or ["localhost"]
+    hosts = hosts_to_ask(options.nameserver)
+    if not hosts:
+        raise _CommandError("nobody is to be asked (nameserver = none): say --nameserver HOST.")
+    return hosts
 
 
 def _colors(options: argparse.Namespace) -> bool:
@@ -7103,10 +7403,11 @@ def _run_publish(options: argparse.Namespace) -> int:
     """
     hosts = options.nameserver or []
     nameservers: Any = False if hosts == ["none"] else hosts or None
+    is_hidden = nameservers is False or hosts_to_register_with(nameservers) == []
     if not options.service:
         raise _CommandError("--service needs a name.")
-    if nameservers is False and not options.port:
-        raise _CommandError("--nameserver none needs --port, else nobody could find the publisher.")
+    if is_hidden and not options.port:
+        raise _CommandError("without a nameserver (none), it needs --port, else nobody could find the publisher.")
     if options.file and options.data:
         raise _CommandError("DATA are given twice: on the command line and by --file.")
     path = options.replay or options.file or ("-" if options.data == ["-"] else None)
@@ -7118,9 +7419,10 @@ def _run_publish(options: argparse.Namespace) -> int:
         with Publish(options.service, options.port, nameservers=nameservers) as publisher:
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
-            sent = _send_all(publisher, messages)
+            sent = _send_all(publisher, messages, options)
     # Leaving the block has waited for those that were just finding it, and until all is sent.
-    _talk(f"{sent} message{'s' * (sent != 1)} to {publisher.reached} subscriber{'s' * (publisher.reached != 1)}")
+    reached = publisher.reached
+    _talk(f"{sent} message{'s' * (sent != 1)} to {reached} subscriber{'s' * (reached != 1)}", options)
     if publisher.dropped:
         raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
     return 0
@@ -7131,10 +7433,11 @@ def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> 
     if not publisher.wait_for_subscribers(options.subscribers, options.wait):
         found = f"{publisher.subscriber_count} of {options.subscribers} subscribers after {options.wait:g} s"
         remedy = "nameservers that run with --no-multicast hear of it only if they are named: --nameserver HOST"
-        raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
+        is_named = options.nameserver or config.get("nameservers")
+        raise _CommandError(f"{found}: nothing was sent.{'' if is_named else f' Note: {remedy}'}")
 
 
-def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
+def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: argparse.Namespace) -> int:
     """Send messages, and return how many."""
     sent = 0
     try:
@@ -7142,7 +7445,7 @@ def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
             publisher.send(message)
             sent += 1
     except BaseException:
-        _talk(f"{sent} message{'s' * (sent != 1)} sent until then")
+        _talk(f"{sent} message{'s' * (sent != 1)} sent until then", options)
         raise
     return sent
 
@@ -7264,21 +7567,32 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
 # -- subscribe --
 
 
-def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+def _add_source_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what says which messages are wanted."""
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
     command.set_defaults(words="topics")
     add("--service", action="append", help="name of a publisher (all)")
     add("--address", action="append", help="address of a publisher, no nameserver is asked")
     add("--type", action="append", help="only messages of this type")
+    where = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
+    add("--where", metavar="KEY=VALUE", action="append", default=[], type=_condition, help=where)
+    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
+    add("--durable", metavar="NAME", help="also what was sent since the last time with this name")
+    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
+
+
+def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+    _add_source_arguments(command)
+    add = command.add_argument
     add("-n", "--count", type=_number(int, 1), help="end after so many messages")
     add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
-    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
-    add("--durable", metavar="NAME", help="also what was sent since the last 'subscribe' with this name")
-    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
+    add("--sample", metavar="N", type=_number(int, 1), default=1, help="only one of N messages")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+    form.add_argument("--format", metavar="TEXT", type=_Format, help=f"a line of your own: {{{'}, {'.join(_FIELDS)}}}")
+    form.add_argument("--count-by", metavar="KEY", help="only how many messages there are, by type, subject, a.b ...")
 
 
 def _time(text: str) -> timedelta | datetime:
@@ -7292,6 +7606,99 @@ def _time(text: str) -> timedelta | datetime:
     return moment
 
 
+# What can be said of any message: name and how to get it.
+_FIELDS: dict[str, Callable[[Message], Any]] = {
+    **{name: operator.attrgetter(name) for name in ("subject", "type", "sender", "user", "host", "version", "origin")},
+    "time": lambda message: _local_time(message.time),
+    "age": lambda message: round(time.time() - _sent_at(message), 3),
+    "data": lambda message: message.data,
+}
+
+
+def _local_time(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone()
+
+
+def _field_of(message: Message, name: str) -> Any:
+    """Return what is called *name* in a message: one of its fields, else in its data (``data.type`` is there, too)."""
+    if name in _FIELDS:
+        return _FIELDS[name](message)
+    return _value_at(message.data, name.removeprefix("data."))
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+    "<=": operator.le,
+    ">=": operator.ge,
+}
+
+
+def _condition(text: str) -> Callable[[Message], bool]:
+    """Read a condition on messages, for argparse."""
+    match = re.fullmatch(r"([^=!<>]+)([=!]=|[<>]=?|=)(.*)", text, re.DOTALL)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE (or with != < > <= >= in place of =)")
+    name, sign, wanted = match.groups()
+
+    def holds(message: Message) -> bool:
+        value, other = _comparable(_field_of(message, name), wanted)
+        try:
+            return bool(_COMPARISONS[sign](value, other))
+        except TypeError:  # neither is less than the other
+            return False
+
+    return holds
+
+
+def _comparable(value: Any, text: str) -> tuple[Any, Any]:
+    """Return *value* and what *text* stands for next to it: a text, a time, or something of JSON."""
+    if isinstance(value, datetime):
+        moment = _parse_datetime(text)
+        return _local_time(value), text if moment is None else _local_time(moment)
+    if isinstance(value, str):
+        return value, text
+    try:
+        return value, _from_strict_json(text)
+    except (ValueError, RecursionError):
+        return value, text
+
+
+class _Format(string.Formatter):
+    """Makes lines of messages by a format such as ``{subject} {data[uri]}``; what a message has not is left out."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        try:
+            names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
+        if not names <= set(_FIELDS):
+            unknown = ", ".join(sorted(names - set(_FIELDS)))
+            raise argparse.ArgumentTypeError(f"there is no {{{unknown}}}, but {{{'}, {'.join(_FIELDS)}}}")
+        self.names = names
+
+    def __call__(self, message: Message) -> str:
+        return self.vformat(self._text, (), {name: _FIELDS[name](message) for name in self.names})
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the message has under a name such as ``data[uri]``."""
+        try:
+            return super().get_field(field_name, args, kwargs)
+        except (LookupError, TypeError, AttributeError):
+            return "", field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Return a value in its format, or as it is if that is for another kind of value."""
+        try:
+            return cast(str, super().format_field(value, format_spec))
+        except (ValueError, TypeError):
+            return str(value)
+
+
 @_command("subscribe", _add_subscribe_arguments)
 def _run_subscribe(options: argparse.Namespace) -> int:
     """Print messages as they come.
@@ -7302,66 +7709,128 @@ def _run_subscribe(options: argparse.Namespace) -> int:
       posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
       posttroll subscribe --raw --since 10m > recorded
       posttroll subscribe --json --durable archive >> archive.json
+      posttroll subscribe --where platform=Metop-C --where 'size>1000' --format '{time:%H:%M} {data[uri]}'
+      posttroll subscribe --timeout 60 --count-by data.platform
     """
-    form: Callable[[Message], str] = _as_json_line if options.json else _recorded
-    if sys.stdout.isatty():
-        plain = form
-        form = partial(_as_readable, color=_colors(options))
-        if options.json or options.raw:
-            form = lambda message: _printable(plain(message))  # noqa: E731
-
-    nameserver = not options.address and _nameservers(options)
-    services, topics = options.service or "", options.topics or ""
+    display = _Display(options)
     received = 0
-    begin = {"since": options.since, "durable": options.durable}
     try:
-        wanted = _wanted(options)
-        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, wanted, **begin)
+        following = _following(options, display.shows_origin)
     except RuntimeError as error:  # the durable name is in use
         raise _CommandError(str(error)) from None
     with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
                 break
-            print(form(message), flush=True)
             received += 1
-            if received == options.count:
+            if received % options.sample == 0:
+                display.show(message)
+            if received // options.sample == options.count:
                 break
+    display.finish()
+    shown = received // options.sample
     expected = options.count or (1 if options.timeout is not None else 0)
-    if received < expected:
-        raise _CommandError(f"{received} of {expected} messages came.")
+    if shown < expected:
+        raise _CommandError(f"{shown} of {expected} messages came.")
     return 0
 
 
-def _wanted(options: argparse.Namespace) -> Callable[[Message], bool]:
-    """Return the filter that the options describe."""
+def _following(options: argparse.Namespace, tells_origin: bool = False) -> Subscribe:
+    """Return what subscribes to what `_add_source_arguments` describe."""
+    if tells_origin:
+        raise_descriptor_limit()  # it takes a connection and a socket for each publisher
     is_new = unique(options.unique) if options.unique else lambda message: True
 
     def is_wanted(message: Message) -> bool:
-        return (not options.type or message.type in options.type) and is_new(message)
+        has_type = not options.type or message.type in options.type
+        return has_type and all(holds(message) for holds in options.where) and is_new(message)
 
-    return is_wanted
+    return Subscribe(
+        options.service or "",
+        options.topics or "",
+        addr_listener=True,
+        addresses=options.address,
+        timeout=0,
+        translate="origin" if tells_origin else False,
+        nameserver=not options.address and _nameservers(options),
+        message_filter=is_wanted,
+        since=options.since,
+        durable=options.durable,
+    )
+
+
+class _Display:
+    """Shows messages on stdout, each of them, or only how many there are."""
+
+    KINDS = 10000  # that are told apart
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._by = options.count_by
+        self._counts: Counter[str] = Counter()
+        self._view_due = 0.0
+        form: Callable[[Message], str] = options.format or (_as_json_line if options.json else _recorded)
+        is_readable = sys.stdout.isatty() and not (options.json or options.raw or options.format)
+        names = options.format.names if options.format else [self._by]
+        self.shows_origin = "origin" in names or bool(options.verbose and (is_readable or options.json))
+        self._form = form
+        if is_readable:
+            self._form = partial(_as_readable, color=_colors(options))
+        elif sys.stdout.isatty():
+            self._form = lambda message: _printable(form(message))
+
+    def show(self, message: Message) -> None:
+        """Show a message."""
+        if not self._by:
+            print(self._form(message), flush=True)
+            return
+        value = _field_of(message, self._by)
+        kind = "" if value is None else str(value)
+        self._counts[kind if kind in self._counts or len(self._counts) < self.KINDS else "(others)"] += 1
+        if sys.stdout.isatty() and time.monotonic() >= self._view_due:
+            self._view_due = time.monotonic() + 1
+            _show(self._lines())
+
+    def _lines(self) -> list[str]:
+        rows = [[str(count), _printable(kind)] for kind, count in self._counts.most_common()]
+        return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
+
+    def finish(self) -> None:
+        """Show what there is at the end."""
+        if self._by:
+            _show(self._lines()) if sys.stdout.isatty() else print("\n".join(self._lines()), flush=True)
 
 
 def _as_json_line(message: Message) -> str:
     """Return a message as a JSON object on one line; bytes as a base64 data URL."""
     data = "".join(_encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
-    return _dumps({**fields, "version": message.version, "data": data}, "v1.2")[0]
+    more = {"age": _FIELDS["age"](message), "origin": message.origin} if message.origin else {}
+    return _dumps({**fields, "version": message.version, "data": data, **more}, "v1.2")[0]
 
 
 def _as_readable(message: Message, color: bool) -> str:
-    """Return a message as lines for people."""
-    moment = message.time.astimezone() if message.time.tzinfo else message.time
+    """Return a message as lines for people: when it was made, how old it is, and where it came from if that is told."""
+    moment = _local_time(message.time)
+    day = "" if moment.date() == date.today() else f"{moment:%Y-%m-%d} "
     paint = _colored if color else lambda text, _: text
     subject, kind = paint(_printable(message.subject), GREEN), paint(_printable(message.type), YELLOW)
-    head = f"{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)}"
+    origin = f", from {message.origin}" if message.origin else ""
+    age = f"({_span(_FIELDS['age'](message))} old{origin})"
+    head = f"{day}{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)} {age}"
     data = message.data
     if isinstance(data, dict):
         width = max(map(len, map(_printable, data)), default=0)
         names = (paint(_printable(name).ljust(width), CYAN) for name in data)
         return "\n".join([head, *(f"    {name}  {_printable(value)}" for name, value in zip(names, data.values()))])
     return f"{head} {_printable(data)}" if data != "" else head
+
+
+def _span(seconds: float) -> str:
+    """Return a time span for people: as exact as one needs it."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3f} s"
 
 
 # -- services --
@@ -7491,20 +7960,166 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
 
 
+# -- ping --
+
+
+class _Pinged:
+    """A peer that is asked again and again, and how long it took to answer.
+
+    Attributes:
+        name: What to call it.
+        about: What is known of it.
+        times: In seconds, those of the answers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.about = "no answer yet"
+        self.times: list[float] = []
+        self._asked = 0
+
+    def measure(self, timeout: float) -> str:
+        """Ask; return a line that tells how that went."""
+        self._asked += 1
+        start = time.monotonic()
+        is_answered = self.ask(timeout)
+        if is_answered:
+            self.times.append(time.monotonic() - start)
+        what = f"time={1000 * self.times[-1]:.3f} ms" if is_answered else f"no answer after {timeout:g} s"
+        return f"{self.name}: seq={self._asked} {what}"
+
+    @property
+    def summary(self) -> str:
+        """How often it was asked, how often it answered, and how fast."""
+        lost = 100 * (self._asked - len(self.times)) / max(self._asked, 1)
+        text = f"--- {self.name}: {self._asked} asked, {len(self.times)} answered, {lost:.0f}% lost"
+        if not self.times:
+            return text
+        mean = sum(self.times) / len(self.times)
+        deviation = math.sqrt(sum((time - mean) ** 2 for time in self.times) / len(self.times))
+        figures = "/".join(f"{1000 * each:.3f}" for each in (min(self.times), mean, max(self.times), deviation))
+        return f"{text}, min/avg/max/mdev = {figures} ms"
+
+    def ask(self, timeout: float) -> bool:
+        """Ask, and return whether there was an answer."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class _PingedNameserver(_Pinged):
+    """A nameserver, which is asked by a lookup."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"nameserver {host}")
+        self._host = host
+
+    def ask(self, timeout: float) -> bool:
+        try:
+            version = describe_nameserver(self._host, timeout).get("version")
+        except TimeoutError:
+            return False
+        self.about = f"posttroll {version}" if version else "version unknown"
+        return True
+
+
+class _PingedPublisher(_Pinged):
+    """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
+
+    def __init__(self, name: str, address: str, backend: str | None) -> None:
+        super().__init__(f"{name} {address}".strip())
+        self._address = address
+        self._is_ours: bool | None = None  # not known yet
+        self._inquiry = Inquiry(address, backend)
+
+    def ask(self, timeout: float) -> bool:
+        if self._is_ours is None:
+            timeout /= 2  # for each of the two ways
+        about = None if self._is_ours is False else self._inquiry.ask(timeout)
+        if about is not None:
+            self._is_ours = True
+            self.about = f"posttroll {about.get('version')}, {about.get('subscribers')} subscribers"
+            return True
+        if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
+            return False
+        self._is_ours = False
+        self.about = "version unknown (time until ZeroMQ greets)"
+        return True
+
+    def close(self) -> None:
+        self._inquiry.close()
+
+
+def _add_ping_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="publishers to ask, besides the nameserver")
+    command.set_defaults(words="names")
+    add("--address", action="append", default=[], help="address of a publisher, no nameserver is asked")
+    add("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)")
+    add("--interval", type=_number(float, 0.01), default=1.0, metavar="SECONDS", help="between two questions (1)")
+    add("--timeout", type=_number(float, 0.01), default=2.0, metavar="SECONDS", help="for an answer (2)")
+
+
+@_command("ping", _add_ping_arguments)
+def _run_ping(options: argparse.Namespace) -> int:
+    """Measure how fast nameservers and publishers answer.
+
+    Examples:
+      posttroll ping
+      posttroll ping receiver -c 5 --nameserver otherhost
+      posttroll ping --address tcp://otherhost:9000 -q -c 100 --interval 0.1
+    """
+    end = threading.Event()
+    with ExitStack() as stack:
+        peers = _pinged(options)
+        for peer in peers:
+            stack.callback(peer.close)
+        stack.enter_context(call_on_signals(end.set))
+        for peer in peers:
+            peer.ask(options.timeout)  # connects, and is not counted
+            print(f"PING {peer.name}: {peer.about}", flush=True)
+        for number in count(1):
+            for peer in peers:
+                if not end.is_set():
+                    line = peer.measure(options.timeout)
+                    if not options.quiet:
+                        print(line, flush=True)
+            if number == options.count or end.wait(options.interval):
+                break
+    print("\n".join(peer.summary for peer in peers))
+    silent = [peer.name for peer in peers if not peer.times]
+    if silent:
+        raise _CommandError(f"no answer from {', '.join(silent)}.")
+    return 0
+
+
+def _pinged(options: argparse.Namespace) -> list[_Pinged]:
+    """Return whom to ask."""
+    publishers: list[_Pinged] = [_PingedPublisher("", address, None) for address in options.address]
+    if options.address and not options.names:
+        return publishers
+    hosts = _nameservers(options)
+    for name in options.names:
+        entries = get_pub_address(name, options.timeout, hosts)
+        if not entries:
+            raise _CommandError(f"the nameserver on {', '.join(hosts)} knows no publisher {name}.")
+        for entry in entries:
+            publishers.append(_PingedPublisher(name, entry["URI"], _backend_towards(entry.get("backend"))))
+    return [*map(_PingedNameserver, hosts), *publishers]
+
+
 # -- what top, check and exporter know --
 
 
 def raise_descriptor_limit() -> int:
     """Allow this process as many open files, that is connections, as the system lets it have; return how many."""
-    try:
+    with suppress(ImportError, ValueError, OSError):  # macOS says "unlimited" and means something else
         import resource
-    except ImportError:  # Windows has no such limit
-        return sys.maxsize
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS says "unlimited" and means something else
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    return _descriptor_limit()
 
 
 class _Heartbeats:
@@ -7626,7 +8241,7 @@ class _Meter:
         self._lock = threading.Lock()
         self._tallies: dict[str, _Tally] = {}  # by address
         self._kinds = 0
-        self._subscriber = Subscriber([], topics, self._count, translate=True)
+        self._subscriber = Subscriber([], topics, self._count, translate="origin")
         self._thread = threading.Thread(target=self._receive, name="posttroll meter", daemon=True)
         self._thread.start()
 
@@ -8302,7 +8917,7 @@ def _run_exporter(options: argparse.Namespace) -> int:
         stack.enter_context(signals_wake(loop))
         stack.enter_context(call_on_signals(loop.stop))
         host = f"[{options.bind}]" if ":" in options.bind else options.bind
-        _talk(f"Metrics are at http://{host}:{server.port}/metrics")
+        _talk(f"Metrics are at http://{host}:{server.port}/metrics", options)
         network.run()
     return 0
 
@@ -8350,9 +8965,9 @@ class _Doctor:
 
     PATIENCE = 5.0  # seconds until a message has to come back
 
-    def __init__(self, nameservers: Sequence[str], multicast: bool, color: bool) -> None:
-        self.nameservers = nameservers
-        self.multicast = multicast
+    def __init__(self, nameservers: Hosts, multicast: bool, color: bool) -> None:
+        self._nameservers = nameservers
+        self._multicast = multicast
         self._color = color
         self.failures = 0
         self._answering: list[str] = []  # nameservers
@@ -8376,6 +8991,11 @@ class _Doctor:
                 remedy = "correct this setting" if is_setting else "see the other lines"
                 self.say("FAIL", check.__name__[6:].replace("_", " "), str(error), remedy)
 
+    @property
+    def multicast(self) -> bool:
+        """Whether publishers here announce themselves by multicast."""
+        return self._multicast and hosts_to_register_with(None) is None
+
     def check_configuration(self) -> None:
         """Say what is configured and where, and what cannot be used."""
         for key in config.to_dict():
@@ -8395,8 +9015,10 @@ class _Doctor:
 
     def check_own_address(self) -> None:
         """Say which address publishers here announce."""
-        address = get_own_ip()
-        if address.startswith("127."):
+        announced, address = config.get("announced_address"), get_own_ip()
+        if announced:
+            self.say("ok", "own address", f"{announced} (announced_address)")
+        elif is_loopback(address):
             remedy = "fine on a single host; else bring up the network, or set multicast_interface"
             self.say("note", "own address", f"{address}: other hosts cannot reach publishers here", remedy)
         else:
@@ -8405,17 +9027,17 @@ class _Doctor:
     def check_multicast(self) -> None:
         """Send to the multicast group, and receive it."""
         try:
-            group = multicast_group(None)
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                if group != "<broadcast>" and not config.get("multicast_interface"):
-                    probe.connect((group, 9))
+            with closing(MulticastSender(config.get("broadcast_port"))) as sender:
+                route = f"to group {sender.group} from {sender.own_address()}"
         except OSError as error:
             remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255"
+            if error.errno == errno.ENODEV:
+                remedy = "set multicast_interface to the name of a device here, or its address"
             if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
                 remedy = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
             self.say("FAIL" if self.multicast else "note", "multicast route", str(error), remedy)
             return
-        self.say("ok", "multicast route", f"to group {group}")
+        self.say("ok", "multicast route", route)
         token = os.urandom(8).hex()
         try:
             port = _free_ports(1)[0]
@@ -8473,7 +9095,7 @@ class _Doctor:
 
     def check_nameservers(self) -> None:
         """Ask the nameservers, look at how they answer, and at their clocks."""
-        for host in self.nameservers:
+        for host in hosts_to_ask(self._nameservers):
             endpoint = _lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
@@ -8512,12 +9134,14 @@ class _Doctor:
 
     def check_round_trip(self) -> None:
         """Publish a message that announces itself, find it through the nameservers, receive it."""
-        if not self._answering:
-            self.say("note", "round trip", "not tried without a nameserver")
+        hosts = hosts_to_register_with(None)
+        if not self._answering or hosts == []:
+            finding = "without a nameserver that answers" if hosts != [] else "as publishers are announced nowhere"
+            remedy = "fine if all subscribers have addresses; else see nameserver and nameservers in posttroll config"
+            self.say("note", "round trip", f"not tried, {finding}", remedy)
             return
         name = f"posttroll-doctor-{os.getpid()}"
-        hosts = None if self.multicast else self._answering
-        with Publish(name, nameservers=hosts) as publisher:
+        with Publish(name, nameservers=None if self.multicast else hosts or self._answering) as publisher:
             for host in self._answering:
                 self._travel(publisher, name, host)
 
@@ -8576,7 +9200,7 @@ def _run_doctor(options: argparse.Namespace) -> int:
       POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
     """
     logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the checks say better
-    doctor = _Doctor(_nameservers(options), not options.no_multicast, _colors(options))
+    doctor = _Doctor(options.nameserver, not options.no_multicast, _colors(options))
     doctor.run()
     if doctor.failures:
         raise _CommandError(f"{doctor.failures} check{'s' * (doctor.failures > 1)} failed.")
@@ -8610,7 +9234,7 @@ def _run_demo(options: argparse.Namespace) -> int:
       posttroll demo
       posttroll demo --nameserver localhost
     """
-    hosts = _nameservers(options)
+    hosts = options.nameserver or ["localhost"]  # whatever is configured: without the option, it runs one of its own
     if options.role:
         return _run_demo_subscriber(hosts)
     changes = dict(options.set)

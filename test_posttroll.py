@@ -1963,13 +1963,12 @@ class TestOwnAddress:
         with socket.socket() as sock:
             sock.bind((posttroll.get_own_ip(), 0))  # fails for an address that is not our own
 
-    def test_it_is_that_of_the_multicast_interface(self, monkeypatch):
-        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "127.0.0.1")
-        assert posttroll.get_own_ip() == "127.0.0.1"
-
-    def test_an_interface_that_is_not_there_is_no_error(self, monkeypatch):
-        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", "no_such_device")
-        assert socket.inet_aton(posttroll.get_own_ip())
+    @pytest.mark.parametrize("interface", ["127.0.0.1", "no_such_device"])
+    def test_it_does_not_depend_on_multicast(self, monkeypatch, interface):
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        own = posttroll.get_own_ip()
+        monkeypatch.setenv("POSTTROLL_MULTICAST_INTERFACE", interface)
+        assert posttroll.get_own_ip() == own
 
     def test_all_addresses_of_this_host(self, monkeypatch):
         monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
@@ -2583,6 +2582,176 @@ class TestAskingTheNameserver:
 # ======================================================================================================================
 
 
+class TestDescribeNameserver:
+    def test_ours(self):
+        with nameserver():
+            assert posttroll.describe_nameserver(timeout=DEADLINE) == {"version": posttroll.__version__}
+
+    def test_others(self):
+        port = free_port()
+        with answering(answer_with(""), port) as requests:
+            assert posttroll.describe_nameserver(f"localhost:{port}", DEADLINE) == {}
+        (request,) = requests
+        assert Message.decode(request).version == "v1.01"
+
+    def test_nobody(self):
+        with pytest.raises(TimeoutError, match="no answer from the nameserver on localhost"):
+            posttroll.describe_nameserver(timeout=0.1)
+
+
+@pytest.fixture
+def hub():
+    """Give a nameserver on ports of which only the keys ``nameserver`` and ``nameservers`` know."""
+    with nameserver():
+        hosts = {"nameserver": f"127.0.0.1:{config.get('nameserver_port')}"}
+        hosts["nameservers"] = f"127.0.0.1:{config.get('broadcast_port')}"
+        with config.set(nameserver_port=free_port(), broadcast_port=free_port()):
+            yield hosts
+
+
+class TestConfiguredNameservers:
+    """The keys ``nameserver`` and ``nameservers`` stand in for the defaults of programs that have no option for it."""
+
+    @pytest.mark.parametrize(
+        ("value", "hosts"),
+        [
+            ("a b:5600", ["a", "b:5600"]),
+            ("a,b:5600, [::1]:7", ["a", "b:5600", "[::1]:7"]),
+            ("['a', 'b']", ["a", "b"]),
+            ("none", []),
+            ("False", []),
+            ("false", []),
+            ("", []),
+        ],
+    )
+    def test_hosts_in_the_environment(self, value, hosts, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", value)
+        monkeypatch.setenv("POSTTROLL_NAMESERVERS", value)
+        assert posttroll.hosts_to_ask("localhost") == posttroll.hosts_to_register_with(None) == hosts
+
+    @pytest.mark.parametrize(("value", "hosts"), [('["a", "b"]', ["a", "b"]), ("false", []), ('"none"', [])])
+    def test_hosts_in_a_file(self, value, hosts, tmp_path):
+        write(tmp_path / "config", "a.json", f'{{"nameserver": {value}}}')
+        config.refresh()
+        assert posttroll.hosts_to_ask(None) == hosts
+
+    @pytest.mark.parametrize("value", [7, [7], {"a": 1}, True])
+    def test_what_are_no_hosts(self, value):
+        with (
+            config.set(nameservers=value),
+            pytest.raises(ConfigurationError, match=r"nameservers is .* list of strings"),
+        ):
+            posttroll.NoisyPublisher("a_service").start()
+
+    @pytest.mark.parametrize(
+        ("given", "asked", "registered"),
+        [
+            (None, ["ns"], ["regs"]),
+            ("localhost", ["ns"], ["regs"]),
+            (True, ["ns"], ["regs"]),
+            (False, [], None),
+            ([], [], ["regs"]),
+            ("127.0.0.1", ["127.0.0.1"], ["127.0.0.1"]),
+            (["localhost"], ["localhost"], ["localhost"]),
+            (("a", "b:1"), ["a", "b:1"], ["a", "b:1"]),
+        ],
+    )
+    def test_they_stand_in_for_the_default_only(self, given, asked, registered):
+        with config.set(nameserver="ns", nameservers=["regs"]):
+            assert posttroll.hosts_to_ask(given) == asked
+            assert posttroll.hosts_to_register_with(given) == registered
+
+    def test_without_them_all_is_as_ever(self):
+        assert posttroll.hosts_to_ask(None) == posttroll.hosts_to_ask("localhost") == ["localhost"]
+        assert posttroll.hosts_to_register_with(None) is None
+        assert posttroll.hosts_to_register_with("localhost") == ["localhost"]
+
+    @pytest.mark.parametrize(
+        "publish",
+        [
+            lambda: posttroll.Publish("a_service", broadcast_interval=0.02).publisher,
+            lambda: posttroll.NoisyPublisher("a_service", broadcast_interval=0.02),
+            lambda: posttroll.publisher.create_publisher_from_dict_config({"name": "a_service", "nameservers": None}),
+            lambda: posttroll.message_broadcaster.sendaddressservice("a_service", "tcp://h:9", ["a_service"], 0.02),
+        ],
+    )
+    def test_unedited_publishers_register_there(self, hub, publish):
+        with config.set(hub):
+            publisher = publish()
+            publisher.start()
+            (found,) = wait_for(lambda: posttroll.get_pub_addresses(["a_service"]))
+            assert found["name"] == "a_service"
+            assert posttroll.get_pub_address("a_service", nameserver="localhost") != []
+            publisher.stop()
+
+    @pytest.mark.parametrize(
+        "subscribe",
+        [
+            lambda: posttroll.Subscribe("a_service").subscriber,
+            lambda: posttroll.NSSubscriber("a_service", nameserver="localhost").start(),
+            lambda: posttroll.NSSubscriber("a_service", addr_listener=True, timeout=0).start(),
+            lambda: posttroll.subscriber.create_subscriber_from_dict_config({"services": "a_service"}),
+            lambda: posttroll.subscriber.create_subscriber_from_dict_config({"nameserver": False}),
+        ],
+    )
+    def test_unedited_subscribers_ask_there(self, hub, subscribe):
+        with config.set(hub), posttroll.Publish("a_service", broadcast_interval=0.02) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            with contextlib.closing(subscribe()) as sub:
+                wait_for(lambda: next(sub.recv(0.01)) or pub.subscriber_count)
+                pub.send(Message("/a", "info", "found"))
+                assert [message.data for message in receive(sub)] == ["found"]
+
+    def test_a_listener_and_a_logger_ask_there(self, hub):
+        with config.set(hub), posttroll.Publish("a_service", broadcast_interval=0.02) as pub:
+            listener = posttroll.listener.ListenerContainer(topics=["/a"], services="a_service")
+            logger = posttroll.logger.Logger(nameserver_port=config.get("address_publish_port"))
+            logger.start()
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            logger.stop()
+            listener.stop()
+
+    def test_commands_honour_them(self, hub, monkeypatch):
+        for key, value in hub.items():
+            monkeypatch.setenv(f"POSTTROLL_{key.upper()}", value)
+        for key in ("nameserver_port", "broadcast_port"):
+            monkeypatch.setenv(f"POSTTROLL_{key.upper()}", str(config.get(key)))
+        status, out, err = run_here("doctor")
+        assert status == 0, out + err
+        assert f"(by {hub['nameserver']})" in out
+        with posttroll.Publish("a_service", broadcast_interval=0.02):
+            wait_for(lambda: posttroll.get_pub_address("a_service"))
+            assert run_here("services", "a_service")[0] == 0
+
+    def test_nowhere(self, hub, caplog):
+        """A publisher that is announced nowhere is there all the same, and a subscriber asks nobody."""
+        with multicast(config.get("broadcast_port")) as (_, receiver), config.set(nameservers="none"):
+            receiver.settimeout(0.1)
+            with posttroll.Publish("a_service", broadcast_interval=0.01) as pub, pytest.raises(posttroll.SocketTimeout):
+                receiver()
+            with posttroll.Publish("a_service", broadcast_interval=0.01) as pub, config.set(nameserver=False):
+                assert posttroll.get_pub_address("a_service") == []
+                address = f"tcp://127.0.0.1:{pub.port_number}"
+                with posttroll.Subscribe("a_service", addresses=[address]) as sub:
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(Message("/a", "info", "found"))
+                    assert [message.data for message in receive(sub)] == ["found"]
+                assert "No nameserver is asked" not in caplog.text
+                posttroll.Subscribe("a_service").subscriber.close()
+                assert "No nameserver is asked for ['a_service']" in caplog.text
+
+    def test_commands_that_can_ask_nobody_say_so(self, monkeypatch):
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", "none")
+        monkeypatch.setenv("POSTTROLL_NAMESERVERS", "none")
+        status, _, err = run_here("services")
+        assert (status, "say --nameserver HOST" in err) == (1, True)
+        status, _, err = run_here("publish", "/a", "info", "x")
+        assert (status, "needs --port" in err) == (1, True)
+        status, out, _ = run_here("doctor")
+        assert "not tried, as publishers are announced nowhere" in out
+        assert status == 0
+
+
 class TestMessageBroadcaster:
     def test_by_multicast_until_it_is_stopped(self):
         port = free_port()
@@ -2666,7 +2835,7 @@ class TestAddressBroadcasters:
             broadcaster.stop()
         assert message.version == "v1.01"
         assert message.data == {
-            "URI": f"tcp://{posttroll.get_own_ip()}:9000",
+            "URI": "tcp://127.0.0.1:9000",  # the configured interface
             "service": ["one", "two"],
             "supported_message_version": "v1.2",
             "backend": "unsecure_zmq",
@@ -3058,6 +3227,90 @@ class TestCountingSubscribers:
             pub.send(text_message("good"))
             assert received_data(sub) == ["good"]
         wait_for(lambda: pub.subscriber_count == 0)
+
+
+class TestInquiry:
+    @contextlib.contextmanager
+    def asking(self, pub: Any) -> Iterator[posttroll.Inquiry]:
+        with contextlib.closing(posttroll.Inquiry(local_address(pub.port_number))) as inquiry:
+            yield inquiry
+
+    def test_what_is_told(self):
+        with connected(["/a", "b"]) as (pub, sub), raw_socket(zmq.SUB, pub.port_number) as other:
+            other.subscribe(b"pytroll://a/b")
+            wait_for(lambda: pub.subscriber_count == 2)
+            pub.send(text_message("x"))
+            assert received_data(sub) == ["x"]  # it has told its topics by the time that it hears nothing more
+            assert next(sub.recv(0.1)) is None
+            with self.asking(pub) as inquiry:
+                about = inquiry.ask(DEADLINE)
+        assert about == {
+            "version": posttroll.__version__,
+            "name": "a_publisher",
+            "subscribers": 2,
+            "known": [{"host": LOOPBACK, "topics": ["/a", "/b"]}],
+            "topics": {"/a": 1, "/b": 1, "/a/b": 1},
+            "sent": 1,
+        }
+
+    def test_who_asks_is_no_subscriber_and_leaves_nothing(self):
+        """Who waits for a subscriber is not taken in."""
+        with posttroll.Publisher("tcp://*:0") as pub, self.asking(pub) as inquiry:
+            for _ in range(3):
+                assert inquiry.ask(DEADLINE)["subscribers"] == 0
+            assert not pub.wait_for_subscribers(1, 0.05)
+            audience = pub._audience
+            assert (audience.peers, audience._topics, audience._seen, audience._by_topic) == ({}, 0, set(), {})
+        assert pub.reached == 0
+
+    def test_topics_that_are_gone_are_not_told(self):
+        with posttroll.Publisher("tcp://*:0") as pub, self.asking(pub) as inquiry:
+            with posttroll.Subscriber([local_address(pub.port_number)], "/a"):
+                wait_for(lambda: inquiry.ask(DEADLINE)["topics"] == {"/a": 1})
+            wait_for(lambda: inquiry.ask(DEADLINE)["topics"] == {})
+
+    def test_a_flood_of_questions_and_topics_is_bounded(self):
+        """Subscribers go on to hear, and later questions are answered."""
+        with connected() as (pub, sub), raw_socket(zmq.SUB, pub.port_number) as flood:
+            flood.rcvhwm = 0
+            for number in range(3000):
+                flood.subscribe(b"~posttroll-subscriber/%016x/?" % number)
+                flood.subscribe(b"pytroll://%d" % number)
+            wait_for(lambda: pub.subscriber_count > 2000)
+            pub.send(text_message("heard"))
+            assert received_data(sub) == ["heard"]
+            audience = pub._audience
+            assert len(audience._by_topic) == audience.TOPICS
+            with self.asking(pub) as inquiry:
+                wait_for(lambda: inquiry.ask(0.2))
+                assert len(inquiry.ask(DEADLINE)["topics"]) == audience.ANSWERS
+            answers = 0
+            while flood.poll(100):
+                answers += flood.recv().startswith(b"~")
+            assert 0 < answers < 3000
+
+    @pytest.mark.parametrize("question", ["~posttroll-subscriber/?", "~posttroll-subscriber/xyz/?", "~?"])
+    def test_what_is_no_question_is_not_answered(self, question):
+        with posttroll.Publisher("tcp://*:0") as pub, raw_socket(zmq.SUB, pub.port_number) as other:
+            other.subscribe(question.encode())
+            with self.asking(pub) as inquiry:
+                assert inquiry.ask(DEADLINE)  # so the other one has come
+            assert not other.poll(50)
+
+    def test_others_do_not_hear_the_answer(self):
+        with posttroll.Publisher("tcp://*:0") as pub, raw_socket(zmq.SUB, pub.port_number) as other:
+            for topic in (b"", b"~", b"~posttroll-subscriber/"):
+                other.subscribe(topic)
+            wait_for(lambda: pub.subscriber_count == 2)  # the last one is no topic
+            with self.asking(pub) as inquiry:
+                assert inquiry.ask(DEADLINE)
+            assert not other.poll(50)
+
+    def test_nobody_there_or_somebody_else(self):
+        with raw_publisher() as (_, address):
+            for where in (address, local_address(free_port())):
+                with contextlib.closing(posttroll.Inquiry(where)) as inquiry:
+                    assert inquiry.ask(0.05) is None
 
 
 class TestLoss:
@@ -4564,6 +4817,16 @@ class TestLoggerCommand:
                 assert (status, err) == (0, "")
                 assert "heartbeat" not in out
 
+    def test_a_signal_as_soon_as_it_listens(self):
+        code = """
+import os, posttroll, signal, sys
+start = posttroll.Logger.start
+posttroll.Logger.start = lambda self: (start(self), os.kill(os.getpid(), signal.SIGTERM))
+sys.exit(posttroll.run_logger())
+"""
+        with python(code) as running:
+            assert finish(running)[::2] == (0, "")
+
     def test_server_and_port_choose_the_server(self):
         """The settings of this host lead nowhere, the options lead to the nameserver."""
         nowhere = {"POSTTROLL_NAMESERVER_PORT": str(free_port()), "POSTTROLL_ADDRESS_PUBLISH_PORT": str(free_port())}
@@ -5444,6 +5707,242 @@ class TestTerminal:
         assert lines[1].startswith("name00")
 
 
+class TestLookingIn:
+    """What ``subscribe`` can choose, and how it can show that."""
+
+    MESSAGES = (
+        ("/a", "file", {"uri": "/data/a", "size": 5, "of": {"pass": 7}, "list": [{"uid": "x"}]}),
+        ("/a", "info", "text"),
+        ("/b", "file", {"uri": "/data/b", "size": 12.5, "start": datetime(2026, 11, 24, 12, tzinfo=timezone.utc)}),
+        ("/b", "file", {"uri": "/data/c", "size": "12", "type": "other", "ok": True}),
+    )
+
+    def look(self, *words: Any, messages: Any = MESSAGES) -> list[str]:
+        """Return the lines that ``subscribe`` prints of messages and then of an end."""
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            for message in messages:
+                publisher.send(posttroll.Message(*message))
+            address = local_address(publisher.port_number)
+            status, out, err = run_command("subscribe", "--address", address, "--since", "1m", "--timeout", 0.5, *words)
+        assert (status, err) == (0, ""), err
+        return out.splitlines()
+
+    @pytest.mark.parametrize(
+        ("conditions", "uris"),
+        [
+            (["uri=/data/a"], "a"),
+            (["size>5"], "b"),
+            (["size>=5", "size<100"], "ab"),
+            (["size==12.50"], "b"),
+            (["size!=5", "type=file"], "bc"),
+            (["of.pass=7"], "a"),
+            (["list.0.uid=x"], "a"),
+            (["start>2026-11-24T11:59Z"], "b"),
+            (["start<=2026-11-24T13:00:00+01:00"], "b"),
+            (["data.type=other"], "c"),
+            (["subject=/b", "ok=true"], "c"),
+            (["subject=/b", "ok=null"], "b"),
+            (["age<60", "type=file"], "abc"),
+        ],
+    )
+    def test_where(self, conditions, uris):
+        words = [word for condition in conditions for word in ("--where", condition)]
+        assert self.look(*words, "--format", "{data[uri]}") == [f"/data/{uri}" for uri in uris]
+
+    @pytest.mark.parametrize(
+        ("option", "text", "reason"),
+        [
+            ("--where", "size", "not KEY=VALUE"),
+            ("--where", "=5", "not KEY=VALUE"),
+            ("--format", "{data[uri}", "cannot be used"),
+            ("--format", "{uri}", "there is no {uri}, but {subject}"),
+            ("--sample", "0", "no whole number"),
+        ],
+    )
+    def test_wrong_words(self, option, text, reason):
+        status, out, err = run_command("subscribe", "--address", "tcp://localhost:1", option, text)
+        assert (status, out) == (2, "")
+        assert reason in err
+
+    def test_format(self):
+        form = "{subject}|{data[uri]}|{data[size]:.1f}|{time:%Y}|{version}|{sender}|{data[of][pass]}|{{}}"
+        sender, year = posttroll.get_sender(), datetime.now().year
+        assert self.look("--format", form) == [
+            f"/a|/data/a|5.0|{year}|v1.2|{sender}|7|{{}}",
+            f"/a|||{year}|v1.2|{sender}||{{}}",
+            f"/b|/data/b|12.5|{year}|v1.2|{sender}||{{}}",
+            f"/b|/data/c|12|{year}|v1.2|{sender}||{{}}",
+        ]
+
+    def test_origin_and_age(self):
+        """By two publishers, each is told of its own."""
+        with posttroll.Publisher("tcp://*:0") as one, posttroll.Publisher("tcp://*:0") as two:
+            addresses = [local_address(pub.port_number) for pub in (one, two)]
+            words = ["--address", addresses[0], "--address", addresses[1], "-n", 2, "--format", "{data} {origin} {age}"]
+            with command("subscribe", *words) as running:
+                for pub, text in ((one, "one"), (two, "two")):
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(text_message(text))
+                _, out, _ = finish(running)
+        found = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+        assert [found[text][0] for text in ("one", "two")] == addresses
+        assert all(0 <= float(age) < 60 for _, age in found.values())
+
+    @pytest.mark.parametrize(
+        ("key", "counts"),
+        [
+            ("type", {"file": 3, "info": 1}),
+            ("subject", {"/a": 2, "/b": 2}),
+            ("data.type", {"": 3, "other": 1}),
+            ("of.pass", {"": 3, "7": 1}),
+        ],
+    )
+    def test_count_by(self, key, counts):
+        heading, *rows = self.look("--count-by", key)
+        assert heading.split() == ["MESSAGES", key.upper()]
+        assert {kind: int(number) for number, _, kind in (row.partition("  ") for row in rows)} == {} or {
+            row[len("MESSAGES") + 2 :]: int(row.split()[0]) for row in rows
+        } == counts
+
+    def test_sample(self):
+        messages = [("/a", "info", str(number)) for number in range(10)]
+        assert self.look("--sample", 3, "--format", "{data}", messages=messages) == ["2", "5", "8"]
+        assert self.look("--sample", 3, "-n", 2, "--format", "{data}", messages=messages) == ["2", "5"]
+
+    def test_unique(self):
+        messages = [("/a", "info", {"uid": uid}) for uid in "abacab"]
+        assert self.look("--unique", "uid", "--format", "{data[uid]}", messages=messages) == ["a", "b", "c"]
+
+    def test_json_tells_origin_and_age_if_asked(self):
+        (line,) = self.look("--json", "--type", "info")
+        assert set(json.loads(line)) == {"subject", "type", "sender", "time", "version", "data"}
+
+    def test_days_are_told_if_it_is_not_today(self, monkeypatch):
+        monkeypatch.setenv("TZ", "XYZ-3")
+        time.tzset()
+        try:
+            with freeze_time("2026-11-24 12:00:00", tz_offset=3):
+                message = posttroll.Message("/a", "info", "text")
+                shown = []
+                for moment in (
+                    datetime(2026, 11, 24, 11, 59, 59, tzinfo=timezone.utc),
+                    datetime(2026, 11, 24, 11, 59),  # of a message v1.01: in UTC
+                    datetime(2026, 11, 23, 21, 30, tzinfo=timezone.utc),
+                    datetime(2026, 11, 23, 20, 30, tzinfo=timezone.utc),
+                    datetime(2025, 11, 24, 12, tzinfo=timezone.utc),
+                ):
+                    message.time = moment
+                    shown.append(posttroll._as_readable(message, False))
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+        sender = posttroll.get_sender()
+        assert shown == [
+            f"14:59:59 /a info {sender} (1.000 s old) text",
+            f"14:59:00 /a info {sender} (60 s old) text",
+            f"00:30:00 /a info {sender} (14 h old) text",
+            f"2026-11-23 23:30:00 /a info {sender} (16 h old) text",
+            f"2025-11-24 15:00:00 /a info {sender} (365 d old) text",
+        ]
+
+    def test_a_terminal_sees_origins_with_verbose(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = local_address(publisher.port_number)
+            with on_terminal("subscribe", "--address", address, "-n", "1", "-v") as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(posttroll.Message("/a/b", "file", "text"))
+                assert re.search(rf"\(0\.\d+ s old, from {address}\) text", read_to("text"))
+                assert running.wait(DEADLINE) == 0
+
+    def test_quiet_and_verbose(self):
+        words = ["subscribe", "--service", "nobody", "--nameserver", "127.0.0.1:1", "--timeout", 2.5]
+        told = []
+        for loudness in ("-q", "-v", "-vv"):
+            _, _, err = run_command(*words, loudness)
+            told.append(err)
+        assert told[0] == "posttroll subscribe: 0 of 1 messages came.\n"
+        assert "WARNING posttroll.subscriber: Can't get any address for nobody" in told[1]
+        assert "DEBUG" not in told[1]
+        assert "DEBUG posttroll.subscriber: Subscribing to topics" in told[2]
+        assert run_command("publish", "/a", "info", "--subscribers", 0, "-q")[1:] == ("", "")
+
+
+class TestPing:
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_a_nameserver_and_a_publisher_of_ours(self, count):
+        with nameserver(), posttroll.Publish("a_name", nameservers=["localhost"]) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_name"))
+            status, out, err = run_command("ping", "a_name", "-c", count, "--interval", 0.01)
+            assert pub.subscriber_count == 0
+            address = posttroll.get_pub_address("a_name")[0]["URI"]
+        assert (status, err) == (0, "")
+        lines = out.splitlines()
+        assert lines[:2] == [
+            f"PING nameserver localhost: posttroll {posttroll.__version__}",
+            f"PING a_name {address}: posttroll {posttroll.__version__}, 0 subscribers",
+        ]
+        assert len(lines) == 4 + 2 * count
+        for number, line in enumerate(lines[2:-2]):
+            peer = ["nameserver localhost", f"a_name {address}"][number % 2]
+            assert re.fullmatch(rf"{peer}: seq={number // 2 + 1} time=\d+\.\d\d\d ms", line)
+        for line in lines[-2:]:
+            assert f"{count} asked, {count} answered, 0% lost, min/avg/max/mdev = " in line
+            low, mean, high, deviation = map(float, line.split()[-2].split("/"))
+            assert 0 < low <= mean <= high
+            assert deviation <= high - low
+
+    def test_a_publisher_of_another_kind(self):
+        with raw_publisher() as (sock, address), raw_socket(zmq.SUB, int(address.rpartition(":")[2])) as listener:
+            listener.subscribe(b"")
+            status, out, err = run_command("ping", "--address", address, "-c", 2, "--interval", 0.01, "--timeout", 1)
+            sock.send(b"still there")
+            assert listener.poll(1000 * DEADLINE)
+            assert listener.recv() == b"still there"
+        assert (status, err) == (0, "")
+        assert f"PING {address}: version unknown (time until ZeroMQ greets)" in out
+        assert "2 asked, 2 answered" in out
+
+    def test_nobody_answers(self):
+        address = local_address(free_port())
+        words = ("--address", address, "-c", 2, "--interval", 0.01, "--timeout", 0.1)
+        status, out, err = run_command("ping", *words)
+        assert status == 1
+        assert f"{address}: seq=2 no answer after 0.1 s\n--- {address}: 2 asked, 0 answered, 100% lost\n" in out
+        assert err == f"posttroll ping: no answer from {address}.\n"
+
+    def test_unknown_names_and_no_nameserver(self):
+        with nameserver():
+            status, _, err = run_command("ping", "nobody", "-c", 1)
+        assert (status, err) == (1, "posttroll ping: the nameserver on localhost knows no publisher nobody.\n")
+        status, out, err = run_command("ping", "-c", 1, "--timeout", 0.1)
+        assert (status, err) == (1, "posttroll ping: no answer from nameserver localhost.\n")
+        assert "PING nameserver localhost: no answer yet" in out
+
+    def test_control_c_ends_it_with_the_summary_and_quiet_shows_that_alone(self):
+        summary = r"--- nameserver localhost: \d+ asked, \d+ answered, \d+% lost.*\n"
+        with nameserver():
+            with command("ping", "--interval", 0.01) as running:
+                await_line(running, "seq=1 time")
+                running.send_signal(signal.SIGINT)
+                status, out, _ = finish(running)
+            assert status == 0
+            assert re.fullmatch(summary, out.splitlines(keepends=True)[-1])
+            with command("ping", "-q", "-c", 2, "--interval", 0.01) as running:
+                status, out, _ = finish(running)
+            assert status == 0
+            assert re.fullmatch("PING .*\n" + summary, out)
+
+    def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
+        with posttroll.Publisher("tcp://*:0") as pub:
+            words = ("--address", local_address(pub.port_number), "-c", 40, "--interval", 0.05, "--timeout", 0.05)
+            with command("ping", *words) as running:
+                await_line(running, "seq=1 time")
+                pub.stop()
+                status, out, err = finish(running)
+        assert (status, err) == (0, "")
+        assert re.search(r"40 asked, [1-3]?\d answered, [1-9]\d?% lost", out)
+
+
 class TestServicesAndTop:
     """What there is on the network."""
 
@@ -6015,9 +6514,8 @@ class TestExporter:
         self.check_conventions(text)
         same = self.samples(posttroll._exposition(view))
         assert set(same) == set(found)
-        numbers = [key for key in found if key[0].endswith(("messages_total", "bytes_total", "_count"))]
-        assert {key: same[key] for key in numbers} == {key: found[key] for key in numbers}
-        assert same["posttroll_message_age_seconds_bucket", "b", "/late", "file", "600.0"] == 1
+        counters = {key for key in found if key[0].endswith(("messages_total", "bytes_total", "_count"))}
+        assert {key: same[key] for key in counters} == {key: found[key] for key in counters}
 
     @staticmethod
     def check_conventions(text: str) -> None:
@@ -6131,8 +6629,8 @@ class TestExporter:
             wait_for(lambda: self.metrics(port)["posttroll_missed_messages_total",] > 0)
             found = self.metrics(port)
             caught_up, missed = (found[f"posttroll_{what}_messages_total",] for what in ("caught_up", "missed"))
-            assert caught_up + missed in (100, 101)  # it may not have been confirmed yet that the first had come
-            assert caught_up >= 16
+            assert caught_up == 16
+            assert missed in (84, 85)  # of the message before it may not yet be known that it is here
             assert found[key] == 1 + caught_up
             wait_for(lambda: self.metrics(port)["posttroll_nameserver_up", "localhost"] == 0)
             assert self.metrics(port)["posttroll_known_services",] == 1
@@ -7857,6 +8355,44 @@ class TestNameServer:
         thread.join(DEADLINE)
         assert not thread.is_alive()
 
+    def test_many_who_ask_for_the_same_get_one_answer_until_something_changes(self):
+        """As all who follow everything do when a nameserver starts again; and the answer may be large."""
+        made = mock.Mock(wraps=posttroll_ns.get_active_address)
+        long = mock.patch.object(posttroll_ns._Answers, "SECONDS", 1e9)
+        with (
+            long,
+            mock.patch("posttroll_ns.get_active_address", made),
+            nameserver(),
+            contextlib.ExitStack() as publishers,
+        ):
+
+            def found() -> list[str]:
+                return sorted(entry["name"] for entry in posttroll.get_pub_addresses([""], DEADLINE))
+
+            for name in ("a", "b"):
+                publisher = publishers.enter_context(posttroll.Publish(name, nameservers=["localhost"]))
+                wait_for(lambda publisher=publisher: publisher.name in found())
+            made.reset_mock()
+            assert [found() for _ in range(20)] == [["a", "b"]] * 20
+            assert made.call_count <= 1
+            publisher.stop()
+            wait_for(lambda: found() == ["a"])
+
+    def test_the_times_in_an_answer_are_of_this_second(self):
+        answers, receiver = posttroll_ns._Answers(), mock.Mock(changes=1)
+        receiver.get.side_effect = lambda service: [{"URI": service, "n": receiver.get.call_count}]
+        with freeze_time() as clock:
+            first = answers.get("a", receiver, "v1.2")
+            assert answers.get("a", receiver, "v1.2") == first
+            assert answers.get("b", receiver, "v1.2") != first
+            assert answers.get("a", receiver, "v1.01") != first
+            clock.tick(answers.SECONDS)
+            assert answers.get("a", receiver, "v1.2") != first
+            others = KnownAddresses(a=[])
+            assert answers.get("a", others, "v1.2") != first
+            others.services["a"] = [{"URI": "tcp://h:1"}]
+            assert b"tcp://h:1" in answers.get("a", others, "v1.2")
+
     def test_start_stop_and_start_again(self):
         server = posttroll_ns.NameServer(multicast_enabled=False)
         for _ in range(3):
@@ -8095,6 +8631,20 @@ class TestDaemon:
         first = control.pid()
         assert control("restart") == (0, "", LOGS_NOWHERE)
         assert control.pid() != first
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+
+    def test_a_restart_while_the_last_one_takes_leave(self, control):
+        """It has no pid file any more when nothing is heard of it: the next one can have the lock of its own."""
+        code = """
+import os, sys, time, posttroll_ns
+def slow(function):
+    return lambda *args: (function(*args), time.sleep(0.3))
+os.unlink, os.ftruncate = slow(os.unlink), slow(os.ftruncate)
+sys.exit(posttroll_ns.main(sys.argv[1:]))
+"""
+        with python(code, "--no-multicast", "--pid-file", control.pid_file, "-d", "start") as running:
+            assert finish(running) == (0, "", LOGS_NOWHERE)
+        assert control("restart") == (0, "", LOGS_NOWHERE)
         assert posttroll.get_pub_address("a", DEADLINE) == []
 
     def test_after_a_crash_its_pid_file_is_no_trouble(self, control):
@@ -8352,10 +8902,17 @@ class Host:
     def environment(self) -> dict[str, str]:
         return {key: value for key, value in os.environ.items() if key != "POSTTROLL_MULTICAST_INTERFACE"}
 
-    def run(self, *words: Any) -> Any:
+    def run(self, *words: Any, **settings: str) -> Any:
         """Run a Python program on this host."""
         command = ["ip", "netns", "exec", self.name, sys.executable, "-u", *words]
-        return process(*command, env=self.environment())
+        return process(*command, env={**self.environment(), **settings})
+
+    def say(self, code: str, **settings: str) -> str:
+        """Return what Python *code* prints on this host."""
+        with self.run("-c", code, **settings) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        return out.strip()
 
     def ask(self, service: str, nameserver: str = "localhost") -> list[str]:
         """Return the addresses of a service, as a program on this host sees them."""
@@ -8476,6 +9033,107 @@ class TestSeveralHosts:
             one.connect()
             two.connect()
             wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+
+
+@pytest.fixture
+def two_networks(two_hosts):
+    """Give two hosts with two cables: 10.77.1.0/24, with the default route, and 10.77.2.0/24, with that for multicast.
+
+    The second is the reception card of the first host: what is sent there, nobody hears.
+    """
+    one, two = two_hosts
+    device = f"c{one.device}"
+    one.ip("link", "add", device, "type", "veth", "peer", "name", device, "netns", two.name)
+    for host in two_hosts:
+        host.connect()
+        host.ip("addr", "add", f"10.77.2.{host.address[-1]}/24", "dev", device)
+        host.ip("link", "set", device, "up")
+    one.ip("route", "add", "224.0.0.0/4", "dev", device)
+    return two_hosts
+
+
+@pytest.mark.network
+class TestSeveralNetworks:
+    def test_to_each_nameserver_the_address_of_the_interface_that_leads_there(self, two_networks):
+        """One is on this host, two are on another one, each on a network of its own; a name leads to one of them."""
+        one, two = two_networks
+        names = ("NAMESERVER_PORT", "ADDRESS_PUBLISH_PORT", "BROADCAST_PORT")
+        second = {f"POSTTROLL_{name}": str(free_port()) for name in names}
+        with (
+            one.run(NAMESERVER, "--no-multicast") as local,
+            two.run(NAMESERVER, "--no-multicast") as first,
+            two.run(NAMESERVER, "--no-multicast", **second) as other,
+        ):
+            for server in (local, first, other):
+                await_line(server, "answers on port")
+            other_host = f"10.77.2.2:{second['POSTTROLL_BROADCAST_PORT']}"
+            with one.run("-c", PUBLISHING, "60", f"localhost,10.77.1.2,{other_host}") as pub:
+                port = await_line(pub, "port").split()[1]
+                main, card = [f"tcp://10.77.1.1:{port}"], [f"tcp://10.77.2.1:{port}"]
+                wait_for(lambda: one.ask("a_service") == main)
+                wait_for(lambda: one.ask("a_service", "10.77.1.2") == main)
+                asked = f"10.77.2.2:{second['POSTTROLL_NAMESERVER_PORT']}"
+                wait_for(lambda: one.ask("a_service", asked) == card)
+                assert two.ask("a_service", asked) == card
+
+    def test_a_goodbye_ends_what_was_announced_there(self, two_networks):
+        one, two = two_networks
+        code = """
+import posttroll, time
+with posttroll.Publish("a_service", nameservers=["10.77.2.2"]):
+    while not posttroll.get_pub_address("a_service", nameserver="10.77.2.2"):
+        time.sleep(0.01)
+print(posttroll.get_pub_address("a_service", nameserver="10.77.2.2"))
+"""
+        with two.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            assert one.say(code) == "[]"
+
+    def test_multicast_that_leads_to_a_reception_card(self, two_networks):
+        """Its address is announced only there; ``multicast_interface`` names another one."""
+        one, two = two_networks
+        assert one.say("import posttroll; print(posttroll.get_own_ip())") == "10.77.1.1"
+        to_lan = {"POSTTROLL_MULTICAST_INTERFACE": one.device}
+        with two.run(NAMESERVER, POSTTROLL_MULTICAST_INTERFACE="10.77.1.2") as lan:
+            await_line(lan, "answers on port")
+            with one.run("-c", PUBLISHING, "60", **to_lan) as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: two.ask("a_service") == [f"tcp://10.77.1.1:{port}"])
+        with two.run(NAMESERVER, POSTTROLL_MULTICAST_INTERFACE="10.77.2.2") as card:
+            await_line(card, "answers on port")
+            with one.run("-c", PUBLISHING, "60") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: two.ask("a_service") == [f"tcp://10.77.2.1:{port}"])
+
+    @pytest.mark.parametrize(
+        ("announced", "uri"),
+        [
+            ("some.name", "tcp://some.name:%s"),
+            ("192.0.2.7:9999", "tcp://192.0.2.7:9999"),
+            ("2001:db8::1", "tcp://[2001:db8::1]:%s"),
+            ("[2001:db8::1]:7", "tcp://[2001:db8::1]:7"),
+        ],
+    )
+    @pytest.mark.parametrize("multicast", [True, False])
+    def test_an_announced_address_overrules_all(self, two_networks, announced, uri, multicast):
+        """A name is passed on: nobody resolves it but who connects to it."""
+        one, two = two_networks
+        settings = {"POSTTROLL_ANNOUNCED_ADDRESS": announced, "POSTTROLL_MULTICAST_INTERFACE": one.device}
+        with two.run(NAMESERVER, *([] if multicast else ["--no-multicast"])) as server:
+            await_line(server, "answers on port")
+            with one.run("-c", PUBLISHING, "60", *([] if multicast else ["10.77.2.2"]), **settings) as pub:
+                port = await_line(pub, "port").split()[1]
+                expected = uri % port if "%" in uri else uri
+                wait_for(lambda: two.ask("a_service") == [expected])
+
+    @pytest.mark.parametrize("announced", ["two words", "a:b:c", "tcp://", "[some.name]", ""])
+    def test_what_cannot_be_announced(self, announced):
+        with config.set(announced_address=announced):
+            if announced:
+                with pytest.raises(ValueError, match="Cannot connect to"):
+                    posttroll.NoisyPublisher("a_service").start()
+            else:
+                posttroll.AddressBroadcaster("a_service", "tcp://*:9000", 1)
 
 
 # ======================================================================================================================
@@ -8987,10 +9645,12 @@ class TestBrokenAnnouncements:
         """Memory and log are bounded, publishers that are known stay, and lookups are answered meanwhile."""
         log = tmp_path / "log"
         with running_nameserver("--no-multicast", log) as running:
-            register(registration_of(URI="tcp://127.0.0.1:10", service=["real"]))
             with raw_socket(zmq.DEALER, config.get("broadcast_port")) as sock:
                 answered = 0
                 for number in range(count):
+                    if number % 500 == 0:  # as publishers do: who is silent for 10 s may have to make room
+                        register(registration_of(URI="tcp://127.0.0.1:10", service=["real"]))
+                        register(registration_of(URI="tcp://10.1.1.1:1", service=["s1"]))
                     text = registration_of(
                         URI=f"tcp://10.1.{number % 250}.1:{number // 250 + 1}", service=[f"s{number}"]
                     )
@@ -9590,15 +10250,17 @@ sys.exit(status)
         with python(code, cwd=HERE) as running:
             assert finish(running) == (0, "", "")
 
-    @pytest.mark.parametrize(
-        "ending", ["", "raise SystemExit(3)", "raise RuntimeError('oh')"], ids=["end", "exit", "error"]
-    )
     @pytest.mark.parametrize("code", FORGETFUL.values(), ids=FORGETFUL.keys())
-    def test_forgotten_stop(self, code, ending):
-        """A program that ends or fails without stopping anything ends."""
-        with python(f"import posttroll\n{code}\n{ending}\n") as running:
-            status, _, _ = finish(running)
-            assert status == {"": 0, "raise SystemExit(3)": 3}.get(ending, 1)
+    def test_forgotten_stop(self, code):
+        """A program that ends without stopping anything ends."""
+        with python(f"import posttroll\n{code}\n") as running:
+            assert finish(running)[0] == 0
+
+    @pytest.mark.parametrize(("ending", "status"), [("raise SystemExit(3)", 3), ("raise RuntimeError('oh')", 1)])
+    def test_everything_forgotten(self, ending, status):
+        """A program that fails, with all of that at once, ends."""
+        with python("\n".join(["import posttroll", *FORGETFUL.values(), ending])) as running:
+            assert finish(running)[0] == status
 
     @pytest.mark.parametrize("nameservers", [["localhost"], None], ids=["registration", "multicast"])
     def test_a_forgotten_publisher_says_goodbye(self, nameservers):
@@ -10158,9 +10820,80 @@ class TestKeyDirectory:
         key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
         assert key in known
         keys.admit("other_server")
+        other = posttroll._read_keys(str(keys.clients / "other_server.key"))["public"]
         with mock.patch("posttroll._read_keys", wraps=posttroll._read_keys) as read:
-            assert key in known
+            assert other in known
         assert [call.args for call in read.call_args_list] == [(str(keys.clients / "other_server.key"),)]
+
+    @staticmethod
+    def settled(keys: Keys) -> tuple[Any, bytes, bytes]:
+        """Return the directory, which has not changed for a long time, with a key in it and one that is not."""
+        os.utime(keys.clients, (1e9, 1e9))
+        known = posttroll._ClientKeys("clients_public_keys_directory")
+        names = ("friend", "stranger")
+        friend, stranger = (posttroll._read_keys(str(keys.directory / f"{name}.key"))["public"] for name in names)
+        assert friend in known
+        return known, friend, stranger
+
+    def test_who_comes_again_costs_a_look_at_one_file(self, keys):
+        for number in range(20):
+            posttroll.write_key_pair(f"{number}", keys.clients)
+        known, friend, _ = self.settled(keys)
+        with mock.patch("os.scandir", side_effect=AssertionError("It reads the directory")):
+            for _ in range(100):
+                assert friend in known
+
+    def test_who_is_refused_again_and_again_costs_little(self, keys):
+        known, friend, stranger = self.settled(keys)
+        with mock.patch("os.scandir", wraps=os.scandir) as read, mock.patch.object(known, "PAUSE", 1e9):
+            for _ in range(100):
+                assert stranger not in known
+            assert read.call_count <= 1
+            shutil.copy(
+                keys.directory / "stranger.key", keys.clients / "friend.key"
+            )  # this leaves the directory as it was
+            for _ in range(100):
+                assert friend not in known
+            assert stranger in known
+            assert read.call_count <= 2
+            shutil.copy(keys.directory / "friend.key", keys.clients / "friend.key")
+            later = time.monotonic() + 1e10
+            with mock.patch("time.monotonic", return_value=later):
+                assert friend in known
+
+    def test_in_spite_of_that_all_that_changes_counts_at_once(self, keys):
+        known, friend, stranger = self.settled(keys)
+        with mock.patch.object(known, "PAUSE", 1e9):
+            assert stranger not in known
+            keys.admit("stranger")
+            assert stranger in known
+            shutil.copy(keys.clients / "stranger.key", keys.clients / "a copy.key")
+            assert stranger in known
+            os.utime(keys.clients, (1e9, 1e9))
+            assert friend in known
+            keys.expel("stranger")
+            assert stranger in known  # each file stands for itself
+            (keys.clients / "a copy.key").unlink()
+            os.utime(keys.clients, (1e9, 1e9))
+            assert stranger not in known
+            keys.clients.rename(keys.directory / "moved")
+            assert friend not in known
+            (keys.directory / "moved").rename(keys.clients)
+            assert friend in known
+
+    def test_a_change_just_after_reading_is_seen(self, keys):
+        """Also if the time of the directory is too coarse to show it."""
+        known, _, stranger = self.settled(keys)
+        os.utime(keys.clients)
+        times = os.stat(keys.clients)
+        with (
+            mock.patch.object(known, "PAUSE", 1e9),
+            mock.patch("posttroll._file_state", lambda status: status.st_mtime_ns),
+        ):
+            assert stranger not in known
+            keys.admit("stranger")
+            os.utime(keys.clients, ns=(times.st_atime_ns, times.st_mtime_ns))
+            assert stranger in known
 
     def test_what_stays_in_the_process_needs_no_keys(self, keys, monkeypatch):
         """Also beside connections that do."""
@@ -11427,15 +12160,28 @@ def without_ours() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other workers waiting."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
     """Return the interpreter of an environment with the known package, made with the first Python that will do."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with alone(directory / "lock"):
+        return install_known_alone(directory / "environment", requirement, pythons)
+
+
+def install_known_alone(directory: Path, requirement: str, pythons: list[str]) -> str:
     python = str(directory / "bin" / "python")
     complete = directory / "complete"
     if complete.exists():
         return python
     problems = [f"no suitable Python among {interpreters()}"]
     proof = "import posttroll, posttroll.ns; assert posttroll.__file__.endswith('__init__.py'), posttroll.__file__"
-    directory.mkdir(parents=True, exist_ok=True)
     for interpreter in pythons:
         for command in (
             [interpreter, "-m", "venv", "--clear", str(directory)],
@@ -11443,7 +12189,7 @@ def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
             [python, "-c", proof],
         ):
             result = subprocess.run(
-                command, cwd=directory, env=without_ours(), capture_output=True, text=True, check=False
+                command, cwd=directory.parent, env=without_ours(), capture_output=True, text=True, check=False
             )
             if result.returncode:
                 problems.append(f"{' '.join(command)}:\n{(result.stderr or result.stdout)[-1500:]}")
@@ -11457,9 +12203,9 @@ def install_known(directory: Path, requirement: str, pythons: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def peers_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of the environments with the known package."""
-    kept = os.environ.get("POSTTROLL_TEST_PEERS")
-    return Path(kept).resolve() if kept else tmp_path_factory.mktemp("peers")
+    """Return the directory of the environments with the known package, one for all workers."""
+    kept, own = os.environ.get("POSTTROLL_TEST_PEERS"), tmp_path_factory.getbasetemp()
+    return Path(kept).resolve() if kept else (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "peers"
 
 
 @pytest.fixture(scope="session")
@@ -11712,15 +12458,16 @@ def theirs(newest: str, tmp_path: Path) -> Side:
 
 
 @pytest.fixture
-def old(oldest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Side:
-    """Return 1.10.0, which has some settings by other names, and some not at all."""
-    wait_for(lambda: all(is_free(port) for port in (16543, 21200)), what="the ports that 1.10.0 has built in")
-    monkeypatch.setenv("NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
-    monkeypatch.setenv("PYTROLL_MC_GROUP", os.environ["POSTTROLL_MC_GROUP"])
-    monkeypatch.setenv("POSTTROLL_ADDRESS_PUBLISH_PORT", "16543")
-    monkeypatch.setenv("POSTTROLL_BROADCAST_PORT", "21200")
-    monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
-    return Side("1.10.0", oldest, tmp_path)
+def old(oldest: str, peers_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
+    """Give 1.10.0, which has some settings by other names, and some not at all."""
+    with alone(peers_directory / "ports"):
+        wait_for(lambda: all(is_free(port) for port in (16543, 21200)), what="the ports that 1.10.0 has built in")
+        monkeypatch.setenv("NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
+        monkeypatch.setenv("PYTROLL_MC_GROUP", os.environ["POSTTROLL_MC_GROUP"])
+        monkeypatch.setenv("POSTTROLL_ADDRESS_PUBLISH_PORT", "16543")
+        monkeypatch.setenv("POSTTROLL_BROADCAST_PORT", "21200")
+        monkeypatch.delenv("POSTTROLL_MULTICAST_INTERFACE")
+        yield Side("1.10.0", oldest, tmp_path)
 
 
 def is_free(port: int) -> bool:
@@ -12458,7 +13205,6 @@ class TestPopulatedWorlds:
 
     @pytest.fixture(
         params=[
-            "plain",
             "secure",
             "few files",
             "silent name server",
@@ -13378,6 +14124,8 @@ class TestDurable:
                 numbers.send(100)
                 received_data(sub, 100)
                 sizes.append((directory / "name").stat().st_size)
+            # On a loaded host, more than these 1,000 lines may come before the publisher has told how far it is.
+            wait_for(lambda: not next(sub.recv(timeout=0.01)) and b" n5000 " in (directory / "name").read_bytes())
         assert 17000 < max(sizes) < 25000  # 17 bytes a message
         numbers.send(3)
         assert self.rest(numbers) == [5000, 5001, 5002]
@@ -13722,7 +14470,7 @@ class TestNewcomers:
                     with in_thread(send):
                         wait_for(lambda: data)
                         for number in range(20):
-                            with posttroll.Publisher("tcp://*:0", f"pub{number}") as pub:
+                            with posttroll.Publisher(f"tcp://*:{free_port()}", f"pub{number}") as pub:
                                 for _ in range(20):
                                     pub.send(text_message("old"))
                                 time.sleep(0.01)
@@ -13751,11 +14499,13 @@ class TestNewcomers:
                 with in_thread(send):
                     for _ in range(40):
                         with posttroll.Subscriber([local_address(pub.port_number)], topics) as sub:
-                            got = received_data(sub, 300)
-                            assert len(got) == 300
-                            span = list(range(min(got), max(got) + 1))
-                            assert len(set(got)) == 300, "came twice"
-                            assert sorted(got)[:250] == span[:250]
+                            got = set()
+                            deadline = time.monotonic() + DEADLINE
+                            while not got or not set(range(min(got), min(got) + 250)) <= got:
+                                assert time.monotonic() < deadline, f"a gap in {sorted(got)}"
+                                more = received_data(sub, 10)  # what is caught up may come after what is live
+                                assert len(got | set(more)) == len(got) + len(more), "came twice"
+                                got.update(more)
                     ended.set()
             finally:
                 ended.set()
@@ -13934,7 +14684,7 @@ class TestMarks:
             numbers.send(10)
             numbers.check(data)
             assert len(pub._audience.peers) < 10
-        assert pub.dropped == 0
+            assert pub.dropped == 0
 
     def test_thousands_of_marks(self, monkeypatch):
         """Each is a subscriber for its publisher; there is a limit, and others are served all the same."""
@@ -14098,6 +14848,23 @@ class TestNothingFallsBetween:
             with serving(sub):
                 wait_for(lambda: sub.addresses == [])
 
+    def test_a_publisher_that_is_lost_while_much_is_unread(self, impatient):
+        """Its address is kept until all is read: else what comes meanwhile would wait behind all of it."""
+        with nameserver(), posttroll.Publish("numbers", nameservers=["localhost"]) as pub:
+            with posttroll.Subscribe(["numbers", "lost"], addr_listener=True, timeout=0) as sub:
+                messages = sub.recv(0.01)
+                with posttroll.Publish("lost", nameservers=["localhost"], broadcast_interval=0.1) as lost:
+                    wait_for(lambda: next(messages) is None and pub.subscriber_count and lost.subscriber_count)
+                for number in range(1000):
+                    pub.send(text_message(number))
+                for number in range(200):  # in 2 s; it would be removed after 1.2 s
+                    assert next(messages).data == number
+                    time.sleep(0.01)
+                assert len(sub.addresses) == 2
+                assert len(sub._inbox._unread) == 0
+                wait_for(lambda: next(messages) is None)
+                wait_for(lambda: next(messages) is None and len(sub.addresses) == 1)
+
     def test_removing_an_address_with_unread_messages(self):
         with connected() as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
             sub.add(local_address(other.port_number))
@@ -14254,19 +15021,35 @@ print("dropped", pub.dropped)
                 assert got == list(range(3000))
                 assert finish(pub)[:2] == (0, "dropped 0\n")
 
-    def test_stop_on_a_dead_link(self, monkeypatch, caplog, short_heartbeats):
-        """Nothing goes on any more: it gives up after its time, counts and says so."""
+    def test_stop_on_a_dead_link(self, monkeypatch, caplog):
+        """Nothing goes on any more: it gives up after its time, counts and says so; for each of its subscribers."""
         monkeypatch.setattr(posttroll.Publisher, "LINGER_SECONDS", 1.0)
-        with behind_relay() as (pub, relay, sub):
+        with behind_relay() as (pub, relay, sub), posttroll.Subscriber([local_address(relay.port)]) as other:
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            for each in (sub, other):
+                wait_for(lambda each=each: next(each.recv(0)) is None and not pub._audience.unserved())
             relay.silence()
             for number in range(2000):
                 pub.send(text_message([number, "x" * 10_000]))
             with in_thread(pub.stop) as stopping:
                 stopping.join(DEADLINE)
-            assert 0 < pub.dropped <= 2000
+            assert 2000 < pub.dropped <= 4000
             assert sub.missed == 0
         [record] = [record for record in caplog.records if "did not reach a subscriber" in record.getMessage()]
         assert record.levelname == "WARNING"
+
+    def test_a_subscriber_that_has_not_asked_until_the_end(self, caplog):
+        """It came in the last moments of a publisher, and was busy: what it may have missed is counted and told."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            Numbers(pub).send(5)
+            with posttroll.Subscriber([local_address(pub.port_number)], since=60) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("live"))
+                pub.stop()
+                assert pub.dropped == 5
+                assert received_data(sub) == ["live"]
+        [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert "has asked for what it may have missed: 5 messages at most" in record.getMessage()
 
 
 class TestAwaiting:
@@ -14487,7 +15270,9 @@ class World(Crowd):
     def environment(self, part: Part) -> dict[str, str]:
         heartbeats = {"POSTTROLL_ZMTP_HEARTBEAT_INTERVAL": "1", "POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT": "6"}
         here = {"POSTTROLL_MULTICAST_INTERFACE": self.HOSTS[part.host]}
-        return {**super().environment(part), **heartbeats, **here}
+        # Its hosts have all ports for themselves: few would often give a publisher that of one that has gone.
+        shared = {key: value for key, value in super().environment(part).items() if "_PUB_M" not in key}
+        return {**shared, **heartbeats, **here}
 
     def prefix(self, part: Part) -> list[str]:
         return ["ip", "netns", "exec", self.namespace(part.host)]
@@ -14679,8 +15464,10 @@ class Oracle:
         unfound = self.connected(begin)
         was_there_too_shortly = not self._got and publisher.ended < unfound
         spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
-        if not CAUGHT_UP:
-            spans += [(self.under_way(start, throttled), self.connected(end, NOTICED)) for start, end in self._cuts]
+        for start, end in self._cuts:  # nobody catches up with a publisher that has ended
+            back = self.connected(end, NOTICED)
+            if not CAUGHT_UP or publisher.ended < back:
+                spans.append((self.under_way(start, throttled), back))
         if publisher.ending == signal.SIGKILL:
             spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
         if subscriber.ended < float("inf"):
