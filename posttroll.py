@@ -8720,8 +8720,8 @@ def _run_check(options: argparse.Namespace) -> int:
     def run() -> None:
         try:
             check.run()
-        except (ValueError, NotImplementedError, MessageError, OSError, zmq.ZMQError) as error:
-            check.find(3, str(error))
+        except Exception as error:  # whatever it is, monitors want to have it in the line
+            check.find(3, str(error) or repr(error))
         over.set()
 
     threading.Thread(target=run, daemon=True).start()  # a name server that is down could hold it up
