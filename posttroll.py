@@ -1094,7 +1094,7 @@ class Message:
         return self.encode()
 
     def __getstate__(self) -> str:
-        return self.encode()
+        return str.__str__(self.encode())
 
     def __setstate__(self, state: str) -> None:
         _decode_into(self, state)
@@ -1167,11 +1167,20 @@ def _decode_json(text: str) -> Any:
     return (_parse_datetime(data) or data) if type(data) is str else datetime_decoder(data)
 
 
+class _Latin1Text(str):
+    """The text of a message that did not come in UTF-8; it is sent on as it came."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "iso-8859-1", errors: str = "strict") -> bytes:
+        return super().encode(encoding, errors)
+
+
 def _utf_8_or_latin(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return raw.decode("iso-8859-1")
+        return _Latin1Text(raw.decode("iso-8859-1"))
 
 
 def _as_text(raw: Any) -> str:
@@ -7401,13 +7410,7 @@ def _run_publish(options: argparse.Namespace) -> int:
       posttroll publish /image file --binary --file quicklook.png
       posttroll publish --replay recorded --speed 10
     """
-    hosts = options.nameserver or []
-    nameservers: Any = False if hosts == ["none"] else hosts or None
-    is_hidden = nameservers is False or hosts_to_register_with(nameservers) == []
-    if not options.service:
-        raise _CommandError("--service needs a name.")
-    if is_hidden and not options.port:
-        raise _CommandError("without a nameserver (none), it needs --port, else nobody could find the publisher.")
+    publishing = _publishing(options.service, options.port, options.nameserver)
     if options.file and options.data:
         raise _CommandError("DATA are given twice: on the command line and by --file.")
     path = options.replay or options.file or ("-" if options.data == ["-"] else None)
@@ -7416,7 +7419,7 @@ def _run_publish(options: argparse.Namespace) -> int:
     source = sys.stdin.fileno() if path == "-" else path
     with nullcontext() if source is None else open(source, "rb", closefd=path != "-") as stream:
         messages = _messages_to_publish(options, stream)
-        with Publish(options.service, options.port, nameservers=nameservers) as publisher:
+        with publishing as publisher:
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
             sent = _send_all(publisher, messages, options)
@@ -7426,6 +7429,16 @@ def _run_publish(options: argparse.Namespace) -> int:
     if publisher.dropped:
         raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
     return 0
+
+
+def _publishing(name: str, port: int, hosts: Sequence[str] | None) -> Publish:
+    """Return what publishes under a *name*, and registers with the nameservers *hosts*."""
+    if not name:
+        raise _CommandError("--service needs a name.")
+    nameservers: Any = False if hosts == ["none"] else hosts or None
+    if not port and (nameservers is False or hosts_to_register_with(nameservers) == []):
+        raise _CommandError("without a nameserver (none), it needs --port, else nobody could find the publisher.")
+    return Publish(name, port, nameservers=nameservers)
 
 
 def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> None:
@@ -7831,6 +7844,148 @@ def _span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3f} s"
+
+
+# -- relay --
+
+
+def _add_relay_arguments(command: argparse.ArgumentParser) -> None:
+    _add_source_arguments(command)
+    add = command.add_argument
+    add("--name", default="relay", help="of its publisher (relay)")
+    add("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
+    out_nameserver = "where its publisher registers; may be repeated; none, with --port: nowhere (multicast)"
+    add("--out-nameserver", metavar="HOST", action="append", help=out_nameserver)
+    for end, what in (("in", "subscribes"), ("out", "publishes")):
+        text = f"set a configuration key for the end that {what}"
+        add(f"--{end}-set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help=text)
+    add("--role", choices=["publisher"], help=argparse.SUPPRESS)
+
+
+@_command("relay", _add_relay_arguments)
+def _run_relay(options: argparse.Namespace) -> int:
+    """Subscribe here, and publish the same there: between sites, networks, backends.
+
+    Each end is a process, with a configuration of its own.  With --durable, a relay that comes back passes on what was
+    sent meanwhile.  What comes back over another relay is not passed on once more.
+
+    Examples:
+      posttroll relay --out-nameserver otherhost --name site_a --durable site_a
+      posttroll relay /segment --service receiver --unique uid --port 9010 --out-nameserver none
+      posttroll relay --in-set backend=unsecure_zmq --out-set backend=secure_zmq --out-set server_secret_key_file=KEY
+    """
+    if options.role:
+        return _run_publishing_end(options)
+    echoes = _Echoes()
+    relayed = 0
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(config.set(dict(options.in_set)))
+            out = stack.enter_context(_PublishingEnd(options))
+            subscriber = stack.enter_context(_following(options, tells_origin=True))
+            stack.enter_context(call_on_signals(subscriber.close))
+            for message in subscriber:
+                raw = message.encode().encode()
+                if not echoes.is_echo(raw, message.origin):
+                    out.send(raw)
+                    relayed += 1
+    except RuntimeError as error:  # the durable name is in use
+        raise _CommandError(str(error)) from None
+    finally:
+        _talk(f"{relayed} message{'s' * (relayed != 1)} relayed", options)
+    if subscriber.missed or out.dropped:
+        lost = f"{subscriber.missed} messages were gone before they could be relayed, {out.dropped} on their way"
+        raise _CommandError(f"{lost}: a subscriber was too slow, or out of reach.")
+    return 0
+
+
+class _Echoes:
+    """Recognises messages that have come from elsewhere before, as they do where relays make a loop.
+
+    One that comes from the same publisher again is none: programs may send the same text several times.
+    """
+
+    LIMIT = 50000  # messages that are recognised, the newest; an older one makes the round once more
+
+    def __init__(self) -> None:
+        self._origins: OrderedDict[bytes, str] = OrderedDict()
+
+    def is_echo(self, raw: bytes, origin: str) -> bool:
+        """Whether *raw* has come from another publisher than *origin* before."""
+        first = self._origins.setdefault(_blake2b()(raw, digest_size=16).digest(), origin)
+        if len(self._origins) > self.LIMIT:
+            self._origins.popitem(last=False)
+        return first != origin
+
+
+class _PublishingEnd:
+    """The end of a relay that publishes: a process that is told what to send, and says when it has done so.
+
+    It publishes as long as it is told something, whatever happens to this process, and then until all is sent.
+
+    Attributes:
+        dropped: How many messages did not reach a subscriber; known at the end.
+    """
+
+    LENGTH = struct.Struct("!I")  # comes before each message
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import subprocess
+
+        words = ["--role=publisher", f"--name={options.name}", f"--port={options.port}", *["-q"] * options.quiet]
+        words += [f"--nameserver={host}" for host in options.out_nameserver or []]
+        words += [f"--set={key}={value!r}" for key, value in [*options.set, *options.out_set]]
+        command = [sys.executable, os.path.abspath(__file__), "relay", *words]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._input, self._output = cast(Any, self._process.stdin), cast(Any, self._process.stdout)
+        self.dropped = 0
+
+    def __enter__(self) -> _PublishingEnd:
+        self._await_done()
+        return self
+
+    def send(self, raw: bytes) -> None:
+        """Have a message sent; raises _CommandError if it cannot be."""
+        with suppress(BrokenPipeError):  # then nothing is said either
+            self._input.write(self.LENGTH.pack(len(raw)) + raw)
+            self._input.flush()
+        self._await_done()
+
+    def _await_done(self) -> None:
+        if self._output.read(1) != b"\n":
+            raise _CommandError(f"the end that publishes has ended, with status {self._process.wait()}.")
+
+    def __exit__(self, kind: object = None, *exc_info: object) -> None:
+        if kind is KeyboardInterrupt:
+            self._process.kill()  # at once
+        with suppress(BrokenPipeError):
+            self._input.close()
+        with self._process:
+            self.dropped = int(self._output.readline() or 0)
+        if kind is None and self._process.returncode:
+            raise _CommandError(f"the end that publishes has ended, with status {self._process.returncode}.")
+
+
+def _run_publishing_end(options: argparse.Namespace) -> int:
+    """Send what stdin tells, until its end; say on stdout when it is done, and how many messages were lost."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # which everybody in a terminal or a service gets
+        signal.signal(number, signal.SIG_IGN)
+    source, report = sys.stdin.buffer, sys.stdout.buffer
+    length = _PublishingEnd.LENGTH
+    with _publishing(options.name, options.port, options.nameserver) as publisher:
+        while True:
+            report.write(b"\n")
+            report.flush()
+            head = source.read(length.size)
+            size = length.unpack(head)[0] if len(head) == length.size else 1
+            raw = source.read(size)
+            if len(raw) < size:
+                break
+            publisher.send(raw)
+    with suppress(BrokenPipeError):  # the other end has been killed
+        report.write(b"%d\n" % publisher.dropped)
+        report.flush()
+    return 0
 
 
 # -- services --
@@ -8598,7 +8753,7 @@ class _Check:
 
     def measure(self, name: str, value: str, warn: str = "", critical: str = "") -> None:
         """Take note of a number."""
-        label = "".join("_" if character in "'=|" or character.isspace() else character for character in name)
+        label = re.sub(r"['=|\s]", "_", _printable(name))
         self._data.append(f"'{label}'={value};{warn};{critical}")
 
     def line(self) -> str:

@@ -5966,6 +5966,181 @@ class TestPing:
         assert re.search(r"40 asked, [1-3]?\d answered, [1-9]\d?% lost", out)
 
 
+class TestRelayCommand:
+    @pytest.fixture(autouse=True)
+    def directory(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(tmp_path / "durable"))
+
+    @pytest.fixture
+    def source(self):
+        with posttroll.Publisher("tcp://*:0", "source") as pub:
+            yield pub
+
+    @contextlib.contextmanager
+    def relay(self, source: Any, port: int, *words: Any) -> Iterator[subprocess.Popen[str]]:
+        """Run a relay that listens to a publisher, and publishes on *port*."""
+        addresses = ("--address", local_address(source.port_number), "--out-nameserver", "none", "--port", port)
+        before = set(source._audience.peers)
+        with command("relay", *addresses, *words) as running:
+            wait_for(lambda: set(source._audience.peers) - before or running.poll() is not None)
+            yield running
+
+    def end(self, running: Any, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        running.send_signal(number)
+        return finish(running)
+
+    def test_byte_for_byte(self, source):
+        """What is chosen, in its order; also a message in ISO-8859-1, as old programs send."""
+        port = free_port()
+        old = "pytroll://a/old info user@host 2026-11-24T12:00:00 v1.01 text/ascii M\xfcnchen".encode("iso-8859-1")
+        wanted = [posttroll.Message("/a/x", "info", data).encode().encode() for data in ("é", {"n": [1.50]}, b"\0", "")]
+        with self.relay(source, port, "/a", "--type", "info") as running, raw_socket(zmq.SUB, port) as other:
+            other.subscribe(b"")
+            with contextlib.closing(posttroll.Inquiry(local_address(port))) as inquiry:
+                wait_for(lambda: inquiry.ask(DEADLINE)["subscribers"])
+            for raw in (old, *wanted, text_message("x", "/b").encode(), old):
+                source.send(raw)
+            source.send(posttroll.Message("/a", "file", "x"))
+            source.send(text_message("end"))
+            got = []
+            while not got or b" end" not in got[-1]:
+                assert other.poll(1000 * DEADLINE)
+                got.append(other.recv())
+            assert got[:-1] == [old, *wanted, old]
+            status, out, err = self.end(running)
+        assert (status, out, err) == (0, "", "7 messages relayed\n")
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+    def test_a_restart_loses_nothing(self, source, number):
+        """While messages are sent; only what was in hand may come twice, after SIGKILL."""
+        port = free_port()
+        numbers = Numbers(source)
+        words = ("--durable", "name", "--out-set", "discovery_seconds=1.5")  # longer than until it is found again
+        with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
+            for _ in range(2):
+                with self.relay(source, port, *words) as running:
+                    numbers.send(200, 0.0005)
+                    wait_for(lambda: data)
+                    running.send_signal(number)
+                    numbers.send(100, 0.0005)
+                    status = running.wait(DEADLINE)
+                assert status == (0 if number != signal.SIGKILL else -number)
+            with self.relay(source, port, *words):
+                wait_for(lambda: len(set(data)) == numbers.count)
+            counts = collections.Counter(data)
+        assert sorted(counts) == list(range(numbers.count))
+        assert sum(counts.values()) - len(counts) <= (2 if number == signal.SIGKILL else 0)
+
+    def test_two_relays_in_a_circle(self, source):
+        """Nothing goes round twice; the same text sent twice is sent twice."""
+        ports = [free_port(), free_port()]
+        addresses = list(map(local_address, ports))
+        with contextlib.ExitStack() as world:
+            one = world.enter_context(self.relay(source, ports[0], "--address", addresses[1]))
+            words = ("relay", "--address", addresses[0], "--port", ports[1], "--out-nameserver", "none")
+            two = world.enter_context(command(*words))
+            subs = [world.enter_context(posttroll.Subscriber([address])) for address in addresses]
+            data = [world.enter_context(serving(sub)) for sub in subs]
+            for address, count in zip(addresses, (2, 2)):  # the other relay, and ours
+                with contextlib.closing(posttroll.Inquiry(address)) as inquiry:
+                    wait_for(lambda inquiry=inquiry, count=count: (inquiry.ask(1) or {}).get("subscribers") == count)
+            numbers = Numbers(source)
+            numbers.send(50)
+            for _ in range(2):
+                source.send(text_message("twice"))
+            for number in range(3):  # what goes round has come again by then
+                source.send(text_message(f"round {number}"))
+                wait_for(lambda number=number: all(f"round {number}" in each for each in data))
+            expected = sorted([*range(50), "twice", "twice", "round 0", "round 1", "round 2"], key=str)
+            assert [sorted(each, key=str) for each in data] == [expected, expected]
+            assert [self.end(running)[0] for running in (one, two)] == [0, 0]
+
+    def test_by_nameservers_from_plain_to_secure(self, keys, monkeypatch):
+        """Each end has a configuration, a nameserver and a backend of its own."""
+        plain = free_port()
+        with contextlib.ExitStack() as world:
+            with config.set(backend="unsecure_zmq"):
+                source = world.enter_context(posttroll.Publisher("tcp://*:0", "source"))
+            world.enter_context(nameserver(multicast_enabled=False))
+            words = ["--address", local_address(source.port_number), "--in-set", "backend=unsecure_zmq"]
+            words += ["--out-set", f"pub_min_port={plain}", "--out-set", f"pub_max_port={plain + 1}"]
+            running = world.enter_context(command("relay", *words, "--name", "site", "--out-nameserver", "localhost"))
+            sub = world.enter_context(posttroll.Subscribe("site", timeout=DEADLINE))
+            assert sub.addresses[0].endswith(f":{plain}")
+            assert posttroll.get_pub_address("site")[0]["backend"] == "secure_zmq"
+            assert source.wait_for_subscribers(1, DEADLINE)
+            source.send(text_message("through"))
+            assert received_data(sub) == ["through"]
+            with subscribing(plain, **keys.of("no CURVE")) as stranger:
+                source.send(text_message("again"))
+                assert received_data(sub) == ["again"]
+                assert next(stranger.recv(0.2)) is None
+            assert self.end(running)[0] == 0
+
+    def test_what_is_lost_on_the_way_is_no_success(self, source):
+        """A subscriber that does not read; its queue and the relay's hold ten messages each."""
+        port = free_port()
+        with zmq.Context() as context, context.socket(zmq.SUB) as slow:
+            slow.linger = 0
+            slow.rcvhwm, slow.rcvbuf = 1, 4096
+            slow.subscribe(b"")
+            with self.relay(source, port, "--out-set", "send_high_water_mark=10") as running:
+                slow.connect(local_address(port))
+                with contextlib.closing(posttroll.Inquiry(local_address(port))) as inquiry:
+                    wait_for(lambda: inquiry.ask(DEADLINE)["subscribers"])
+                for _ in range(300):
+                    source.send(text_message("x" * 100_000))
+                assert any("the queue of a slow subscriber is full" in line for line in running.stderr)
+                slow.close()
+                status, _, err = self.end(running)
+        assert status == 1
+        assert re.search(r"0 messages were gone before they could be relayed, [1-9]\d* on their way", err)
+
+    def test_an_end_that_dies_is_told_and_nothing_is_taken_for_relayed(self, source):
+        port = free_port()
+        numbers = Numbers(source)
+        with self.relay(source, port, "--durable", "name") as running:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+            (child,) = children.read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            numbers.send(5)
+            status, out, err = finish(running)
+        assert (status, out) == (1, "")
+        assert err == "0 messages relayed\nposttroll relay: the end that publishes has ended, with status -9.\n"
+        with self.relay(source, port, "--durable", "name"), posttroll.Subscriber([local_address(port)]) as sub:
+            assert sorted(received_data(sub, 5)) == list(range(5))
+
+    def test_only_one_of_several_copies(self, source):
+        port = free_port()
+        with self.relay(source, port, "--unique", "uid") as running, posttroll.Subscriber([local_address(port)]) as sub:
+            for uid in "aabab":
+                source.send(copy_of(uid))
+            source.send(text_message("end"))
+            assert [data if data == "end" else data["uid"] for data in received_data(sub, 3)] == ["a", "b", "end"]
+            assert self.end(running)[2] == "3 messages relayed\n"
+
+    def test_what_hinders_the_start(self, source):
+        with posttroll.Publisher("tcp://*:0") as other, self.relay(source, other.port_number) as running:
+            status, _, err = finish(running)
+        assert status == 1
+        assert "posttroll relay: Address already in use" in err
+        with posttroll.Subscriber([], durable="name"):
+            status, _, err = run_command("relay", "--address", "tcp://localhost:1", "--durable", "name")
+        assert status == 1
+        assert "posttroll relay: The durable name 'name' is in use by process" in err
+        status, _, err = run_command("relay", "--out-set", "no_key=1")
+        assert status == 2
+        assert "there is no key 'no_key'" in err
+
+    def test_memory_of_echoes_is_bounded(self):
+        echoes = posttroll._Echoes()
+        for number in range(2 * echoes.LIMIT):
+            assert not echoes.is_echo(b"%d" % number, "here")
+        assert len(echoes._origins) == echoes.LIMIT
+        assert echoes.is_echo(b"%d" % number, "there")
+        assert not echoes.is_echo(b"0", "there")
+
+
 class TestServicesAndTop:
     """What there is on the network."""
 
@@ -6352,6 +6527,16 @@ class TestCheck:
         status, text, data = self.check(capsys, "alive", "--timeout", 0.5)
         assert (status, text, data) == (2, "no answer from the nameserver on localhost", {})
 
+    def test_odd_names(self, capsys):
+        """They break neither the line nor the performance data."""
+        name = "it's=odd|\u4eac\x07"
+        with nameserver(), posttroll.Publish(name, nameservers=["localhost"]) as publisher:
+            wait_for(lambda: posttroll.get_pub_address(name))
+            publisher.send(posttroll.Message("/a", "info"))
+            status, text, data = self.check(capsys, name, "--silent", 60)
+            assert (status, text.split("; ")[1]) == (0, "it's=odd/\u4eac\\u0007 answers")
+            assert set(data) == {"nameserver", "it_s_odd_\u4eac\\u0007", "it_s_odd_\u4eac\\u0007_silent"}
+
     def test_what_can_only_be_known_by_waiting(self, capsys):
         """Other implementations keep no history: something has to come while the check listens."""
         with zmq.Context() as context, context.socket(zmq.XPUB) as sock:
@@ -6546,8 +6731,9 @@ class TestExporter:
         self.check_conventions(text)
         same = self.samples(posttroll._exposition(view))
         assert set(same) == set(found)
-        counters = {key for key in found if key[0].endswith(("messages_total", "bytes_total", "_count"))}
-        assert {key: same[key] for key in counters} == {key: found[key] for key in counters}
+        numbers = [key for key in found if key[0].endswith(("messages_total", "bytes_total", "_count"))]
+        assert {key: same[key] for key in numbers} == {key: found[key] for key in numbers}
+        assert same["posttroll_message_age_seconds_bucket", "b", "/late", "file", "600.0"] == 1
 
     @staticmethod
     def check_conventions(text: str) -> None:
@@ -6661,8 +6847,8 @@ class TestExporter:
             wait_for(lambda: self.metrics(port)["posttroll_missed_messages_total",] > 0)
             found = self.metrics(port)
             caught_up, missed = (found[f"posttroll_{what}_messages_total",] for what in ("caught_up", "missed"))
-            assert caught_up == 16
-            assert missed in (84, 85)  # of the message before it may not yet be known that it is here
+            assert caught_up + missed in (100, 101)  # it may not have been confirmed yet that the first had come
+            assert caught_up >= 16
             assert found[key] == 1 + caught_up
             wait_for(lambda: self.metrics(port)["posttroll_nameserver_up", "localhost"] == 0)
             assert self.metrics(port)["posttroll_known_services",] == 1
@@ -15205,6 +15391,263 @@ class TestAwaiting:
                 wait_for(lambda: data == ["still"])
 
 
+OUTAGE_PUBLISHER = """
+import json, logging, os, select, signal, sys, posttroll
+logging.basicConfig(format="%(levelname)s %(message)s")
+address, name, life, padding, record = json.loads(sys.argv[1])
+number = 0
+with open(record, "a", buffering=1) as record, posttroll.Publisher(address, name) as publisher:
+    print("started", flush=True)
+    while True:
+        is_told = bool(select.select([0], [], [], 0.1)[0])
+        count = os.read(0, 100) if is_told else b"1"
+        if not count:
+            break  # the end of the input
+        for _ in range(int(count)):
+            print(name, life, number, file=record)
+            publisher.send(posttroll.Message("/outage", "info", [name, life, number, "x" * padding]))
+            number += 1
+        if is_told:
+            print("done", flush=True)
+print("dropped", publisher.dropped, flush=True)
+"""
+
+OUTAGE_SUBSCRIBER = """
+import json, logging, signal, sys, posttroll
+logging.basicConfig(format="%(levelname)s %(message)s")
+addresses, record = json.loads(sys.argv[1])
+with open(record, "a", buffering=1) as record, posttroll.Subscriber(addresses, "/outage") as subscriber:
+    signal.signal(signal.SIGTERM, lambda *args: subscriber.stop())
+    print("started", flush=True)
+    for message in subscriber.recv():
+        print(*message.data[:3], file=record)
+print("missed", subscriber.missed, flush=True)
+"""
+
+
+class Outage:
+    """A plain publisher and one with CURVE on one host; on another one subscribers to the one, the other, and both."""
+
+    PORTS = types.MappingProxyType({"plain": 9001, "secure": 9101})
+    WISHES = (("plain",), ("secure",), ("plain", "secure"))
+
+    def __init__(self, hosts: TwoHosts, keys: Keys, directory: Path, seconds: float, **environment: str) -> None:
+        hosts.plug_in()
+        hosts.ip("-n", hosts.names[1], "addr", "add", "10.203.77.3/32", "dev", hosts.links[1])
+        self.hosts, self.keys, self.directory, self.seconds = hosts, keys, directory, seconds
+        self.padding = int(environment.pop("padding", 0))
+        self.environment = {
+            **os.environ,
+            "POSTTROLL_ZMTP_HEARTBEAT_INTERVAL": str(seconds / 20),
+            "POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT": str(seconds / 6),
+            **environment,
+        }
+        self.killed: set[tuple[str, int]] = set()  # lives that ended so: their last messages are theirs to lose
+        self.lives = dict.fromkeys(self.PORTS, -1)
+        self.stack = contextlib.ExitStack()
+        self.publishers: dict[str, Any] = {}
+        self.subscribers: list[Any] = []
+
+    def _start(self, host: int, code: str, backend: str, *settings: Any) -> Any:
+        environment = {**self.environment, "POSTTROLL_BACKEND": backend}
+        command = ["ip", "netns", "exec", self.hosts.names[host], sys.executable, "-u", "-c", code]
+        log = self.stack.enter_context((self.directory / f"{settings[-1].stem}.log").open("a"))
+        words = json.dumps([*settings[:-1], str(settings[-1])])
+        running = self.stack.enter_context(process(*command, words, env=environment, stderr=log))
+        await_line(running, "started")
+        return running
+
+    def publish(self, name: str, host: str = TwoHosts.ADDRESSES[1], port: int = 0) -> None:
+        """Start the next life of a publisher."""
+        self.lives[name] += 1
+        backend = {"plain": "unsecure_zmq", "secure": "secure_zmq"}[name]
+        address = f"tcp://{host}:{port or self.PORTS[name]}"
+        record = self.directory / f"{name}.sent"
+        self.publishers[name] = self._start(
+            1, OUTAGE_PUBLISHER, backend, address, name, self.lives[name], self.padding, record
+        )
+
+    def kill(self, name: str) -> None:
+        self.publishers[name].kill()
+        self.publishers[name].wait()
+        self.killed.add((name, self.lives[name]))
+
+    def subscribe(self) -> None:
+        for number, wishes in enumerate(self.WISHES):
+            addresses = [
+                {"URI": f"tcp://{host}:{port}", "backend": {"plain": "unsecure_zmq", "secure": "secure_zmq"}[name]}
+                for name in wishes
+                for host, port in (
+                    (TwoHosts.ADDRESSES[1], self.PORTS[name]),
+                    (TwoHosts.ADDRESSES[1], self.PORTS[name] + 1),
+                    ("10.203.77.3", self.PORTS[name]),
+                )
+            ]
+            backend = "unsecure_zmq" if "plain" in wishes else "secure_zmq"
+            record = self.directory / f"{number}.got"
+            self.subscribers.append(self._start(0, OUTAGE_SUBSCRIBER, backend, addresses, record))
+
+    def read(self, file: str) -> list[tuple[str, int, int]]:
+        """Return what a process has written down: name, life and number of messages."""
+        lines = (self.directory / file).read_text().rpartition("\n")[0].splitlines()
+        return [(name, int(life), int(number)) for name, life, number in map(str.split, lines)]
+
+    def wanted(self, subscriber: int) -> set[tuple[str, int, int]]:
+        return {message for name in self.WISHES[subscriber] for message in self.read(f"{name}.sent")}
+
+    def missing(self, subscriber: int) -> set[tuple[str, int, int]]:
+        """Return what has not come but what was the last of a publisher that was killed."""
+        got = self.read(f"{subscriber}.got")
+        newest = dict.fromkeys(self.killed, -1)
+        for *life, number in got:
+            if tuple(life) in newest:
+                newest[tuple(life)] = max(number, newest[tuple(life)])
+        return {
+            (name, life, number)
+            for name, life, number in self.wanted(subscriber) - set(got)
+            if number < newest.get((name, life), float("inf"))
+        }
+
+    def reported(self, subscriber: int) -> int:
+        """Return how many messages a subscriber says are gone."""
+        return sum(map(int, REPORTED_LOSS.findall((self.directory / f"{subscriber}.log").read_text())))
+
+    def tell(self, count: str) -> None:
+        """Have all publishers send so many messages at once."""
+        for publisher in self.publishers.values():
+            command_of(publisher, count)
+
+    def hear_all(self) -> None:
+        """Wait until all messages that have been sent until now have come, or are said to be gone."""
+        for number in range(len(self.WISHES)):
+            want = self.wanted(number)
+            wait_for(
+                lambda number=number, want=want: len(self.missing(number) & want) <= self.reported(number),
+                self.seconds + DEADLINE,
+                f"what subscriber {number} should have",
+            )
+
+    def finish(self) -> list[int]:
+        """Let all end well, and judge what has come; return how many messages publishers counted as dropped."""
+        dropped = []
+        for publisher in self.publishers.values():
+            status, out, _ = finish(publisher, self.seconds + DEADLINE)
+            assert status == 0
+            dropped.append(int(out.split()[-1]))
+        self.hear_all()
+        for number, subscriber in enumerate(self.subscribers):
+            subscriber.terminate()
+            status, out, _ = finish(subscriber)
+            assert (status, out) == (0, f"missed {self.reported(number)}\n")
+            got = self.read(f"{number}.got")
+            assert max(collections.Counter(got).values()) == 1, "came twice"
+            assert set(got) <= self.wanted(number)
+            assert len(self.missing(number)) <= self.reported(number)
+        for log in self.directory.glob("*.log"):
+            assert "Traceback" not in log.read_text()
+        return dropped
+
+
+@pytest.mark.long
+@pytest.mark.network
+@pytest.mark.timeout(LONG + 300)
+class TestOutages:
+    """Every message exactly once, or counted and told, whatever has come between publishers and subscribers."""
+
+    SECONDS = max(min(20, LONG / 20), 2)  # how long an outage lasts
+
+    @pytest.fixture
+    def world(self, two_faulty_hosts, keys, tmp_path):
+        """Give what starts the world, with settings for all of its programs."""
+        with contextlib.ExitStack() as stack:
+
+            def start(seconds: float = self.SECONDS, **environment: str) -> Outage:
+                outage = Outage(two_faulty_hosts, keys, tmp_path, seconds, **environment)
+                stack.push(outage.stack)
+                outage.subscribe()
+                for name in Outage.PORTS:
+                    outage.publish(name)
+                outage.tell("20")
+                outage.hear_all()
+                return outage
+
+            yield start
+
+    def cut(self, world: Outage) -> None:
+        name, link = world.hosts.names[1], world.hosts.links[1]
+        world.hosts.ip("-n", name, "link", "set", link, "down")
+        time.sleep(world.seconds)  # the duration of the outage
+        world.hosts.ip("-n", name, "link", "set", link, "up")
+
+    @pytest.mark.parametrize("seconds", [SECONDS, LONG / 2])
+    def test_the_link_is_cut(self, world, seconds):
+        running = world(seconds)
+        self.cut(running)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_the_link_is_cut_for_longer_than_the_history_reaches(self, world):
+        running = world(POSTTROLL_HISTORY_MESSAGES="50")
+        telling = threading.Timer(running.seconds * 0.8, lambda: running.tell("400"))
+        telling.start()  # by then it has been noticed that the link is dead
+        self.cut(running)
+        telling.join()
+        running.finish()
+        for number, wishes in enumerate(Outage.WISHES):
+            missing = running.missing(number)
+            assert len(missing) > 300 * len(wishes)
+            assert running.reported(number) <= len(missing) + 30 * len(wishes)  # what came just before may count, too
+
+    def test_a_half_open_connection(self, world):
+        """Packets vanish; meanwhile the publishers are killed, and have successors that know nothing of connections."""
+        running = world()
+        blackhole = ["blackhole", TwoHosts.ADDRESSES[0] + "/32"]
+        running.hosts.ip("-n", running.hosts.names[1], "route", "add", *blackhole)
+        for name in Outage.PORTS:
+            running.kill(name)
+            running.publish(name)
+        time.sleep(running.seconds)  # the duration of the outage
+        running.hosts.ip("-n", running.hosts.names[1], "route", "del", *blackhole)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    @pytest.mark.parametrize("where", ["same port", "other port", "other address"])
+    def test_a_publisher_is_killed_and_restarted(self, world, where):
+        running = world()
+        for name in Outage.PORTS:
+            running.kill(name)
+        time.sleep(running.seconds / 4)  # the duration of the outage
+        for name, port in Outage.PORTS.items():
+            host = "10.203.77.3" if where == "other address" else TwoHosts.ADDRESSES[1]
+            running.publish(name, host, port + (where == "other port"))
+        running.tell("100")
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_the_host_of_the_subscribers_is_suspended(self, world):
+        running = world()
+        for subscriber in running.subscribers:
+            subscriber.send_signal(signal.SIGSTOP)
+        time.sleep(running.seconds)  # the duration of the outage
+        for subscriber in running.subscribers:
+            subscriber.send_signal(signal.SIGCONT)
+        running.hear_all()
+        assert running.finish() == [0, 0]
+
+    def test_queues_are_full(self, world):
+        small = {f"POSTTROLL_{side}_HIGH_WATER_MARK": "50" for side in ("SEND", "RECEIVE")}
+        running = world(padding="20000", POSTTROLL_HISTORY_BYTES="100000000", **small)
+        for subscriber in running.subscribers[1:]:
+            subscriber.send_signal(signal.SIGSTOP)
+        for _ in range(10):
+            running.tell("100")
+            time.sleep(running.seconds / 10)  # the duration of the outage
+        for subscriber in running.subscribers[1:]:
+            subscriber.send_signal(signal.SIGCONT)
+        running.hear_all()
+        assert all(running.finish())
+
+
 # ======================================================================================================================
 # Chaos: several hosts, everything that goes wrong at random, and not one message unaccounted for
 #
@@ -15252,7 +15695,7 @@ class World(Crowd):
             Part("s1", "subscriber", "b", 0.004, everybody, services=everybody, **following),
             Part("s2", "subscriber", "c", 0, everybody, services="", **following),
             Part("s3", "subscriber", "d", 0, ["mover"], **by_name),
-            Part("s4", "subscriber", "a", 0.008, everybody, services="", **following),
+            Part("s4", "subscriber", "a", 0.005, everybody, services="", **following),
             Part("s5", "subscriber", "b", 0, ["p0", "p2"], services=["p0", "p2"], nameserver=["ns-a", "ns-b"]),
             Part("s6", "subscriber", "c", 0.02, ["p3"], throttled, services=["p3"], **following),
             Part("s7", "subscriber", "d", 0, ["mover"], services=["mover"], **following),
@@ -15585,7 +16028,7 @@ class TestChaos:
         world.note("all is well again")
         faults = []
         try:
-            hear_each_other(world, "at the end")
+            hear_each_other(world, "at the end", 120)  # slow ones have much before them
             for life, before in uses.items():
                 if not life.ending:
                     with contextlib.suppress(pytest.fail.Exception):
