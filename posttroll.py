@@ -8705,7 +8705,7 @@ class _Meter:
         self._lock = threading.Lock()
         self._tallies: dict[str, _Tally] = {}  # by address
         self._kinds = 0
-        self._subscriber = Subscriber([], topics, self._count, translate=True)
+        self._subscriber = Subscriber([], topics, self._count, translate="origin")
         self._thread = threading.Thread(target=self._receive, name="posttroll meter", daemon=True)
         self._thread.start()
 
@@ -9062,7 +9062,7 @@ class _Check:
 
     def measure(self, name: str, value: str, warn: str = "", critical: str = "") -> None:
         """Take note of a number."""
-        label = "".join("_" if character in "'=|" or character.isspace() else character for character in name)
+        label = re.sub(r"['=|\s]", "_", _printable(name))
         self._data.append(f"'{label}'={value};{warn};{critical}")
 
     def line(self) -> str:
@@ -9184,8 +9184,8 @@ def _run_check(options: argparse.Namespace) -> int:
     def run() -> None:
         try:
             check.run()
-        except (ValueError, NotImplementedError, MessageError, OSError, zmq.ZMQError) as error:
-            check.find(3, str(error))
+        except Exception as error:  # whatever it is, monitors want to have it in the line
+            check.find(3, str(error) or repr(error))
         over.set()
 
     threading.Thread(target=run, daemon=True).start()  # a name server that is down could hold it up
@@ -9381,7 +9381,7 @@ def _run_exporter(options: argparse.Namespace) -> int:
         stack.enter_context(signals_wake(loop))
         stack.enter_context(call_on_signals(loop.stop))
         host = f"[{options.bind}]" if ":" in options.bind else options.bind
-        _talk(f"Metrics are at http://{host}:{server.port}/metrics")
+        _talk(f"Metrics are at http://{host}:{server.port}/metrics", options)
         network.run()
     return 0
 

@@ -1246,6 +1246,14 @@ class TestHeaderFields:
 class TestBrokenMessages:
     """What is no message raises MessageError and nothing else."""
 
+    def test_the_text_that_it_was_decoded_from(self):
+        text = "pytroll://a info a@b 2026-01-01T00:00:00 v1.01 text/ascii \u4eac"
+        for raw in (text, text.encode()):
+            message = posttroll.Message.decode(raw)
+            message.sender, message.data = "c@d", "x"
+            assert message.raw == text
+        assert posttroll.Message("/a", "info").raw is None
+
     @pytest.mark.parametrize(
         "raw",
         [
@@ -3628,6 +3636,21 @@ class TestPublishAndItsFactory:
 
 
 class TestSubscriber:
+    def test_what_is_caught_up_and_who_is_up_to_date(self):
+        """Only publishers of ours tell of the past, and that there is no more of it."""
+        with posttroll.Publisher("tcp://*:0") as pub, zmq.Context() as context, context.socket(zmq.PUB) as other:
+            for number in range(5):
+                pub.send(text_message(number))
+            port = other.bind_to_random_port("tcp://127.0.0.1")
+            addresses = [local_address(pub.port_number), local_address(port)]
+            with posttroll.Subscriber(addresses, since=60) as sub:
+                assert (sub.caught_up, sub.up_to_date) == (0, 0)
+                assert received_data(sub, 5) == [0, 1, 2, 3, 4]
+                wait_for(lambda: next(sub.recv(0.01)) is None and sub.up_to_date == 1)
+                pub.send(text_message("live"))
+                assert received_data(sub) == ["live"]
+                assert (sub.caught_up, sub.up_to_date, sub.missed) == (5, 1, 0)
+
     def test_last_heard(self):
         """Messages and heartbeats count, also those that the filter skips, but not those of other topics."""
         with connected(["/a", "/heartbeat"], message_filter=lambda message: message.subject != "/a/skipped") as pair:
@@ -6642,6 +6665,16 @@ class TestCheck:
         status, text, data = self.check(capsys, "alive", "--timeout", 0.5)
         assert (status, text, data) == (2, "no answer from the nameserver on localhost", {})
 
+    def test_odd_names(self, capsys):
+        """They break neither the line nor the performance data."""
+        name = "it's=odd|\u4eac\x07"
+        with nameserver(), posttroll.Publish(name, nameservers=["localhost"]) as publisher:
+            wait_for(lambda: posttroll.get_pub_address(name))
+            publisher.send(posttroll.Message("/a", "info"))
+            status, text, data = self.check(capsys, name, "--silent", 60)
+            assert (status, text.split("; ")[1]) == (0, "it's=odd/\u4eac\\u0007 answers")
+            assert set(data) == {"nameserver", "it_s_odd_\u4eac\\u0007", "it_s_odd_\u4eac\\u0007_silent"}
+
     def test_what_can_only_be_known_by_waiting(self, capsys):
         """Other implementations keep no history: something has to come while the check listens."""
         with zmq.Context() as context, context.socket(zmq.XPUB) as sock:
@@ -6694,7 +6727,7 @@ class TestCheck:
             posttroll.main(["services", *words])
         assert caught.value.code == 2
 
-    @pytest.mark.parametrize("name", ["a", "tcp://slow.invalid:9000"])
+    @pytest.mark.parametrize("name", ["a", "tcp://slow.invalid:9000", "stuck"])
     def test_never_longer_than_the_timeout(self, name, capsys, monkeypatch):
         """Even if names do not resolve for minutes."""
         over = threading.Event()
@@ -6705,13 +6738,22 @@ class TestCheck:
 
         monkeypatch.setattr(socket, "getaddrinfo", resolve)
         monkeypatch.setattr(socket, "create_connection", resolve)
+        if name == "stuck":  # in whatever it is
+            monkeypatch.setattr(posttroll, "get_pub_address", resolve)
         try:
             start = time.monotonic()
-            status, _, _ = self.check(capsys, name, "--nameserver", "slow.invalid", "--timeout", 0.5, "--silent", 60)
+            status, text, _ = self.check(capsys, name, "--nameserver", "slow.invalid", "--timeout", 0.5, "--silent", 60)
             assert time.monotonic() - start < DEADLINE / 2
             assert status == 2
+            assert (text == "no result after 0.5 s") == (name == "stuck")
         finally:
             over.set()
+
+    def test_an_error_that_nobody_expects(self, capsys, monkeypatch):
+        monkeypatch.setattr(posttroll, "get_pub_address", mock.Mock(side_effect=RuntimeError("a | b\nc")))
+        assert self.check(capsys)[:2] == (3, "a / b\\nc")
+        monkeypatch.setattr(posttroll, "get_pub_address", mock.Mock(side_effect=KeyError()))
+        assert self.check(capsys)[:2] == (3, "KeyError()")
 
     def test_as_a_process(self):
         """Never a traceback, whatever is configured, and not a word too much."""
