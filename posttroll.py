@@ -7075,13 +7075,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_arguments, run) in _commands.items():
-        description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
-        brief, epilog = description[0].lower() + description[1:].rstrip("."), textwrap.dedent(examples)
+        first, _, rest = (run.__doc__ or ".").partition("\n")  # python -OO has none
+        more, _, examples = textwrap.dedent(rest).partition("Examples:\n")
         command = subparsers.add_parser(
             name,
-            help=brief,
-            description=description,
-            epilog=epilog.replace("E", "e", 1),
+            help=first[0].lower() + first[1:].rstrip("."),
+            description=f"{first}\n{more}".rstrip(),
+            epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             conflict_handler="resolve",  # what a command has of its own comes before what all have
         )
@@ -9321,6 +9321,177 @@ def _free_ports(count: int) -> list[int]:
             probe.bind(("", port))
             found.append(port)
     return found
+
+
+# -- help, completion --
+
+
+def _command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the commands."""
+    actions = _parser()._actions
+    parsers = dict(next(action.choices for action in actions if isinstance(action, argparse._SubParsersAction)))
+    with suppress(ImportError):
+        parsers["nameserver"] = _nameserver_module()._parser()
+    return parsers
+
+
+def _add_help_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("about", nargs="?", choices=[*_commands, "nameserver"], metavar="COMMAND", help="which one")
+
+
+_EXIT_STATUS = """\
+0 on success, 1 if something failed (stderr tells what, and what to do), 2 for wrong arguments, 130 after Control-C."""
+
+
+@_command("help", _add_help_arguments)
+def _run_help(options: argparse.Namespace) -> int:
+    """Show all that is known of a command.
+
+    Examples:
+      posttroll help
+      posttroll help subscribe | less
+    """
+    if options.about is None:
+        _parser().print_help()
+        return 0
+    command = _command_parsers()[options.about]
+    text, _, examples = (command.epilog or "").partition("examples:\n")
+    about = command.description or ""
+    sections = {
+        "NAME": f"posttroll {options.about} - {about[:1].lower()}{about.partition(chr(10))[0][1:].rstrip('.')}",
+        "SYNOPSIS": " ".join(command.format_usage().split()).removeprefix("usage: "),
+        "DESCRIPTION": about.partition("\n\n")[2] + text,
+        "ARGUMENTS": _manual_entries(command, are_options=False),
+        "OPTIONS": _manual_entries(command, are_options=True),
+        "EXAMPLES": textwrap.dedent(examples).rstrip(),
+        "EXIT STATUS": "" if options.about == "check" else _EXIT_STATUS,
+        "CONFIGURATION": "What --set sets, see 'posttroll config'.",
+    }
+    for heading, content in sections.items():
+        if content:
+            wrapped = heading in ("NAME", "SYNOPSIS", "EXIT STATUS")
+            lines = textwrap.fill(content, 92, break_on_hyphens=False) if wrapped else content
+            print(f"{heading}\n{textwrap.indent(lines, '    ')}\n")
+    return 0
+
+
+def _manual_entries(command: argparse.ArgumentParser, are_options: bool) -> str:
+    """Return what the options of a command, or its other arguments, are."""
+    entries = []
+    for action in command._actions:
+        if bool(action.option_strings) == are_options and action.help != argparse.SUPPRESS:
+            value = "" if action.nargs == 0 else _value_name(action)
+            names = ", ".join(f"{name} {value}".rstrip() for name in action.option_strings) or value
+            meaning = (action.help or "") % {**vars(action), "prog": command.prog}
+            if action.choices and action.option_strings:
+                meaning += f" ({', '.join(action.choices)})"
+            entries.append(f"{names}\n{textwrap.indent(textwrap.fill(meaning, 84), '    ')}")
+    return "\n".join(entries)
+
+
+def _value_name(action: argparse.Action) -> str:
+    """Return what an argument is called where its value stands."""
+    return cast(str, action.metavar or (action.dest.upper() if action.option_strings else action.dest))
+
+
+def _values(action: argparse.Action) -> tuple[str, ...] | None:
+    """Return what the value of an argument can be, None if that is a file or not known."""
+    if action.type is assignment:
+        return tuple(f"{key}=" for key in OPTIONS)
+    if action.metavar == "KEY" and action.dest == "keys":
+        return tuple(OPTIONS)
+    return tuple(action.choices) if action.choices else None
+
+
+def _bash_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """Return a script that completes commands, options, and values as far as they are known; else files."""
+    cases = []
+    for name, parser in parsers.items():
+        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        by_values: dict[str, list[str]] = {}
+        for action in shown:
+            if action.option_strings and action.nargs != 0:
+                by_values.setdefault(" ".join(_values(action) or ()), []).extend(action.option_strings)
+        for values, flags in by_values.items():
+            pattern = "|".join(f"'{name} {flag}'" for flag in flags)
+            cases.append(f"    {pattern}) words='{values}' ;;")
+        words = [flag for action in shown for flag in action.option_strings]
+        words += [value for action in shown if not action.option_strings for value in _values(action) or ()]
+        cases.append(f"    '{name} '*) words='{' '.join(words)}' ;;")
+    return f"""# bash completion for posttroll, made by 'posttroll completion bash'
+_posttroll() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words
+  if [ "$COMP_CWORD" -eq 1 ]; then words='{" ".join([*parsers, "--help", "--version"])}'
+  else case "${{COMP_WORDS[1]}} $previous" in
+{chr(10).join(cases)}
+  esac fi
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+  case "${{COMPREPLY[0]}}" in *=) compopt -o nospace ;; esac
+}}
+complete -o default -F _posttroll posttroll
+"""
+
+
+def _zsh_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """Return a script that completes the same, and tells what options mean."""
+
+    def quoted(text: str) -> str:
+        return "'" + text.replace("'", "'\\''") + "'"
+
+    def escaped(text: str) -> str:
+        return re.sub(r"([\[\]:\\])", r"\\\1", text)
+
+    def specification(action: argparse.Action, parser: argparse.ArgumentParser) -> list[str]:
+        meaning = escaped((action.help or "") % {**vars(action), "prog": parser.prog})
+        values = _values(action)
+        what = f"({' '.join(values)})" if values else "_files"
+        value = f":{escaped(_value_name(action))}:{what}"
+        if not action.option_strings:
+            return [quoted(("*" if action.nargs in ("*", "+") else "") + value)]
+        return [quoted(f"*{flag}[{meaning}]{'' if action.nargs == 0 else value}") for flag in action.option_strings]
+
+    cases = []
+    for name, parser in parsers.items():
+        words = [
+            word
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS
+            for word in specification(action, parser)
+        ]
+        cases.append(f"    {name}) _arguments -S {' '.join(words)} ;;")
+    briefs = [f"{name}:{escaped((parser.description or name).splitlines()[0])}" for name, parser in parsers.items()]
+    return f"""#compdef posttroll
+# zsh completion for posttroll, made by 'posttroll completion zsh'
+_posttroll() {{
+  local -a commands=({" ".join(map(quoted, briefs))})
+  if (( CURRENT == 2 )); then _describe command commands; return; fi
+  shift words; (( CURRENT-- ))
+  case $words[1] in
+{chr(10).join(cases)}
+  esac
+}}
+if [ "$funcstack[1]" = _posttroll ]; then _posttroll "$@"; else compdef _posttroll posttroll; fi
+"""
+
+
+_COMPLETIONS = {"bash": _bash_completion, "zsh": _zsh_completion}
+
+
+def _add_completion_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shell", choices=list(_COMPLETIONS), help="whose script to print")
+
+
+@_command("completion", _add_completion_arguments)
+def _run_completion(options: argparse.Namespace) -> int:
+    """Print a script by which a shell completes commands, options and keys.
+
+    Examples:
+      source <(posttroll completion bash)
+      posttroll completion bash > /etc/bash_completion.d/posttroll
+      posttroll completion zsh > ~/.zfunc/_posttroll
+    """
+    print(_COMPLETIONS[options.shell](_command_parsers()), end="")
+    return 0
 
 
 # -- commands that are scripts of their own, too --

@@ -6674,6 +6674,81 @@ class TestExporter:
                 wait_for(lambda: self.metrics(port).get(("posttroll_messages_total", "secret", "/a", "info")) == 1)
 
 
+class TestHelpAndCompletion:
+    def test_without_a_command_it_shows_all(self):
+        status, out, _ = run_here("help")
+        assert status == 0
+        assert all(f"\n    {name}" in out for name in [*posttroll._commands, "nameserver"])
+
+    @pytest.mark.parametrize("name", [*posttroll._commands, "nameserver"])
+    def test_of_each_command(self, name):
+        status, out, _ = run_here("help", name)
+        _, usage, _ = run_here(name, "--help")
+        assert status == 0
+        assert re.search(rf"^NAME\n    posttroll {name} - [a-z]", out)
+        headings = ["SYNOPSIS", "OPTIONS", "EXAMPLES", "CONFIGURATION"]
+        for heading in headings + ["EXIT STATUS"] * (name != "check"):  # which has statuses of its own
+            assert f"\n{heading}\n    " in out
+        options = [set(re.findall(r"^  (?:  )?(-[-\w]+)", text, re.MULTILINE)) for text in (usage, out)]
+        assert options[0] == options[1] != set()
+        examples = usage.partition("examples:\n")[2].split("\n")
+        assert all(example.strip() in out for example in examples)
+
+    def test_what_it_says_of_arguments(self):
+        _, out, _ = run_here("help", "completion")
+        assert "\nARGUMENTS\n    shell\n        whose script to print\n" in out
+        _, out, _ = run_here("help", "subscribe")
+        assert "\n    -n COUNT, --count COUNT\n        end after so many messages\n" in out
+        _, out, _ = run_here("help", "relay")
+        assert "\nDESCRIPTION\n    Each end is a process, with a configuration of its own." in out
+
+    def test_unknown_ones(self):
+        for words in (("help", "nothing"), ("completion", "fish")):
+            status, _, err = run_here(*words)
+            assert status == 2
+            assert "invalid choice" in err
+
+    @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("s", {"subscribe", "services"}),
+            ("--v", {"--version"}),
+            ("subscribe --si", {"--since"}),
+            ("subscribe --where ", set()),
+            ("subscribe --set back", {"backend="}),
+            ("config mc_", {"mc_group", "mc_ttl"}),
+            ("relay --out-set mc_t", {"mc_ttl="}),
+            ("completion z", {"zsh"}),
+            ("help gen", {"generate-keys"}),
+            ("nameserver -d st", {"start", "stop", "status"}),
+            ("demo --ro", set()),
+        ],
+    )
+    def test_bash(self, line, words):
+        """With its names, and nothing hidden."""
+        _, script, _ = run_here("completion", "bash")
+        code = f"""{script}
+            compopt() {{ :; }}
+            IFS=' '; COMP_WORDS=(posttroll {line}"$1"); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            _posttroll; echo "${{COMPREPLY[@]}}"
+        """
+        arguments = [code, "bash"] if not line.endswith(" ") else [code.replace('"$1"', " ''"), "bash"]
+        done = subprocess.run(["bash", "-c", *arguments], capture_output=True, text=True, check=True)
+        assert (set(done.stdout.split()), done.stderr) == (words, "")
+
+    def test_zsh(self):
+        _, script, _ = run_here("completion", "zsh")
+        assert script.startswith("#compdef posttroll\n")
+        for name in [*posttroll._commands, "nameserver"]:
+            assert f"'{name}:" in script
+            assert f"\n    {name}) _arguments " in script
+        assert "'*--sample[only one of N messages]:N:_files'" in script
+        assert "--role" not in script
+        if shutil.which("zsh"):
+            subprocess.run(["zsh", "-n"], input=script, text=True, check=True)
+
+
 class TestConfigCommand:
     """``posttroll config``."""
 
