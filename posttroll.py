@@ -72,7 +72,7 @@ from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
-from itertools import accumulate, chain, count, islice, takewhile, zip_longest
+from itertools import accumulate, chain, count, islice, takewhile
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
 
 import zmq
@@ -108,7 +108,7 @@ class _Option:
 
     def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
         self.default = default
-        self.kind = kind  # "int", "number", "str", "path", "list", or the choices as "a|b|c"
+        self.kind = kind  # "int", "port", "number", "str", "path", "list", "hosts", or the choices as "a|b|c"
         self.meaning = meaning
         self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
@@ -116,6 +116,11 @@ class _Option:
 OPTIONS: dict[str, _Option] = {
     "backend": _Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
     "message_version": _Option("v1.2", "v1.2|v1.01|auto", "format of new messages; v1.01 drops time zones"),
+    "nameserver": _Option(None, "hosts", "nameservers to ask in place of the default localhost; none for nobody"),
+    "nameservers": _Option(None, "hosts", "nameservers to register with in place of multicast; none for nowhere"),
+    "announced_address": _Option(
+        None, "str", "host or host:port that publishers announce in place of the address of this host"
+    ),
     "nameserver_port": _Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
     "secure_zmq_nameserver_port": _Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
     "address_publish_port": _Option(16543, "port", "where the nameserver publishes new and lost addresses"),
@@ -214,7 +219,9 @@ def _as_kind(value: Any, kind: str) -> Any:
         if kind == "number" and not 0 <= number < 1e6:
             raise ValueError("a number of seconds that is not negative")
         return number
-    elif kind == "list":
+    elif kind == "hosts" and (value is False or str(value).strip().lower() in ("none", "false", "")):
+        return []
+    elif kind in ("list", "hosts"):
         items = value.replace(",", " ").split() if isinstance(value, str) else value
         if not isinstance(items, (list, tuple, set)) or not all(isinstance(item, str) for item in items):
             raise ValueError("a list of strings")
@@ -1702,6 +1709,13 @@ class MulticastSender:
         """Send *data* in one datagram."""
         self.socket.sendto(data.encode() if isinstance(data, str) else data, (self.group, self.port))
 
+    def own_address(self) -> str:
+        """Return the address of the interface that it sends over; raises OSError if there is none."""
+        probe, group = mcast_sender(self.group)
+        with probe:
+            probe.connect((group, self.port))  # no packet is sent; the kernel picks the route
+            return cast(str, probe.getsockname()[0])
+
     def close(self) -> None:
         """Close the sender."""
         self.socket.close()
@@ -1741,18 +1755,30 @@ class MulticastReceiver:
         self.socket.close()
 
 
+def source_address(number: str) -> str | None:
+    """Return the address from which this host talks to the host *number*, None if nothing leads there.
+
+    It is that of the interface that leads there.
+    """
+    family = socket.AF_INET6 if ":" in number else socket.AF_INET
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((number, 9))  # no packet is sent; the kernel picks the route
+        return cast(str, probe.getsockname()[0])
+    return None
+
+
 def get_own_ip() -> str:
-    """Return the IPv4 address of this host that other hosts see, ``127.0.0.1`` without a network."""
-    for target in (config.get("mc_group"), "192.0.2.1"):  # no packet is sent; the kernel picks the route
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            interface = _multicast_interface() if target != "192.0.2.1" else b"\0\0\0\0"
-            if interface != b"\0\0\0\0":
-                return socket.inet_ntoa(interface)
-            probe.connect((target, 9))
-            address = str(probe.getsockname()[0])
-            if address != "0.0.0.0":
-                return address
-    return next((address for address in get_local_ips() if not address.startswith("127.")), "127.0.0.1")
+    """Return the IPv4 address of this host that leads to others, ``127.0.0.1`` without a network.
+
+    It is that of the default route, or, if there is none, that of an interface.
+    """
+    candidates = chain((source_address("192.0.2.1") for _ in range(1)), get_local_ips())
+    return next((address for address in candidates if address and not is_loopback(address)), "127.0.0.1")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether *address*, a number, is one by which only this host itself can be reached."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def get_local_ips() -> list[str]:
@@ -2156,7 +2182,14 @@ _key_log = LimitedLogger("backends.zmq.socket")
 
 
 class _ClientKeys:
-    """The public keys in a directory, which is read again when it changes."""
+    """The public keys in a directory, which may change at any time.
+
+    To let a client in takes a look at the one file that has its key, however many there are.  Before one is refused,
+    the directory is read again, unless it has been just now: whoever may not come in keeps nobody busy.
+    """
+
+    PAUSE = 9  # times as long as the last reading took, until the next
+    GRANULARITY = 2.0  # seconds; of the times of files, at worst (FAT)
 
     def __init__(self, setting: str) -> None:
         path = config.get(setting)
@@ -2165,26 +2198,55 @@ class _ClientKeys:
         self.directory = os.path.expanduser(path)
         if not os.path.isdir(self.directory):
             raise ConfigurationError(f"{setting}: {self.directory} is not a directory.")
-        self._keys: dict[str, tuple[Any, bytes]] = {}  # by path, each with what changes when the file does
+        self._files: dict[str, tuple[Any, bytes]] = {}  # by path: what changes when the file does, and its key
+        self._paths: dict[bytes, str] = {}  # by key: a file that has it
+        self._state: Any = None  # what changes when a file is added or removed
+        self._next_reading = 0.0
 
     def __contains__(self, key: bytes) -> bool:
-        known, self._keys = self._keys, {}
+        if self._is_confirmed(key):
+            return True
+        if key in self._paths or self._state != self._directory_state() or time.monotonic() >= self._next_reading:
+            self._read_directory()
+        return self._is_confirmed(key)
+
+    def _is_confirmed(self, key: bytes) -> bool:
+        """Whether the file in which *key* was found is still the same."""
+        path = self._paths.get(key)
+        with suppress(OSError):
+            return path is not None and _file_state(os.stat(path)) == self._files[path][0]
+        return False
+
+    def _directory_state(self) -> Any:
+        """Return what changes when a file is added or removed; something new each time, if that cannot be told."""
+        with suppress(OSError):
+            state = os.stat(self.directory)
+            if time.time() - state.st_mtime > self.GRANULARITY:
+                return _file_state(state)
+        return object()
+
+    def _read_directory(self) -> None:
+        begin = time.monotonic()
+        self._state = self._directory_state()
+        known, self._files, self._paths = self._files, {}, {}
         try:
             with os.scandir(self.directory) as entries:
                 for entry in entries:
                     if entry.name.endswith(".key"):
-                        self._keys[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
+                        _, key = self._files[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
+                        self._paths[key] = entry.path
         except OSError as error:
+            self._paths = {}
             _key_log.warning("directory", "No client is let in: %s", error)
-            return False
-        return any(key == other for _, other in self._keys.values())
+        end = time.monotonic()
+        self._next_reading = end + self.PAUSE * (end - begin)
 
     @staticmethod
     def _read(entry: os.DirEntry[str], known_state: Any, known_key: bytes) -> tuple[Any, bytes]:
         """Return state and public key of a file, as known if it has not changed; no key if it is not to be used."""
         state = None
         try:
-            state = (entry.stat().st_mtime_ns, entry.stat().st_ino)
+            state = _file_state(entry.stat())
             if state == known_state:
                 return state, known_key
             return state, _read_keys(entry.path)["public"] if entry.is_file() else b""
@@ -2194,6 +2256,11 @@ class _ClientKeys:
             )
             # No file descriptors left, or no permission yet: it is read again.
             return None if isinstance(error, OSError) else state, b""
+
+
+def _file_state(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes when a file does."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 # -- who may connect --
@@ -2212,13 +2279,8 @@ def is_own_address(address: str) -> bool:
             return True
     except ValueError:
         return False
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # no packet is sent; a host talks to itself from the address that it talks to
-            return str(probe.getsockname()[0]).partition("%")[0] == address.partition("%")[0]
-    except OSError:
-        return False
+    # A host talks to itself from the address that it talks to.
+    return (source_address(address) or "").partition("%")[0] == address.partition("%")[0]
 
 
 class _AddressList:
@@ -2701,11 +2763,43 @@ class SocketReceiver:
 get_configured_nameserver_port = get_configured_unsecure_zmq_nameserver_port
 
 
-def _nameserver_endpoint(nameserver: str, port: int) -> str:
-    """Return the address of *nameserver*, given as ``host``, or as ``host:port`` for another port than *port*."""
-    host = nameserver.strip()
+Hosts = Union[str, Sequence[str], bool, None]
+
+
+def hosts_to_ask(nameserver: Hosts) -> list[str]:
+    """Return the nameservers to ask, none for False.
+
+    The default (None, or the text ``localhost``) stands for the configured `nameserver`, else for this host.
+    """
+    return _hosts_or_configured(nameserver, "nameserver", ["localhost"]) or []
+
+
+def hosts_to_register_with(nameservers: Hosts) -> list[str] | None:
+    """Return the nameservers to register a publisher with: None for multicast, an empty list for nowhere.
+
+    The default (nothing, or the text ``localhost``) stands for the configured `nameservers`, else for multicast (or
+    this host).  Only False is multicast whatever is configured.
+    """
+    return None if nameservers is False else _hosts_or_configured(nameservers or None, "nameservers", None)
+
+
+def _hosts_or_configured(given: Hosts, key: str, default: list[str] | None) -> list[str] | None:
+    """Return the hosts *given*; if that is the default, those that are configured under *key*, else *default*."""
+    if given is None or given is True or given == "localhost":
+        configured = config.get(key)
+        if configured is not None:
+            return cast("list[str]", configured)
+        return ["localhost"] if given == "localhost" else default
+    return [] if given is False else [given] if isinstance(given, str) else list(given)
+
+
+def _endpoint_at(host: str, port: int) -> str:
+    """Return the address at *host*, given as ``host``, or as ``host:port`` for another port than *port*."""
+    host = host.strip()
     if "://" in host:
         return _check_connectable(host)
+    if _is_number(f"[{host}]"):
+        return f"tcp://[{host}]:{port}"
     name, _, own_port = host.rpartition(":")
     has_port = own_port.isdigit() and name and not name.endswith(":")
     return _check_connectable(f"tcp://{host}" if has_port else f"tcp://{host}:{port}")
@@ -2714,7 +2808,7 @@ def _nameserver_endpoint(nameserver: str, port: int) -> str:
 def _lookup_endpoint(nameserver: str) -> str:
     """Return the address on which *nameserver* answers lookups."""
     secure_port = config.get("secure_zmq_nameserver_port") if configured_backend() == "secure_zmq" else None
-    return _nameserver_endpoint(nameserver, secure_port or get_configured_nameserver_port())
+    return _endpoint_at(nameserver, secure_port or get_configured_nameserver_port())
 
 
 def _request_for(service: str) -> bytes:
@@ -2775,16 +2869,15 @@ def _answer_on(sock: zmq.Socket[bytes], request: bytes, timeout: float) -> bytes
     return None
 
 
-def get_pub_address(
-    name: str, timeout: float = 10, nameserver: str | Sequence[str] = "localhost"
-) -> list[dict[str, Any]]:
+def get_pub_address(name: str, timeout: float = 10, nameserver: Hosts = "localhost") -> list[dict[str, Any]]:
     """Get the addresses of the publishers of the service *name*.
 
     Args:
         name: Name or alias of the publisher, ``""`` for all publishers.
         timeout: How long to wait for the nameserver, in seconds.
         nameserver: The host of the nameserver, ``host:port`` if it answers on another port than configured, or a
-            list of them: then the answers are merged, and one that answers is enough.
+            list of them: then the answers are merged, and one that answers is enough.  The default stands for the
+            configured `nameserver`.
 
     Returns:
         A dictionary for each publisher, with its address as ``"URI"``; none if the nameserver knows none.
@@ -2794,7 +2887,9 @@ def get_pub_address(
         ConfigurationError: The secure backend is not set up.
     """
     request = _request_for(name)
-    nameservers = [nameserver] if isinstance(nameserver, str) else list(nameserver)
+    nameservers = hosts_to_ask(nameserver)
+    if not nameservers:
+        return []
     if len(nameservers) == 1:
         answers = [_ask(_lookup_endpoint(nameservers[0]), request, timeout)]
     else:
@@ -2855,7 +2950,7 @@ def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[b
 
 
 def get_pub_addresses(
-    names: Sequence[str] | str | None = None, timeout: float = 10, nameserver: str | Sequence[str] = "localhost"
+    names: Sequence[str] | str | None = None, timeout: float = 10, nameserver: Hosts = "localhost"
 ) -> list[dict[str, Any]]:
     """Get the addresses of the publishers of several services.
 
@@ -2894,12 +2989,22 @@ class _MulticastTarget:
     def open(self, loop: Loop) -> None:
         """Do nothing: the socket is opened when it is used."""
 
+    def own_address(self) -> str | None:
+        """Return the address of the interface that is used; None if it leads nowhere, but for a configured one."""
+        with suppress(OSError):
+            address = self._opened().own_address()
+            return None if is_loopback(address) and not config.get("multicast_interface") else address
+        return None
+
+    def _opened(self) -> MulticastSender:
+        if self._sender is None:
+            self._sender = MulticastSender(self._port, self._group)
+        return self._sender
+
     def announce(self, text: str) -> None:
         """Send *text* to the multicast group."""
         try:
-            if self._sender is None:
-                self._sender = MulticastSender(self._port, self._group)
-            self._sender(text)
+            self._opened()(text)
         except OSError as error:
             self._log.warning("send", "Cannot announce by multicast (trying again): %s", error)
             self.close()
@@ -2937,6 +3042,12 @@ class _NameserverTarget:
         self._loop = loop
         self._resolution = _Resolution(self._endpoint, partial(loop.call, self._connect))
         self._connect()
+
+    def own_address(self) -> str | None:
+        """Return the address of the interface that leads to the nameserver, None if it is on this host, or unknown."""
+        tcp = split_tcp_address(self._resolution.endpoint or "")
+        address = source_address(tcp[0].strip("[]")) if tcp is not None else None
+        return None if address is None or is_loopback(address) else address
 
     def _connect(self) -> None:
         endpoint = None if self._is_closed else self._resolution.check()
@@ -3032,7 +3143,7 @@ class MessageBroadcaster:
         self._port = port
         self._interval = interval
         receivers = [designated_receivers] if isinstance(designated_receivers, str) else designated_receivers
-        self._receivers = [_nameserver_endpoint(host, port) for host in dict.fromkeys(receivers or ())]
+        self._receivers = [_endpoint_at(host, port) for host in dict.fromkeys(receivers or ())]
         if not self._receivers:
             multicast_group(None)
         self._targets: list[Any] = []
@@ -3064,17 +3175,24 @@ class MessageBroadcaster:
 
     def _announce(self, loop: Loop) -> None:
         self._timer = loop.at(time.monotonic() + self._interval, partial(self._announce, loop))
-        text = self._text()
         for target in self._targets:
-            target.announce(text)
+            target.announce(self._text(target))
 
-    def _text(self) -> str:
-        """Return what to send now."""
+    def _text(self, target: Any = None) -> str:
+        """Return what to send to *target* now."""
         return self._message
 
-    def _goodbye(self) -> str | None:
-        """Return what to send as the last thing, if anything."""
+    def _goodbye(self, target: Any) -> str | None:
+        """Return what to send to *target* as the last thing, if anything."""
         return None
+
+    def _say_goodbye(self, done: Sequence[threading.Event]) -> None:
+        for target, event in zip(self._targets, done):
+            text = self._goodbye(target)
+            if text is None:
+                event.set()
+            else:
+                target.say_goodbye(text, event.set)
 
     def stop(self) -> MessageBroadcaster:
         """Stop the broadcasting, and wait until it has ended."""
@@ -3084,10 +3202,9 @@ class MessageBroadcaster:
             loop, self._loop = self._loop, None
             if loop is None:
                 return self
-        goodbye = self._goodbye()
-        if goodbye is not None and not loop.is_stopped and not _background.is_here:
+        if not loop.is_stopped and not _background.is_here:
             done = [threading.Event() for _ in self._targets]
-            loop.call(lambda: [each.say_goodbye(goodbye, event.set) for each, event in zip(self._targets, done)])
+            loop.call(partial(self._say_goodbye, done))
             deadline = time.monotonic() + self._GOODBYE_SECONDS
             all(event.wait(max(deadline - time.monotonic(), 0)) for event in done)
         _background.finish(self._end, loop)
@@ -3114,34 +3231,37 @@ class AddressBroadcaster(MessageBroadcaster):
 
     Args:
         name: The name of the publisher.
-        address: Its address; ``tcp://*:PORT`` stands for the address of this host, looked up each time.
+        address: Its address; ``tcp://*:PORT`` stands for the configured `announced_address`, else that of the interface
+            that leads to whom it is told, looked up each time.
         interval: Seconds between two announcements.
-        nameservers: Hosts to register with; without any, the announcement goes to the multicast group.
+        nameservers: Hosts to register with; without any, those that are configured (`nameservers`), else the
+            announcement goes to the multicast group.
 
     Raises:
         OSError, ConfigurationError, ValueError: As for `MessageBroadcaster`.
     """
 
-    def __init__(
-        self, name: str, address: str, interval: float, nameservers: str | Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, name: str, address: str, interval: float, nameservers: Hosts = None) -> None:
         self._name = name
         self._address = address
         self._text()  # a name that cannot be announced is an error now, not in the loop
-        super().__init__("", config.get("broadcast_port"), interval, nameservers)
+        hosts = hosts_to_register_with(nameservers)
+        super().__init__("", config.get("broadcast_port"), 0 if hosts == [] else interval, hosts)
 
-    def _content(self) -> dict[str, Any]:
-        """Return the data of the announcement."""
+    def _content(self, target: Any) -> dict[str, Any]:
+        """Return the data of the announcement to *target*."""
         tcp = split_tcp_address(self._address)
-        uri = self._address if tcp is None or tcp[0] != "*" else f"tcp://{get_own_ip()}:{tcp[1]}"
-        return {"URI": uri}
+        if tcp is None or tcp[0] != "*":
+            return {"URI": self._address}
+        host = config.get("announced_address") or (target and target.own_address()) or get_own_ip()
+        return {"URI": _endpoint_at(host, tcp[1])}
 
-    def _text(self) -> str:
-        return self._encoded(self._content())
+    def _text(self, target: Any = None) -> str:
+        return self._encoded(self._content(target))
 
-    def _goodbye(self) -> str | None:
+    def _goodbye(self, target: Any) -> str | None:
         # No services: so a nameserver that does not know of goodbyes lists it for none either.
-        return self._encoded({**self._content(), "service": [], "status": False})
+        return self._encoded({**self._content(target), "service": [], "status": False})
 
     def _encoded(self, content: Any) -> str:
         # Every nameserver, however old, must be able to read it: v1.01.
@@ -3153,10 +3273,12 @@ class AddressServiceBroadcaster(AddressBroadcaster):
 
     Args:
         name: The name of the publisher.
-        address: Its address; ``tcp://*:PORT`` stands for the address of this host, looked up each time.
+        address: Its address; ``tcp://*:PORT`` stands for the configured `announced_address`, else that of the interface
+            that leads to whom it is told, looked up each time.
         data_type: The services that it can be found by.
         interval: Seconds between two announcements.
-        nameservers: Hosts to register with; without any, the announcement goes to the multicast group.
+        nameservers: Hosts to register with; without any, those that are configured (`nameservers`), else the
+            announcement goes to the multicast group.
 
     Raises:
         OSError, ConfigurationError, ValueError: As for `MessageBroadcaster`.
@@ -3168,14 +3290,14 @@ class AddressServiceBroadcaster(AddressBroadcaster):
         address: str,
         data_type: str | Sequence[str],
         interval: float = 2,
-        nameservers: str | Iterable[str] | None = None,
+        nameservers: Hosts = None,
     ) -> None:
         self._services = [data_type] if isinstance(data_type, str) else list(data_type)
         super().__init__(name, address, interval, nameservers)
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, target: Any) -> dict[str, Any]:
         return {
-            **super()._content(),
+            **super()._content(target),
             "service": self._services,
             "supported_message_version": str(_DEFAULT_VERSION),
             "backend": configured_backend(),
@@ -4299,7 +4421,7 @@ class NoisyPublisher(_Stoppable):
         aliases: Other names by which it can be found.
         broadcast_interval: Seconds between two announcements.
         nameservers: Hosts of nameservers to register with, each as ``host`` or ``host:port`` (by default the configured
-            `broadcast_port`); without any, it announces itself by multicast.
+            `broadcast_port`); without any, those of the configuration, else it announces itself by multicast.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
@@ -4313,7 +4435,7 @@ class NoisyPublisher(_Stoppable):
         port: int = 0,
         aliases: str | Sequence[str] | None = None,
         broadcast_interval: float = 2,
-        nameservers: str | Sequence[str] | bool | None = None,
+        nameservers: Hosts = None,
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
@@ -4323,7 +4445,7 @@ class NoisyPublisher(_Stoppable):
         self._aliases = [name] + ([aliases] if isinstance(aliases, str) else list(aliases or []))
         self._port = int(port)
         self._broadcast_interval = broadcast_interval
-        self._nameservers = None if isinstance(nameservers, bool) else nameservers or None
+        self._nameservers = nameservers
         self.min_port = min_port
         self.max_port = max_port
         self._publisher: Publisher | None = None
@@ -4342,7 +4464,7 @@ class NoisyPublisher(_Stoppable):
         if self._publisher is None:
             address = f"tcp://*:{self._port}"
             publisher = Publisher(address, name=self._name, min_port=self.min_port, max_port=self.max_port)
-            publisher._is_announced = True
+            publisher._is_announced = hosts_to_register_with(self._nameservers) != []
             try:
                 publisher.start()
                 port = publisher.port_number
@@ -4436,8 +4558,8 @@ class Publish:
         port: The port, 0 for a free one.
         aliases: Other names by which it can be found.
         broadcast_interval: Seconds between two announcements.
-        nameservers: Hosts of nameservers to register with; without any (None), it announces itself by multicast; with
-            False and a *port*, it is not announced at all.
+        nameservers: Hosts of nameservers to register with; without any (None), those of the configuration, else it
+            announces itself by multicast; with False and a *port*, it is not announced at all.
         min_port: Lowest port to choose from, by default the configured `pub_min_port`.
         max_port: End of the range to choose from (not included), by default the configured `pub_max_port`.
 
@@ -4453,7 +4575,7 @@ class Publish:
         port: int = 0,
         aliases: str | Sequence[str] | None = None,
         broadcast_interval: float = 2,
-        nameservers: str | Sequence[str] | bool | None = None,
+        nameservers: Hosts = None,
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
@@ -4488,7 +4610,7 @@ def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublish
 
     - an ``address`` or a non-zero ``port``, and ``nameservers`` False: a `Publisher` there, not announced anywhere;
     - ``nameservers`` a list of hosts: a `NoisyPublisher` that registers with them;
-    - otherwise: a `NoisyPublisher` that announces itself by multicast.
+    - otherwise: a `NoisyPublisher` that registers with the configured `nameservers`, or announces itself by multicast.
 
     Args:
         settings: ``name`` (needed for the last two), ``port``, ``nameservers``, ``aliases``, ``broadcast_interval``,
@@ -6367,7 +6489,8 @@ class NSSubscriber:
         timeout: How long to wait for the addresses at the start, in seconds.
         translate: Put the host of the publisher's address in place of the host of the sender.
         nameserver: The host to ask, or a list of them (their answers are merged, one that is down is left out).
-            ``host:port`` for one that answers on another port than configured.
+            ``host:port`` for one that answers on another port than configured.  The default stands for the configured
+            `nameserver`.
         message_filter: Called with each message; those for which it returns a false value are skipped.
         since, durable: As for `Subscriber`: what was sent before, and what was not handled yet.
     """
@@ -6380,7 +6503,7 @@ class NSSubscriber:
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
         translate: bool | str = False,
-        nameserver: str | Sequence[str] = "localhost",
+        nameserver: Hosts = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6418,25 +6541,27 @@ class NSSubscriber:
                 **self._begin,
             )
             try:
-                if self._services and self._nameserver:
-                    self._follow(subscriber)
+                hosts = hosts_to_ask(self._nameserver)
+                if self._services and hosts:
+                    self._follow(subscriber, hosts)
+                elif self._services and not self._addresses:
+                    _log("subscriber").warning("No nameserver is asked for %s, and there is no address", self._services)
             except BaseException:
                 subscriber.close()
                 raise
             self._subscriber = subscriber
         return self._subscriber
 
-    def _follow(self, subscriber: Subscriber) -> None:
+    def _follow(self, subscriber: Subscriber, hosts: list[str]) -> None:
         """Have *subscriber* follow the services, and wait until they are found."""
         _load_client_keys()  # what is wrong with them is an error now, not where the messages are received
-        hosts = [self._nameserver] if isinstance(self._nameserver, str) else list(self._nameserver)
         follower = _Follower(subscriber, self._services, hosts, self._addr_listener, self._address_port)
         deadline = time.monotonic() + self._timeout
         while follower.missing and time.monotonic() < deadline:
             for service in follower.missing:
                 try:
                     left = max(deadline - time.monotonic(), 0.001)
-                    for entry in get_pub_addresses([service], left, self._nameserver):
+                    for entry in get_pub_addresses([service], left, hosts):
                         follower.add(hosts[0], entry, service)
                 except TimeoutError as error:
                     _log("subscriber").warning("%s", error)
@@ -6502,7 +6627,7 @@ class Subscribe:
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
         translate: bool | str = False,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        nameserver: Hosts = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6553,7 +6678,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
     """Create a subscriber from a dictionary of settings.
 
     - ``addresses`` a non-empty list and ``nameserver`` False: subscribes to these addresses only;
-    - otherwise: asks ``nameserver`` (a host, by default localhost) for the ``services``.
+    - otherwise: asks ``nameserver`` (a host, by default the configured one, else localhost) for the ``services``.
 
     Args:
         settings: ``services``, ``topics``, ``addr_listener``, ``addresses``, ``timeout``, ``translate``,
@@ -6582,7 +6707,7 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         addresses=settings.get("addresses"),
         timeout=settings.get("timeout", 10),
         translate=settings.get("translate", False),
-        nameserver=nameserver or "localhost",
+        nameserver=nameserver or None,
         message_filter=settings.get("message_filter"),
         **begin,
     ).start()
@@ -6613,7 +6738,7 @@ class Listener:
         topics: str | Sequence[str] | None = None,
         queue: Any = None,
         addresses: str | Sequence[Any] | None = None,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        nameserver: Hosts = "localhost",
         services: str | Sequence[str] | None = "",
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6713,7 +6838,7 @@ class ListenerContainer:
         self,
         topics: str | Sequence[str] | None = None,
         addresses: str | Sequence[Any] | None = None,
-        nameserver: str | Sequence[str] | bool | None = "localhost",
+        nameserver: Hosts = "localhost",
         services: str | Sequence[str] | None = "",
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
@@ -6853,7 +6978,7 @@ class Logger:
         nameserver_port: The port on which it publishes new addresses.
     """
 
-    def __init__(self, nameserver_address: str | Sequence[str] = "localhost", nameserver_port: int = 16543) -> None:
+    def __init__(self, nameserver_address: Hosts = "localhost", nameserver_port: int = 16543) -> None:
         self._address = nameserver_address
         self._port = nameserver_port
         self._subscriber: Subscriber | None = None
@@ -6919,7 +7044,7 @@ def run_logger(args: Sequence[str] | None = None) -> int:
 def _add_logger_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", "--rotated", help="Time rotated log file")
     parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
-    parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to (localhost)")
+    parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to")
     parser.add_argument("-p", "--port", type=int, default=None, help="port to listen to")
 
 
@@ -7086,7 +7211,12 @@ def _parser() -> argparse.ArgumentParser:
             conflict_handler="resolve",  # what a command has of its own comes before what all have
         )
         add = command.add_argument
-        add("--nameserver", metavar="HOST", action="append", help="nameserver to use (localhost); may be repeated")
+        add(
+            "--nameserver",
+            metavar="HOST",
+            action="append",
+            help="nameserver to use (as configured, else localhost); may be repeated",
+        )
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
         add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
         loudness = command.add_mutually_exclusive_group()
@@ -7191,7 +7321,10 @@ def _talk(text: str, options: argparse.Namespace | None = None) -> None:
 
 def _nameservers(options: argparse.Namespace) -> list[str]:
     """Return the nameservers to ask."""
-    return options.nameserver or ["localhost"]
+    hosts = hosts_to_ask(options.nameserver)
+    if not hosts:
+        raise _CommandError("nobody is to be asked (nameserver = none): say --nameserver HOST.")
+    return hosts
 
 
 def _colors(options: argparse.Namespace) -> bool:
@@ -7302,9 +7435,10 @@ def _publishing(name: str, port: int, hosts: Sequence[str] | None) -> Publish:
     """Return what publishes under a *name*, and registers with the nameservers *hosts*."""
     if not name:
         raise _CommandError("--service needs a name.")
-    if hosts == ["none"] and not port:
-        raise _CommandError("--nameserver none needs --port, else nobody could find the publisher.")
-    return Publish(name, port, nameservers=False if hosts == ["none"] else hosts or None)
+    nameservers: Any = False if hosts == ["none"] else hosts or None
+    if not port and (nameservers is False or hosts_to_register_with(nameservers) == []):
+        raise _CommandError("without a nameserver (none), it needs --port, else nobody could find the publisher.")
+    return Publish(name, port, nameservers=nameservers)
 
 
 def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> None:
@@ -7312,7 +7446,8 @@ def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> 
     if not publisher.wait_for_subscribers(options.subscribers, options.wait):
         found = f"{publisher.subscriber_count} of {options.subscribers} subscribers after {options.wait:g} s"
         remedy = "nameservers that run with --no-multicast hear of it only if they are named: --nameserver HOST"
-        raise _CommandError(f"{found}: nothing was sent.{'' if options.nameserver else f' Note: {remedy}'}")
+        is_named = options.nameserver or config.get("nameservers")
+        raise _CommandError(f"{found}: nothing was sent.{'' if is_named else f' Note: {remedy}'}")
 
 
 def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: argparse.Namespace) -> int:
@@ -8161,8 +8296,8 @@ class _Heartbeats:
         self._missed = 0  # until the last one
 
     def take(self, message: Message, when: float) -> None:
-        """Take note of a message that came at a time, if it is a heartbeat."""
-        if message.type == "beat":
+        """Take note of a message that came at a time, if it is a heartbeat (and not older than the last one)."""
+        if message.type == "beat" and when >= (self.last or 0.0):
             self._missed += self.overdue(when)
             interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
             if isinstance(interval, (int, float)) and interval > 0:
@@ -8194,6 +8329,7 @@ class _Traffic:
         ages: How many were, when they came, at most as old as each of `AGES`, and older than the one before; and older.
         age_sum: How old all of them together were, in seconds.
         last, last_time: When the last one came, by `time.monotonic` and by `time.time`.
+        heartbeats: Those among them.
     """
 
     AGES = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
@@ -8203,6 +8339,7 @@ class _Traffic:
         self.messages = self.size = 0
         self.ages = [0] * (len(self.AGES) + 1)
         self.age_sum = self.last = self.last_time = 0.0
+        self.heartbeats = _Heartbeats()
         self._counts = [0] * self.SECONDS
         self._second = 0  # the last one that is in these
 
@@ -8221,6 +8358,13 @@ class _Traffic:
             self._counts[new % self.SECONDS] = 0
         self._second = max(self._second, second)
 
+    def beats(self, now: float) -> dict[str, float | None]:
+        """Return what is known of heartbeats; nothing if there are none to be expected."""
+        beats, names = self.heartbeats, ("heartbeat_interval", "heartbeats_overdue", "heartbeats_missed")
+        if beats.interval is None:
+            return dict.fromkeys(names)
+        return dict(zip(names, (beats.interval, beats.overdue(now), beats.missed(now))))
+
     def minute(self, now: float) -> list[int]:
         """Return how many came in each second of the last minute, this one included."""
         self._advance(int(now))
@@ -8234,7 +8378,6 @@ class _Tally:
     def __init__(self, name: str) -> None:
         self.name = name
         self.heard = time.monotonic()
-        self.heartbeats = _Heartbeats()
         self.traffic: dict[tuple[str, str], _Traffic] = {}
 
 
@@ -8268,12 +8411,14 @@ class _Meter:
             tally = self._tallies.get(message.origin)
             if tally is not None:
                 tally.heard = now
-                tally.heartbeats.take(message, now)
                 kind = _shortened(message.subject, 200), _shortened(message.type, 60)
                 if kind not in tally.traffic:
                     kind = kind if self._kinds < self.KINDS else (self.OTHER, self.OTHER)
                     self._kinds += kind not in tally.traffic
-                tally.traffic.setdefault(kind, _Traffic()).count(size, age, now)
+                traffic = tally.traffic.setdefault(kind, _Traffic())
+                traffic.count(size, age, now)
+                if kind[1] == message.type:
+                    traffic.heartbeats.take(message, now)
         return False
 
     def add(self, entry: Mapping[str, Any]) -> bool:
@@ -8314,15 +8459,11 @@ class _Meter:
             publishers, traffic = [], []
             for address, tally in self._tallies.items():
                 labels = {"publisher": tally.name, "address": address}
-                beats = tally.heartbeats
-                overdue = None if beats.interval is None else beats.overdue(now)
-                heard = {"heard_ago": round(now - tally.heard, 3), "heartbeat_interval": beats.interval}
-                missed = {"heartbeats_overdue": overdue, "heartbeats_missed": beats.missed(now)}
-                publishers.append({**labels, **heard, **missed})
+                publishers.append({**labels, "ago": round(now - tally.heard, 3)})
                 for (subject, kind), each in tally.traffic.items():
                     row = {**labels, "subject": subject, "type": kind, "messages": each.messages, "bytes": each.size}
-                    ages = {"age_sum": each.age_sum, "ages": each.ages[:], "last_minute": each.minute(now)}
-                    traffic.append({**row, "last": each.last_time, "ago": round(now - each.last, 3), **ages})
+                    times = {"last": each.last_time, "ago": round(now - each.last, 3), "last_minute": each.minute(now)}
+                    traffic.append({**row, **times, "age_sum": each.age_sum, "ages": each.ages[:], **each.beats(now)})
         counts = {"caught_up": self._subscriber.caught_up, "missed": self._subscriber.missed}
         bounds = [*_Traffic.AGES, None]
         view = {"seconds": now - self._start, **counts, "publishers": publishers}
@@ -8423,40 +8564,25 @@ def _sparkline(counts: Sequence[int], width: int) -> str:
     return "".join(blocks[math.ceil(height / highest * (len(blocks) - 1))] for height in heights)
 
 
-def _rows_by_subject(view: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the traffic by address and subject, messages of all types together."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in view["traffic"]:
-        same = rows.setdefault((row["address"], row["subject"]), {**row, "messages": 0, "bytes": 0, "last_minute": []})
-        same["messages"] += row["messages"]
-        same["bytes"] += row["bytes"]
-        same["ago"] = min(same["ago"], row["ago"])
-        same["last_minute"] = [
-            sum(counts) for counts in zip_longest(same["last_minute"], row["last_minute"], fillvalue=0)
-        ]
-    return rows
-
-
 def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str, width: int) -> list[str]:
     """Return the lines that show what was counted since the view *before*, the busiest first."""
-    overdue = {each["address"]: each["heartbeats_overdue"] for each in view["publishers"]}
-    rows, old = _rows_by_subject(view), _rows_by_subject(before)
+    old = {(row["address"], row["subject"], row["type"]): (row["messages"], row["bytes"]) for row in before["traffic"]}
     seconds, total, shown = view["seconds"] - before["seconds"], 0.0, []
-    for key, row in rows.items():
-        past = old.get(key, {"messages": 0, "bytes": 0})
-        messages, size = ((row[what] - past[what]) / seconds for what in ("messages", "bytes"))
+    for row in view["traffic"]:
+        messages_before, size_before = old.get((row["address"], row["subject"], row["type"]), (0, 0))
+        messages, size = (row["messages"] - messages_before) / seconds, (row["bytes"] - size_before) / seconds
         total += messages
-        late = "" if overdue[row["address"]] is None else str(overdue[row["address"]])
-        cells = [*map(_printable, (row["publisher"], row["address"], row["subject"])), f"{messages:.1f}", f"{size:.0f}"]
-        if row["ago"] < _Network.KEEP:
-            shown.append((messages, [*cells, f"{row['ago']:.0f} s ago", late], row["last_minute"]))
+        overdue = row["heartbeats_overdue"]
+        texts = [_printable(row[label]) for label in ("publisher", "address", "subject", "type")]
+        numbers = [f"{messages:.1f}", f"{size:.0f}", f"{row['ago']:.0f} s ago", "" if overdue is None else str(overdue)]
+        if row["ago"] < _Network.KEEP or overdue:
+            shown.append((messages, texts + numbers, row["last_minute"]))
     shown.sort(key=lambda item: -item[0])
-    headings = ["PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "SEEN", "OVERDUE"]
-    if 0 < width < 100:  # there is no room for the addresses
-        del headings[1]
-        for _, cells, _ in shown:
+    headings = ["PUBLISHER", "ADDRESS", "SUBJECT", "TYPE", "MSG/S", "BYTES/S", "SEEN", "OVERDUE"]
+    if 0 < width < 110:  # there is no room for the addresses
+        for cells in (headings, *(cells for _, cells, _ in shown)):
             del cells[1]
-    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT")
+    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT TYPE")
     longest = max(map(len, lines))
     room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
     pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
@@ -8483,7 +8609,7 @@ def _run_top(options: argparse.Namespace) -> int:
     Examples:
       posttroll top
       posttroll top /segment --interval 10 -n 6 > load.txt
-      posttroll top --json | jq '.publishers[] | select(.heartbeats_overdue > 0)'
+      posttroll top --json | jq '.traffic[] | select(.heartbeats_overdue > 0)'
     """
     views = options.count or (None if sys.stdout.isatty() else 1)
     with ExitStack() as stack:
@@ -8796,14 +8922,13 @@ def _age_histogram(
 
 def _exposition(view: Mapping[str, Any]) -> str:
     """Return a view in Prometheus' text format."""
-    publishers = [({key: row[key] for key in ("publisher", "address")}, row) for row in view["publishers"]]
     traffic = [({key: row[key] for key in ("publisher", "address", "subject", "type")}, row) for row in view["traffic"]]
     up = [({"nameserver": host}, int(is_up)) for host, is_up in view["nameservers"].items()]
     lines = [
         _metric("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
         _metric("nameserver_up", "gauge", "Whether the nameserver answers.", up),
         _metric("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
-        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(publishers))]),
+        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(view["publishers"]))]),
         _metric(
             "caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]
         ),
@@ -8813,9 +8938,9 @@ def _exposition(view: Mapping[str, Any]) -> str:
         ("messages_total", "counter", "Messages.", "messages", traffic),
         ("message_bytes_total", "counter", "Bytes of messages.", "bytes", traffic),
         ("last_message_timestamp_seconds", "gauge", "When the last message came.", "last", traffic),
-        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", publishers),
-        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", publishers),
-        ("heartbeats_missed_total", "counter", "Heartbeats that did not come.", "heartbeats_missed", publishers),
+        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", traffic),
+        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", traffic),
+        ("heartbeats_missed_total", "counter", "Heartbeats that did not come in time.", "heartbeats_missed", traffic),
     ):
         lines.append(_metric(name, kind, meaning, [(labels, row[key]) for labels, row in rows]))
     return "\n".join([*chain.from_iterable(lines), *_age_histogram(view["age_bounds"], traffic), ""])
@@ -8995,9 +9120,9 @@ class _Doctor:
 
     PATIENCE = 5.0  # seconds until a message has to come back
 
-    def __init__(self, nameservers: Sequence[str], multicast: bool, color: bool) -> None:
-        self.nameservers = nameservers
-        self.multicast = multicast
+    def __init__(self, nameservers: Hosts, multicast: bool, color: bool) -> None:
+        self._nameservers = nameservers
+        self._multicast = multicast
         self._color = color
         self.failures = 0
         self._answering: list[str] = []  # nameservers
@@ -9021,6 +9146,11 @@ class _Doctor:
                 remedy = "correct this setting" if is_setting else "see the other lines"
                 self.say("FAIL", check.__name__[6:].replace("_", " "), str(error), remedy)
 
+    @property
+    def multicast(self) -> bool:
+        """Whether publishers here announce themselves by multicast."""
+        return self._multicast and hosts_to_register_with(None) is None
+
     def check_configuration(self) -> None:
         """Say what is configured and where, and what cannot be used."""
         for key in config.to_dict():
@@ -9040,8 +9170,10 @@ class _Doctor:
 
     def check_own_address(self) -> None:
         """Say which address publishers here announce."""
-        address = get_own_ip()
-        if address.startswith("127."):
+        announced, address = config.get("announced_address"), get_own_ip()
+        if announced:
+            self.say("ok", "own address", f"{announced} (announced_address)")
+        elif is_loopback(address):
             remedy = "fine on a single host; else bring up the network, or set multicast_interface"
             self.say("note", "own address", f"{address}: other hosts cannot reach publishers here", remedy)
         else:
@@ -9050,17 +9182,17 @@ class _Doctor:
     def check_multicast(self) -> None:
         """Send to the multicast group, and receive it."""
         try:
-            group = multicast_group(None)
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                if group != "<broadcast>" and not config.get("multicast_interface"):
-                    probe.connect((group, 9))
+            with closing(MulticastSender(config.get("broadcast_port"))) as sender:
+                route = f"to group {sender.group} from {sender.own_address()}"
         except OSError as error:
             remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255"
+            if error.errno == errno.ENODEV:
+                remedy = "set multicast_interface to the name of a device here, or its address"
             if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
                 remedy = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
             self.say("FAIL" if self.multicast else "note", "multicast route", str(error), remedy)
             return
-        self.say("ok", "multicast route", f"to group {group}")
+        self.say("ok", "multicast route", route)
         token = os.urandom(8).hex()
         try:
             port = _free_ports(1)[0]
@@ -9118,7 +9250,7 @@ class _Doctor:
 
     def check_nameservers(self) -> None:
         """Ask the nameservers, look at how they answer, and at their clocks."""
-        for host in self.nameservers:
+        for host in hosts_to_ask(self._nameservers):
             endpoint = _lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
@@ -9157,12 +9289,14 @@ class _Doctor:
 
     def check_round_trip(self) -> None:
         """Publish a message that announces itself, find it through the nameservers, receive it."""
-        if not self._answering:
-            self.say("note", "round trip", "not tried without a nameserver")
+        hosts = hosts_to_register_with(None)
+        if not self._answering or hosts == []:
+            finding = "without a nameserver that answers" if hosts != [] else "as publishers are announced nowhere"
+            remedy = "fine if all subscribers have addresses; else see nameserver and nameservers in posttroll config"
+            self.say("note", "round trip", f"not tried, {finding}", remedy)
             return
         name = f"posttroll-doctor-{os.getpid()}"
-        hosts = None if self.multicast else self._answering
-        with Publish(name, nameservers=hosts) as publisher:
+        with Publish(name, nameservers=None if self.multicast else hosts or self._answering) as publisher:
             for host in self._answering:
                 self._travel(publisher, name, host)
 
@@ -9221,7 +9355,7 @@ def _run_doctor(options: argparse.Namespace) -> int:
       POSTTROLL_BACKEND=secure_zmq posttroll doctor --no-multicast
     """
     logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the checks say better
-    doctor = _Doctor(_nameservers(options), not options.no_multicast, _colors(options))
+    doctor = _Doctor(options.nameserver, not options.no_multicast, _colors(options))
     doctor.run()
     if doctor.failures:
         raise _CommandError(f"{doctor.failures} check{'s' * (doctor.failures > 1)} failed.")
@@ -9255,7 +9389,7 @@ def _run_demo(options: argparse.Namespace) -> int:
       posttroll demo
       posttroll demo --nameserver localhost
     """
-    hosts = _nameservers(options)
+    hosts = options.nameserver or ["localhost"]  # whatever is configured: without the option, it runs one of its own
     if options.role:
         return _run_demo_subscriber(hosts)
     changes = dict(options.set)
