@@ -3927,8 +3927,7 @@ class Inquiry:
             while self._socket.poll(max(int(1000 * (deadline - time.monotonic())), 0)):
                 answer = self._socket.recv(_NOBLOCK)
                 if answer.startswith(question + b"\0"):  # else it is a late one to an earlier question
-                    about = json.loads(answer[len(question) + 1 :])
-                    return about if isinstance(about, dict) else None
+                    return _read_about(answer[len(question) + 1 :])
         finally:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, question)
         return None
@@ -3936,6 +3935,19 @@ class Inquiry:
     def close(self) -> None:
         """Close the connection."""
         close_socket(self._socket)
+
+
+def _read_about(text: bytes) -> dict[str, Any] | None:
+    """Return what a publisher tells about itself, None if that cannot be: anybody may be there."""
+    try:
+        about = json.loads(text)
+        known = [{"host": str(each["host"]), "topics": list(map(str, each["topics"]))} for each in about["known"]]
+        topics = {topic: int(times) for topic, times in about["topics"].items()}
+        numbers = {key: int(about[key]) for key in ("subscribers", "sent")}
+        names = {key: str(about[key]) for key in ("version", "name")}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
+    return {**names, **numbers, "known": known, "topics": topics}
 
 
 def _unsent_bytes(port: int | None) -> list[str] | None:
@@ -7885,7 +7897,7 @@ def _run_relay(options: argparse.Namespace) -> int:
             subscriber = stack.enter_context(_following(options, tells_origin=True))
             stack.enter_context(call_on_signals(subscriber.close))
             for message in subscriber:
-                raw = message.encode().encode()
+                raw = cast(str, message.raw).encode()
                 if not echoes.is_echo(raw, message.origin):
                     out.send(raw)
                     relayed += 1
@@ -8175,7 +8187,7 @@ class _PingedNameserver(_Pinged):
             version = describe_nameserver(self._host, timeout).get("version")
         except TimeoutError:
             return False
-        self.about = f"posttroll {version}" if version else "version unknown"
+        self.about = f"posttroll {_printable(version)}" if version else "version unknown"
         return True
 
 
@@ -8183,7 +8195,7 @@ class _PingedPublisher(_Pinged):
     """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
 
     def __init__(self, name: str, address: str, backend: str | None) -> None:
-        super().__init__(f"{name} {address}".strip())
+        super().__init__(_printable(f"{name} {address}".strip()))
         self._address = address
         self._is_ours: bool | None = None  # not known yet
         self._inquiry = Inquiry(address, backend)
@@ -8194,7 +8206,7 @@ class _PingedPublisher(_Pinged):
         about = None if self._is_ours is False else self._inquiry.ask(timeout)
         if about is not None:
             self._is_ours = True
-            self.about = f"posttroll {about.get('version')}, {about.get('subscribers')} subscribers"
+            self.about = f"posttroll {_printable(about['version'])}, {about['subscribers']} subscribers"
             return True
         if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
             return False
@@ -9075,6 +9087,145 @@ def _run_exporter(options: argparse.Namespace) -> int:
         _talk(f"Metrics are at http://{host}:{server.port}/metrics")
         network.run()
     return 0
+
+
+# -- map --
+
+
+def _add_map_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    command.set_defaults(words="topics")
+    add("--seconds", type=_number(float, 0, 3600), default=5.0, help="how long to listen to what is sent (5)")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--dot", action="store_true", help="as input for Graphviz")
+    form.add_argument("--mermaid", action="store_true", help="as input for Mermaid")
+    form.add_argument("--json", action="store_true", help="as JSON")
+
+
+@_command("map", _add_map_arguments)
+def _run_map(options: argparse.Namespace) -> int:
+    """Draw who publishes what for whom.
+
+    The publishers are those that nameservers know, their subjects what is heard of them meanwhile.  Who listens to a
+    publisher of ours, that one tells: the hosts of its subscribers and their topics, of others (not of ours) only the
+    topics.  Of publishers that are not of ours it is not known.
+
+    Examples:
+      posttroll map
+      posttroll map --seconds 60 --dot | dot -Tsvg > map.svg
+      posttroll map /segment --mermaid
+    """
+    hosts = _nameservers(options)
+    entries = get_pub_address("", 5, hosts)
+    answers = _ask_publishers(entries)  # before we listen to them ourselves
+    with closing(Loop()) as loop, closing(_Network(options.topics, hosts, loop)) as network:
+        with signals_wake(loop), call_on_signals(loop.stop):
+            network.run(time.monotonic() + options.seconds)
+        traffic = network.view()["traffic"]
+    rows = []
+    for entry, about in zip(entries, answers):
+        subjects = sorted({row["subject"] for row in traffic if row["address"] == entry["URI"]})
+        name = _describe_service(entry, True)["name"]
+        rows.append({"name": name, "address": entry["URI"], "subjects": subjects, "listeners": _listeners(about)})
+    rows.sort(key=lambda row: (row["name"], row["address"]))
+    if options.json:
+        print(_dumps(rows, "v1.2")[0])
+    else:
+        draw = _as_dot if options.dot else _as_mermaid if options.mermaid else partial(_as_map, color=_colors(options))
+        print("\n".join(draw(rows)))
+    return 0
+
+
+def _ask_publishers(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    """Return what each of the publishers tells about itself; those of others tell nothing."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+        backend = _backend_towards(entry.get("backend"))
+        if backend is None:
+            return None
+        with closing(Inquiry(entry["URI"], backend)) as inquiry:
+            return inquiry.ask(1.0)
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return list(pool.map(ask, entries))
+
+
+def _listeners(about: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """Return who listens to a publisher: hosts, topics, and how many there are of these; None if it does not tell."""
+    if about is None:
+        return None
+    known: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    others: Counter[str] = Counter(about["topics"])
+    for each in about["known"]:
+        known[each["host"], tuple(each["topics"])] += 1
+        others -= Counter(each["topics"])
+    known.update({("", (topic,)): times for topic, times in others.items()})
+    return [{"host": host, "topics": list(topics), "count": times} for (host, topics), times in sorted(known.items())]
+
+
+def _topics_text(topics: Sequence[str]) -> str:
+    return _printable(", ".join(topic or "everything" for topic in topics))
+
+
+def _as_map(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
+    """Return the map as lines for people."""
+    paint = _colored if color else lambda text, _: text
+    lines = []
+    for row in rows:
+        lines.append(f"{paint(_printable(row['name']), GREEN)}  {_printable(row['address'])}")
+        lines += [f"  sends  {_printable(subject)}" for subject in row["subjects"] or ["nothing while we listened"]]
+        for listener in row["listeners"] or ():
+            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
+            host = _printable(listener["host"] or "somebody")
+            lines.append(f"  to     {paint(host, CYAN)}  {_topics_text(listener['topics'])}{times}")
+        if not row["listeners"]:
+            lines.append("  to     nobody" if row["listeners"] is not None else "  to     (it does not tell)")
+    return lines
+
+
+def _edges(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+    """Return the listeners' nodes with their names, and from which publisher to which of them what goes."""
+    nodes: dict[str, str] = {}
+    edges = []
+    for number, row in enumerate(rows):
+        for listener in row["listeners"] or ():
+            host = listener["host"] or "somebody"
+            node = nodes.setdefault(host, f"listener{len(nodes)}")
+            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
+            edges.append((f"publisher{number}", node, _topics_text(listener["topics"]) + times))
+    return {node: host for host, node in nodes.items()}, edges
+
+
+def _as_dot(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the map in the language of Graphviz."""
+
+    def quoted(*texts: str) -> str:
+        escaped = (_printable(text).replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+        return '"' + "\\n".join(escaped) + '"'
+
+    nodes, edges = _edges(rows)
+    lines = ["digraph posttroll {", "  rankdir=LR;"]
+    for number, row in enumerate(rows):
+        lines.append(f"  publisher{number} [shape=box, label={quoted(row['name'], row['address'], *row['subjects'])}];")
+    lines += [f"  {node} [label={quoted(host)}];" for node, host in nodes.items()]
+    lines += [f"  {start} -> {end} [label={quoted(text)}];" for start, end, text in edges]
+    return [*lines, "}"]
+
+
+def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the map in the language of Mermaid."""
+
+    def quoted(*texts: str) -> str:
+        escaped = (re.sub('[#"<>&|]', lambda match: f"#{ord(match[0])};", _printable(text)) for text in texts)
+        return '"' + "<br/>".join(escaped) + '"'
+
+    nodes, edges = _edges(rows)
+    boxes = (quoted(row["name"], row["address"], *row["subjects"]) for row in rows)
+    lines = ["graph LR", *(f"  publisher{number}[{box}]" for number, box in enumerate(boxes))]
+    lines += [f"  {node}([{quoted(host)}])" for node, host in nodes.items()]
+    return [*lines, *(f"  {start} -->|{quoted(text)}| {end}" for start, end, text in edges)]
 
 
 # -- config --
