@@ -4145,8 +4145,7 @@ class Inquiry:
             while self._socket.poll(max(int(1000 * (deadline - time.monotonic())), 0)):
                 answer = self._socket.recv(_NOBLOCK)
                 if answer.startswith(question + b"\0"):  # else it is a late one to an earlier question
-                    about = json.loads(answer[len(question) + 1 :])
-                    return about if isinstance(about, dict) else None
+                    return _read_about(answer[len(question) + 1 :])
         finally:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, question)
         return None
@@ -4154,6 +4153,19 @@ class Inquiry:
     def close(self) -> None:
         """Close the connection."""
         close_socket(self._socket)
+
+
+def _read_about(text: bytes) -> dict[str, Any] | None:
+    """Return what a publisher tells about itself, None if that cannot be: anybody may be there."""
+    try:
+        about = json.loads(text)
+        known = [{"host": str(each["host"]), "topics": list(map(str, each["topics"]))} for each in about["known"]]
+        topics = {topic: int(times) for topic, times in about["topics"].items()}
+        numbers = {key: int(about[key]) for key in ("subscribers", "sent")}
+        names = {key: str(about[key]) for key in ("version", "name")}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
+    return {**names, **numbers, "known": known, "topics": topics}
 
 
 def _unsent_bytes(port: int | None) -> list[str] | None:
@@ -7506,13 +7518,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_arguments, run) in _commands.items():
-        description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
-        brief, epilog = description[0].lower() + description[1:].rstrip("."), textwrap.dedent(examples)
+        first, _, rest = (run.__doc__ or ".").partition("\n")  # python -OO has none
+        more, _, examples = textwrap.dedent(rest).partition("Examples:\n")
         command = subparsers.add_parser(
             name,
-            help=brief,
-            description=description,
-            epilog=epilog.replace("E", "e", 1),
+            help=first[0].lower() + first[1:].rstrip("."),
+            description=f"{first}\n{more}".rstrip(),
+            epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             conflict_handler="resolve",  # what a command has of its own comes before what all have
         )
@@ -8191,7 +8203,7 @@ def _run_relay(options: argparse.Namespace) -> int:
             subscriber = stack.enter_context(_following(options, tells_origin=True))
             stack.enter_context(call_on_signals(subscriber.close))
             for message in subscriber:
-                raw = message.encode().encode()
+                raw = cast(str, message.raw).encode()
                 if not echoes.is_echo(raw, message.origin):
                     out.send(raw)
                     relayed += 1
@@ -8484,7 +8496,7 @@ class _PingedNameserver(_Pinged):
             version = describe_nameserver(self._host, timeout).get("version")
         except TimeoutError:
             return False
-        self.about = f"posttroll {version}" if version else "version unknown"
+        self.about = f"posttroll {_printable(version)}" if version else "version unknown"
         return True
 
 
@@ -8492,7 +8504,7 @@ class _PingedPublisher(_Pinged):
     """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
 
     def __init__(self, name: str, address: str, backend: str | None) -> None:
-        super().__init__(f"{name} {address}".strip())
+        super().__init__(_printable(f"{name} {address}".strip()))
         self._address = address
         self._is_ours: bool | None = None  # not known yet
         self._inquiry = Inquiry(address, backend)
@@ -8503,7 +8515,7 @@ class _PingedPublisher(_Pinged):
         about = None if self._is_ours is False else self._inquiry.ask(timeout)
         if about is not None:
             self._is_ours = True
-            self.about = f"posttroll {about.get('version')}, {about.get('subscribers')} subscribers"
+            self.about = f"posttroll {_printable(about['version'])}, {about['subscribers']} subscribers"
             return True
         if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
             return False
@@ -9386,6 +9398,145 @@ def _run_exporter(options: argparse.Namespace) -> int:
     return 0
 
 
+# -- map --
+
+
+def _add_map_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    command.set_defaults(words="topics")
+    add("--seconds", type=_number(float, 0, 3600), default=5.0, help="how long to listen to what is sent (5)")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--dot", action="store_true", help="as input for Graphviz")
+    form.add_argument("--mermaid", action="store_true", help="as input for Mermaid")
+    form.add_argument("--json", action="store_true", help="as JSON")
+
+
+@_command("map", _add_map_arguments)
+def _run_map(options: argparse.Namespace) -> int:
+    """Draw who publishes what for whom.
+
+    The publishers are those that nameservers know, their subjects what is heard of them meanwhile.  Who listens to a
+    publisher of ours, that one tells: the hosts of its subscribers and their topics, of others (not of ours) only the
+    topics.  Of publishers that are not of ours it is not known.
+
+    Examples:
+      posttroll map
+      posttroll map --seconds 60 --dot | dot -Tsvg > map.svg
+      posttroll map /segment --mermaid
+    """
+    hosts = _nameservers(options)
+    entries = get_pub_address("", 5, hosts)
+    answers = _ask_publishers(entries)  # before we listen to them ourselves
+    with closing(Loop()) as loop, closing(_Network(options.topics, hosts, loop)) as network:
+        with signals_wake(loop), call_on_signals(loop.stop):
+            network.run(time.monotonic() + options.seconds)
+        traffic = network.view()["traffic"]
+    rows = []
+    for entry, about in zip(entries, answers):
+        subjects = sorted({row["subject"] for row in traffic if row["address"] == entry["URI"]})
+        name = _describe_service(entry, True)["name"]
+        rows.append({"name": name, "address": entry["URI"], "subjects": subjects, "listeners": _listeners(about)})
+    rows.sort(key=lambda row: (row["name"], row["address"]))
+    if options.json:
+        print(_dumps(rows, "v1.2")[0])
+    else:
+        draw = _as_dot if options.dot else _as_mermaid if options.mermaid else partial(_as_map, color=_colors(options))
+        print("\n".join(draw(rows)))
+    return 0
+
+
+def _ask_publishers(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    """Return what each of the publishers tells about itself; those of others tell nothing."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+        backend = _backend_towards(entry.get("backend"))
+        if backend is None:
+            return None
+        with closing(Inquiry(entry["URI"], backend)) as inquiry:
+            return inquiry.ask(1.0)
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return list(pool.map(ask, entries))
+
+
+def _listeners(about: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """Return who listens to a publisher: hosts, topics, and how many there are of these; None if it does not tell."""
+    if about is None:
+        return None
+    known: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    others: Counter[str] = Counter(about["topics"])
+    for each in about["known"]:
+        known[each["host"], tuple(each["topics"])] += 1
+        others -= Counter(each["topics"])
+    known.update({("", (topic,)): times for topic, times in others.items()})
+    return [{"host": host, "topics": list(topics), "count": times} for (host, topics), times in sorted(known.items())]
+
+
+def _topics_text(topics: Sequence[str]) -> str:
+    return _printable(", ".join(topic or "everything" for topic in topics))
+
+
+def _as_map(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
+    """Return the map as lines for people."""
+    paint = _colored if color else lambda text, _: text
+    lines = []
+    for row in rows:
+        lines.append(f"{paint(_printable(row['name']), GREEN)}  {_printable(row['address'])}")
+        lines += [f"  sends  {_printable(subject)}" for subject in row["subjects"] or ["nothing while we listened"]]
+        for listener in row["listeners"] or ():
+            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
+            host = _printable(listener["host"] or "somebody")
+            lines.append(f"  to     {paint(host, CYAN)}  {_topics_text(listener['topics'])}{times}")
+        if not row["listeners"]:
+            lines.append("  to     nobody" if row["listeners"] is not None else "  to     (it does not tell)")
+    return lines
+
+
+def _edges(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+    """Return the listeners' nodes with their names, and from which publisher to which of them what goes."""
+    nodes: dict[str, str] = {}
+    edges = []
+    for number, row in enumerate(rows):
+        for listener in row["listeners"] or ():
+            host = listener["host"] or "somebody"
+            node = nodes.setdefault(host, f"listener{len(nodes)}")
+            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
+            edges.append((f"publisher{number}", node, _topics_text(listener["topics"]) + times))
+    return {node: host for host, node in nodes.items()}, edges
+
+
+def _as_dot(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the map in the language of Graphviz."""
+
+    def quoted(*texts: str) -> str:
+        escaped = (_printable(text).replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+        return '"' + "\\n".join(escaped) + '"'
+
+    nodes, edges = _edges(rows)
+    lines = ["digraph posttroll {", "  rankdir=LR;"]
+    for number, row in enumerate(rows):
+        lines.append(f"  publisher{number} [shape=box, label={quoted(row['name'], row['address'], *row['subjects'])}];")
+    lines += [f"  {node} [label={quoted(host)}];" for node, host in nodes.items()]
+    lines += [f"  {start} -> {end} [label={quoted(text)}];" for start, end, text in edges]
+    return [*lines, "}"]
+
+
+def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the map in the language of Mermaid."""
+
+    def quoted(*texts: str) -> str:
+        escaped = (re.sub('[#"<>&|]', lambda match: f"#{ord(match[0])};", _printable(text)) for text in texts)
+        return '"' + "<br/>".join(escaped) + '"'
+
+    nodes, edges = _edges(rows)
+    boxes = (quoted(row["name"], row["address"], *row["subjects"]) for row in rows)
+    lines = ["graph LR", *(f"  publisher{number}[{box}]" for number, box in enumerate(boxes))]
+    lines += [f"  {node}([{quoted(host)}])" for node, host in nodes.items()]
+    return [*lines, *(f"  {start} -->|{quoted(text)}| {end}" for start, end, text in edges)]
+
+
 # -- config --
 
 
@@ -9764,6 +9915,177 @@ def _free_ports(count: int) -> list[int]:
             probe.bind(("", port))
             found.append(port)
     return found
+
+
+# -- help, completion --
+
+
+def _command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the commands."""
+    actions = _parser()._actions
+    parsers = dict(next(action.choices for action in actions if isinstance(action, argparse._SubParsersAction)))
+    with suppress(ImportError):
+        parsers["nameserver"] = _nameserver_module()._parser()
+    return parsers
+
+
+def _add_help_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("about", nargs="?", choices=[*_commands, "nameserver"], metavar="COMMAND", help="which one")
+
+
+_EXIT_STATUS = """\
+0 on success, 1 if something failed (stderr tells what, and what to do), 2 for wrong arguments, 130 after Control-C."""
+
+
+@_command("help", _add_help_arguments)
+def _run_help(options: argparse.Namespace) -> int:
+    """Show all that is known of a command.
+
+    Examples:
+      posttroll help
+      posttroll help subscribe | less
+    """
+    if options.about is None:
+        _parser().print_help()
+        return 0
+    command = _command_parsers()[options.about]
+    text, _, examples = (command.epilog or "").partition("examples:\n")
+    about = command.description or ""
+    sections = {
+        "NAME": f"posttroll {options.about} - {about[:1].lower()}{about.partition(chr(10))[0][1:].rstrip('.')}",
+        "SYNOPSIS": " ".join(command.format_usage().split()).removeprefix("usage: "),
+        "DESCRIPTION": about.partition("\n\n")[2] + text,
+        "ARGUMENTS": _manual_entries(command, are_options=False),
+        "OPTIONS": _manual_entries(command, are_options=True),
+        "EXAMPLES": textwrap.dedent(examples).rstrip(),
+        "EXIT STATUS": "" if options.about == "check" else _EXIT_STATUS,
+        "CONFIGURATION": "What --set sets, see 'posttroll config'.",
+    }
+    for heading, content in sections.items():
+        if content:
+            wrapped = heading in ("NAME", "SYNOPSIS", "EXIT STATUS")
+            lines = textwrap.fill(content, 92, break_on_hyphens=False) if wrapped else content
+            print(f"{heading}\n{textwrap.indent(lines, '    ')}\n")
+    return 0
+
+
+def _manual_entries(command: argparse.ArgumentParser, are_options: bool) -> str:
+    """Return what the options of a command, or its other arguments, are."""
+    entries = []
+    for action in command._actions:
+        if bool(action.option_strings) == are_options and action.help != argparse.SUPPRESS:
+            value = "" if action.nargs == 0 else _value_name(action)
+            names = ", ".join(f"{name} {value}".rstrip() for name in action.option_strings) or value
+            meaning = (action.help or "") % {**vars(action), "prog": command.prog}
+            if action.choices and action.option_strings:
+                meaning += f" ({', '.join(action.choices)})"
+            entries.append(f"{names}\n{textwrap.indent(textwrap.fill(meaning, 84), '    ')}")
+    return "\n".join(entries)
+
+
+def _value_name(action: argparse.Action) -> str:
+    """Return what an argument is called where its value stands."""
+    return cast(str, action.metavar or (action.dest.upper() if action.option_strings else action.dest))
+
+
+def _values(action: argparse.Action) -> tuple[str, ...] | None:
+    """Return what the value of an argument can be, None if that is a file or not known."""
+    if action.type is assignment:
+        return tuple(f"{key}=" for key in OPTIONS)
+    if action.metavar == "KEY" and action.dest == "keys":
+        return tuple(OPTIONS)
+    return tuple(action.choices) if action.choices else None
+
+
+def _bash_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """Return a script that completes commands, options, and values as far as they are known; else files."""
+    cases = []
+    for name, parser in parsers.items():
+        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        by_values: dict[str, list[str]] = {}
+        for action in shown:
+            if action.option_strings and action.nargs != 0:
+                by_values.setdefault(" ".join(_values(action) or ()), []).extend(action.option_strings)
+        for values, flags in by_values.items():
+            pattern = "|".join(f"'{name} {flag}'" for flag in flags)
+            cases.append(f"    {pattern}) words='{values}' ;;")
+        words = [flag for action in shown for flag in action.option_strings]
+        words += [value for action in shown if not action.option_strings for value in _values(action) or ()]
+        cases.append(f"    '{name} '*) words='{' '.join(words)}' ;;")
+    return f"""# bash completion for posttroll, made by 'posttroll completion bash'
+_posttroll() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words
+  if [ "$COMP_CWORD" -eq 1 ]; then words='{" ".join([*parsers, "--help", "--version"])}'
+  else case "${{COMP_WORDS[1]}} $previous" in
+{chr(10).join(cases)}
+  esac fi
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+  case "${{COMPREPLY[0]}}" in *=) compopt -o nospace ;; esac
+}}
+complete -o default -F _posttroll posttroll
+"""
+
+
+def _zsh_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """Return a script that completes the same, and tells what options mean."""
+
+    def quoted(text: str) -> str:
+        return "'" + text.replace("'", "'\\''") + "'"
+
+    def escaped(text: str) -> str:
+        return re.sub(r"([\[\]:\\])", r"\\\1", text)
+
+    def specification(action: argparse.Action, parser: argparse.ArgumentParser) -> list[str]:
+        meaning = escaped((action.help or "") % {**vars(action), "prog": parser.prog})
+        values = _values(action)
+        what = f"({' '.join(values)})" if values else "_files"
+        value = f":{escaped(_value_name(action))}:{what}"
+        if not action.option_strings:
+            return [quoted(("*" if action.nargs in ("*", "+") else "") + value)]
+        return [quoted(f"*{flag}[{meaning}]{'' if action.nargs == 0 else value}") for flag in action.option_strings]
+
+    cases = []
+    for name, parser in parsers.items():
+        words = [
+            word
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS
+            for word in specification(action, parser)
+        ]
+        cases.append(f"    {name}) _arguments -S {' '.join(words)} ;;")
+    briefs = [f"{name}:{escaped((parser.description or name).splitlines()[0])}" for name, parser in parsers.items()]
+    return f"""#compdef posttroll
+# zsh completion for posttroll, made by 'posttroll completion zsh'
+_posttroll() {{
+  local -a commands=({" ".join(map(quoted, briefs))})
+  if (( CURRENT == 2 )); then _describe command commands; return; fi
+  shift words; (( CURRENT-- ))
+  case $words[1] in
+{chr(10).join(cases)}
+  esac
+}}
+if [ "$funcstack[1]" = _posttroll ]; then _posttroll "$@"; else compdef _posttroll posttroll; fi
+"""
+
+
+_COMPLETIONS = {"bash": _bash_completion, "zsh": _zsh_completion}
+
+
+def _add_completion_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shell", choices=list(_COMPLETIONS), help="whose script to print")
+
+
+@_command("completion", _add_completion_arguments)
+def _run_completion(options: argparse.Namespace) -> int:
+    """Print a script by which a shell completes commands, options and keys.
+
+    Examples:
+      source <(posttroll completion bash)
+      posttroll completion bash > /etc/bash_completion.d/posttroll
+      posttroll completion zsh > ~/.zfunc/_posttroll
+    """
+    print(_COMPLETIONS[options.shell](_command_parsers()), end="")
+    return 0
 
 
 # -- commands that are scripts of their own, too --

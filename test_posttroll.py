@@ -3348,6 +3348,22 @@ class TestInquiry:
                 with contextlib.closing(posttroll.Inquiry(where)) as inquiry:
                     assert inquiry.ask(0.05) is None
 
+    @pytest.mark.parametrize("about", [b"", b"5", b"[]", b"{}", b'{"known": 5}', b"[" * 5000, b'{"known": [{}]}', None])
+    def test_a_false_answer_is_none(self, about):
+        """Anybody can be at an address."""
+        good = {"version": "1", "name": "a", "subscribers": 1, "known": [], "topics": {"/a": 1}, "sent": "x"}
+        text = json.dumps(good).encode() if about is None else about
+        with zmq.Context() as context, context.socket(zmq.XPUB) as false:
+            false.linger = 0
+            port = false.bind_to_random_port("tcp://127.0.0.1")
+
+            def answer() -> None:
+                assert false.poll(1000 * DEADLINE)
+                false.send(false.recv()[1:] + b"\0" + text)
+
+            with in_thread(answer), contextlib.closing(posttroll.Inquiry(local_address(port))) as inquiry:
+                assert inquiry.ask(DEADLINE) is None
+
 
 class TestLoss:
     def test_a_full_queue_is_counted_and_logged_and_others_lose_nothing(self, caplog):
@@ -7011,6 +7027,184 @@ class TestExporter:
                 assert publisher.wait_for_subscribers(1, DEADLINE)
                 publisher.send(posttroll.Message("/a", "info"))
                 wait_for(lambda: self.metrics(port).get(("posttroll_messages_total", "secret", "/a", "info")) == 1)
+
+
+class TestMap:
+    @pytest.fixture
+    def world(self):
+        """Two publishers of ours, one that is not, and who listens to them."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(nameserver())
+            names = ['a"b', "b<c"]
+            pubs = [stack.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in names]
+            other, address = stack.enter_context(raw_publisher())
+            register(registration_of(URI=address, service=["other"]))
+            ours = [local_address(pub.port_number) for pub in pubs]
+            subs = [
+                stack.enter_context(posttroll.Subscriber(ours[:1], ["/a", "/b"])),
+                stack.enter_context(posttroll.Subscriber(ours)),
+                stack.enter_context(posttroll.Subscriber(ours)),
+            ]
+            stranger = stack.enter_context(raw_socket(zmq.SUB, pubs[0].port_number))
+            stranger.subscribe(b"pytroll://a/x")
+            for sub in subs:
+                stack.enter_context(serving(sub))
+            ended = threading.Event()
+
+            def send() -> None:
+                while not ended.wait(0.02):
+                    for subject in ("/a/x", "/z"):
+                        pubs[0].send(text_message("x", subject))
+                    other.send_string(text_message("x", "/of_other"))
+
+            wait_for(lambda: [pub.subscriber_count for pub in pubs] == [4, 2])
+            with in_thread(send):
+                try:
+                    yield [posttroll.get_pub_address(name)[0]["URI"] for name in [*names, "other"]]
+                finally:
+                    ended.set()
+
+    def test_all_forms(self, world):
+        """One after the other, as the network takes its time."""
+        first, second, other = world
+        status, out, err = run_command("map", "--seconds", 0.5)
+        assert (status, err) == (0, "")
+        assert out.splitlines() == [
+            f'a"b  {first}',
+            "  sends  /a/x",
+            "  sends  /z",
+            "  to     somebody  /a/x",
+            "  to     127.0.0.1  everything (2 times)",
+            "  to     127.0.0.1  /a, /b",
+            f"b<c  {second}",
+            "  sends  nothing while we listened",
+            "  to     127.0.0.1  everything (2 times)",
+            f"pub  {other}",
+            "  sends  /of_other",
+            "  to     (it does not tell)",
+        ]
+        status, out, err = run_command("map", "/z", "--seconds", 0.5, "--dot")
+        assert (status, err) == (0, "")
+        assert out.splitlines() == [
+            "digraph posttroll {",
+            "  rankdir=LR;",
+            f'  publisher0 [shape=box, label="a\\"b\\n{first}\\n/z"];',
+            f'  publisher1 [shape=box, label="b<c\\n{second}"];',
+            f'  publisher2 [shape=box, label="pub\\n{other}"];',
+            '  listener0 [label="somebody"];',
+            '  listener1 [label="127.0.0.1"];',
+            '  publisher0 -> listener0 [label="/a/x"];',
+            '  publisher0 -> listener1 [label="everything (2 times)"];',
+            '  publisher0 -> listener1 [label="/a, /b"];',
+            '  publisher1 -> listener1 [label="everything (2 times)"];',
+            "}",
+        ]
+        status, out, err = run_command("map", "/z", "--seconds", 0.5, "--mermaid")
+        assert (status, err) == (0, "")
+        assert out.splitlines() == [
+            "graph LR",
+            f'  publisher0["a#34;b<br/>{first}<br/>/z"]',
+            f'  publisher1["b#60;c<br/>{second}"]',
+            f'  publisher2["pub<br/>{other}"]',
+            '  listener0(["somebody"])',
+            '  listener1(["127.0.0.1"])',
+            '  publisher0 -->|"/a/x"| listener0',
+            '  publisher0 -->|"everything (2 times)"| listener1',
+            '  publisher0 -->|"/a, /b"| listener1',
+            '  publisher1 -->|"everything (2 times)"| listener1',
+        ]
+        status, out, err = run_command("map", "--seconds", 0.1, "--json")
+        assert (status, err) == (0, "")
+        rows = json.loads(out)
+        assert [row["name"] for row in rows] == ['a"b', "b<c", "pub"]
+        assert rows[2]["listeners"] is None
+        assert {"host": "", "topics": ["/a/x"], "count": 1} in rows[0]["listeners"]
+
+    def test_nobody_listens_and_nobody_is_there(self):
+        with nameserver():
+            assert run_command("map", "--seconds", 0) == (0, "\n", "")
+            with posttroll.Publish("a_name", nameservers=["localhost"]):
+                wait_for(lambda: posttroll.get_pub_address("a_name"))
+                out = run_command("map", "--seconds", 0)[1]
+        assert out.splitlines()[1:] == ["  sends  nothing while we listened", "  to     nobody"]
+        status, _, err = run_command("map", "--set", "nameserver_port=1")
+        assert status == 1
+        assert "no answer from the nameserver" in err
+
+
+class TestHelpAndCompletion:
+    def test_without_a_command_it_shows_all(self):
+        status, out, _ = run_here("help")
+        assert status == 0
+        assert all(f"\n    {name}" in out for name in [*posttroll._commands, "nameserver"])
+
+    @pytest.mark.parametrize("name", [*posttroll._commands, "nameserver"])
+    def test_of_each_command(self, name):
+        status, out, _ = run_here("help", name)
+        _, usage, _ = run_here(name, "--help")
+        assert status == 0
+        assert re.search(rf"^NAME\n    posttroll {name} - [a-z]", out)
+        headings = ["SYNOPSIS", "OPTIONS", "EXAMPLES", "CONFIGURATION"]
+        for heading in headings + ["EXIT STATUS"] * (name != "check"):  # which has statuses of its own
+            assert f"\n{heading}\n    " in out
+        options = [set(re.findall(r"^  (?:  )?(-[-\w]+)", text, re.MULTILINE)) for text in (usage, out)]
+        assert options[0] == options[1] != set()
+        examples = usage.partition("examples:\n")[2].split("\n")
+        assert all(example.strip() in out for example in examples)
+
+    def test_what_it_says_of_arguments(self):
+        _, out, _ = run_here("help", "completion")
+        assert "\nARGUMENTS\n    shell\n        whose script to print\n" in out
+        _, out, _ = run_here("help", "subscribe")
+        assert "\n    -n COUNT, --count COUNT\n        end after so many messages\n" in out
+        _, out, _ = run_here("help", "relay")
+        assert "\nDESCRIPTION\n    Each end is a process, with a configuration of its own." in out
+
+    def test_unknown_ones(self):
+        for words in (("help", "nothing"), ("completion", "fish")):
+            status, _, err = run_here(*words)
+            assert status == 2
+            assert "invalid choice" in err
+
+    @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("s", {"subscribe", "services"}),
+            ("--v", {"--version"}),
+            ("subscribe --si", {"--since"}),
+            ("subscribe --where ", set()),
+            ("subscribe --set back", {"backend="}),
+            ("config mc_", {"mc_group", "mc_ttl"}),
+            ("relay --out-set mc_t", {"mc_ttl="}),
+            ("completion z", {"zsh"}),
+            ("help gen", {"generate-keys"}),
+            ("nameserver -d st", {"start", "stop", "status"}),
+            ("demo --ro", set()),
+        ],
+    )
+    def test_bash(self, line, words):
+        """With its names, and nothing hidden."""
+        _, script, _ = run_here("completion", "bash")
+        code = f"""{script}
+            compopt() {{ :; }}
+            IFS=' '; COMP_WORDS=(posttroll {line}"$1"); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            _posttroll; echo "${{COMPREPLY[@]}}"
+        """
+        arguments = [code, "bash"] if not line.endswith(" ") else [code.replace('"$1"', " ''"), "bash"]
+        done = subprocess.run(["bash", "-c", *arguments], capture_output=True, text=True, check=True)
+        assert (set(done.stdout.split()), done.stderr) == (words, "")
+
+    def test_zsh(self):
+        _, script, _ = run_here("completion", "zsh")
+        assert script.startswith("#compdef posttroll\n")
+        for name in [*posttroll._commands, "nameserver"]:
+            assert f"'{name}:" in script
+            assert f"\n    {name}) _arguments " in script
+        assert "'*--sample[only one of N messages]:N:_files'" in script
+        assert "--role" not in script
+        if shutil.which("zsh"):
+            subprocess.run(["zsh", "-n"], input=script, text=True, check=True)
 
 
 class TestConfigCommand:
