@@ -5445,7 +5445,7 @@ class _CatchUp:
             source.advance(number, source.hello_index if number <= source.hello else self._index)
             if self._durable is not None:
                 lines = source.hello_lines if number <= source.hello else self._durable.lines
-                self._durable.advance(instance, number, lines)
+                self._durable.advance(instance, source, number, lines)
         self._begin(source, number, ends)
         if not is_whole:
             self._ask(instance, source)
@@ -5463,7 +5463,7 @@ class _CatchUp:
         if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
             source.advance(number, self._index)
             if self._durable is not None:
-                self._durable.advance(instance, number, self._durable.lines)
+                self._durable.advance(instance, source, number, self._durable.lines)
             source.counted += len(source.came)
             source.came.clear()
         else:  # something was dropped on the way, because a queue was full
@@ -5671,12 +5671,17 @@ class _DurableState:
         self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
         # What is written after "@", and how many lines of the first two kinds belong to what is before it.
         self._places: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
+        # The same for each of the sockets that hear one publisher; that which is behind the others counts.
+        self._sources: dict[bytes, weakref.WeakKeyDictionary[_Source, tuple[int, bytes, int]]] = {}
         self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
-        self._waiting: dict[bytes, list[tuple[int, bytes, int]]] = {}  # places, until all is handled that came before
+        self._waiting: dict[
+            bytes, list[tuple[int, _Source, int, int]]
+        ] = {}  # places, until all is handled that came before
         self._count = 0  # of what has been handed out
         self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
         self._read()
+        self._earlier = dict(self._places)  # as earlier programs have left them
         self._file.append(b"", self._all)
 
     @property
@@ -5705,12 +5710,16 @@ class _DurableState:
             else:
                 self._places[entry[2]] = (entry[3], self.lines - int(entry[4]))
 
-    def _place(self, instance: bytes, place: bytes, lines: int) -> None:
-        """Keep a line about a publisher, and write it."""
+    def _place(self, instance: bytes, source: _Source, number: int, lines: int, found: bytes = b"") -> None:
+        """Keep a line about a publisher, and write it; *found* is what it tells as long as there is no number."""
+        sources = self._sources.setdefault(instance, weakref.WeakKeyDictionary())
+        sources[source] = (-1, found, lines) if found else (number, b"n%d" % number, lines)
+        _, place, lines = min(sources.values())
         self._places[instance] = (place, lines)
         self._places.move_to_end(instance)
         if len(self._places) > self.PUBLISHERS:
-            self._places.popitem(last=False)
+            forgotten, _ = self._places.popitem(last=False)
+            self._sources.pop(forgotten, None)
         self._file.append(self._place_line(instance), self._all)
 
     def _all(self) -> Iterable[bytes]:
@@ -5725,7 +5734,8 @@ class _DurableState:
     def restore(self, instance: bytes, source: _Source) -> None:
         """Let *source*, the publisher *instance* that has just been found, begin where it ended the last time."""
         with self._guard:
-            place, lines = self._places.get(instance, (b"", 0))
+            is_heard = bool(self._sources.get(instance))  # by another socket, which has other topics
+            place, lines = (self._earlier if is_heard else self._places).get(instance, (b"", 0))
         if place:
             source.was_handled = partial(self._was_handled, instance, lines)
             if place[:1] == b"n":
@@ -5748,16 +5758,17 @@ class _DurableState:
         """Take note that *source*, a publisher, has just been found; so many messages may have come from it already."""
         with self._guard:
             milliseconds = max(int((time.time() - time.monotonic() + source.since) * 1000), 0)
-            self._place(instance, b"a%d,%d" % (milliseconds, source.found), max(self.lines - came, 0))
+            found = b"a%d,%d" % (milliseconds, source.found)
+            self._place(instance, source, 0, max(self.lines - came, 0), found)
 
-    def advance(self, instance: bytes, number: int, lines: int) -> None:
+    def advance(self, instance: bytes, source: _Source, number: int, lines: int) -> None:
         """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
         with self._guard:
             if self._handed:
                 waiting = self._waiting.setdefault(instance, [])
-                waiting[1:] = [(self._count, b"n%d" % number, lines)]  # the first, and the newest
+                waiting[1:] = [(self._count, source, number, lines)]  # the first, and the newest
             else:
-                self._place(instance, b"n%d" % number, lines)
+                self._place(instance, source, number, lines)
 
     def hand_out(self, owner: Any, raw: bytes) -> None:
         """Take note that a thread or task gets the message in *raw*, as it came."""
