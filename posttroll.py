@@ -143,7 +143,7 @@ OPTIONS: dict[str, _Option] = {
     "receive_high_water_mark": _Option(
         None,
         "int",
-        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 1 GiB); 0 no limit",
+        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
@@ -2703,8 +2703,8 @@ def _usable_memory() -> int:
 
 
 def _default_receive_limit() -> int:
-    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have 512 bytes."""
-    return min(200000, _usable_memory() // 8 // 512)
+    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have a kilobyte."""
+    return min(200000, _usable_memory() // 8 // 1024)
 
 
 def _liveness_options(is_limited: bool) -> dict[int, int]:
