@@ -2145,6 +2145,25 @@ class TestSocketOptions:
                     with silent.accept()[0]:
                         pass
 
+    def test_where_memory_is_short_less_is_kept(self):
+        """Queues of 200,000 messages are more than a small container has."""
+        code = """
+            import posttroll, resource, zmq
+            resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))
+            assert posttroll._usable_memory() <= 2**28
+            with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber([]) as sub:
+                sub.add(f"tcp://127.0.0.1:{pub.port_number}")
+                assert 1000 < sub.subscribers[0].rcvhwm <= 2**16
+                assert pub._audience._queue_limit._bytes <= 2**25
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "", "")
+
+    def test_where_there_is_enough_it_is_what_it_always_was(self):
+        with mock.patch("posttroll._usable_memory", return_value=2**34), posttroll.Subscriber(["tcp://h:1"]) as sub:
+            sub.add("tcp://127.0.0.1:1")
+            assert sub.subscribers[0].rcvhwm == 200000
+
     def test_high_water_marks(self):
         with config.set(send_high_water_mark=11, receive_high_water_mark=12), posttroll.Publisher("tcp://*:0") as pub:
             with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
@@ -2317,10 +2336,19 @@ class TestNumbersAndNames:
         with pytest.raises(posttroll_ns.AnnouncementError, match="no TCP address"):
             posttroll_ns.AddressBook(600).parse(announcement)
 
-    @pytest.mark.parametrize("host", ["[::1]", "[2001:db8::1]", "[fe80::1%eth0]", "[::ffff:10.0.0.1]", "10.0.0.1"])
-    def test_a_number_is_handed_on_as_it_is(self, host):
+    @pytest.mark.parametrize(
+        ("host", "handed_on"),
+        [
+            ("[::1]", "[::1]"),
+            ("[2001:DB8:0::1]", "[2001:db8::1]"),
+            ("[fe80::1%eth0]", "[fe80::1%eth0]"),
+            ("[::ffff:10.0.0.1]", "10.0.0.1"),
+            ("10.0.0.1", "10.0.0.1"),
+        ],
+    )
+    def test_a_number_is_handed_on_as_zeromq_writes_it(self, host, handed_on):
         assert posttroll.is_connectable(f"tcp://{host}:9000")
-        assert posttroll._Resolution(f"tcp://{host}:9000").endpoint == f"tcp://{host}:9000"
+        assert posttroll._Resolution(f"tcp://{host}:9000").endpoint == f"tcp://{handed_on}:9000"
 
     @pytest.mark.parametrize("host", ["999.1.1.1", "1.2.3.4.5", "1.2.3", "some.name", "1.2.3.256"])
     def test_what_is_no_number_has_to_be_resolved(self, host):
@@ -3319,6 +3347,22 @@ class TestInquiry:
             for where in (address, local_address(free_port())):
                 with contextlib.closing(posttroll.Inquiry(where)) as inquiry:
                     assert inquiry.ask(0.05) is None
+
+    @pytest.mark.parametrize("about", [b"", b"5", b"[]", b"{}", b'{"known": 5}', b"[" * 5000, b'{"known": [{}]}', None])
+    def test_a_false_answer_is_none(self, about):
+        """Anybody can be at an address."""
+        good = {"version": "1", "name": "a", "subscribers": 1, "known": [], "topics": {"/a": 1}, "sent": "x"}
+        text = json.dumps(good).encode() if about is None else about
+        with zmq.Context() as context, context.socket(zmq.XPUB) as false:
+            false.linger = 0
+            port = false.bind_to_random_port("tcp://127.0.0.1")
+
+            def answer() -> None:
+                assert false.poll(1000 * DEADLINE)
+                false.send(false.recv()[1:] + b"\0" + text)
+
+            with in_thread(answer), contextlib.closing(posttroll.Inquiry(local_address(port))) as inquiry:
+                assert inquiry.ask(DEADLINE) is None
 
 
 class TestLoss:
@@ -4709,6 +4753,116 @@ class TestGivenUpConnections:
 
                 wait_for(lambda: pauses() == [0.04])
                 assert subscriber.addresses == [address]
+
+
+WITHOUT_OWN_TWINS = posttroll._without_own_twins
+
+
+class TestNamesWithSeveralAddresses:
+    """As that of a headless service of Kubernetes, which stands for all its pods, or of a host on several networks."""
+
+    @pytest.fixture(autouse=True)
+    def names(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+        """What names stand for; it may change, and is looked up often.  The loopback network stands for others."""
+        names: dict[str, list[str]] = {}
+        resolve = socket.getaddrinfo
+
+        def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+            if host not in names:
+                return resolve(host, *args, **kwargs)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 0)) for number in names[host]]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(posttroll, "_without_own_twins", lambda endpoints: endpoints)
+        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.05)
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.1)
+        monkeypatch.setattr(posttroll._Connections, "LOOK_AGAIN", 1.05)
+        return names
+
+    @staticmethod
+    def connected(subscriber: posttroll.Subscriber) -> list[str]:
+        """Return the hosts that it is connected to."""
+        subscriber_links = subscriber._connections._links
+        return sorted(endpoint[6:].partition(":")[0] for (_, endpoint), link in subscriber_links.items() if link.is_up)
+
+    @staticmethod
+    def until(subscriber: posttroll.Subscriber, condition: Callable[[], Any]) -> list[Any]:
+        """Receive until *condition* holds; return the data of what came."""
+        messages: list[Any] = []
+        wait_for(lambda: messages.append(next(subscriber.recv(0.02))) or condition())
+        return [message.data for message in messages if message is not None]
+
+    def test_all_are_connected(self, names):
+        port = free_port()
+        names["pods"] = hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+        with contextlib.ExitStack() as stack:
+            publishers = [stack.enter_context(posttroll.Publisher(f"tcp://{host}:{port}")) for host in hosts]
+            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
+            self.until(sub, lambda: self.connected(sub) == hosts)
+            for number, publisher in enumerate(publishers):
+                publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(Message("/a", "b", number))
+            assert sorted(message.data for message in receive(sub, 3)) == [0, 1, 2]
+            assert sub.addresses == [f"tcp://pods:{port}"]
+            sub.remove(f"tcp://pods:{port}")
+            assert sub.subscribers == []
+            wait_for(lambda: not any(publisher.subscriber_count for publisher in publishers))
+
+    def test_they_come_and_go(self, names):
+        port = free_port()
+        names["pods"] = ["127.0.0.2"]
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.2:{port}"))
+            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2"])
+            second = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.3:{port}"))
+            names["pods"] = ["127.0.0.3", "127.0.0.2"]
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"])
+            names["pods"] = ["127.0.0.3"]
+            wait_for(lambda: len(sub._connections._names[f"tcp://pods:{port}"].endpoints) == 1 or next(sub.recv(0.02)))
+            self.until(sub, lambda: True)
+            for number in range(500):  # it is not in the name any more, but it lives
+                first.send(Message("/a", "b", number))
+                second.send(Message("/a", "b", -1))
+            first.stop()
+            heard = self.until(sub, lambda: len(sub._connections._connected[f"tcp://pods:{port}"]) == 1)
+            heard += [message.data for message in receive(sub, 1000 - len(heard))]
+            assert [number for number in heard if number >= 0] == list(range(500))
+            assert len(heard) == 1000
+            assert self.connected(sub) == ["127.0.0.3"]
+            third = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.4:{port}"))
+            names["pods"] = ["127.0.0.4", "127.0.0.3"]
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.3", "127.0.0.4"])
+            assert len(sub.subscribers) == 2  # the socket of the one that has gone is used again
+            third.send(Message("/a", "b", "third"))
+            assert receive(sub)[0].data == "third"
+
+    def test_a_host_with_several_addresses_is_heard_once(self, names):
+        port = free_port()
+        names["host"] = ["127.0.0.2", "127.0.0.3"]
+        with posttroll.Publisher(f"tcp://*:{port}") as pub, posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"] and pub.subscriber_count == 2)
+            messages = [Message("/a", "b", number) for number in range(200)]
+            for message in messages:
+                pub.send(message)
+            pub.send(messages[-1])  # on purpose
+            pub.send(Message("/a", "b", "end"))
+            heard = self.until(sub, lambda: sub._inbox._streams == [] and not sub._inbox.accepted)
+            heard += [message.data for message in receive(sub, 202 - len(heard), 5)]
+            assert heard == [*range(200), 199, "end"]
+            pub.send(Message("/a", "b", "the last"))
+            assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
+
+    def test_of_its_own_addresses_a_host_uses_one(self, names, monkeypatch):
+        port = free_port()
+        monkeypatch.setattr(posttroll, "_without_own_twins", WITHOUT_OWN_TWINS)
+        monkeypatch.setattr(posttroll, "is_own_address", lambda address: address != "127.0.0.4")
+        names["host"] = ["127.0.0.3", "127.0.0.4", "127.0.0.2"]
+        with posttroll.Publisher(f"tcp://*:{port}"), posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.4"])
+            names["host"] = ["127.0.0.2", "127.0.0.4", "127.0.0.3"]
+            self.until(sub, lambda: sub._connections._timer is not None)
+            assert self.connected(sub) == ["127.0.0.2", "127.0.0.4"]
 
 
 # ======================================================================================================================
@@ -6893,6 +7047,184 @@ class TestExporter:
                 assert publisher.wait_for_subscribers(1, DEADLINE)
                 publisher.send(posttroll.Message("/a", "info"))
                 wait_for(lambda: self.metrics(port).get(("posttroll_messages_total", "secret", "/a", "info")) == 1)
+
+
+class TestMap:
+    @pytest.fixture
+    def world(self):
+        """Two publishers of ours, one that is not, and who listens to them."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(nameserver())
+            names = ['a"b', "b<c"]
+            pubs = [stack.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in names]
+            other, address = stack.enter_context(raw_publisher())
+            register(registration_of(URI=address, service=["other"]))
+            ours = [local_address(pub.port_number) for pub in pubs]
+            subs = [
+                stack.enter_context(posttroll.Subscriber(ours[:1], ["/a", "/b"])),
+                stack.enter_context(posttroll.Subscriber(ours)),
+                stack.enter_context(posttroll.Subscriber(ours)),
+            ]
+            stranger = stack.enter_context(raw_socket(zmq.SUB, pubs[0].port_number))
+            stranger.subscribe(b"pytroll://a/x")
+            for sub in subs:
+                stack.enter_context(serving(sub))
+            ended = threading.Event()
+
+            def send() -> None:
+                while not ended.wait(0.02):
+                    for subject in ("/a/x", "/z"):
+                        pubs[0].send(text_message("x", subject))
+                    other.send_string(text_message("x", "/of_other"))
+
+            wait_for(lambda: [pub.subscriber_count for pub in pubs] == [4, 2])
+            with in_thread(send):
+                try:
+                    yield [posttroll.get_pub_address(name)[0]["URI"] for name in [*names, "other"]]
+                finally:
+                    ended.set()
+
+    def test_all_forms(self, world):
+        """One after the other, as the network takes its time."""
+        first, second, other = world
+        status, out, err = run_command("map", "--seconds", 0.5)
+        assert (status, err) == (0, "")
+        assert out.splitlines() == [
+            f'a"b  {first}',
+            "  sends  /a/x",
+            "  sends  /z",
+            "  to     somebody  /a/x",
+            "  to     127.0.0.1  everything (2 times)",
+            "  to     127.0.0.1  /a, /b",
+            f"b<c  {second}",
+            "  sends  nothing while we listened",
+            "  to     127.0.0.1  everything (2 times)",
+            f"pub  {other}",
+            "  sends  /of_other",
+            "  to     (it does not tell)",
+        ]
+        status, out, err = run_command("map", "/z", "--seconds", 0.5, "--dot")
+        assert (status, err) == (0, "")
+        assert out.splitlines() == [
+            "digraph posttroll {",
+            "  rankdir=LR;",
+            f'  publisher0 [shape=box, label="a\\"b\\n{first}\\n/z"];',
+            f'  publisher1 [shape=box, label="b<c\\n{second}"];',
+            f'  publisher2 [shape=box, label="pub\\n{other}"];',
+            '  listener0 [label="somebody"];',
+            '  listener1 [label="127.0.0.1"];',
+            '  publisher0 -> listener0 [label="/a/x"];',
+            '  publisher0 -> listener1 [label="everything (2 times)"];',
+            '  publisher0 -> listener1 [label="/a, /b"];',
+            '  publisher1 -> listener1 [label="everything (2 times)"];',
+            "}",
+        ]
+        status, out, err = run_command("map", "/z", "--seconds", 0.5, "--mermaid")
+        assert (status, err) == (0, "")
+        assert out.splitlines() == [
+            "graph LR",
+            f'  publisher0["a#34;b<br/>{first}<br/>/z"]',
+            f'  publisher1["b#60;c<br/>{second}"]',
+            f'  publisher2["pub<br/>{other}"]',
+            '  listener0(["somebody"])',
+            '  listener1(["127.0.0.1"])',
+            '  publisher0 -->|"/a/x"| listener0',
+            '  publisher0 -->|"everything (2 times)"| listener1',
+            '  publisher0 -->|"/a, /b"| listener1',
+            '  publisher1 -->|"everything (2 times)"| listener1',
+        ]
+        status, out, err = run_command("map", "--seconds", 0.1, "--json")
+        assert (status, err) == (0, "")
+        rows = json.loads(out)
+        assert [row["name"] for row in rows] == ['a"b', "b<c", "pub"]
+        assert rows[2]["listeners"] is None
+        assert {"host": "", "topics": ["/a/x"], "count": 1} in rows[0]["listeners"]
+
+    def test_nobody_listens_and_nobody_is_there(self):
+        with nameserver():
+            assert run_command("map", "--seconds", 0) == (0, "\n", "")
+            with posttroll.Publish("a_name", nameservers=["localhost"]):
+                wait_for(lambda: posttroll.get_pub_address("a_name"))
+                out = run_command("map", "--seconds", 0)[1]
+        assert out.splitlines()[1:] == ["  sends  nothing while we listened", "  to     nobody"]
+        status, _, err = run_command("map", "--set", "nameserver_port=1")
+        assert status == 1
+        assert "no answer from the nameserver" in err
+
+
+class TestHelpAndCompletion:
+    def test_without_a_command_it_shows_all(self):
+        status, out, _ = run_here("help")
+        assert status == 0
+        assert all(f"\n    {name}" in out for name in [*posttroll._commands, "nameserver"])
+
+    @pytest.mark.parametrize("name", [*posttroll._commands, "nameserver"])
+    def test_of_each_command(self, name):
+        status, out, _ = run_here("help", name)
+        _, usage, _ = run_here(name, "--help")
+        assert status == 0
+        assert re.search(rf"^NAME\n    posttroll {name} - [a-z]", out)
+        headings = ["SYNOPSIS", "OPTIONS", "EXAMPLES", "CONFIGURATION"]
+        for heading in headings + ["EXIT STATUS"] * (name != "check"):  # which has statuses of its own
+            assert f"\n{heading}\n    " in out
+        options = [set(re.findall(r"^  (?:  )?(-[-\w]+)", text, re.MULTILINE)) for text in (usage, out)]
+        assert options[0] == options[1] != set()
+        examples = usage.partition("examples:\n")[2].split("\n")
+        assert all(example.strip() in out for example in examples)
+
+    def test_what_it_says_of_arguments(self):
+        _, out, _ = run_here("help", "completion")
+        assert "\nARGUMENTS\n    shell\n        whose script to print\n" in out
+        _, out, _ = run_here("help", "subscribe")
+        assert "\n    -n COUNT, --count COUNT\n        end after so many messages\n" in out
+        _, out, _ = run_here("help", "relay")
+        assert "\nDESCRIPTION\n    Each end is a process, with a configuration of its own." in out
+
+    def test_unknown_ones(self):
+        for words in (("help", "nothing"), ("completion", "fish")):
+            status, _, err = run_here(*words)
+            assert status == 2
+            assert "invalid choice" in err
+
+    @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("s", {"subscribe", "services"}),
+            ("--v", {"--version"}),
+            ("subscribe --si", {"--since"}),
+            ("subscribe --where ", set()),
+            ("subscribe --set back", {"backend="}),
+            ("config mc_", {"mc_group", "mc_ttl"}),
+            ("relay --out-set mc_t", {"mc_ttl="}),
+            ("completion z", {"zsh"}),
+            ("help gen", {"generate-keys"}),
+            ("nameserver -d st", {"start", "stop", "status"}),
+            ("demo --ro", set()),
+        ],
+    )
+    def test_bash(self, line, words):
+        """With its names, and nothing hidden."""
+        _, script, _ = run_here("completion", "bash")
+        code = f"""{script}
+            compopt() {{ :; }}
+            IFS=' '; COMP_WORDS=(posttroll {line}"$1"); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            _posttroll; echo "${{COMPREPLY[@]}}"
+        """
+        arguments = [code, "bash"] if not line.endswith(" ") else [code.replace('"$1"', " ''"), "bash"]
+        done = subprocess.run(["bash", "-c", *arguments], capture_output=True, text=True, check=True)
+        assert (set(done.stdout.split()), done.stderr) == (words, "")
+
+    def test_zsh(self):
+        _, script, _ = run_here("completion", "zsh")
+        assert script.startswith("#compdef posttroll\n")
+        for name in [*posttroll._commands, "nameserver"]:
+            assert f"'{name}:" in script
+            assert f"\n    {name}) _arguments " in script
+        assert "'*--sample[only one of N messages]:N:_files'" in script
+        assert "--role" not in script
+        if shutil.which("zsh"):
+            subprocess.run(["zsh", "-n"], input=script, text=True, check=True)
 
 
 class TestConfigCommand:
@@ -9374,6 +9706,166 @@ print(posttroll.get_pub_address("a_service", nameserver="10.77.2.2"))
                 posttroll.AddressBroadcaster("a_service", "tcp://*:9000", 1)
 
 
+@pytest.fixture
+def two_ipv6_hosts(two_hosts):
+    """Give two hosts that have no IPv4 address, not even 127.0.0.1; and names for them."""
+    directories = [Path("/etc/netns") / host.name for host in two_hosts]
+    try:
+        for number, (host, directory) in enumerate(zip(two_hosts, directories), 1):
+            host.address = f"2001:db8:77::{number}"
+            host.ip("addr", "del", "127.0.0.1/8", "dev", "lo")
+            host.ip("addr", "add", f"{host.address}/64", "dev", host.device, "nodad")
+            host.ip("route", "add", "default", "dev", host.device)
+            directory.mkdir(parents=True)
+            (directory / "hosts").write_text("::1 localhost\n2001:db8:77::1 one\n10.9.9.9 two\n2001:db8:77::2 two\n")
+        yield two_hosts
+    finally:
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+IPV6_GROUP = f"ff15::{chance.randrange(1, 65536):x}:7"
+
+
+@pytest.mark.network
+class TestIPv6:
+    @pytest.mark.parametrize("nameserver", ["2001:db8:77::1", "one", "[2001:DB8:77:0::1]"])
+    def test_registration_lookup_news_and_messages(self, two_ipv6_hosts, nameserver):
+        """With a subscriber on the nameserver's host and one on that of the publisher, by number and by name."""
+        one, two = two_ipv6_hosts
+        ask = {"POSTTROLL_NAMESERVER": nameserver}
+        with (
+            one.run(NAMESERVER, "--no-multicast") as server,
+            one.run("-c", SUBSCRIBING) as local,
+            two.run("-c", SUBSCRIBING, **ask) as remote,
+        ):
+            for running, line in ((server, "answers on port"), (local, "up"), (remote, "up")):
+                await_line(running, line)
+            with two.run("-c", PUBLISHING.replace("rs(1,", "rs(2,"), "60", nameserver) as pub:
+                port = await_line(pub, "port").split()[1]
+                for running in (local, remote):
+                    assert await_line(running, "got") == "got across the network\n"
+                assert one.ask("a_service") == [f"tcp://[2001:db8:77::2]:{port}"]
+                assert two.ask("a_service", nameserver) == [f"tcp://[2001:db8:77::2]:{port}"]
+
+    @pytest.mark.parametrize("interface", ["", "device", "address"])
+    def test_by_multicast(self, two_ipv6_hosts, interface):
+        one, two = two_ipv6_hosts
+        group = [{"POSTTROLL_MC_GROUP": IPV6_GROUP} for _ in two_ipv6_hosts]
+        for host, own in zip(two_ipv6_hosts, group):
+            if interface:
+                own["POSTTROLL_MULTICAST_INTERFACE"] = getattr(host, interface)
+        with (
+            one.run(NAMESERVER, **group[0]) as server,
+            one.run("-c", SUBSCRIBING) as subscriber,
+            two.run("-c", PUBLISHING, "60", **group[1]) as pub,
+        ):
+            await_line(server, "answers on port")
+            assert await_line(subscriber, "got") == "got across the network\n"
+            port = await_line(pub, "port").split()[1]
+            assert one.ask("a_service") == [f"tcp://[2001:db8:77::2]:{port}"]
+
+    def test_addresses_of_a_link(self, two_ipv6_hosts):
+        """Without any other: both sides name the interface."""
+        one, two = two_ipv6_hosts
+        for host in two_ipv6_hosts:
+            host.ip("addr", "flush", "dev", host.device)
+        for host, address in ((one, "fe80::1"), (two, "fe80::2")):
+            host.ip("addr", "add", f"{address}/64", "dev", host.device, "nodad")
+        with one.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            with two.run("-c", PUBLISHING, "60", f"fe80::1%{two.device}") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: one.ask("a_service") == [f"tcp://[fe80::2%{two.device}]:{port}"])
+                code = f"import posttroll\nwith posttroll.Subscriber(['tcp://[fe80::2%{one.device}]:{port}']) as sub:\n"
+                assert one.say(code + "    print(next(sub.recv(15)).data)") == "across the network"
+
+    def test_fixed_addresses_and_names_of_hosts(self, two_ipv6_hosts):
+        """``localhost`` is what there is of it; of a host with two numbers, that which can be reached."""
+        code = """
+import posttroll, sys
+for host, seen in (("*", "localhost"), ("localhost", "localhost"), ("[::1]", "[::1]"), ("[2001:db8:77::2]", "two")):
+    pub = posttroll.Publisher(f"tcp://{host}:0").start()
+    with posttroll.Subscriber([f"tcp://{seen}:{pub.port_number}"]) as sub:
+        assert pub.wait_for_subscribers(1, 15)
+        pub.send(posttroll.Message("/a", "info", host))
+        print(next(sub.recv(15)).data)
+    pub.stop()
+"""
+        _, two = two_ipv6_hosts
+        assert two.say(code).split() == ["*", "localhost", "[::1]", "[2001:db8:77::2]"]
+
+    @pytest.mark.parametrize(
+        ("entries", "is_in"), [("2001:db8:77::/64", True), ("two", True), ("2001:db8:78::/64 10.0.0.0/8", False)]
+    )
+    def test_access(self, two_ipv6_hosts, entries, is_in):
+        """Of the nameserver, and of registrations; the host itself is always let in."""
+        one, two = two_ipv6_hosts
+        settings = {"POSTTROLL_AUTHORIZED_CLIENT_ADDRESSES": entries}
+        code = """
+import posttroll
+try:
+    print(posttroll.get_pub_address("", 10 if IS_IN else 1, "one"))
+except TimeoutError:
+    print("refused")
+""".replace("IS_IN", str(is_in))
+        with one.run(NAMESERVER, "--no-multicast", **settings) as server:
+            await_line(server, "answers on port")
+            assert two.say(code) == ("[]" if is_in else "refused")
+            assert one.say(code.replace("one", "2001:db8:77::1")) == "[]"
+
+    def test_doctor_with_keys(self, two_ipv6_hosts, keys):
+        """All of it, with CURVE."""
+        one, _ = two_ipv6_hosts
+        with one.run(NAMESERVER, "--no-multicast", POSTTROLL_BACKEND="secure_zmq") as server:
+            await_line(server, "answers on port")
+            doctor = one.run(LIBRARY, "doctor", "--no-multicast", POSTTROLL_BACKEND="secure_zmq")
+            with doctor as running:
+                status, out, err = finish(running)
+            assert status == 0, out + err
+            assert "own address: 2001:db8:77::1" in out
+
+    def test_a_host_with_both_announces_ipv4(self, two_hosts):
+        """And serves both, whoever comes; peers that know nothing else see what they have always seen."""
+        one, two = two_hosts
+        for host in two_hosts:
+            host.connect()
+            host.ip("addr", "add", f"2001:db8:77::{host.address[-1]}/64", "dev", host.device, "nodad")
+        with one.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            with two.run("-c", PUBLISHING, "60", "10.77.1.1") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+                assert two.ask("a_service", "2001:db8:77::1") == [f"tcp://10.77.1.2:{port}"]
+                code = f"import posttroll\nwith posttroll.Subscriber(['tcp://[2001:db8:77::2]:{port}']) as sub:\n"
+                assert one.say(code + "    print(next(sub.recv(15)).data)") == "across the network"
+
+    def test_a_host_without_ipv6(self, two_hosts):
+        """Its kernel, or what it is locked into, refuses it."""
+        code = """
+import errno, socket, zmq
+refused = {"number": 0}
+bind, open_socket = zmq.Socket.bind, socket.socket
+class Socket(socket.socket):
+    def __init__(self, family=-1, *args, **kwargs):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EPERM, "not permitted")
+        super().__init__(family, *args, **kwargs)
+def refusing(sock, address):
+    if sock.get(zmq.IPV6):
+        refused["number"] += 1
+        raise zmq.ZMQError(errno.EPERM)
+    return bind(sock, address)
+socket.socket, zmq.Socket.bind = Socket, refusing
+import posttroll
+with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+    assert pub.wait_for_subscribers(1, 15)
+print(refused["number"] > 0, posttroll.get_own_ip())
+"""
+        host, _ = two_hosts
+        assert host.say(code) == "True 127.0.0.1"
+
+
 # ======================================================================================================================
 # Robustness: bad input, faults, ends, loss
 #
@@ -11615,6 +12107,23 @@ class TestOwnAddresses:
         assert not rules.refuses_address("2001:db8::7")
         assert rules.refuses_address("10.2.0.1")
         assert rules.refuses_address("2001:db9::7")
+
+    @pytest.mark.parametrize(
+        ("entry", "let_in", "kept_out"),
+        [
+            ("::ffff:10.1.0.0/112", ["10.1.2.3", "::ffff:10.1.2.3"], ["10.2.0.1", "::ffff:10.2.0.1", "2001:db8::1"]),
+            ("::ffff:10.1.0.9", ["10.1.0.9"], ["10.1.0.8"]),
+            ("[2001:db8::7]", ["2001:db8::7"], ["2001:db8::8"]),
+            ("fe80::/64", ["fe80::7%eth0", "fe80::8%eth1"], ["fe81::1%eth0"]),
+            ("fe80::7%eth0", ["fe80::7%eth0"], ["fe80::7%eth1", "fe80::8%eth0", "fe80::7"]),
+            ("fe80::%eth0/64", ["fe80::7%eth0", "fe80::8%eth0"], ["fe80::7%eth1"]),
+        ],
+    )
+    def test_entries_of_all_forms(self, entry, let_in, kept_out):
+        with config.set(authorized_client_addresses=["192.0.2.1", entry, "2001:db8:f::/48"]):
+            rules = posttroll.AccessRules()
+        assert not any(map(rules.refuses_address, let_in))
+        assert all(map(rules.refuses_address, kept_out))
 
     def test_a_list_that_is_no_list_is_an_error(self):
         with pytest.raises(posttroll.ConfigurationError, match="authorized_client_addresses"):
@@ -14246,6 +14755,39 @@ class TestDurable:
             sub.add(local_address(numbers.publisher.port_number))
             assert received_data(sub, 10) == list(range(10))
 
+    def test_two_addresses_of_one_publisher_with_different_topics(self, numbers, kill, short_heartbeats):
+        """What comes by the one says nothing of what comes by the other."""
+        pub, other = numbers.publisher.start(), Numbers(numbers.publisher, "/other")
+        with Relay(pub.port_number) as relay:
+
+            def subscriber(count: int) -> posttroll.Subscriber:
+                sub = posttroll.Subscriber([], durable="name")
+                sub.add(local_address(pub.port_number), "/numbers")
+                sub.add(local_address(relay.port), "/other")
+                wait_for(lambda: next(sub.recv(0.01)) is None and pub.subscriber_count == count)
+                return sub
+
+            first = subscriber(2)
+            other.send(1)
+            assert received_data(first) == [0]
+            wait_for(lambda: next(first.recv(0.01)) is None and not pub._audience.unserved())
+            relay.cut()
+            wait_for(lambda: pub.subscriber_count == 1)
+            numbers.send(3)
+            other.send(1)
+            assert received_data(first, 3) == [0, 1, 2]
+            wait_for(
+                lambda: next(first.recv(0.01)) is None and all(peer.told == 5 for peer in pub._audience.peers.values())
+            )
+            kill()
+            relay.mend()
+            with posttroll.Subscriber([], durable="name") as sub:
+                sub.add(local_address(pub.port_number), "/numbers")
+                sub.add(local_address(relay.port), "/other")
+                assert received_data(sub) == [1]
+                assert receive(sub, 1, 0.1) == []
+            first.close()
+
     def test_what_is_beyond_the_history_is_told(self, caplog):
         with config.set(history_messages=100), posttroll.Publisher("tcp://*:0", "numbers") as pub:
             numbers = Numbers(pub)
@@ -14595,6 +15137,52 @@ class TestFullQueues:
                     pub.send(text_message("end"))
                     wait_for(lambda: quick[-1] == slow[-1] == "end")
                     assert (len(quick), len(slow)) == (1001, 1001)
+
+    def test_a_queue_takes_only_so_many_bytes(self, monkeypatch):
+        """Whatever the size of the messages; it is caught up, as far as the history reaches, or known to be missed."""
+        monkeypatch.setenv("POSTTROLL_SEND_HIGH_WATER_MARK", "1000000")
+        monkeypatch.setenv("POSTTROLL_HISTORY_BYTES", "1000000")
+        with config.set(send_high_water_bytes=500_000), posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            with self.crowd(pub, 2) as (subs, _), serving(subs[0]) as quick:
+                numbers = Numbers(pub, padding="x" * 2000)
+                numbers.send(1)
+                await_count(quick, 1)
+                wait_for(lambda: pub._audience.socket.getsockopt(zmq.SNDHWM) < 1000)
+                buffers = 8_000_000 // 2000  # of the system, for the loopback interface
+                while numbers.count < 2 * buffers:
+                    numbers.send(100)
+                    await_count(quick, numbers.count)
+                assert pub.dropped > numbers.count - buffers - 1000
+                with serving(subs[1]) as slow:
+                    wait_for(lambda: slow and slow[-1][0] == numbers.count - 1)
+                    wait_for(lambda: not pub._audience.unserved())
+                    numbers.send(100)
+                    wait_for(lambda: slow[-1][0] == numbers.count - 1)
+                    came = {number for number, _ in slow}
+                    assert len(came) == len(slow)
+                    assert {*range(numbers.count - 400, numbers.count)} <= came  # what the history reaches
+                    assert subs[1].missed >= numbers.count - len(came) > 0
+                assert sorted(number for number, _ in quick) == list(range(numbers.count))
+
+    def test_the_limit_follows_the_sizes(self):
+        sock = mock.Mock(getsockopt=lambda option: 5000)
+        with config.set(send_high_water_bytes=1_000_000):
+            limit = posttroll._QueueLimit(sock)
+        count = total = 0
+
+        def after(messages: int, size: int) -> int:
+            nonlocal count, total
+            count, total = count + messages, total + messages * size
+            limit.adapt(count, total)
+            return limit._limit
+
+        assert after(1000, 100) == 5000
+        assert after(1, 10_000) == 100
+        assert after(1, 10_000_000) == limit.LEAST
+        assert after(1000, 1000) == limit.LEAST  # the large one may still be there
+        assert [after(1000, 1000) for _ in range(100)][-1] == pytest.approx(1000, rel=0.2)
+        assert [after(1000, 100) for _ in range(100)][-1] == 5000
+        assert sock.setsockopt.call_args.args == (zmq.SNDHWM, 5000)
 
     def test_full_and_cut(self, monkeypatch):
         """A queue is full when its connection ends."""
@@ -15604,7 +16192,7 @@ class TestOutages:
         running = world(seconds)
         self.cut(running)
         running.hear_all()
-        assert running.finish() == [0, 0]
+        running.finish()  # what is queued for a dead connection, which its publisher has not noticed, counts as dropped
 
     def test_the_link_is_cut_for_longer_than_the_history_reaches(self, world):
         running = world(POSTTROLL_HISTORY_MESSAGES="50")
