@@ -3667,6 +3667,21 @@ class TestSubscriber:
                 assert received_data(sub) == ["live"]
                 assert (sub.caught_up, sub.up_to_date, sub.missed) == (5, 1, 0)
 
+    def test_who_has_only_said_hello_is_not_up_to_date(self):
+        with zmq.Context() as context, context.socket(zmq.XPUB) as sock:
+            sock.linger = 0
+            port = sock.bind_to_random_port("tcp://127.0.0.1")
+            with posttroll.Subscriber([local_address(port)]) as sub:
+                mark = wait_for(lambda: next(sub.recv(0.01)) or (sock.poll(0) and sock.recv()[1:]))
+                while not mark.startswith(posttroll._MARK):
+                    mark = sock.recv()[1:]
+                sock.send(mark + b"\0H 0123456789abcdef 0 0 0 a_publisher")
+                wait_for(lambda: next(sub.recv(0.01)) or sock.poll(0))  # it asks
+                assert sub.up_to_date == 0
+                sock.send(mark + b"\0E 0123456789abcdef 0 1 0 0 1")
+                wait_for(lambda: next(sub.recv(0.01)) or sub.up_to_date)
+                assert sub.up_to_date == 1
+
     def test_last_heard(self):
         """Messages and heartbeats count, also those that the filter skips, but not those of other topics."""
         with connected(["/a", "/heartbeat"], message_filter=lambda message: message.subject != "/a/skipped") as pair:
