@@ -8732,6 +8732,11 @@ class _Meter:
         self._thread = threading.Thread(target=self._receive, name="posttroll meter", daemon=True)
         self._thread.start()
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether it still counts."""
+        return self._thread.is_alive()
+
     def _receive(self) -> None:
         for _ in self._subscriber.recv():  # it takes none of them, but counts them as they pass its filter
             pass
@@ -8844,6 +8849,8 @@ class _Network:
 
     def _look_up(self) -> None:
         """Ask where the publishers are, begin to count new ones, and forget what has been silent for long."""
+        if not self._meter.is_counting:  # nobody must take numbers for true that stand still
+            raise _CommandError("the counting has failed, see above.")
         known: dict[str, Mapping[str, Any]] = {}
         problems = []
         for host in self._up:
