@@ -5794,15 +5794,26 @@ class TestLookingIn:
         """By two publishers, each is told of its own."""
         with posttroll.Publisher("tcp://*:0") as one, posttroll.Publisher("tcp://*:0") as two:
             addresses = [local_address(pub.port_number) for pub in (one, two)]
-            words = ["--address", addresses[0], "--address", addresses[1], "-n", 2, "--format", "{data} {origin} {age}"]
+            words = [
+                "--address",
+                addresses[0],
+                "--address",
+                addresses[1],
+                "-n",
+                2,
+                "--format",
+                "{data} {origin} {sender} {age}",
+            ]
             with command("subscribe", *words) as running:
                 for pub, text in ((one, "one"), (two, "two")):
                     assert pub.wait_for_subscribers(1, DEADLINE)
-                    pub.send(text_message(text))
+                    message = posttroll.Message("/a", "info", text)
+                    message.sender = "user@elsewhere"
+                    pub.send(message)
                 _, out, _ = finish(running)
         found = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-        assert [found[text][0] for text in ("one", "two")] == addresses
-        assert all(0 <= float(age) < 60 for _, age in found.values())
+        assert [found[text][:2] for text in ("one", "two")] == [[address, "user@elsewhere"] for address in addresses]
+        assert all(0 <= float(age) < 60 for *_, age in found.values())
 
     @pytest.mark.parametrize(
         ("key", "counts"),
