@@ -73,7 +73,7 @@ from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import accumulate, chain, count, islice, takewhile
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
@@ -137,8 +137,13 @@ OPTIONS: dict[str, _Option] = {
     "zmtp_heartbeat_interval": _Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": _Option(30, "number", "seconds without a sign of life until a connection is given up"),
     "send_high_water_mark": _Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_bytes": _Option(
+        None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
+    ),
     "receive_high_water_mark": _Option(
-        200000, "int", "the same in a busy subscriber, for each publisher; 0 for no limit"
+        None,
+        "int",
+        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 1 GiB); 0 no limit",
     ),
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
@@ -1586,15 +1591,19 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
 SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 
 DATAGRAM_SIZE = 65535
-_IP_MULTICAST_ALL = 49  # of Linux, see ip(7)
+_IP_MULTICAST_ALL, _IPV6_MULTICAST_ALL = 49, 29  # of Linux, see ip(7) and ipv6(7)
+_NO_ADDRESS = ("0.0.0.0", "::")  # of an interface that has none
 _BROADCAST_GROUPS = ("0.0.0.0", "255.255.255.255", "<broadcast>")
 
 
 def multicast_group(mcgroup: str | None) -> str:
-    """Return the address of the group; raises OSError if it is no IPv4 multicast address."""
+    """Return the address of the group; raises OSError if it is no multicast address."""
     group = config.get("mc_group") if mcgroup is None else mcgroup
     if group in _BROADCAST_GROUPS:
         return "<broadcast>"
+    with suppress(ValueError):
+        if ipaddress.IPv6Address(group).is_multicast:
+            return cast(str, group)
     try:
         packed = socket.inet_aton(socket.gethostbyname(group))
     except OSError as error:
@@ -1604,7 +1613,7 @@ def multicast_group(mcgroup: str | None) -> str:
     if packed[0] >> 4 != 0xE:
         raise OSError(
             errno.EINVAL,
-            f"Invalid multicast address {group!r} (mc_group): Invalid argument, not in 224.0.0.0 to 239.255.255.255",
+            f"Invalid multicast address {group!r} (mc_group): Invalid argument, not in 224.0.0.0/4 or ff00::/8",
         )
     return socket.inet_ntoa(packed)
 
@@ -1632,6 +1641,38 @@ def _multicast_interface() -> bytes:
         raise OSError(errno.ENODEV, f"multicast_interface {interface!r} has no address here: {error}") from None
 
 
+def _multicast_index(group: str) -> int:
+    """Return the index of the interface for the IPv6 *group*, 0 to leave the choice to the routing table.
+
+    Raises:
+        OSError: The configured interface does not exist (perhaps not yet).
+    """
+    interface = group.partition("%")[2] or config.get("multicast_interface")
+    if not interface:
+        return 0
+    known = {address.partition("%")[0]: index for address, index in _local_ipv6()}
+    try:
+        number, _, zone = interface.partition("%")
+        return known.get(number) or socket.if_nametoindex(zone or number)
+    except OSError as error:
+        raise OSError(errno.ENODEV, f"multicast_interface {interface!r} has no IPv6 here: {error}") from None
+
+
+def _membership(group: str) -> tuple[int, int, bytes]:
+    """Return level, option and value that make a socket a member of *group*."""
+    if ":" in group:
+        packed = socket.inet_pton(socket.AF_INET6, group.partition("%")[0])
+        return socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, packed + struct.pack("@I", _multicast_index(group))
+    return socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(group) + _multicast_interface()
+
+
+def _udp_socket(group: str) -> socket.socket:
+    """Return a socket for *group* that shares its port."""
+    sock = socket.socket(socket.AF_INET6 if ":" in group else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return sock
+
+
 def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
     """Open a UDP socket to send to a multicast group.
 
@@ -1645,13 +1686,16 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
         OSError: The group is no multicast address, or the socket cannot be set up.
     """
     group = multicast_group(mcgroup)
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    ttl = min(max(config.get("mc_ttl"), 0), 255)
+    sock = _udp_socket(group)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if group == "<broadcast>":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        elif ":" in group:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, _multicast_index(group))
         else:
-            ttl = min(max(config.get("mc_ttl"), 0), 255)
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
             interface = _multicast_interface()
@@ -1677,17 +1721,20 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
         OSError: The group is no multicast address, the port is taken, or no interface can receive multicast.
     """
     group = multicast_group(mcgroup)
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock = _udp_socket(group)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if sys.platform not in ("linux", "win32") and hasattr(socket, "SO_REUSEPORT"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # BSD and macOS share ports by this one
+        if ":" in group:  # another socket may have the same port for IPv4
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(("", port))
         if group != "<broadcast>":
+            level, option, value = _membership(group)
             if sys.platform == "linux":  # else it also gets what comes for the groups of other programs
-                sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
-            membership = socket.inet_aton(group) + _multicast_interface()
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+                with suppress(OSError):  # IPv6: from Linux 4.20 on
+                    all_groups = _IPV6_MULTICAST_ALL if level == socket.IPPROTO_IPV6 else _IP_MULTICAST_ALL
+                    sock.setsockopt(level, all_groups, 0)
+            sock.setsockopt(level, option, value)
     except BaseException:
         sock.close()
         raise
@@ -1714,7 +1761,10 @@ class MulticastSender:
         probe, group = mcast_sender(self.group)
         with probe:
             probe.connect((group, self.port))  # no packet is sent; the kernel picks the route
-            return cast(str, probe.getsockname()[0])
+            address = number_of(probe.getsockname())
+        if address in _NO_ADDRESS:
+            raise OSError(errno.EADDRNOTAVAIL, f"The interface that leads to the group {self.group} has no address")
+        return address
 
     def close(self) -> None:
         """Close the sender."""
@@ -1737,7 +1787,7 @@ class MulticastReceiver:
     def __call__(self) -> tuple[str, tuple[str, int]]:
         """Return the next datagram as text, and the address and port that it came from."""
         data, sender = self.socket.recvfrom(max(self.BUFSIZE, DATAGRAM_SIZE))
-        return data.decode("utf-8", "replace"), sender
+        return data.decode("utf-8", "replace"), sender[:2]
 
     def fileno(self) -> int:
         """Return the file descriptor, for pollers."""
@@ -1749,9 +1799,6 @@ class MulticastReceiver:
 
     def close(self) -> None:
         """Close the receiver."""
-        with suppress(OSError):
-            membership = socket.inet_aton(self.group) + _multicast_interface()
-            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_DROP_MEMBERSHIP, membership)
         self.socket.close()
 
 
@@ -1762,18 +1809,39 @@ def source_address(number: str) -> str | None:
     """
     family = socket.AF_INET6 if ":" in number else socket.AF_INET
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((number, 9))  # no packet is sent; the kernel picks the route
-        return cast(str, probe.getsockname()[0])
+        host, _, zone = number.partition("%")
+        # Connecting sends no packet, the kernel picks the route.
+        probe.connect((host, 9, 0, socket.if_nametoindex(zone)) if zone else (host, 9))
+        address = number_of(probe.getsockname())
+        return None if address in _NO_ADDRESS else address
     return None
 
 
-def get_own_ip() -> str:
-    """Return the IPv4 address of this host that leads to others, ``127.0.0.1`` without a network.
+def number_of(socket_address: Sequence[Any]) -> str:
+    """Return the number of the host in what `socket` calls an address, with the zone if it is for one link only."""
+    host, _, _, index = (*socket_address, 0, 0)[:4]
+    return f"{host}%{socket.if_indextoname(index)}" if index else cast(str, host)
 
-    It is that of the default route, or, if there is none, that of an interface.
+
+def get_own_ip() -> str:
+    """Return the address of this host that leads to others, that of loopback without a network.
+
+    It is that of the default route, or, if there is none, that of an interface; IPv4 before IPv6.
     """
-    candidates = chain((source_address("192.0.2.1") for _ in range(1)), get_local_ips())
-    return next((address for address in candidates if address and not is_loopback(address)), "127.0.0.1")
+    addresses = (address for address in _own_addresses() if address and "%" not in address)  # that is for one link only
+    return next((address for address in addresses if not is_loopback(address)), loopback_address())
+
+
+def _own_addresses() -> Iterator[str | None]:
+    yield source_address("192.0.2.1")
+    yield from get_local_ips()
+    yield source_address("2001:db8::1")
+    yield from (address for address, _ in _local_ipv6())
+
+
+def loopback_address() -> str:
+    """Return ``127.0.0.1``, or ``::1`` on a host that has only that."""
+    return "::1" if source_address("127.0.0.1") is None and source_address("::1") is not None else "127.0.0.1"
 
 
 def is_loopback(address: str) -> bool:
@@ -1791,6 +1859,20 @@ def get_local_ips() -> list[str]:
         with suppress(OSError):
             found += socket.gethostbyname_ex(socket.gethostname())[2]
     return list(dict.fromkeys(found))
+
+
+def _local_ipv6() -> list[tuple[str, int]]:
+    """Return the IPv6 addresses of this host, each with the index of its interface; those of a link only at the end."""
+    try:
+        with open("/proc/net/if_inet6") as lines:
+            rows = [line.split() for line in lines]
+    except OSError:  # this is no Linux, or there is no IPv6
+        return []
+    found = []
+    for packed, index, _, scope, _, name in sorted(rows, key=lambda row: row[3]):
+        address = str(ipaddress.IPv6Address(bytes.fromhex(packed)))
+        found.append((f"{address}%{name}" if scope == "20" else address, int(index, 16)))
+    return found
 
 
 # ======================================================================================================================
@@ -1953,6 +2035,17 @@ def _is_number(host: str) -> bool:
         return False
 
 
+def tcp_address(number: str, port: int) -> str:
+    """Return the address of *port* at a host, given as a number."""
+    return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
+
+
+def connect(sock: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect *sock* to *endpoint*, by IPv6 if it is such an address."""
+    sock.setsockopt(zmq.IPV6, int("[" in endpoint))  # of the next connection only
+    sock.connect(endpoint)
+
+
 def split_tcp_address(address: str) -> tuple[str, int] | None:
     """Return host and port of a ``tcp://`` address, None if it is something else."""
     match = _TCP_ADDRESS.fullmatch(address)
@@ -1982,6 +2075,7 @@ class _Resolution:
 
     Attributes:
         endpoint: What to connect to, the address with a number for the host; None as long as it is not known.
+        endpoints: All that the name stands for just now, that one among them.
     """
 
     RETRY = 5.0
@@ -1995,9 +2089,13 @@ class _Resolution:
         self._asked = -self.RETRY
         self.endpoint: str | None = None
         if self._host == "localhost":
-            self._host, self.endpoint = "", f"tcp://127.0.0.1:{self._port}"
-        elif tcp is None or _is_number(self._host):
-            self._host, self.endpoint = "", address
+            self._host, self.endpoint = "", tcp_address(loopback_address(), self._port)
+        elif tcp is None:
+            self.endpoint = address
+        elif _is_number(self._host):
+            self._host, self.endpoint = "", tcp_address(_plain_number(self._host.strip("[]")), self._port)
+        self.endpoints: tuple[str, ...] = () if self.endpoint is None else (self.endpoint,)
+        self.is_name = self.endpoint is None
 
     def check(self) -> str | None:
         """Return the endpoint; as long as it is not known, ask (again) in the background."""
@@ -2005,9 +2103,9 @@ class _Resolution:
             self.ask()
         return self.endpoint
 
-    def ask(self) -> None:
-        """Ask (again) in the background, unless it was just done; a number needs no answer."""
-        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= self.RETRY
+    def ask(self, pause: float = RETRY) -> None:
+        """Ask (again) in the background, but not *pause* seconds after the last time; a number needs no answer."""
+        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= pause
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
@@ -2019,13 +2117,15 @@ class _Resolution:
 
     def _resolve(self) -> None:
         try:
-            found = socket.getaddrinfo(self._host, None, socket.AF_INET)
+            numbers = _numbers_of(self._host)
         except (OSError, UnicodeError) as error:
             _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self._host, error)
         else:
-            endpoint = f"tcp://{found[0][4][0]}:{self._port}"
-            if endpoint != self.endpoint:
-                self.endpoint = endpoint
+            # Of IPv4 and IPv6 that which is to be preferred: both lead to the same hosts.
+            endpoints = tuple(tcp_address(each, self._port) for each in numbers if (":" in each) == (":" in numbers[0]))
+            if set(endpoints) != set(self.endpoints):  # they come in another order each time
+                self.endpoints = endpoints
+                self.endpoint = self.endpoint if self.endpoint in endpoints else endpoints[0]
                 self._on_success()
         finally:
             self._is_asking = False
@@ -2033,6 +2133,25 @@ class _Resolution:
 
 
 _resolution_log = LimitedLogger("backends.zmq")
+
+
+def _plain_number(number: str) -> str:
+    """Return an address as ZeroMQ would write it; one of IPv4 in the clothes of IPv6 as what it is."""
+    if ":" not in number:
+        return number
+    mapped = ipaddress.IPv6Address(number).ipv4_mapped
+    return str(mapped or ipaddress.IPv6Address(number))
+
+
+def _numbers_of(name: str) -> list[str]:
+    """Return the addresses of the host *name*, first those that a route leads to, IPv4 before IPv6.
+
+    Raises:
+        OSError, UnicodeError: The name does not resolve.
+    """
+    numbers = {number_of(info[4]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+    return sorted(numbers, key=lambda number: (source_address(number) is None, ":" in number, number))
+
 
 # ======================================================================================================================
 # 6. Keys and access
@@ -2271,7 +2390,7 @@ _IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothin
 
 def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
-    address = address.removeprefix("::ffff:")
+    address = address.removeprefix("::ffff:")  # an IPv4 client of a socket for both
     if not address or _IPC_PEER.fullmatch(address):
         return True
     try:
@@ -2293,26 +2412,36 @@ class _AddressList:
     PATIENCE = 0.5  # seconds that a server that starts waits for them
 
     def __init__(self, entries: Sequence[str]) -> None:
-        self._networks = []
+        self._networks: list[tuple[Any, str]] = []  # each with its zone, "" for any
         self._names: dict[str, frozenset[str]] = {}
         for entry in entries:
+            number, _, rest = entry.partition("%")
+            zone, slash, size = rest.partition("/")
             try:
-                self._networks.append(ipaddress.ip_network(entry, strict=False))
+                self._networks.append((self._network((number + slash + size).strip("[]")), zone.strip("]")))
             except ValueError:
                 self._names[entry] = frozenset()
         if self._names:
             self._resolve_in_background().join(self.PATIENCE)
 
+    @staticmethod
+    def _network(text: str) -> Any:
+        """Return the network that *text* is, one of IPv4 in the clothes of IPv6 as what it is."""
+        network = ipaddress.ip_network(text, strict=False)
+        mapped = getattr(network.network_address, "ipv4_mapped", None)
+        return network if mapped is None else ipaddress.ip_network(f"{mapped}/{max(network.prefixlen - 96, 0)}")
+
     def __contains__(self, address: str) -> bool:
         if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
             self._resolve_in_background()
+        text, _, zone = address.partition("%")
         try:
-            number = ipaddress.ip_address(address.partition("%")[0])
+            number = ipaddress.ip_address(text)
         except ValueError:
             return False
         number = getattr(number, "ipv4_mapped", None) or number
         is_named = any(str(number) in numbers for numbers in self._names.values())
-        return is_named or any(number in network for network in self._networks)
+        return is_named or any(number in network and wanted in ("", zone) for network, wanted in self._networks)
 
     def _resolve_in_background(self) -> threading.Thread:
         self._asked = time.monotonic()
@@ -2453,7 +2582,7 @@ class _AccessControl:
             self._socket.send_multipart([b"1.0", b"", b"500", b"Not ZAP 1.0", b"", b""])
             return
         _, request_id, domain, address_bytes, _, mechanism, *credentials = request
-        address = address_bytes.decode("utf-8", "replace")
+        address = address_bytes.decode("utf-8", "replace").removeprefix("::ffff:")
         reason = "an error, see the log"
         try:
             reason = self._refusal(domain, address, mechanism, credentials)
@@ -2501,10 +2630,10 @@ def _peer_of(descriptor: int) -> str:
     try:
         connection = socket.socket(fileno=duplicate)
         try:
-            return str(connection.getpeername()[0])
+            return number_of(connection.getpeername()).removeprefix("::ffff:")
         finally:
             connection.detach()
-    except (OSError, IndexError):
+    except (OSError, ValueError):
         return "an unknown address"
     finally:
         os.close(duplicate)
@@ -2555,6 +2684,29 @@ def get_tcp_keepalive_options() -> dict[int, int]:
     return {option: value for option, value in values.items() if value is not None}
 
 
+@cache
+def _usable_memory() -> int:
+    """Return how many bytes of memory this program may use: those of its container, or of the host."""
+    paths = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
+    with suppress(OSError), open("/proc/self/cgroup") as file:
+        for group in (line.rstrip("\n").split(":", 2)[2] for line in file):
+            paths += [f"/sys/fs/cgroup{group}/memory.max", f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"]
+    limits = [2**40]
+    for path in dict.fromkeys(paths):
+        with suppress(OSError, ValueError), open(path) as file:  # "max" is no number
+            limits.append(int(file.read()))
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limits += [resource.getrlimit(resource.RLIMIT_AS)[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    return min(limit for limit in limits if limit > 0)  # -1 is no limit
+
+
+def _default_receive_limit() -> int:
+    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have 512 bytes."""
+    return min(200000, _usable_memory() // 8 // 512)
+
+
 def _liveness_options(is_limited: bool) -> dict[int, int]:
     """Return the options by which peers are noticed that are gone without a word.
 
@@ -2588,7 +2740,9 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
     try:
         sock.linger = 0
         limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
-        own: dict[Any, Any] = {option: config.get(name) for option, name in limits.items()}
+        own: dict[Any, Any] = {option: config.get(name, None) for option, name in limits.items()}
+        if own[zmq.RCVHWM] is None:
+            own[zmq.RCVHWM] = _default_receive_limit()
         own.update(options or {})
         general = {
             zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
@@ -2627,7 +2781,7 @@ def set_up_client_socket(
         for option, key in keys.items():
             setattr(sock, option, key)
         if address:
-            sock.connect(address)
+            connect(sock, address)
     except BaseException:
         sock.close()
         raise
@@ -2708,9 +2862,17 @@ def _bind(sock: zmq.Socket[bytes], destination: str, port_interval: tuple[int | 
 
 
 def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
-    """Bind *sock*; the error names the address, as that of newer releases of pyzmq does."""
+    """Bind *sock*, for IPv4 and IPv6; the error names the address, as that of newer releases of pyzmq does."""
+    is_for_both = address.startswith("tcp://*")
+    sock.setsockopt(zmq.IPV6, int(is_for_both or "[" in address))
     try:
-        sock.bind(address)
+        try:
+            sock.bind(address)
+        except zmq.ZMQError as error:
+            if not is_for_both or error.errno in (zmq.EADDRINUSE, errno.EACCES):
+                raise
+            sock.setsockopt(zmq.IPV6, 0)  # this host may not use IPv6
+            sock.bind(address)
     except zmq.ZMQError as error:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
@@ -2798,7 +2960,7 @@ def _endpoint_at(host: str, port: int) -> str:
     host = host.strip()
     if "://" in host:
         return _check_connectable(host)
-    if _is_number(f"[{host}]"):
+    if host.count(":") > 1 and _is_number(f"[{host}]"):
         return f"tcp://[{host}]:{port}"
     name, _, own_port = host.rpartition(":")
     has_port = own_port.isdigit() and name and not name.endswith(":")
@@ -2842,7 +3004,10 @@ def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
     is_fresh = sock is None
     while True:
         if sock is None:
-            sock = set_up_client_socket(zmq.REQ, endpoint)
+            number = _await_number(endpoint, deadline)
+            if number is None:
+                return None
+            sock = set_up_client_socket(zmq.REQ, number)
         # A kept connection may have died unnoticed: do not spend all the time on it.
         patience = deadline - time.monotonic() if is_fresh else min(timeout / 2, 1.0)
         answer = _answer_on(sock, request, patience)
@@ -2853,6 +3018,15 @@ def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
         if is_fresh:
             return None
         sock, is_fresh = None, True
+
+
+def _await_number(endpoint: str, deadline: float) -> str | None:
+    """Return *endpoint* with the number of its host, None if its name does not resolve until *deadline*."""
+    is_known = threading.Event()
+    resolution = _Resolution(endpoint, is_known.set)
+    while resolution.check() is None and time.monotonic() < deadline:
+        is_known.wait(max(min(deadline - time.monotonic(), _Resolution.RETRY), 0))
+    return resolution.endpoint
 
 
 def _answer_on(sock: zmq.Socket[bytes], request: bytes, timeout: float) -> bytes | None:
@@ -2929,22 +3103,26 @@ def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[b
 
     Once one has answered, the rest have as long again as it took, and at least a quarter of a second.
     """
-    sockets = {endpoint: set_up_client_socket(zmq.REQ, endpoint) for endpoint in dict.fromkeys(endpoints)}
+    unresolved = [_Resolution(endpoint) for endpoint in dict.fromkeys(endpoints)]
+    sockets: list[zmq.Socket[bytes]] = []
     answers: list[bytes | None] = []
     poller = zmq.Poller()
     start = time.monotonic()
     deadline = start + timeout
     try:
-        for sock in sockets.values():
-            sock.send(request, _NOBLOCK)
-            poller.register(sock, _POLLIN)
-        while len(answers) < len(sockets) and time.monotonic() < deadline:
-            for sock, _ in poller.poll(max(int((deadline - time.monotonic()) * 1000), 1)):
+        while len(answers) < len(sockets) + len(unresolved) and time.monotonic() < deadline:
+            for resolution in [each for each in unresolved if each.check() is not None]:
+                unresolved.remove(resolution)
+                sockets.append(set_up_client_socket(zmq.REQ, cast(str, resolution.endpoint)))
+                sockets[-1].send(request, _NOBLOCK)
+                poller.register(sockets[-1], _POLLIN)
+            left = deadline - time.monotonic()
+            for sock, _ in poller.poll(max(int((min(left, 0.02) if unresolved else left) * 1000), 1)):
                 answers.append(cast("zmq.Socket[bytes]", sock).recv_multipart(_NOBLOCK)[0])
                 poller.unregister(sock)
                 deadline = min(deadline, time.monotonic() + max(time.monotonic() - start, 0.25))
     finally:
-        for sock in sockets.values():
+        for sock in sockets:
             close_socket(sock)
     return answers or [None]
 
@@ -3368,6 +3546,7 @@ class History:
         self._limit = self._messages + self._messages // 16  # they are dropped many at once, which costs less
         self.number = 0  # of the newest message
         self.size = 0
+        self._gone = 0  # the size of those that are not kept any more
         self._newest_gone = float("-inf")
 
     def __len__(self) -> int:
@@ -3377,6 +3556,11 @@ class History:
     def first(self) -> int:
         """The number of the oldest message that is kept."""
         return self.number - len(self) + 1
+
+    @property
+    def total(self) -> int:
+        """The size of all messages that there have been."""
+        return self.size + self._gone
 
     def append(self, data: bytes, now: float) -> None:
         """Keep a message, which was sent *now*."""
@@ -3393,6 +3577,7 @@ class History:
         while entries and (len(entries) > messages or self.size > size):
             self._newest_gone, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
+            self._gone += len(data) + self.OVERHEAD
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
@@ -3414,6 +3599,35 @@ class History:
     def has_lost_since(self, when: float) -> bool:
         """Whether a message that was sent since *when* is not kept any more."""
         return self._newest_gone >= when
+
+
+class _QueueLimit:
+    """How many messages a queue of a publisher may hold, so that they take only so many bytes.
+
+    ZeroMQ counts messages.  So the limit is that of messages of a recent average size; when they get smaller, it
+    follows slowly, as the larger ones may still be in a queue.
+    """
+
+    LEAST = 10  # messages
+
+    def __init__(self, sock: zmq.Socket[bytes]) -> None:
+        self._socket = sock
+        self._most = cast(int, sock.getsockopt(zmq.SNDHWM)) or 2**31 - 1
+        self._bytes = config.get("send_high_water_bytes") or _usable_memory() // 8
+        self._average = 1.0
+        self._count = self._total = 0
+        self._limit = self._most
+
+    def adapt(self, count: int, total: int) -> None:
+        """Take note that there have been *count* messages of *total* bytes until now."""
+        if count > self._count:
+            recent = (total - self._total) / (count - self._count)
+            self._average = max(recent, 0.9 * self._average)
+            self._count, self._total = count, total
+        limit = min(self._most, max(int(self._bytes / self._average), self.LEAST))
+        if not 0.9 * self._limit <= limit <= 1.1 * self._limit or limit == self._most != self._limit:
+            self._limit = limit
+            self._socket.setsockopt(zmq.SNDHWM, limit)
 
 
 class _Peer:
@@ -3474,6 +3688,7 @@ class _Listeners:
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._next_look = 0.0
+        self._queue_limit = _QueueLimit(sock)
         self._patience = max(config.get("discovery_seconds"), 0.5)  # seconds that a busy subscriber has to ask
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3670,6 +3885,8 @@ class _Audience(_Listeners):
         now = time.monotonic()
         if now > self._next_look:
             self.look(now)
+        elif len(data) > 16384:  # a few of them are a lot
+            self._queue_limit.adapt(self.history.number, self.history.total)
         self.history.append(data, now)
         try:
             self._send(data, _NOBLOCK)
@@ -3741,6 +3958,7 @@ class _Audience(_Listeners):
     def look(self, now: float) -> None:
         """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
         self._next_look = now + self.LOOK_SECONDS
+        self._queue_limit.adapt(self.history.number, self.history.total)
         self._take_subscriptions()
         self._tell_positions()
         if self._look_again not in self._timers:
@@ -4404,8 +4622,8 @@ def _bind_address(address: str) -> str:
     """Return the address to bind for *address*; raises ValueError if there is none."""
     tcp = split_tcp_address(address) if isinstance(address, str) else None
     if tcp is not None and tcp[1] < 65536:
-        host = "127.0.0.1" if tcp[0].lower() == "localhost" else tcp[0]
-        return f"tcp://{host if is_own_address(host.strip('[]')) else '*'}:{tcp[1]}"
+        host = loopback_address() if tcp[0].lower() == "localhost" else tcp[0].strip("[]")
+        return tcp_address(host if is_own_address(host) else "*", tcp[1])
     if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
@@ -4688,6 +4906,42 @@ class _Link:
         self.index = 0  # of the first message after it has come up
 
 
+class _OwnSocket(NamedTuple):
+    """Which socket of an address alone, as its name stands for several endpoints."""
+
+    key: Any
+    address: str
+    number: int
+
+
+class _Twins:
+    """What has come over the endpoints of single names: if they are all of one publisher, a message counts once."""
+
+    LIMIT = 16384  # messages that are recognised when they come once more
+
+    def __init__(self) -> None:
+        self._counts: dict[
+            int, dict[Any, int]
+        ] = {}  # by message, oldest first: how many times it came over which stream
+
+    def is_new(self, raw: bytes, stream: Any) -> bool:
+        """Whether *raw*, which came over *stream*, has not come as many times over another."""
+        counts = self._counts.setdefault(_digest(raw), {})
+        most = max(counts.values(), default=0)
+        counts[stream] = counts.get(stream, 0) + 1
+        if len(self._counts) > self.LIMIT:
+            del self._counts[next(iter(self._counts))]
+        return counts[stream] > most
+
+
+def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
+    """Leave out all but the first of this host's own endpoints: a host knows its name by all its addresses."""
+    if len(endpoints) < 2:
+        return endpoints
+    own = sorted(endpoint for endpoint in endpoints if is_own_address(endpoint[6:].rpartition(":")[0].strip("[]")))
+    return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
+
+
 class _Connections:
     """Keeps connected what is wanted.
 
@@ -4698,9 +4952,15 @@ class _Connections:
         on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
             message of that socket.
         on_close: Called with a socket that is closed.
+        on_several: Called with the sockets that are connected to what a single name stands for.
+
+    A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
+    over a socket of its own but for the first, so that it is known which of them a message came from.  One that the
+    name does not stand for any more is left alone as long as it is connected.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
+    LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
 
     def __init__(
         self,
@@ -4709,31 +4969,32 @@ class _Connections:
         read_all: Callable[[Any], None],
         on_change: Callable[[Any], int],
         on_close: Callable[[Any], object],
+        on_several: Callable[[Iterable[Any]], object],
     ) -> None:
         self._on_change = on_change
         self._on_close = on_close
+        self._on_several = on_several
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
         self._wanted: dict[str, tuple[Any, float]] = {}
-        self._connected: dict[str, tuple[zmq.Socket[bytes], str]] = {}  # address: socket and endpoint
+        self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
-        self._names: dict[str, _Resolution] = {}  # of the addresses that are not numbers
-        self.sockets: dict[Any, zmq.Socket[bytes]] = {}
+        self._names: dict[str, _Resolution] = {}  # of the addresses
+        self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
     def want(self, address: str, key: Any, begin: float) -> None:
         """Connect to *address* over the socket of the group *key*; its messages are wanted since *begin*."""
+        if self._wanted.get(address, (key,))[0] != key:
+            self._disconnect_all(address)
         self._wanted[address] = (key, begin)
-        current = self._connected.get(address)
-        if current is not None and current[0] is not self.sockets.get(key):
-            self._disconnect(address)
         try:
             self._connect(address)
         except BaseException:
-            del self._wanted[address]
+            self.drop(address)
             raise
         finally:
             self._close_unused()
@@ -4742,14 +5003,13 @@ class _Connections:
         """Disconnect from *address*."""
         self._wanted.pop(address, None)
         self._names.pop(address, None)
-        if address in self._connected:
-            self._disconnect(address)
+        self._disconnect_all(address)
         self._close_unused()
 
     def is_up(self, address: str) -> bool:
         """Whether *address* is connected, or was until a moment ago: what it sent last may still be on its way."""
-        link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
-        return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
+        links = [self._links[sock, endpoint] for endpoint, sock in self._connected.get(address, {}).items()]
+        return any(link.is_up or time.monotonic() - link.changed < 1 for link in links)
 
     def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
@@ -4776,48 +5036,72 @@ class _Connections:
             self._log.warning("connect", "Cannot connect to %s (trying again): %s", address, error)
 
     def _connect(self, address: str) -> None:
-        """Connect to *address*, or, if its name has moved, to its new endpoint."""
+        """Connect to all that *address* stands for, no longer to what it does not stand for if that is down."""
         if address not in self._wanted:
             return
-        self._tend_later()
-        key, begin = self._wanted[address]
+        self._tend_later(self.RENEWAL)
         resolution = self._names.get(address)
         if resolution is None:
             resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect_again, address)))
             self._names[address] = resolution
-        endpoint = resolution.check()
-        before = self._connected.get(address)
-        if endpoint is not None and (before is None or before[1] != endpoint):
-            sock = self.sockets.get(key) or self._new_socket(key)
-            sock.connect(endpoint)
-            if before is not None:
-                self._disconnect(address)
-            self._connected[address] = (sock, endpoint)
-            self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
-            _warn_of_descriptors(len(self._connected))
-            _log("subscriber").debug("Subscribed to %s", address)
+        resolution.check()
+        endpoints = _without_own_twins(resolution.endpoints)
+        connected = self._connected.setdefault(address, {})
+        for endpoint, sock in list(connected.items()):
+            if endpoint not in endpoints and not self._links[sock, endpoint].is_up:
+                self._disconnect(address, endpoint)
+        for endpoint in endpoints:
+            if endpoint not in connected:
+                self._connect_to(address, endpoint)
 
-    def _disconnect(self, address: str) -> None:
-        """Disconnect from *address*, unless another address is another name for the same endpoint."""
-        current = sock, endpoint = self._connected.pop(address)
-        if current not in self._connected.values():
-            del self._links[current]
+    def _connect_to(self, address: str, endpoint: str) -> None:
+        """Connect *address* to one of its endpoints, over the first socket of its own that is free."""
+        key, begin = self._wanted[address]
+        connected = self._connected[address]
+        used = list(connected.values())
+        slots = chain([key], (_OwnSocket(key, address, number) for number in count(1)))
+        slot = next(slot for slot in slots if self.sockets.get(slot) not in used)
+        sock = self.sockets.get(slot) or self._new_socket(slot, key)
+        connect(sock, endpoint)
+        connected[endpoint] = sock
+        self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
+        if used:
+            self._on_several(connected.values())
+        _warn_of_descriptors(len(self._links))
+        _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
+
+    def _disconnect(self, address: str, endpoint: str) -> None:
+        """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
+        sock = self._connected[address].pop(endpoint)
+        if not any(others.get(endpoint) is sock for others in self._connected.values()):
+            del self._links[sock, endpoint]
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
-        _log("subscriber").debug("No longer subscribed to %s", address)
+        _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
+
+    def _disconnect_all(self, address: str) -> None:
+        for endpoint in list(self._connected.get(address, ())):
+            self._disconnect(address, endpoint)
+        self._connected.pop(address, None)
 
     def _close_unused(self) -> None:
         """Close the sockets of which no address is left."""
         used = {key for key, _ in self._wanted.values()}
-        for key in [key for key in self.sockets if key not in used]:
-            sock = self.sockets.pop(key)
+        for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
+            sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
 
-    def _new_socket(self, key: Any) -> zmq.Socket[bytes]:
+    def _is_used(self, slot: Any, used: set[Any]) -> bool:
+        """Whether there is an address for the socket at *slot*; *used* are the groups that have addresses."""
+        if isinstance(slot, _OwnSocket):
+            return slot.address in self._wanted and self._wanted[slot.address][0] == slot.key
+        return slot in used
+
+    def _new_socket(self, slot: Any, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -4828,7 +5112,7 @@ class _Connections:
             close_socket(sock)
             self._on_close(sock)
             raise
-        self.sockets[key] = sock
+        self.sockets[slot] = sock
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
         self._monitors[sock] = monitor
         return sock
@@ -4867,34 +5151,47 @@ class _Connections:
         if link.is_up or link.is_tried:
             link.changed = time.monotonic()
         link.is_up = link.is_tried = link.is_greeted = False
-        self._tend_later()
+        self._tend_later(self.RENEWAL)
 
-    def _tend_later(self) -> None:
+    def _tend_later(self, seconds: float) -> None:
+        when = time.monotonic() + seconds
+        if self._timer is not None and self._timer.when > when:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
-            self._timer = self._loop.at(time.monotonic() + self.RENEWAL, self._tend)
+            self._timer = self._loop.at(when, self._tend)
 
     def _tend(self) -> None:
-        """Renew connections that ZeroMQ gave up, and ask again for the names of those that are down."""
+        """Renew connections that ZeroMQ gave up, and ask again for the names, often for those that are down."""
         self._timer = None
-        now = time.monotonic()
         for address in list(self._wanted):
-            current = self._connected.get(address)
-            if current is None:
+            connected = self._connected.get(address)
+            resolution = self._names.get(address)
+            if not connected or resolution is None:
                 self._connect_again(address)
                 continue
-            sock, endpoint = current
-            link = self._links[current]
-            if link.is_up:
-                continue
-            self._tend_later()
-            self._names[address].ask()  # a number has no answer but itself
-            if not link.is_tried and now - link.changed >= link.pause:
-                link.changed = now
-                link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
-                self._read_all(sock)
-                with suppress(zmq.ZMQError):
-                    sock.disconnect(endpoint)
-                sock.connect(endpoint)
+            for endpoint, sock in connected.items():
+                self._renew(sock, endpoint)
+            if set(connected) - set(resolution.endpoints):
+                self._connect_again(address)
+            if resolution.is_name:
+                is_up = all(self._links[sock, endpoint].is_up for endpoint, sock in connected.items())
+                resolution.ask(self.LOOK_AGAIN - 1 if is_up else resolution.RETRY)
+                self._tend_later(self.LOOK_AGAIN)
+
+    def _renew(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
+        """Make a connection anew if ZeroMQ has given it up some time ago."""
+        link, now = self._links[sock, endpoint], time.monotonic()
+        if link.is_up:
+            return
+        self._tend_later(self.RENEWAL)
+        if not link.is_tried and now - link.changed >= link.pause:
+            link.changed = now
+            link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
+            self._read_all(sock)
+            with suppress(zmq.ZMQError):
+                sock.disconnect(endpoint)
+            connect(sock, endpoint)
 
     def close(self) -> None:
         """Close all sockets."""
@@ -4982,6 +5279,7 @@ class _CatchUp:
         durable: _DurableState | None = None,
     ) -> None:
         self.recv = sock.recv
+        self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
@@ -5147,7 +5445,7 @@ class _CatchUp:
             source.advance(number, source.hello_index if number <= source.hello else self._index)
             if self._durable is not None:
                 lines = source.hello_lines if number <= source.hello else self._durable.lines
-                self._durable.advance(instance, number, lines)
+                self._durable.advance(instance, source, number, lines)
         self._begin(source, number, ends)
         if not is_whole:
             self._ask(instance, source)
@@ -5165,7 +5463,7 @@ class _CatchUp:
         if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
             source.advance(number, self._index)
             if self._durable is not None:
-                self._durable.advance(instance, number, self._durable.lines)
+                self._durable.advance(instance, source, number, self._durable.lines)
             source.counted += len(source.came)
             source.came.clear()
         else:  # something was dropped on the way, because a queue was full
@@ -5373,12 +5671,17 @@ class _DurableState:
         self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
         # What is written after "@", and how many lines of the first two kinds belong to what is before it.
         self._places: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
+        # The same for each of the sockets that hear one publisher; that which is behind the others counts.
+        self._sources: dict[bytes, weakref.WeakKeyDictionary[_Source, tuple[int, bytes, int]]] = {}
         self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
-        self._waiting: dict[bytes, list[tuple[int, bytes, int]]] = {}  # places, until all is handled that came before
+        self._waiting: dict[
+            bytes, list[tuple[int, _Source, int, int]]
+        ] = {}  # places, until all is handled that came before
         self._count = 0  # of what has been handed out
         self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
         self._read()
+        self._earlier = dict(self._places)  # as earlier programs have left them
         self._file.append(b"", self._all)
 
     @property
@@ -5407,12 +5710,16 @@ class _DurableState:
             else:
                 self._places[entry[2]] = (entry[3], self.lines - int(entry[4]))
 
-    def _place(self, instance: bytes, place: bytes, lines: int) -> None:
-        """Keep a line about a publisher, and write it."""
+    def _place(self, instance: bytes, source: _Source, number: int, lines: int, found: bytes = b"") -> None:
+        """Keep a line about a publisher, and write it; *found* is what it tells as long as there is no number."""
+        sources = self._sources.setdefault(instance, weakref.WeakKeyDictionary())
+        sources[source] = (-1, found, lines) if found else (number, b"n%d" % number, lines)
+        _, place, lines = min(sources.values())
         self._places[instance] = (place, lines)
         self._places.move_to_end(instance)
         if len(self._places) > self.PUBLISHERS:
-            self._places.popitem(last=False)
+            forgotten, _ = self._places.popitem(last=False)
+            self._sources.pop(forgotten, None)
         self._file.append(self._place_line(instance), self._all)
 
     def _all(self) -> Iterable[bytes]:
@@ -5427,7 +5734,8 @@ class _DurableState:
     def restore(self, instance: bytes, source: _Source) -> None:
         """Let *source*, the publisher *instance* that has just been found, begin where it ended the last time."""
         with self._guard:
-            place, lines = self._places.get(instance, (b"", 0))
+            is_heard = bool(self._sources.get(instance))  # by another socket, which has other topics
+            place, lines = (self._earlier if is_heard else self._places).get(instance, (b"", 0))
         if place:
             source.was_handled = partial(self._was_handled, instance, lines)
             if place[:1] == b"n":
@@ -5450,16 +5758,17 @@ class _DurableState:
         """Take note that *source*, a publisher, has just been found; so many messages may have come from it already."""
         with self._guard:
             milliseconds = max(int((time.time() - time.monotonic() + source.since) * 1000), 0)
-            self._place(instance, b"a%d,%d" % (milliseconds, source.found), max(self.lines - came, 0))
+            found = b"a%d,%d" % (milliseconds, source.found)
+            self._place(instance, source, 0, max(self.lines - came, 0), found)
 
-    def advance(self, instance: bytes, number: int, lines: int) -> None:
+    def advance(self, instance: bytes, source: _Source, number: int, lines: int) -> None:
         """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
         with self._guard:
             if self._handed:
                 waiting = self._waiting.setdefault(instance, [])
-                waiting[1:] = [(self._count, b"n%d" % number, lines)]  # the first, and the newest
+                waiting[1:] = [(self._count, source, number, lines)]  # the first, and the newest
             else:
-                self._place(instance, b"n%d" % number, lines)
+                self._place(instance, source, number, lines)
 
     def hand_out(self, owner: Any, raw: bytes) -> None:
         """Take note that a thread or task gets the message in *raw*, as it came."""
@@ -5759,6 +6068,8 @@ class _Inbox:
                 content = raw if raw[:1] != b"~" else stream.take(raw)
                 if content is raw:
                     stream.note(raw)
+                if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
+                    content = None
                 message = None if content is None else self._accept(content, stream)
                 if message is not None:
                     accepted.append(message)
@@ -5820,7 +6131,9 @@ class _SubscriberSockets:
             lambda sock: self._inbox.read_all(self._streams[sock]),
             self._note_change,
             lambda sock: self._streams.pop(sock, None),
+            self._note_several,
         )
+        self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
@@ -5959,6 +6272,10 @@ class _SubscriberSockets:
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
         return self._streams[sock].freeze()
+
+    def _note_several(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
+        for sock in sockets:
+            self._streams[sock].twins = self._twins
 
     def _note_past(self) -> None:
         self.caught_up += 1
@@ -6346,7 +6663,7 @@ class _Follower:
         monitor = _open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._loop.watch(news, partial(_take_frames, news, partial(self._take_news, host)))
         self._loop.watch(monitor, partial(_take_frames, monitor, self._catch_up))
-        news.connect(f"{endpoint.rpartition(':')[0]}:{self._address_port}")
+        connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
         return [news, monitor]
 
     def _catch_up(self, frames: list[bytes]) -> None:
@@ -7123,7 +7440,7 @@ def patched_subscriber_recv(messages: Iterable[Any]) -> Iterator[None]:
     def fake_recv(self: Subscriber, *args: Any, **kwargs: Any) -> Iterator[Any]:
         yield from messages
 
-    def fake_follow(self: NSSubscriber, subscriber: Subscriber) -> None:
+    def fake_follow(self: NSSubscriber, subscriber: Subscriber, hosts: list[str]) -> None:
         """There is nobody to ask."""
 
     patch_recv = mock.patch.multiple(Subscriber, recv=fake_recv, __call__=fake_recv)
@@ -8114,9 +8431,12 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
     ours is never sent.
     """
-    tcp = split_tcp_address(address) or ("", 0)
+    host, port = split_tcp_address(address) or ("", 0)
     received = b""
-    with suppress(OSError), socket.create_connection(tcp, timeout) as connection:  # what has come by then tells enough
+    with (
+        suppress(OSError),
+        socket.create_connection((host.strip("[]"), port), timeout) as connection,
+    ):  # what has come by then tells enough
         for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
             connection.sendall(part)
             while len(received) < size:
@@ -8408,7 +8728,7 @@ class _Meter:
         self._lock = threading.Lock()
         self._tallies: dict[str, _Tally] = {}  # by address
         self._kinds = 0
-        self._subscriber = Subscriber([], topics, self._count, translate=True)
+        self._subscriber = Subscriber([], topics, self._count, translate="origin")
         self._thread = threading.Thread(target=self._receive, name="posttroll meter", daemon=True)
         self._thread.start()
 
@@ -8765,7 +9085,7 @@ class _Check:
 
     def measure(self, name: str, value: str, warn: str = "", critical: str = "") -> None:
         """Take note of a number."""
-        label = "".join("_" if character in "'=|" or character.isspace() else character for character in name)
+        label = re.sub(r"['=|\s]", "_", _printable(name))
         self._data.append(f"'{label}'={value};{warn};{critical}")
 
     def line(self) -> str:
@@ -8887,8 +9207,8 @@ def _run_check(options: argparse.Namespace) -> int:
     def run() -> None:
         try:
             check.run()
-        except (ValueError, NotImplementedError, MessageError, OSError, zmq.ZMQError) as error:
-            check.find(3, str(error))
+        except Exception as error:  # whatever it is, monitors want to have it in the line
+            check.find(3, str(error) or repr(error))
         over.set()
 
     threading.Thread(target=run, daemon=True).start()  # a name server that is down could hold it up
@@ -9084,7 +9404,7 @@ def _run_exporter(options: argparse.Namespace) -> int:
         stack.enter_context(signals_wake(loop))
         stack.enter_context(call_on_signals(loop.stop))
         host = f"[{options.bind}]" if ":" in options.bind else options.bind
-        _talk(f"Metrics are at http://{host}:{server.port}/metrics")
+        _talk(f"Metrics are at http://{host}:{server.port}/metrics", options)
         network.run()
     return 0
 
@@ -9336,7 +9656,7 @@ class _Doctor:
             with closing(MulticastSender(config.get("broadcast_port"))) as sender:
                 route = f"to group {sender.group} from {sender.own_address()}"
         except OSError as error:
-            remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255"
+            remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255, or ff15::..."
             if error.errno == errno.ENODEV:
                 remedy = "set multicast_interface to the name of a device here, or its address"
             if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
@@ -9405,7 +9725,7 @@ class _Doctor:
             endpoint = _lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
-                socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0], None)
+                socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0].strip("[]"), None)
             except OSError as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue

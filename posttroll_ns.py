@@ -283,13 +283,14 @@ class _MulticastSource:
                 self.close()
                 self.watch(self._loop, self._handle)
                 return
-            if self._rules.refuses_address(sender[0]):
-                self._log.warning("refused", "Refused an announcement from %s: not authorized", sender[0])
+            host = posttroll.number_of(sender)
+            if self._rules.refuses_address(host):
+                self._log.warning("refused", "Refused an announcement from %s: not authorized", host)
                 continue
             try:
                 self._handle(data)
             except AnnouncementError as error:
-                self._log.warning("announcement", "Refused an announcement from %s: %s", sender[0], error)
+                self._log.warning("announcement", "Refused an announcement from %s: %s", host, error)
 
     def close(self) -> None:
         """Close the socket."""
@@ -550,10 +551,12 @@ class AddressReceiver:
 
         Who is connected to both gets every message twice; not at once, so that nobody misses one.
         """
-        tcp = posttroll.split_tcp_address(entry.address)
-        if tcp is not None and tcp[0] != "127.0.0.1" and posttroll.is_own_address(tcp[0]):
+        host, port = posttroll.split_tcp_address(entry.address) or ("", 0)
+        loopback = ("127.0.0.1", "[::1]")
+        if host not in loopback and posttroll.is_own_address(host.strip("[]")):
             with self._lock:
-                self._book.retire(f"tcp://127.0.0.1:{tcp[1]}", entry.name)
+                for own in loopback:
+                    self._book.retire(f"tcp://{own}:{port}", entry.name)
 
     # -- as time goes by --
 
