@@ -6146,7 +6146,7 @@ class TestRelayCommand:
         """Run a relay that listens to a publisher, and publishes on *port*."""
         addresses = ("--address", local_address(source.port_number), "--out-nameserver", "none", "--port", port)
         before = set(source._audience.peers)
-        with command("relay", *addresses, *words) as running:
+        with command("relay", *addresses, *words, start_new_session=True) as running:
             wait_for(lambda: set(source._audience.peers) - before or running.poll() is not None)
             yield running
 
@@ -6186,7 +6186,10 @@ class TestRelayCommand:
                 with self.relay(source, port, *words) as running:
                     numbers.send(200, 0.0005)
                     wait_for(lambda: data)
-                    running.send_signal(number)
+                    if number == signal.SIGINT:  # from the terminal: to both processes
+                        os.killpg(running.pid, number)
+                    else:
+                        running.send_signal(number)
                     numbers.send(100, 0.0005)
                     status = running.wait(DEADLINE)
                 assert status == (0 if number != signal.SIGKILL else -number)
