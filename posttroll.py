@@ -4938,7 +4938,7 @@ def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
     """Leave out all but the first of this host's own endpoints: a host knows its name by all its addresses."""
     if len(endpoints) < 2:
         return endpoints
-    own = sorted(endpoint for endpoint in endpoints if is_own_address(endpoint[6:].rpartition(":")[0].strip("[]")))
+    own = [endpoint for endpoint in endpoints if is_own_address(endpoint[6:].rpartition(":")[0].strip("[]"))]
     return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
 
 
