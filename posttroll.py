@@ -3799,7 +3799,7 @@ class _Listeners:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
             try:
-                host = str(frame.get("Peer-Address"))
+                host = str(frame.get("Peer-Address")).removeprefix("::ffff:")
             except zmq.ZMQError:  # not a TCP connection
                 host = ""
             peer = self.peers[mark] = _Peer(mark, topics, host)

@@ -5970,15 +5970,26 @@ class TestLookingIn:
         """By two publishers, each is told of its own."""
         with posttroll.Publisher("tcp://*:0") as one, posttroll.Publisher("tcp://*:0") as two:
             addresses = [local_address(pub.port_number) for pub in (one, two)]
-            words = ["--address", addresses[0], "--address", addresses[1], "-n", 2, "--format", "{data} {origin} {age}"]
+            words = [
+                "--address",
+                addresses[0],
+                "--address",
+                addresses[1],
+                "-n",
+                2,
+                "--format",
+                "{data} {origin} {sender} {age}",
+            ]
             with command("subscribe", *words) as running:
                 for pub, text in ((one, "one"), (two, "two")):
                     assert pub.wait_for_subscribers(1, DEADLINE)
-                    pub.send(text_message(text))
+                    message = posttroll.Message("/a", "info", text)
+                    message.sender = "user@elsewhere"
+                    pub.send(message)
                 _, out, _ = finish(running)
         found = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-        assert [found[text][0] for text in ("one", "two")] == addresses
-        assert all(0 <= float(age) < 60 for _, age in found.values())
+        assert [found[text][:2] for text in ("one", "two")] == [[address, "user@elsewhere"] for address in addresses]
+        assert all(0 <= float(age) < 60 for *_, age in found.values())
 
     @pytest.mark.parametrize(
         ("key", "counts"),
@@ -6150,7 +6161,7 @@ class TestRelayCommand:
         """Run a relay that listens to a publisher, and publishes on *port*."""
         addresses = ("--address", local_address(source.port_number), "--out-nameserver", "none", "--port", port)
         before = set(source._audience.peers)
-        with command("relay", *addresses, *words) as running:
+        with command("relay", *addresses, *words, start_new_session=True) as running:
             wait_for(lambda: set(source._audience.peers) - before or running.poll() is not None)
             yield running
 
@@ -6190,7 +6201,10 @@ class TestRelayCommand:
                 with self.relay(source, port, *words) as running:
                     numbers.send(200, 0.0005)
                     wait_for(lambda: data)
-                    running.send_signal(number)
+                    if number == signal.SIGINT:  # from the terminal: to both processes
+                        os.killpg(running.pid, number)
+                    else:
+                        running.send_signal(number)
                     numbers.send(100, 0.0005)
                     status = running.wait(DEADLINE)
                 assert status == (0 if number != signal.SIGKILL else -number)
