@@ -3573,11 +3573,11 @@ class History:
 
     def _drop(self, messages: int, size: int) -> None:
         """Forget the oldest, until there are not more, and not larger ones."""
-        entries = self._entries
+        entries, before = self._entries, self.size
         while entries and (len(entries) > messages or self.size > size):
             self._newest_gone, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
-            self._gone += len(data) + self.OVERHEAD
+        self._gone += before - self.size
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
