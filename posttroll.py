@@ -22,9 +22,9 @@ The file is read from top to bottom, each section uses only what stands above it
  6. keys and access           CURVE, access control; binding and connecting
  7. asking the nameserver     ``get_pub_address``
  8. announcing an address     ``AddressServiceBroadcaster``
- 9. publishing                ``Publisher``, ``NoisyPublisher``, ``Publish``; their history
+ 9. publishing                ``Publisher``, ``NoisyPublisher``, ``Publish``; their history; ``Inquiry``
 10. connections               which addresses, alive or not; what has come, and what was handled
-11. subscribing               ``Subscriber``, ``NSSubscriber``, ``Subscribe``
+11. subscribing               ``Subscriber``, ``NSSubscriber``, ``Subscribe``; ``unique``
 12. listening                 ``Listener``, ``ListenerContainer``
 13. logging over messages     ``PytrollHandler``, ``Logger``
 14. testing helpers           ``patched_publisher``, ``patched_subscriber_recv``
@@ -7641,10 +7641,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     # argparse takes no more words of a list after an option between them.
-    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not hasattr(options, "words")):
+    lists = [action.dest for action in options.parser._actions if action.nargs == "*"]
+    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not lists):
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        getattr(options, options.words).extend(rest)
+        getattr(options, lists[0]).extend(rest)
     try:
         _prepare_output(options)
         _prepare_log(options)
@@ -7752,7 +7753,6 @@ def _add_publish_arguments(command: argparse.ArgumentParser) -> None:
     add("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
     add("type", nargs="?", metavar="TYPE", help="for example file")
     add("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
-    command.set_defaults(words="data")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="DATA is JSON")
     form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
@@ -7954,7 +7954,6 @@ def _add_source_arguments(command: argparse.ArgumentParser) -> None:
     """Add what says which messages are wanted."""
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    command.set_defaults(words="topics")
     add("--service", action="append", help="name of a publisher (all)")
     add("--address", action="append", help="address of a publisher, no nameserver is asked")
     add("--type", action="append", help="only messages of this type")
@@ -8367,7 +8366,6 @@ def _add_services_arguments(command: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="as JSON")
     add("--watch", nargs="?", const=2.0, type=_number(float, 0.1), metavar="SECONDS", help="again and again (2)")
     add("--timeout", type=_number(float, 0), default=5.0, metavar="SECONDS", help="for the nameserver (5)")
-    command.set_defaults(words="names")
 
 
 @_command("services", _add_services_arguments)
@@ -8582,7 +8580,6 @@ class _PingedPublisher(_Pinged):
 def _add_ping_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("names", nargs="*", metavar="NAME", help="publishers to ask, besides the nameserver")
-    command.set_defaults(words="names")
     add("--address", action="append", default=[], help="address of a publisher, no nameserver is asked")
     add("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)")
     add("--interval", type=_number(float, 0.01), default=1.0, metavar="SECONDS", help="between two questions (1)")
@@ -8979,7 +8976,6 @@ def _add_top_arguments(command: argparse.ArgumentParser) -> None:
     add("--interval", type=_number(float, 0.1), default=2.0, metavar="SECONDS", help="between two views (2)")
     add("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)")
     add("--json", action="store_true", help="one JSON object a line, with the numbers of 'exporter'")
-    command.set_defaults(words="topics")
 
 
 @_command("top", _add_top_arguments)
@@ -9229,7 +9225,7 @@ class _Check:
 def _add_check_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("names", nargs="*", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked")
-    command.set_defaults(words="names", failure=3)
+    command.set_defaults(failure=3)
     add(
         "--silent", metavar="SECONDS", type=_number(float, 0.1), help="something has to come from each within that time"
     )
@@ -9418,7 +9414,6 @@ class _PageServer:
 def _add_exporter_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    command.set_defaults(words="topics")
     add(
         "--port",
         type=_number(int, 0, 65535),
@@ -9463,7 +9458,6 @@ def _run_exporter(options: argparse.Namespace) -> int:
 def _add_map_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    command.set_defaults(words="topics")
     add("--seconds", type=_number(float, 0, 3600), default=5.0, help="how long to listen to what is sent (5)")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--dot", action="store_true", help="as input for Graphviz")
