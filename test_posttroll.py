@@ -14309,6 +14309,35 @@ class TestCatchingUp:
             wait_for(lambda: len(data) == 3001)
             assert data == list(range(3001))
 
+    @pytest.mark.parametrize("durable", [None, "name"])
+    def test_a_publisher_by_two_of_its_addresses(self, durable, tmp_path, monkeypatch):
+        """As two nameservers know it, each by the address that leads there: each message counts once."""
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(tmp_path))
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Publisher("tcp://*:0") as other:
+            first, second = (f"tcp://127.0.0.{number}:{pub.port_number}" for number in (1, 2))
+            numbers, others = Numbers(pub), Numbers(other, "/others")
+            with posttroll.Subscriber([first, local_address(other.port_number)], durable=durable) as sub:
+                with serving(sub) as data:
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    assert other.wait_for_subscribers(1, DEADLINE)
+                    numbers.send(50)
+                    sub.add(second)
+                    (peer,) = pub._audience.peers.values()
+                    while peer.connections < 2:
+                        numbers.send(5, 0.001)
+                        assert pub.subscriber_count == 1
+                    numbers.send(500)
+                    others.send(500)
+                    wait_for(lambda: len(data) >= numbers.count + others.count)
+                    sub.remove(first)
+                    wait_for(lambda: peer.connections == 1)
+                    numbers.send(500)
+                    wait_for(lambda: len(data) >= numbers.count + others.count)
+                    others.send(1)
+                    wait_for(lambda: data[-1] == 500)
+                    sub.stop()
+            assert sorted(data) == sorted([*range(numbers.count), *range(others.count)])
+
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
     @pytest.mark.parametrize("port", ["the same port", "another port"])
     def test_a_publisher_that_is_killed_and_restarted(self, port, host, impatient, monkeypatch):
