@@ -6584,6 +6584,26 @@ class TestSparkline:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         assert posttroll._sparkline(minute, 12) == "      ::==@@"
 
+    def test_what_is_overdue_stays_in_sight(self):
+        """Other rows are left out after a while."""
+        numbers = {"messages": 1, "bytes": 50, "ago": 1000.0, "last_minute": [0] * 60}
+        rows = [
+            {
+                "publisher": name,
+                "address": "a",
+                "subject": "/b",
+                "type": "beat",
+                "heartbeats_overdue": overdue,
+                **numbers,
+            }
+            for name, overdue in (("late", 3), ("slow", 0), ("other", None))
+        ]
+        view = {"seconds": 2000.0, "publishers": rows, "caught_up": 0, "missed": 0, "traffic": rows}
+        lines = posttroll._top_lines(view, {**view, "seconds": 0.0}, "", 0)
+        assert [line.split() for line in lines[3:]] == [
+            ["late", "a", "/b", "beat", "0.0", "0", "1000", "s", "ago", "3"]
+        ]
+
     def test_what_came_in_each_second(self):
         traffic = posttroll._Traffic()
         for when in (100.0, 100.9, 101.0, 103.5):
