@@ -22,9 +22,9 @@ The file is read from top to bottom, each section uses only what stands above it
  6. keys and access           CURVE, access control; binding and connecting
  7. asking the nameserver     ``get_pub_address``
  8. announcing an address     ``AddressServiceBroadcaster``
- 9. publishing                ``Publisher``, ``NoisyPublisher``, ``Publish``; their history
+ 9. publishing                ``Publisher``, ``NoisyPublisher``, ``Publish``; their history; ``Inquiry``
 10. connections               which addresses, alive or not; what has come, and what was handled
-11. subscribing               ``Subscriber``, ``NSSubscriber``, ``Subscribe``
+11. subscribing               ``Subscriber``, ``NSSubscriber``, ``Subscribe``; ``unique``
 12. listening                 ``Listener``, ``ListenerContainer``
 13. logging over messages     ``PytrollHandler``, ``Logger``
 14. testing helpers           ``patched_publisher``, ``patched_subscriber_recv``
@@ -143,7 +143,7 @@ OPTIONS: dict[str, _Option] = {
     "receive_high_water_mark": _Option(
         None,
         "int",
-        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 1 GiB); 0 no limit",
+        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
@@ -2703,8 +2703,8 @@ def _usable_memory() -> int:
 
 
 def _default_receive_limit() -> int:
-    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have 512 bytes."""
-    return min(200000, _usable_memory() // 8 // 512)
+    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have a kilobyte."""
+    return min(200000, _usable_memory() // 8 // 1024)
 
 
 def _liveness_options(is_limited: bool) -> dict[int, int]:
@@ -3799,7 +3799,7 @@ class _Listeners:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
             try:
-                host = str(frame.get("Peer-Address"))
+                host = str(frame.get("Peer-Address")).removeprefix("::ffff:")
             except zmq.ZMQError:  # not a TCP connection
                 host = ""
             peer = self.peers[mark] = _Peer(mark, topics, host)
@@ -4938,7 +4938,7 @@ def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
     """Leave out all but the first of this host's own endpoints: a host knows its name by all its addresses."""
     if len(endpoints) < 2:
         return endpoints
-    own = sorted(endpoint for endpoint in endpoints if is_own_address(endpoint[6:].rpartition(":")[0].strip("[]")))
+    own = [endpoint for endpoint in endpoints if is_own_address(endpoint[6:].rpartition(":")[0].strip("[]"))]
     return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
 
 
@@ -5028,6 +5028,14 @@ class _Connections:
         link = min(new, key=lambda item: item[:2])[2]
         link.is_greeted = True
         return link.begin, link.index
+
+    def is_doubled(self, sock: zmq.Socket[bytes], port: int) -> bool:
+        """Whether *sock* has several connections to this *port*, of one host perhaps that has several addresses."""
+        self._take_events(sock, self._monitors[sock])
+        links = [
+            link for (other, endpoint), link in self._links.items() if other is sock and endpoint.endswith(f":{port}")
+        ]
+        return sum(link.is_up for link in links) > 1
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -5261,6 +5269,7 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
+        is_doubled: Called with the port of a publisher that greets us again; whether there are several connections.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -5275,6 +5284,7 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
+        is_doubled: Callable[[int], bool],
         on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
@@ -5285,6 +5295,7 @@ class _CatchUp:
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
+        self._is_doubled = is_doubled
         self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
@@ -5297,15 +5308,40 @@ class _CatchUp:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
         self._open: list[_Source] = []  # those of which messages come live and under the mark
+        self._copies: Counter[int] | None = None  # what has come, while there are two connections to one publisher
+        self._doubled_port = 0
+        self._next_look = 0.0
 
-    def note(self, raw: bytes) -> None:
-        """Take note of a message that came live."""
+    def note(self, raw: bytes) -> bool:
+        """Take note of a message that came live; return whether it is new, no second copy by another connection."""
         self._index += 1
         digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
         self._recent.append(digest)
         if self._open:
             for source in self._open:
                 source.live[digest] += 1  # type: ignore[index]
+        return self._copies is None or self._count_copy(digest)
+
+    def _begin_copies(self, port: int) -> None:
+        """Take note that there is a second connection to a publisher: from now on what it sends comes twice.
+
+        So every other one of what looks the same is handed out, and of what has come just before one has been.
+        """
+        self._copies = Counter(dict.fromkeys(self._recent, 1))
+        self._doubled_port = port
+        self._next_look = time.monotonic() + 5
+
+    def _count_copy(self, digest: int) -> bool:
+        copies = cast("Counter[int]", self._copies)
+        copies[digest] += 1
+        if len(copies) > 2 * self.RECENT:
+            self._copies = copies = Counter({recent: copies[recent] for recent in self._recent})
+        now = time.monotonic()
+        if now > self._next_look:
+            self._next_look = now + 5
+            if not self._is_doubled(self._doubled_port):
+                self._copies = None
+        return copies[digest] % 2 == 1
 
     def freeze(self) -> int:
         """Remember what came until now, as a connection is down: its end may not have been confirmed.
@@ -5377,6 +5413,8 @@ class _CatchUp:
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
+        elif self._is_doubled(port):
+            self._begin_copies(port)
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -6066,8 +6104,8 @@ class _Inbox:
                 else:
                     return
                 content = raw if raw[:1] != b"~" else stream.take(raw)
-                if content is raw:
-                    stream.note(raw)
+                if content is raw and not stream.note(raw):
+                    content = None
                 if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
                     content = None
                 message = None if content is None else self._accept(content, stream)
@@ -6265,7 +6303,10 @@ class _SubscriberSockets:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._note_past, self._durable)
+        is_doubled = partial(self._connections.is_doubled, sock)
+        self._streams[sock] = stream = _CatchUp(
+            sock, topics, since, self._note_missed, is_doubled, self._note_past, self._durable
+        )
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
@@ -7600,10 +7641,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     # argparse takes no more words of a list after an option between them.
-    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not hasattr(options, "words")):
+    lists = [action.dest for action in options.parser._actions if action.nargs == "*"]
+    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not lists):
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        getattr(options, options.words).extend(rest)
+        getattr(options, lists[0]).extend(rest)
     try:
         _prepare_output(options)
         _prepare_log(options)
@@ -7711,7 +7753,6 @@ def _add_publish_arguments(command: argparse.ArgumentParser) -> None:
     add("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
     add("type", nargs="?", metavar="TYPE", help="for example file")
     add("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
-    command.set_defaults(words="data")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="DATA is JSON")
     form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
@@ -7913,7 +7954,6 @@ def _add_source_arguments(command: argparse.ArgumentParser) -> None:
     """Add what says which messages are wanted."""
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    command.set_defaults(words="topics")
     add("--service", action="append", help="name of a publisher (all)")
     add("--address", action="append", help="address of a publisher, no nameserver is asked")
     add("--type", action="append", help="only messages of this type")
@@ -8326,7 +8366,6 @@ def _add_services_arguments(command: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="as JSON")
     add("--watch", nargs="?", const=2.0, type=_number(float, 0.1), metavar="SECONDS", help="again and again (2)")
     add("--timeout", type=_number(float, 0), default=5.0, metavar="SECONDS", help="for the nameserver (5)")
-    command.set_defaults(words="names")
 
 
 @_command("services", _add_services_arguments)
@@ -8541,7 +8580,6 @@ class _PingedPublisher(_Pinged):
 def _add_ping_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("names", nargs="*", metavar="NAME", help="publishers to ask, besides the nameserver")
-    command.set_defaults(words="names")
     add("--address", action="append", default=[], help="address of a publisher, no nameserver is asked")
     add("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)")
     add("--interval", type=_number(float, 0.01), default=1.0, metavar="SECONDS", help="between two questions (1)")
@@ -8938,7 +8976,6 @@ def _add_top_arguments(command: argparse.ArgumentParser) -> None:
     add("--interval", type=_number(float, 0.1), default=2.0, metavar="SECONDS", help="between two views (2)")
     add("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)")
     add("--json", action="store_true", help="one JSON object a line, with the numbers of 'exporter'")
-    command.set_defaults(words="topics")
 
 
 @_command("top", _add_top_arguments)
@@ -9188,7 +9225,7 @@ class _Check:
 def _add_check_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("names", nargs="*", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked")
-    command.set_defaults(words="names", failure=3)
+    command.set_defaults(failure=3)
     add(
         "--silent", metavar="SECONDS", type=_number(float, 0.1), help="something has to come from each within that time"
     )
@@ -9377,7 +9414,6 @@ class _PageServer:
 def _add_exporter_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    command.set_defaults(words="topics")
     add(
         "--port",
         type=_number(int, 0, 65535),
@@ -9422,7 +9458,6 @@ def _run_exporter(options: argparse.Namespace) -> int:
 def _add_map_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    command.set_defaults(words="topics")
     add("--seconds", type=_number(float, 0, 3600), default=5.0, help="how long to listen to what is sent (5)")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--dot", action="store_true", help="as input for Graphviz")

@@ -5970,15 +5970,26 @@ class TestLookingIn:
         """By two publishers, each is told of its own."""
         with posttroll.Publisher("tcp://*:0") as one, posttroll.Publisher("tcp://*:0") as two:
             addresses = [local_address(pub.port_number) for pub in (one, two)]
-            words = ["--address", addresses[0], "--address", addresses[1], "-n", 2, "--format", "{data} {origin} {age}"]
+            words = [
+                "--address",
+                addresses[0],
+                "--address",
+                addresses[1],
+                "-n",
+                2,
+                "--format",
+                "{data} {origin} {sender} {age}",
+            ]
             with command("subscribe", *words) as running:
                 for pub, text in ((one, "one"), (two, "two")):
                     assert pub.wait_for_subscribers(1, DEADLINE)
-                    pub.send(text_message(text))
+                    message = posttroll.Message("/a", "info", text)
+                    message.sender = "user@elsewhere"
+                    pub.send(message)
                 _, out, _ = finish(running)
         found = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-        assert [found[text][0] for text in ("one", "two")] == addresses
-        assert all(0 <= float(age) < 60 for _, age in found.values())
+        assert [found[text][:2] for text in ("one", "two")] == [[address, "user@elsewhere"] for address in addresses]
+        assert all(0 <= float(age) < 60 for *_, age in found.values())
 
     @pytest.mark.parametrize(
         ("key", "counts"),
@@ -6150,7 +6161,7 @@ class TestRelayCommand:
         """Run a relay that listens to a publisher, and publishes on *port*."""
         addresses = ("--address", local_address(source.port_number), "--out-nameserver", "none", "--port", port)
         before = set(source._audience.peers)
-        with command("relay", *addresses, *words) as running:
+        with command("relay", *addresses, *words, start_new_session=True) as running:
             wait_for(lambda: set(source._audience.peers) - before or running.poll() is not None)
             yield running
 
@@ -6190,7 +6201,10 @@ class TestRelayCommand:
                 with self.relay(source, port, *words) as running:
                     numbers.send(200, 0.0005)
                     wait_for(lambda: data)
-                    running.send_signal(number)
+                    if number == signal.SIGINT:  # from the terminal: to both processes
+                        os.killpg(running.pid, number)
+                    else:
+                        running.send_signal(number)
                     numbers.send(100, 0.0005)
                     status = running.wait(DEADLINE)
                 assert status == (0 if number != signal.SIGKILL else -number)
@@ -9822,7 +9836,8 @@ import posttroll, sys
 for host, seen in (("*", "localhost"), ("localhost", "localhost"), ("[::1]", "[::1]"), ("[2001:db8:77::2]", "two")):
     pub = posttroll.Publisher(f"tcp://{host}:0").start()
     with posttroll.Subscriber([f"tcp://{seen}:{pub.port_number}"]) as sub:
-        assert pub.wait_for_subscribers(1, 15)
+        while not pub.subscriber_count:
+            next(sub.recv(0.01))  # it connects by name while it receives
         pub.send(posttroll.Message("/a", "info", host))
         print(next(sub.recv(15)).data)
     pub.stop()
@@ -14314,6 +14329,35 @@ class TestCatchingUp:
             wait_for(lambda: len(data) == 3001)
             assert data == list(range(3001))
 
+    @pytest.mark.parametrize("durable", [None, "name"])
+    def test_a_publisher_by_two_of_its_addresses(self, durable, tmp_path, monkeypatch):
+        """As two nameservers know it, each by the address that leads there: each message counts once."""
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(tmp_path))
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Publisher("tcp://*:0") as other:
+            first, second = (f"tcp://127.0.0.{number}:{pub.port_number}" for number in (1, 2))
+            numbers, others = Numbers(pub), Numbers(other, "/others")
+            with posttroll.Subscriber([first, local_address(other.port_number)], durable=durable) as sub:
+                with serving(sub) as data:
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    assert other.wait_for_subscribers(1, DEADLINE)
+                    numbers.send(50)
+                    sub.add(second)
+                    (peer,) = pub._audience.peers.values()
+                    while peer.connections < 2:
+                        numbers.send(5, 0.001)
+                        assert pub.subscriber_count == 1
+                    numbers.send(500)
+                    others.send(500)
+                    wait_for(lambda: len(data) >= numbers.count + others.count)
+                    sub.remove(first)
+                    wait_for(lambda: peer.connections == 1)
+                    numbers.send(500)
+                    wait_for(lambda: len(data) >= numbers.count + others.count)
+                    others.send(1)
+                    wait_for(lambda: data[-1] == 500)
+                    sub.stop()
+            assert sorted(data) == sorted([*range(numbers.count), *range(others.count)])
+
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
     @pytest.mark.parametrize("port", ["the same port", "another port"])
     def test_a_publisher_that_is_killed_and_restarted(self, port, host, impatient, monkeypatch):
@@ -14818,6 +14862,8 @@ class TestDurable:
             relay.mend()
             with posttroll.Subscriber([], durable="name") as sub:
                 sub.add(local_address(pub.port_number), "/numbers")
+                wait_for(lambda: next(sub.recv(0.01)) is None and pub.subscriber_count == 3)
+                wait_for(lambda: next(sub.recv(0.01)) is None and not pub._audience.unserved())
                 sub.add(local_address(relay.port), "/other")
                 assert received_data(sub) == [1]
                 assert receive(sub, 1, 0.1) == []
@@ -15262,22 +15308,35 @@ class TestFirstMessages:
         config.set(discovery_seconds=1.5)
         self.check(way)
 
-    def test_a_process_for_each_message(self, monkeypatch):
-        """As scripts do: 24 of them, with what the configuration is by default, and the same text."""
-        monkeypatch.delenv("POSTTROLL_DISCOVERY_SECONDS")
-        code = """
+    def run_processes(self, way: Any, batches: int, size: int) -> None:
+        """Let processes publish the same text, *size* of them at once, with what the configuration is by default."""
+        code = f"""
 import sys, posttroll
-with posttroll.Publish("first", nameservers=["localhost"]) as pub:
+with posttroll.Publish("first", nameservers={way}) as pub:
     pub.send("pytroll://first info me@here 2020-01-01T00:00:00 v1.01 application/json %s" % sys.argv[1])
 """
-        with nameserver(), posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
-            wait_for(lambda: sub._loop)
-            for batch in range(3):
-                with contextlib.ExitStack() as stack:
-                    running = [stack.enter_context(python(code, batch)) for _ in range(8)]
-                    assert [finish(each)[0] for each in running] == [0] * 8
-            wait_for(lambda: len(data) >= 24)
-            assert sorted(data) == sorted(list(range(3)) * 8)
+        with nameserver(multicast_enabled=way is None):
+            with posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+                wait_for(lambda: sub._loop)
+                for batch in range(batches):
+                    with contextlib.ExitStack() as stack:
+                        running = [stack.enter_context(python(code, batch)) for _ in range(size)]
+                        assert [finish(each)[0] for each in running] == [0] * size
+                wait_for(lambda: len(data) >= batches * size)
+                assert sorted(data) == sorted(list(range(batches)) * size)
+
+    def test_a_process_for_each_message(self, monkeypatch):
+        """As scripts do."""
+        monkeypatch.delenv("POSTTROLL_DISCOVERY_SECONDS")
+        self.run_processes(["localhost"], 3, 8)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("backend", ["plain", "secure"])
+    def test_50_processes(self, way, backend, monkeypatch, request):
+        monkeypatch.delenv("POSTTROLL_DISCOVERY_SECONDS")
+        if backend == "secure":
+            request.getfixturevalue("keys")
+        self.run_processes(way, 10, 5)
 
     def test_nobody_is_waited_for_when_nothing_was_sent(self):
         config.set(discovery_seconds=1000)
@@ -15457,6 +15516,17 @@ def proxy(port: int) -> Iterator[int]:
             sock.close()
 
 
+def binds(sock: Any, port: int) -> bool:
+    """Bind a socket to a port of this host, if it is free already."""
+    try:
+        sock.bind(f"tcp://127.0.0.1:{port}")
+    except zmq.ZMQError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
 class TestProxiesAndNeighbours:
     @pytest.mark.skipif(
         not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
@@ -15479,6 +15549,21 @@ class TestProxiesAndNeighbours:
                             await_count(second, numbers.count)
                         wait_for(lambda: not pub._audience.unserved())
                         assert sorted(first) == sorted(second) == list(range(numbers.count))
+
+    def test_a_mark_follows_the_topics(self):
+        """Also when a connection has come back, and when a proxy passes them on: else what comes between is lost."""
+        port = free_port()
+        topics = ["/a", "/z", "/\U0010ffff"]
+        with posttroll.Subscriber([local_address(port)], topics) as sub, serving(sub):
+            for _ in range(2):
+                with raw_socket(zmq.XPUB) as publisher:
+                    wait_for(partial(binds, publisher, port))
+                    changes = []
+                    while not any(b"subscriber" in change for change in changes):
+                        assert publisher.poll(DEADLINE * 1000)
+                        changes.append(publisher.recv())
+                    assert len(changes) == 4
+                    assert all(change.startswith(b"\1pytroll:/") for change in changes[:3])
 
     def test_what_plain_sockets_see_while_others_catch_up(self, short_heartbeats):
         """Whole messages on their topics, each once: by an empty subscription, and as the known package subscribes."""
