@@ -22,9 +22,9 @@ The file is read from top to bottom, each section uses only what stands above it
  6. keys and access           CURVE, access control; binding and connecting
  7. asking the nameserver     ``get_pub_address``
  8. announcing an address     ``AddressServiceBroadcaster``
- 9. publishing                ``Publisher``, ``NoisyPublisher``, ``Publish``; their history
+ 9. publishing                ``Publisher``, ``NoisyPublisher``, ``Publish``; their history; ``Inquiry``
 10. connections               which addresses, alive or not; what has come, and what was handled
-11. subscribing               ``Subscriber``, ``NSSubscriber``, ``Subscribe``
+11. subscribing               ``Subscriber``, ``NSSubscriber``, ``Subscribe``; ``unique``
 12. listening                 ``Listener``, ``ListenerContainer``
 13. logging over messages     ``PytrollHandler``, ``Logger``
 14. testing helpers           ``patched_publisher``, ``patched_subscriber_recv``
@@ -42,23 +42,21 @@ import atexit
 import base64
 import binascii
 import errno
-import getpass
-import glob
 import importlib
 import io
 import ipaddress
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
 import re
-import shutil
 import signal
 import socket
+import string
 import struct
-import subprocess
 import sys
 import textwrap
 import threading
@@ -66,21 +64,26 @@ import time
 import types
 import warnings
 import weakref
+from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
-from functools import lru_cache, partial
-from hashlib import blake2b
+from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
-from itertools import chain, count, islice, takewhile
-from typing import Any, Callable, Union, cast
+from itertools import accumulate, chain, count, islice, takewhile
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 import zmq
 from zmq.utils import z85
 
+# What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
+# asyncio, glob, hashlib, shutil, subprocess.
+if TYPE_CHECKING:
+    import subprocess
 if sys.platform == "win32":
+    import getpass
     import msvcrt
 else:
     import fcntl
@@ -134,8 +137,13 @@ OPTIONS: dict[str, _Option] = {
     "zmtp_heartbeat_interval": _Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": _Option(30, "number", "seconds without a sign of life until a connection is given up"),
     "send_high_water_mark": _Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_bytes": _Option(
+        None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
+    ),
     "receive_high_water_mark": _Option(
-        200000, "int", "the same in a busy subscriber, for each publisher; 0 for no limit"
+        None,
+        "int",
+        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
@@ -973,6 +981,7 @@ class Message:
     Attributes:
         subject, type, sender, data, binary, version: As above; they may be assigned.
         time: A datetime: when the message was made, in UTC.  Decoded from v1.01 it has no time zone.
+        origin: The address of the publisher that it came from, told by subscribers with *translate*; else empty.
 
     Raises:
         MessageError: The fields or the data cannot be encoded, or *rawstr* is not a message.
@@ -985,6 +994,7 @@ class Message:
     data: Any
     binary: bool
     version: str
+    origin = ""
     _raw: str | None
 
     def __init__(
@@ -1062,6 +1072,11 @@ class Message:
         return f"{_MAGICK}{subject} {atype} {sender} {moment.isoformat()} {version}{prefix}{text}"
 
     @property
+    def raw(self) -> str | None:
+        """The text that it was decoded from, whatever has been assigned since; None if it was not decoded."""
+        return self._raw
+
+    @property
     def head(self) -> str:
         """The header: the encoded message without the data."""
         text = self._encode()
@@ -1084,7 +1099,7 @@ class Message:
         return self.encode()
 
     def __getstate__(self) -> str:
-        return self.encode()
+        return str.__str__(self.encode())
 
     def __setstate__(self, state: str) -> None:
         _decode_into(self, state)
@@ -1157,11 +1172,20 @@ def _decode_json(text: str) -> Any:
     return (_parse_datetime(data) or data) if type(data) is str else datetime_decoder(data)
 
 
+class _Latin1Text(str):
+    """The text of a message that did not come in UTF-8; it is sent on as it came."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "iso-8859-1", errors: str = "strict") -> bytes:
+        return super().encode(encoding, errors)
+
+
 def _utf_8_or_latin(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return raw.decode("iso-8859-1")
+        return _Latin1Text(raw.decode("iso-8859-1"))
 
 
 def _as_text(raw: Any) -> str:
@@ -2058,8 +2082,8 @@ class _Resolution:
     So it is handed numbers only.
 
     Attributes:
-        name: The name of the host, empty if it is a number.
         endpoint: What to connect to, the address with a number for the host; None as long as it is not known.
+        endpoints: All that the name stands for just now, that one among them.
     """
 
     RETRY = 5.0
@@ -2067,17 +2091,19 @@ class _Resolution:
 
     def __init__(self, address: str, on_success: Callable[[], None] = lambda: None) -> None:
         tcp = split_tcp_address(address)
-        self.name, self._port = tcp or ("", 0)
+        self._host, self._port = tcp or ("", 0)
         self._on_success = on_success
         self._is_asking = False
         self._asked = -self.RETRY
         self.endpoint: str | None = None
-        if self.name == "localhost":
-            self.name, self.endpoint = "", tcp_address(loopback_address(), self._port)
+        if self._host == "localhost":
+            self._host, self.endpoint = "", tcp_address(loopback_address(), self._port)
         elif tcp is None:
             self.endpoint = address
-        elif _is_number(self.name):
-            self.name, self.endpoint = "", tcp_address(_plain_number(self.name.strip("[]")), self._port)
+        elif _is_number(self._host):
+            self._host, self.endpoint = "", tcp_address(_plain_number(self._host.strip("[]")), self._port)
+        self.endpoints: tuple[str, ...] = () if self.endpoint is None else (self.endpoint,)
+        self.is_name = self.endpoint is None
 
     def check(self) -> str | None:
         """Return the endpoint; as long as it is not known, ask (again) in the background."""
@@ -2085,27 +2111,30 @@ class _Resolution:
             self.ask()
         return self.endpoint
 
-    def ask(self) -> None:
-        """Ask (again) in the background, unless it was just done; a number needs no answer."""
-        is_due = self.name and not self._is_asking and time.monotonic() - self._asked >= self.RETRY
+    def ask(self, pause: float | None = None) -> None:
+        """Ask (again) in the background, but not *pause* (`RETRY`) seconds after the last time; no number needs it."""
+        pause = self.RETRY if pause is None else pause
+        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= pause
         if is_due and self._free_threads.acquire(blocking=False):
             self._is_asking = True
             self._asked = time.monotonic()
             try:
-                threading.Thread(target=self._resolve, name=f"resolve {self.name}", daemon=True).start()
+                threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
             except RuntimeError:  # no more threads: asked again later
                 self._is_asking = False
                 self._free_threads.release()
 
     def _resolve(self) -> None:
         try:
-            numbers = _numbers_of(self.name)
+            numbers = _numbers_of(self._host)
         except (OSError, UnicodeError) as error:
-            _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self.name, error)
+            _resolution_log.warning("name", "Host name %s does not resolve (%s), trying again", self._host, error)
         else:
-            endpoints = [tcp_address(number, self._port) for number in numbers]
-            if self.endpoint not in endpoints:  # a name of several hosts says them in another order each time
-                self.endpoint = endpoints[0]
+            # Of IPv4 and IPv6 that which is to be preferred: both lead to the same hosts.
+            endpoints = tuple(tcp_address(each, self._port) for each in numbers if (":" in each) == (":" in numbers[0]))
+            if set(endpoints) != set(self.endpoints):  # they come in another order each time
+                self.endpoints = endpoints
+                self.endpoint = self.endpoint if self.endpoint in endpoints else endpoints[0]
                 self._on_success()
         finally:
             self._is_asking = False
@@ -2281,7 +2310,14 @@ _key_log = LimitedLogger("backends.zmq.socket")
 
 
 class _ClientKeys:
-    """The public keys in a directory, which is read again when it changes."""
+    """The public keys in a directory, which may change at any time.
+
+    To let a client in takes a look at the one file that has its key, however many there are.  Before one is refused,
+    the directory is read again, unless it has been just now: whoever may not come in keeps nobody busy.
+    """
+
+    PAUSE = 9  # times as long as the last reading took, until the next
+    GRANULARITY = 2.0  # seconds; of the times of files, at worst (FAT)
 
     def __init__(self, setting: str) -> None:
         path = config.get(setting)
@@ -2290,26 +2326,55 @@ class _ClientKeys:
         self.directory = os.path.expanduser(path)
         if not os.path.isdir(self.directory):
             raise ConfigurationError(f"{setting}: {self.directory} is not a directory.")
-        self._keys: dict[str, tuple[Any, bytes]] = {}  # by path, each with what changes when the file does
+        self._files: dict[str, tuple[Any, bytes]] = {}  # by path: what changes when the file does, and its key
+        self._paths: dict[bytes, str] = {}  # by key: a file that has it
+        self._state: Any = None  # what changes when a file is added or removed
+        self._next_reading = 0.0
 
     def __contains__(self, key: bytes) -> bool:
-        known, self._keys = self._keys, {}
+        if self._is_confirmed(key):
+            return True
+        if key in self._paths or self._state != self._directory_state() or time.monotonic() >= self._next_reading:
+            self._read_directory()
+        return self._is_confirmed(key)
+
+    def _is_confirmed(self, key: bytes) -> bool:
+        """Whether the file in which *key* was found is still the same."""
+        path = self._paths.get(key)
+        with suppress(OSError):
+            return path is not None and _file_state(os.stat(path)) == self._files[path][0]
+        return False
+
+    def _directory_state(self) -> Any:
+        """Return what changes when a file is added or removed; something new each time, if that cannot be told."""
+        with suppress(OSError):
+            state = os.stat(self.directory)
+            if time.time() - state.st_mtime > self.GRANULARITY:
+                return _file_state(state)
+        return object()
+
+    def _read_directory(self) -> None:
+        begin = time.monotonic()
+        self._state = self._directory_state()
+        known, self._files, self._paths = self._files, {}, {}
         try:
             with os.scandir(self.directory) as entries:
                 for entry in entries:
                     if entry.name.endswith(".key"):
-                        self._keys[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
+                        _, key = self._files[entry.path] = self._read(entry, *known.get(entry.path, (None, b"")))
+                        self._paths[key] = entry.path
         except OSError as error:
+            self._paths = {}
             _key_log.warning("directory", "No client is let in: %s", error)
-            return False
-        return any(key == other for _, other in self._keys.values())
+        end = time.monotonic()
+        self._next_reading = end + self.PAUSE * (end - begin)
 
     @staticmethod
     def _read(entry: os.DirEntry[str], known_state: Any, known_key: bytes) -> tuple[Any, bytes]:
         """Return state and public key of a file, as known if it has not changed; no key if it is not to be used."""
         state = None
         try:
-            state = (entry.stat().st_mtime_ns, entry.stat().st_ino)
+            state = _file_state(entry.stat())
             if state == known_state:
                 return state, known_key
             return state, _read_keys(entry.path)["public"] if entry.is_file() else b""
@@ -2319,6 +2384,11 @@ class _ClientKeys:
             )
             # No file descriptors left, or no permission yet: it is read again.
             return None if isinstance(error, OSError) else state, b""
+
+
+def _file_state(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes when a file does."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 # -- who may connect --
@@ -2625,6 +2695,29 @@ def get_tcp_keepalive_options() -> dict[int, int]:
     return {option: value for option, value in values.items() if value is not None}
 
 
+@cache
+def _usable_memory() -> int:
+    """Return how many bytes of memory this program may use: those of its container, or of the host."""
+    paths = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
+    with suppress(OSError), open("/proc/self/cgroup") as file:
+        for group in (line.rstrip("\n").split(":", 2)[2] for line in file):
+            paths += [f"/sys/fs/cgroup{group}/memory.max", f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"]
+    limits = [2**40]
+    for path in dict.fromkeys(paths):
+        with suppress(OSError, ValueError), open(path) as file:  # "max" is no number
+            limits.append(int(file.read()))
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limits += [resource.getrlimit(resource.RLIMIT_AS)[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    return min(limit for limit in limits if limit > 0)  # -1 is no limit
+
+
+def _default_receive_limit() -> int:
+    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have a kilobyte."""
+    return min(200000, _usable_memory() // 8 // 1024)
+
+
 def _liveness_options(is_limited: bool) -> dict[int, int]:
     """Return the options by which peers are noticed that are gone without a word.
 
@@ -2658,7 +2751,9 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
     try:
         sock.linger = 0
         limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
-        own: dict[Any, Any] = {option: config.get(name) for option, name in limits.items()}
+        own: dict[Any, Any] = {option: config.get(name, None) for option, name in limits.items()}
+        if own[zmq.RCVHWM] is None:
+            own[zmq.RCVHWM] = _default_receive_limit()
         own.update(options or {})
         general = {
             zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
@@ -2989,6 +3084,29 @@ def get_pub_address(name: str, timeout: float = 10, nameserver: Hosts = "localho
         raise TimeoutError(f"Didn't get an address after {timeout} seconds: no answer from the nameserver on {hosts}.")
     merged = {entry["URI"]: entry for answer in answers if answer is not None for entry in _addresses_in(answer)}
     return list(merged.values())
+
+
+def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> dict[str, Any]:
+    """Ask a nameserver about itself.
+
+    Args:
+        nameserver: Its host, or ``host:port`` if it answers on another port than configured.
+        timeout: How long to wait for it, in seconds.
+
+    Returns:
+        Its ``"version"``; nothing if it tells nothing, as other implementations.
+
+    Raises:
+        TimeoutError: It did not answer in time.
+        ConfigurationError: The secure backend is not set up.
+    """
+    question = {"service": "about the nameserver", "about": True}  # for others, a service that nobody has
+    request = Message("/oper/ns", "request", question, version="v1.01").encode().encode()
+    answer = _ask(_lookup_endpoint(nameserver), request, timeout)
+    if answer is None:
+        raise TimeoutError(f"no answer from the nameserver on {nameserver} after {timeout:g} s.")
+    about = Message.decode(answer).data
+    return about if isinstance(about, dict) else {}
 
 
 def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[bytes | None]:
@@ -3407,6 +3525,9 @@ sendaddressservice = AddressServiceBroadcaster
 # subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
+#
+# Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
+# one message under it, <mark>/?\0<JSON>.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
@@ -3415,6 +3536,7 @@ _MARK_PATTERN = re.compile(
     rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
     re.DOTALL,
 )
+_QUESTION_PATTERN = re.compile(_MARK + rb"[0-9a-f]{16}/\?")
 
 
 class PublisherStoppedError(RuntimeError, zmq.ZMQError):
@@ -3443,6 +3565,7 @@ class History:
         self._limit = self._messages + self._messages // 16  # they are dropped many at once, which costs less
         self.number = 0  # of the newest message
         self.size = 0
+        self._gone = 0  # the size of those that are not kept any more
         self._newest_gone = float("-inf")
 
     def __len__(self) -> int:
@@ -3452,6 +3575,11 @@ class History:
     def first(self) -> int:
         """The number of the oldest message that is kept."""
         return self.number - len(self) + 1
+
+    @property
+    def total(self) -> int:
+        """The size of all messages that there have been."""
+        return self.size + self._gone
 
     def append(self, data: bytes, now: float) -> None:
         """Keep a message, which was sent *now*."""
@@ -3468,6 +3596,7 @@ class History:
         while entries and (len(entries) > messages or self.size > size):
             self._newest_gone, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
+            self._gone += len(data) + self.OVERHEAD
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
@@ -3491,11 +3620,41 @@ class History:
         return self._newest_gone >= when
 
 
+class _QueueLimit:
+    """How many messages a queue of a publisher may hold, so that they take only so many bytes.
+
+    ZeroMQ counts messages.  So the limit is that of messages of a recent average size; when they get smaller, it
+    follows slowly, as the larger ones may still be in a queue.
+    """
+
+    LEAST = 10  # messages
+
+    def __init__(self, sock: zmq.Socket[bytes]) -> None:
+        self._socket = sock
+        self._most = cast(int, sock.getsockopt(zmq.SNDHWM)) or 2**31 - 1
+        self._bytes = config.get("send_high_water_bytes") or _usable_memory() // 8
+        self._average = 1.0
+        self._count = self._total = 0
+        self._limit = self._most
+
+    def adapt(self, count: int, total: int) -> None:
+        """Take note that there have been *count* messages of *total* bytes until now."""
+        if count > self._count:
+            recent = (total - self._total) / (count - self._count)
+            self._average = max(recent, 0.9 * self._average)
+            self._count, self._total = count, total
+        limit = min(self._most, max(int(self._bytes / self._average), self.LEAST))
+        if not 0.9 * self._limit <= limit <= 1.1 * self._limit or limit == self._most != self._limit:
+            self._limit = limit
+            self._socket.setsockopt(zmq.SNDHWM, limit)
+
+
 class _Peer:
     """A subscriber of ours, as its publisher sees it."""
 
-    def __init__(self, mark: bytes, topics: int) -> None:
+    def __init__(self, mark: bytes, topics: int, host: str) -> None:
         self.mark = mark
+        self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
         self.greeted = 0.0  # when
@@ -3528,6 +3687,7 @@ class _Listeners:
     """
 
     PEERS = 10000
+    TOPICS = 1000  # that are told apart
 
     def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
@@ -3541,9 +3701,13 @@ class _Listeners:
         self.peers: dict[bytes, _Peer] = {}
         self._seen: set[bytes] = set()  # the marks of all that there have been
         self._topics = 0
+        self._by_topic: Counter[bytes] = Counter()
+        self._answering = 0.0  # since when answers are counted
+        self._answers = 0
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._next_look = 0.0
+        self._queue_limit = _QueueLimit(sock)
         self._patience = max(config.get("discovery_seconds"), 0.5)  # seconds that a busy subscriber has to ask
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -3610,9 +3774,10 @@ class _Listeners:
         sock = self.socket
         while True:
             try:
-                change = sock.recv(_NOBLOCK)
+                frame = sock.recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            change = frame.bytes
             sign, topic = change[:1], change[1:]
             if sign not in (b"\0", b"\1"):
                 continue  # a message of an XSUB socket
@@ -3620,17 +3785,26 @@ class _Listeners:
             if topic.startswith(_MARK):
                 match = _MARK_PATTERN.fullmatch(topic)
                 if match is not None and match[3] is None:
-                    self._take_mark(topic, int(match[2]), option)
+                    self._take_mark(topic, int(match[2]), option, frame)
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
+                elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
+                    self._answer(topic)
                 continue
-            self._topics += 1 if sign == b"\1" else -1
+            self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
             elif not _MARK.startswith(topic):
                 sock.setsockopt(option, topic)
 
-    def _take_mark(self, mark: bytes, topics: int, option: int) -> None:
+    def _count_topic(self, topic: bytes, difference: int) -> None:
+        self._topics += difference
+        if topic in self._by_topic or len(self._by_topic) < self.TOPICS:
+            self._by_topic[topic] += difference
+            if self._by_topic[topic] <= 0:
+                del self._by_topic[topic]
+
+    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
         """Take note that a subscriber of ours has come (again), or gone."""
         peer = self.peers.get(mark)
         if option == zmq.UNSUBSCRIBE:
@@ -3643,7 +3817,11 @@ class _Listeners:
             if len(self.peers) >= self.PEERS:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
-            peer = self.peers[mark] = _Peer(mark, topics)
+            try:
+                host = str(frame.get("Peer-Address")).removeprefix("::ffff:")
+            except zmq.ZMQError:  # not a TCP connection
+                host = ""
+            peer = self.peers[mark] = _Peer(mark, topics, host)
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1
@@ -3659,8 +3837,8 @@ class _Listeners:
             return False
         return True
 
-    def _later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Have *callback* called by the loop under the lock, unless it is to be already."""
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Have *callback* called by the loop under the lock in some seconds, unless it is to be already."""
 
         def call() -> None:
             with self.lock:
@@ -3709,11 +3887,16 @@ class _Listeners:
         """Take what a subscriber of ours asks for."""
         raise NotImplementedError
 
+    def _answer(self, question: bytes) -> None:
+        """Answer somebody who asks about this publisher."""
+        raise NotImplementedError
+
 
 class _Audience(_Listeners):
     """What those who listen to a publisher get, have, and have missed."""
 
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
+    ANSWERS = 100  # to questions in a second, and what is listed in each
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
 
     def send(self, data: bytes) -> None:
@@ -3721,6 +3904,8 @@ class _Audience(_Listeners):
         now = time.monotonic()
         if now > self._next_look:
             self.look(now)
+        elif len(data) > 16384:  # a few of them are a lot
+            self._queue_limit.adapt(self.history.number, self.history.total)
         self.history.append(data, now)
         try:
             self._send(data, _NOBLOCK)
@@ -3792,10 +3977,11 @@ class _Audience(_Listeners):
     def look(self, now: float) -> None:
         """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
         self._next_look = now + self.LOOK_SECONDS
+        self._queue_limit.adapt(self.history.number, self.history.total)
         self._take_subscriptions()
         self._tell_positions()
         if self._look_again not in self._timers:
-            self._later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
+            self.later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
 
     def _tell_positions(self) -> None:
         number = self.history.number
@@ -3809,14 +3995,14 @@ class _Audience(_Listeners):
         if any(peer.told != self.history.number for peer in self.peers.values()):
             self.look(time.monotonic())
         elif left > 0:
-            self._later(left + 0.001, self._look_again)  # what is sent until then does not look
+            self.later(left + 0.001, self._look_again)  # what is sent until then does not look
         self._expire()
 
     def _expire(self) -> None:
         now = time.monotonic()
         due = self.history.expire(now)
         if due is not None:
-            self._later(max(due - now, 10), self._expire)  # many at once
+            self.later(max(due - now, 10), self._expire)  # many at once
 
     def _take_request(self, mark: bytes, match: re.Match[bytes]) -> None:
         """Let a subscriber of ours catch up with what it asks for."""
@@ -3847,8 +4033,29 @@ class _Audience(_Listeners):
         sent = now - (time.time() - asked)
         return sent if peer.greeted <= sent <= now else min(peer.greeted, now)
 
+    def _answer(self, question: bytes) -> None:
+        now = time.monotonic()
+        if now > self._answering + 1:
+            self._answering, self._answers = now, 0
+        self._answers += 1
+        if self._answers > self.ANSWERS:
+            return
+        known = [(peer.host, peer.prefixes) for peer in islice(self.peers.values(), self.ANSWERS)]
+        about = {
+            "version": __version__,
+            "name": self._name.decode(),
+            "subscribers": len(self.peers) + self.strangers,
+            "known": [{"host": host, "topics": list(map(_topic_of, prefixes))} for host, prefixes in known],
+            "topics": {_topic_of(topic): times for topic, times in self._by_topic.most_common(self.ANSWERS)},
+            "sent": self.history.number,
+        }
+        self.socket.setsockopt(zmq.SUBSCRIBE, question)  # of the one who has asked
+        with suppress(zmq.Again):
+            self.socket.send(question + b"\0" + json.dumps(about).encode(), _NOBLOCK)
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, question)
+
     def _catch_up_soon(self, seconds: float) -> None:
-        self._later(seconds, self._catch_up)
+        self.later(seconds, self._catch_up)
 
     def _catch_up(self) -> None:
         """Send to each subscriber a part of what it has to catch up."""
@@ -3897,22 +4104,87 @@ class _Audience(_Listeners):
                 if peer.after is not None or (not peer.has_asked and now - peer.greeted < self._patience)
             ]
 
-    def measure_left(self) -> int:
-        """Return how many messages are queued for the slowest subscriber of ours: try how many it has room for."""
-        worst = 0
+    def count_unasked(self) -> int:
+        """Return how many messages subscribers of ours may miss that have not asked for them since they came."""
         with self.lock:
-            for peer in self.peers.values():
-                low, high = 0, max(self.history.number, 1)
-                while low < high:
-                    middle = (low + high) // 2
-                    self.socket.setsockopt(zmq.SNDHWM, middle + 1)
-                    if self._send_to(peer, b"P %s 0 0 0" % self.instance):
-                        high = middle
-                    else:
-                        low = middle + 1
-                behind = 0 if peer.after is None else self.history.number - peer.after
-                worst = max(worst, low + behind)
-        return worst
+            unasked = [peer for peer in self.peers.values() if not peer.has_asked]
+            numbers = [self.history.number if peer.hello is None else peer.hello for peer in unasked]
+            return sum(min(number, len(self.history)) for number in numbers)
+
+    def count_left(self) -> int:
+        """Return how many messages are queued for subscribers of ours, for all together; some of them may have left."""
+        with self.lock:
+            return sum(map(self._count_queued, self.peers.values()))
+
+    def _count_queued(self, peer: _Peer) -> int:
+        """Return how many messages are queued for a subscriber of ours: try how many it has room for."""
+        low, high = 0, max(self.history.number, 1)
+        while low < high:
+            middle = (low + high) // 2
+            self.socket.setsockopt(zmq.SNDHWM, middle + 1)
+            if self._send_to(peer, b"P %s 0 0 0" % self.instance):
+                high = middle
+            else:
+                low = middle + 1
+        return low + (0 if peer.after is None else self.history.number - peer.after)
+
+
+def _topic_of(prefix: bytes) -> str:
+    """Return the beginning of the subjects of what begins with *prefix*."""
+    return prefix.decode("utf-8", "replace").removeprefix(_MAGICK)[:200]
+
+
+class Inquiry:
+    """Asks a publisher about itself, without being taken for a subscriber; others than ours do not notice it.
+
+    Args:
+        address: The publisher's address.
+        backend: ``"unsecure_zmq"`` or ``"secure_zmq"``; by default as configured.
+
+    Raises:
+        ConfigurationError: A key for the secure backend is missing or cannot be read.
+        zmq.ZMQError: The address cannot be used.
+    """
+
+    def __init__(self, address: str, backend: str | None = None) -> None:
+        self._socket = set_up_client_socket(zmq.SUB, address, None, backend)
+
+    def ask(self, timeout: float) -> dict[str, Any] | None:
+        """Ask, and wait for the answer, at most *timeout* seconds.
+
+        Returns:
+            ``version`` and ``name``, how many ``subscribers`` there are, and of those ``known`` (the first 100 of ours)
+            ``host`` and ``topics``; how many times each of the ``topics`` is subscribed to, by whomever; how many
+            messages were ``sent``.  None if there is no answer: it is not there, or is no publisher of ours.
+        """
+        question = _MARK + os.urandom(8).hex().encode() + b"/?"
+        deadline = time.monotonic() + timeout
+        self._socket.setsockopt(zmq.SUBSCRIBE, question)
+        try:
+            while self._socket.poll(max(int(1000 * (deadline - time.monotonic())), 0)):
+                answer = self._socket.recv(_NOBLOCK)
+                if answer.startswith(question + b"\0"):  # else it is a late one to an earlier question
+                    return _read_about(answer[len(question) + 1 :])
+        finally:
+            self._socket.setsockopt(zmq.UNSUBSCRIBE, question)
+        return None
+
+    def close(self) -> None:
+        """Close the connection."""
+        close_socket(self._socket)
+
+
+def _read_about(text: bytes) -> dict[str, Any] | None:
+    """Return what a publisher tells about itself, None if that cannot be: anybody may be there."""
+    try:
+        about = json.loads(text)
+        known = [{"host": str(each["host"]), "topics": list(map(str, each["topics"]))} for each in about["known"]]
+        topics = {topic: int(times) for topic, times in about["topics"].items()}
+        numbers = {key: int(about[key]) for key in ("subscribers", "sent")}
+        names = {key: str(about[key]) for key in ("version", "name")}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
+    return {**names, **numbers, "known": known, "topics": topics}
 
 
 def _unsent_bytes(port: int | None) -> list[str] | None:
@@ -3949,7 +4221,7 @@ class _Ending:
         self.reached = 0
 
     def drain(self, young: float) -> int:
-        """Close the socket when all is sent; return how many messages are left if nothing goes on any more.
+        """Close the socket when all is sent; return how many messages (that is known of) will not arrive.
 
         Args:
             young: Seconds in the life of a publisher in which subscribers may be just finding it.
@@ -3960,27 +4232,29 @@ class _Ending:
             return 0
         while audience.history.number and time.monotonic() < audience.started + young:
             time.sleep(min(0.02, max(audience.started + young - time.monotonic(), 0)))
-        with audience.lock:
-            self.reached = audience.reached
-        if not self._wait():
+        state = self._state()
+        if audience.history.number and not self._wait(state):
             return self._give_up()
+        unasked = audience.count_unasked()
+        if unasked:
+            text = "Publisher %s: ends before a subscriber has asked for what it may have missed: %d messages at most"
+            _log("publisher").warning(text, self._name, unasked)
         monitor = None
         with suppress(zmq.ZMQError):  # no descriptors left: what is queued is sent all the same, but not waited for
             monitor = _open_monitor(audience.socket, 0)  # its end tells when the socket is really gone
         audience.close(int(self._patience * 1000))
         if monitor is not None and not _close_monitor(monitor, self._patience):
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
-        return 0
+        return unasked
 
-    def _wait(self) -> bool:
+    def _wait(self, state: Any) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
-        state: Any = True
         since = time.monotonic()
         while True:
+            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             before, state = state, self._state()
             if not (state or before):
                 return True  # twice nothing: what was sent last has come as far as the system's queue
-            time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             if state != before:
                 since = time.monotonic()
             elif time.monotonic() - since > self._patience:
@@ -3988,12 +4262,16 @@ class _Ending:
 
     def _state(self) -> Any:
         """Return what changes as long as the queues drain, something empty when they are."""
-        behind = self._audience.unserved()
-        unsent = _unsent_bytes(self._port) if self._port else None
+        audience = self._audience
+        behind = audience.unserved()
+        with audience.lock:
+            self.reached = audience.reached
+        may_be_unsent = self._port and self.reached and audience.history.number
+        unsent = _unsent_bytes(self._port) if may_be_unsent else None  # takes a while on a host with many connections
         return (behind, unsent) if behind or unsent else None
 
     def _give_up(self) -> int:
-        left = self._audience.measure_left()
+        left = self._audience.count_left()
         text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
         _log("publisher").warning(text, self._name, self._patience, left or "the last")
         self._audience.close(0)
@@ -4016,7 +4294,72 @@ def _publisher_options() -> dict[int, Any]:
     }
 
 
-class Publisher:
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    """Await the end of *function* in another thread."""
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(None, function)
+
+
+_Self = TypeVar("_Self", bound="_Stoppable")
+
+
+class _Stoppable:
+    """What is started and stopped, by itself or as a context manager; its stop may wait."""
+
+    def start(self: _Self) -> _Self:
+        """Start it, and return it."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Alias for stop."""
+        self.stop()
+
+    def __enter__(self: _Self) -> _Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    async def __aenter__(self: _Self) -> _Self:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await _in_thread(self.stop)
+
+
+class _Pulse:
+    """Sends the heartbeats of a publisher, from the background loop.
+
+    One is sent when there has been none for *interval* seconds.  It does not keep alive a publisher that is dropped.
+    """
+
+    def __init__(self, publisher: Publisher, audience: _Audience, interval: float) -> None:
+        self._publisher = weakref.ref(publisher)
+        self._audience = audience
+        self._interval = interval
+        self._plan(publisher)
+
+    def _plan(self, publisher: Publisher) -> None:
+        due = max(publisher._last_beat or 0, self._audience.started) + self._interval
+        self._audience.later(due - time.monotonic(), self._beat)
+
+    def _beat(self) -> None:
+        """Send the heartbeat that is due, but not while the publisher stops; called by the loop under the lock."""
+        publisher = self._publisher()
+        if publisher is not None and not publisher._is_stopped:
+            try:
+                publisher.heartbeat(self._interval)
+            finally:
+                self._plan(publisher)
+
+
+class Publisher(_Stoppable):
     """Publishes messages on an address.
 
     Args:
@@ -4076,7 +4419,9 @@ class Publisher:
                 self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
                 _live_publishers.add(self)
                 interval = self.heartbeat_interval
-                self._plan_beat(config.get("heartbeat_interval") if interval is None else interval)
+                interval = config.get("heartbeat_interval") if interval is None else interval
+                if interval > 0:
+                    _Pulse(self, self._audience, interval)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
 
@@ -4145,22 +4490,6 @@ class Publisher:
             self.send(Message(f"/heartbeat/{name}", "beat", {"min_interval": min_interval}).encode())
         elif self._is_stopped:
             self.stop()  # a signal handler wanted it, in the middle of the above
-
-    def _plan_beat(self, interval: float) -> None:
-        """Have a heartbeat sent when there has been none for *interval* seconds, and so on."""
-        if interval > 0 and self._audience is not None:
-            now = time.monotonic()
-            due = max(self._last_beat or 0, self._audience.started) + interval
-            # The loop must not keep alive a publisher that the program drops.
-            self._audience._later(due - now, partial(_call_if_alive, weakref.WeakMethod(self._beat), interval))
-
-    def _beat(self, interval: float) -> None:
-        """Send the heartbeat that is due, but not while the publisher stops; called by the loop under the lock."""
-        if not self._is_stopped:
-            try:
-                self.heartbeat(interval)
-            finally:
-                self._plan_beat(interval)
 
     # -- who listens --
 
@@ -4232,7 +4561,7 @@ class Publisher:
 
         It waits as long as the queues drain, and in the first seconds of a publisher's life (`discovery_seconds`) for
         subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress is counted in
-        `dropped`, and logged.
+        `dropped`, and logged; so is what a subscriber may have missed that came at the end, too busy to ask for it.
         """
         if self._inherited is not None:
             self._inherited, self._is_stopped = None, True  # the parent stops its own
@@ -4261,10 +4590,6 @@ class Publisher:
             authenticator.stop()
         _log("publisher").debug("Publisher for %s stopped", self._address)
 
-    def close(self) -> None:
-        """Alias for stop."""
-        self.stop()
-
     def __del__(self) -> None:
         # Nobody waits for what is queued, but it has its time.
         audience = getattr(self, "_audience", None)
@@ -4285,33 +4610,6 @@ class Publisher:
     def port_number(self) -> int | None:
         """The port, None as long as it is not bound (or if it is not TCP)."""
         return self._port
-
-    def __enter__(self) -> Publisher:
-        self.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> Publisher:
-        return self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await _in_thread(self.stop)
-
-
-def _call_if_alive(method: weakref.WeakMethod[Callable[..., object]], *args: Any) -> None:
-    """Call a method, if its object is still there."""
-    function = method()
-    if function is not None:
-        function(*args)
-
-
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    """Await the end of *function* in another thread."""
-    import asyncio
-
-    return await asyncio.get_running_loop().run_in_executor(None, function)
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
@@ -4363,7 +4661,7 @@ def close_flushed(sock: zmq.Socket[bytes], timeout: float) -> None:
     _close_monitor(monitor, timeout)
 
 
-class NoisyPublisher:
+class NoisyPublisher(_Stoppable):
     """A `Publisher` that announces its own name and address.
 
     Args:
@@ -4467,10 +4765,6 @@ class NoisyPublisher:
             if broadcaster is not None:
                 broadcaster.stop()
 
-    def close(self) -> None:
-        """Alias for stop."""
-        self.stop()
-
     @property
     def name(self) -> str:
         """The name of the publisher."""
@@ -4495,18 +4789,6 @@ class NoisyPublisher:
     def history_length(self) -> int:
         """How many messages are kept for subscribers that were away."""
         return self._started().history_length
-
-    def __enter__(self) -> NoisyPublisher:
-        return self.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    async def __aenter__(self) -> NoisyPublisher:
-        return self.start()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await _in_thread(self.stop)
 
     def __del__(self) -> None:
         broadcaster = getattr(self, "_broadcaster", None)
@@ -4643,6 +4925,42 @@ class _Link:
         self.index = 0  # of the first message after it has come up
 
 
+class _OwnSocket(NamedTuple):
+    """Which socket of an address alone, as its name stands for several endpoints."""
+
+    key: Any
+    address: str
+    number: int
+
+
+class _Twins:
+    """What has come over the endpoints of single names: if they are all of one publisher, a message counts once."""
+
+    LIMIT = 16384  # messages that are recognised when they come once more
+
+    def __init__(self) -> None:
+        self._counts: dict[
+            int, dict[Any, int]
+        ] = {}  # by message, oldest first: how many times it came over which stream
+
+    def is_new(self, raw: bytes, stream: Any) -> bool:
+        """Whether *raw*, which came over *stream*, has not come as many times over another."""
+        counts = self._counts.setdefault(_digest(raw), {})
+        most = max(counts.values(), default=0)
+        counts[stream] = counts.get(stream, 0) + 1
+        if len(self._counts) > self.LIMIT:
+            del self._counts[next(iter(self._counts))]
+        return counts[stream] > most
+
+
+def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
+    """Leave out all but the first of this host's own endpoints: a host knows its name by all its addresses."""
+    if len(endpoints) < 2:
+        return endpoints
+    own = [endpoint for endpoint in endpoints if is_own_address(endpoint[6:].rpartition(":")[0].strip("[]"))]
+    return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
+
+
 class _Connections:
     """Keeps connected what is wanted.
 
@@ -4653,9 +4971,15 @@ class _Connections:
         on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
             message of that socket.
         on_close: Called with a socket that is closed.
+        on_several: Called with the sockets that are connected to what a single name stands for.
+
+    A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
+    over a socket of its own but for the first, so that it is known which of them a message came from.  One that the
+    name does not stand for any more is left alone as long as it is connected.
     """
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
+    LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
 
     def __init__(
         self,
@@ -4664,31 +4988,32 @@ class _Connections:
         read_all: Callable[[Any], None],
         on_change: Callable[[Any], int],
         on_close: Callable[[Any], object],
+        on_several: Callable[[Iterable[Any]], object],
     ) -> None:
         self._on_change = on_change
         self._on_close = on_close
+        self._on_several = on_several
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
         self._wanted: dict[str, tuple[Any, float]] = {}
-        self._connected: dict[str, tuple[zmq.Socket[bytes], str]] = {}  # address: socket and endpoint
+        self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
-        self._names: dict[str, _Resolution] = {}  # of the addresses that are not numbers
-        self.sockets: dict[Any, zmq.Socket[bytes]] = {}
+        self._names: dict[str, _Resolution] = {}  # of the addresses
+        self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
     def want(self, address: str, key: Any, begin: float) -> None:
         """Connect to *address* over the socket of the group *key*; its messages are wanted since *begin*."""
+        if self._wanted.get(address, (key,))[0] != key:
+            self._disconnect_all(address)
         self._wanted[address] = (key, begin)
-        current = self._connected.get(address)
-        if current is not None and current[0] is not self.sockets.get(key):
-            self._disconnect(address)
         try:
             self._connect(address)
         except BaseException:
-            del self._wanted[address]
+            self.drop(address)
             raise
         finally:
             self._close_unused()
@@ -4697,14 +5022,13 @@ class _Connections:
         """Disconnect from *address*."""
         self._wanted.pop(address, None)
         self._names.pop(address, None)
-        if address in self._connected:
-            self._disconnect(address)
+        self._disconnect_all(address)
         self._close_unused()
 
     def is_up(self, address: str) -> bool:
         """Whether *address* is connected, or was until a moment ago: what it sent last may still be on its way."""
-        link = self._links.get(self._connected.get(address, (None, "")))  # type: ignore[arg-type]
-        return link is not None and (link.is_up or time.monotonic() - link.changed < 1)
+        links = [self._links[sock, endpoint] for endpoint, sock in self._connected.get(address, {}).items()]
+        return any(link.is_up or time.monotonic() - link.changed < 1 for link in links)
 
     def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
@@ -4724,6 +5048,14 @@ class _Connections:
         link.is_greeted = True
         return link.begin, link.index
 
+    def is_doubled(self, sock: zmq.Socket[bytes], port: int) -> bool:
+        """Whether *sock* has several connections to this *port*, of one host perhaps that has several addresses."""
+        self._take_events(sock, self._monitors[sock])
+        links = [
+            link for (other, endpoint), link in self._links.items() if other is sock and endpoint.endswith(f":{port}")
+        ]
+        return sum(link.is_up for link in links) > 1
+
     def _connect_again(self, address: str) -> None:
         try:
             self._connect(address)
@@ -4731,48 +5063,72 @@ class _Connections:
             self._log.warning("connect", "Cannot connect to %s (trying again): %s", address, error)
 
     def _connect(self, address: str) -> None:
-        """Connect to *address*, or, if its name has moved, to its new endpoint."""
+        """Connect to all that *address* stands for, no longer to what it does not stand for if that is down."""
         if address not in self._wanted:
             return
-        self._tend_later()
-        key, begin = self._wanted[address]
+        self._tend_later(self.RENEWAL)
         resolution = self._names.get(address)
         if resolution is None:
             resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect_again, address)))
             self._names[address] = resolution
-        endpoint = resolution.check()
-        before = self._connected.get(address)
-        if endpoint is not None and (before is None or before[1] != endpoint):
-            sock = self.sockets.get(key) or self._new_socket(key)
-            connect(sock, endpoint)
-            if before is not None:
-                self._disconnect(address)
-            self._connected[address] = (sock, endpoint)
-            self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
-            _warn_of_descriptors(len(self._connected))
-            _log("subscriber").debug("Subscribed to %s", address)
+        resolution.check()
+        endpoints = _without_own_twins(resolution.endpoints)
+        connected = self._connected.setdefault(address, {})
+        for endpoint, sock in list(connected.items()):
+            if endpoint not in endpoints and not self._links[sock, endpoint].is_up:
+                self._disconnect(address, endpoint)
+        for endpoint in endpoints:
+            if endpoint not in connected:
+                self._connect_to(address, endpoint)
 
-    def _disconnect(self, address: str) -> None:
-        """Disconnect from *address*, unless another address is another name for the same endpoint."""
-        current = sock, endpoint = self._connected.pop(address)
-        if current not in self._connected.values():
-            del self._links[current]
+    def _connect_to(self, address: str, endpoint: str) -> None:
+        """Connect *address* to one of its endpoints, over the first socket of its own that is free."""
+        key, begin = self._wanted[address]
+        connected = self._connected[address]
+        used = list(connected.values())
+        slots = chain([key], (_OwnSocket(key, address, number) for number in count(1)))
+        slot = next(slot for slot in slots if self.sockets.get(slot) not in used)
+        sock = self.sockets.get(slot) or self._new_socket(slot, key)
+        connect(sock, endpoint)
+        connected[endpoint] = sock
+        self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
+        if used:
+            self._on_several(connected.values())
+        _warn_of_descriptors(len(self._links))
+        _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
+
+    def _disconnect(self, address: str, endpoint: str) -> None:
+        """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
+        sock = self._connected[address].pop(endpoint)
+        if not any(others.get(endpoint) is sock for others in self._connected.values()):
+            del self._links[sock, endpoint]
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
-        _log("subscriber").debug("No longer subscribed to %s", address)
+        _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
+
+    def _disconnect_all(self, address: str) -> None:
+        for endpoint in list(self._connected.get(address, ())):
+            self._disconnect(address, endpoint)
+        self._connected.pop(address, None)
 
     def _close_unused(self) -> None:
         """Close the sockets of which no address is left."""
         used = {key for key, _ in self._wanted.values()}
-        for key in [key for key in self.sockets if key not in used]:
-            sock = self.sockets.pop(key)
+        for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
+            sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
 
-    def _new_socket(self, key: Any) -> zmq.Socket[bytes]:
+    def _is_used(self, slot: Any, used: set[Any]) -> bool:
+        """Whether there is an address for the socket at *slot*; *used* are the groups that have addresses."""
+        if isinstance(slot, _OwnSocket):
+            return slot.address in self._wanted and self._wanted[slot.address][0] == slot.key
+        return slot in used
+
+    def _new_socket(self, slot: Any, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -4783,7 +5139,7 @@ class _Connections:
             close_socket(sock)
             self._on_close(sock)
             raise
-        self.sockets[key] = sock
+        self.sockets[slot] = sock
         self._loop.watch(monitor, partial(self._take_events, sock, monitor))
         self._monitors[sock] = monitor
         return sock
@@ -4822,34 +5178,47 @@ class _Connections:
         if link.is_up or link.is_tried:
             link.changed = time.monotonic()
         link.is_up = link.is_tried = link.is_greeted = False
-        self._tend_later()
+        self._tend_later(self.RENEWAL)
 
-    def _tend_later(self) -> None:
+    def _tend_later(self, seconds: float) -> None:
+        when = time.monotonic() + seconds
+        if self._timer is not None and self._timer.when > when:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
-            self._timer = self._loop.at(time.monotonic() + self.RENEWAL, self._tend)
+            self._timer = self._loop.at(when, self._tend)
 
     def _tend(self) -> None:
-        """Renew connections that ZeroMQ gave up, and ask again for the names of those that are down."""
+        """Renew connections that ZeroMQ gave up, and ask again for the names, often for those that are down."""
         self._timer = None
-        now = time.monotonic()
         for address in list(self._wanted):
-            current = self._connected.get(address)
-            if current is None:
+            connected = self._connected.get(address)
+            resolution = self._names.get(address)
+            if not connected or resolution is None:
                 self._connect_again(address)
                 continue
-            sock, endpoint = current
-            link = self._links[current]
-            if link.is_up:
-                continue
-            self._tend_later()
-            self._names[address].ask()  # a number has no answer but itself
-            if not link.is_tried and now - link.changed >= link.pause:
-                link.changed = now
-                link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
-                self._read_all(sock)
-                with suppress(zmq.ZMQError):
-                    sock.disconnect(endpoint)
-                connect(sock, endpoint)
+            for endpoint, sock in connected.items():
+                self._renew(sock, endpoint)
+            if set(connected) - set(resolution.endpoints):
+                self._connect_again(address)
+            if resolution.is_name:
+                is_up = all(self._links[sock, endpoint].is_up for endpoint, sock in connected.items())
+                resolution.ask(self.LOOK_AGAIN - 1 if is_up else resolution.RETRY)
+                self._tend_later(self.LOOK_AGAIN)
+
+    def _renew(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
+        """Make a connection anew if ZeroMQ has given it up some time ago."""
+        link, now = self._links[sock, endpoint], time.monotonic()
+        if link.is_up:
+            return
+        self._tend_later(self.RENEWAL)
+        if not link.is_tried and now - link.changed >= link.pause:
+            link.changed = now
+            link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
+            self._read_all(sock)
+            with suppress(zmq.ZMQError):
+                sock.disconnect(endpoint)
+            connect(sock, endpoint)
 
     def close(self) -> None:
         """Close all sockets."""
@@ -4919,6 +5288,8 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
+        is_doubled: Called with the port of a publisher that greets us again; whether there are several connections.
+        on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
 
@@ -4932,14 +5303,19 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
+        is_doubled: Callable[[int], bool],
+        on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
         self.recv = sock.recv
+        self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
+        self._is_doubled = is_doubled
+        self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
         for topic in (*prefixes, self._mark):
@@ -4951,15 +5327,40 @@ class _CatchUp:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
         self._open: list[_Source] = []  # those of which messages come live and under the mark
+        self._copies: Counter[int] | None = None  # what has come, while there are two connections to one publisher
+        self._doubled_port = 0
+        self._next_look = 0.0
 
-    def note(self, raw: bytes) -> None:
-        """Take note of a message that came live."""
+    def note(self, raw: bytes) -> bool:
+        """Take note of a message that came live; return whether it is new, no second copy by another connection."""
         self._index += 1
         digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
         self._recent.append(digest)
         if self._open:
             for source in self._open:
                 source.live[digest] += 1  # type: ignore[index]
+        return self._copies is None or self._count_copy(digest)
+
+    def _begin_copies(self, port: int) -> None:
+        """Take note that there is a second connection to a publisher: from now on what it sends comes twice.
+
+        So every other one of what looks the same is handed out, and of what has come just before one has been.
+        """
+        self._copies = Counter(dict.fromkeys(self._recent, 1))
+        self._doubled_port = port
+        self._next_look = time.monotonic() + 5
+
+    def _count_copy(self, digest: int) -> bool:
+        copies = cast("Counter[int]", self._copies)
+        copies[digest] += 1
+        if len(copies) > 2 * self.RECENT:
+            self._copies = copies = Counter({recent: copies[recent] for recent in self._recent})
+        now = time.monotonic()
+        if now > self._next_look:
+            self._next_look = now + 5
+            if not self._is_doubled(self._doubled_port):
+                self._copies = None
+        return copies[digest] % 2 == 1
 
     def freeze(self) -> int:
         """Remember what came until now, as a connection is down: its end may not have been confirmed.
@@ -4977,6 +5378,11 @@ class _CatchUp:
         self.freeze()
         end = self._index if until is None else until
         return Counter(digest for index, digest in self._frozen if since <= index < end)
+
+    @property
+    def up_to_date(self) -> int:
+        """How many publishers of ours have sent all that is wanted of the past."""
+        return sum(1 for source in list(self._sources.values()) if not source.is_asked)
 
     def _close(self, source: _Source) -> None:
         """Forget what came live, all of which is confirmed."""
@@ -5026,6 +5432,8 @@ class _CatchUp:
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
+        elif self._is_doubled(port):
+            self._begin_copies(port)
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -5076,6 +5484,7 @@ class _CatchUp:
         if seen[digest] > 0:
             seen[digest] -= 1
             return None
+        self._on_past()
         return content
 
     def _take_end(
@@ -5093,7 +5502,7 @@ class _CatchUp:
             source.advance(number, source.hello_index if number <= source.hello else self._index)
             if self._durable is not None:
                 lines = source.hello_lines if number <= source.hello else self._durable.lines
-                self._durable.advance(instance, number, lines)
+                self._durable.advance(instance, source, number, lines)
         self._begin(source, number, ends)
         if not is_whole:
             self._ask(instance, source)
@@ -5111,7 +5520,7 @@ class _CatchUp:
         if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
             source.advance(number, self._index)
             if self._durable is not None:
-                self._durable.advance(instance, number, self._durable.lines)
+                self._durable.advance(instance, source, number, self._durable.lines)
             source.counted += len(source.came)
             source.came.clear()
         else:  # something was dropped on the way, because a queue was full
@@ -5126,6 +5535,14 @@ _catch_up_log = LimitedLogger("subscriber")
 def _digest(raw: bytes) -> int:
     """Return what a message is recognised by: its header, with the microsecond, and the beginning of its data."""
     return hash(raw[:256])
+
+
+@cache
+def _blake2b() -> Any:
+    """Return the hash function for what outlives the process, or must not be mistaken on a system of 32 bits."""
+    from hashlib import blake2b
+
+    return blake2b
 
 
 _DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -5311,12 +5728,17 @@ class _DurableState:
         self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
         # What is written after "@", and how many lines of the first two kinds belong to what is before it.
         self._places: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
+        # The same for each of the sockets that hear one publisher; that which is behind the others counts.
+        self._sources: dict[bytes, weakref.WeakKeyDictionary[_Source, tuple[int, bytes, int]]] = {}
         self._handed: dict[Any, tuple[int, bytes]] = {}  # who has what in hand, and when he got it
-        self._waiting: dict[bytes, list[tuple[int, bytes, int]]] = {}  # places, until all is handled that came before
+        self._waiting: dict[
+            bytes, list[tuple[int, _Source, int, int]]
+        ] = {}  # places, until all is handled that came before
         self._count = 0  # of what has been handed out
         self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
         self._read()
+        self._earlier = dict(self._places)  # as earlier programs have left them
         self._file.append(b"", self._all)
 
     @property
@@ -5345,12 +5767,16 @@ class _DurableState:
             else:
                 self._places[entry[2]] = (entry[3], self.lines - int(entry[4]))
 
-    def _place(self, instance: bytes, place: bytes, lines: int) -> None:
-        """Keep a line about a publisher, and write it."""
+    def _place(self, instance: bytes, source: _Source, number: int, lines: int, found: bytes = b"") -> None:
+        """Keep a line about a publisher, and write it; *found* is what it tells as long as there is no number."""
+        sources = self._sources.setdefault(instance, weakref.WeakKeyDictionary())
+        sources[source] = (-1, found, lines) if found else (number, b"n%d" % number, lines)
+        _, place, lines = min(sources.values())
         self._places[instance] = (place, lines)
         self._places.move_to_end(instance)
         if len(self._places) > self.PUBLISHERS:
-            self._places.popitem(last=False)
+            forgotten, _ = self._places.popitem(last=False)
+            self._sources.pop(forgotten, None)
         self._file.append(self._place_line(instance), self._all)
 
     def _all(self) -> Iterable[bytes]:
@@ -5365,7 +5791,8 @@ class _DurableState:
     def restore(self, instance: bytes, source: _Source) -> None:
         """Let *source*, the publisher *instance* that has just been found, begin where it ended the last time."""
         with self._guard:
-            place, lines = self._places.get(instance, (b"", 0))
+            is_heard = bool(self._sources.get(instance))  # by another socket, which has other topics
+            place, lines = (self._earlier if is_heard else self._places).get(instance, (b"", 0))
         if place:
             source.was_handled = partial(self._was_handled, instance, lines)
             if place[:1] == b"n":
@@ -5388,16 +5815,17 @@ class _DurableState:
         """Take note that *source*, a publisher, has just been found; so many messages may have come from it already."""
         with self._guard:
             milliseconds = max(int((time.time() - time.monotonic() + source.since) * 1000), 0)
-            self._place(instance, b"a%d,%d" % (milliseconds, source.found), max(self.lines - came, 0))
+            found = b"a%d,%d" % (milliseconds, source.found)
+            self._place(instance, source, 0, max(self.lines - came, 0), found)
 
-    def advance(self, instance: bytes, number: int, lines: int) -> None:
+    def advance(self, instance: bytes, source: _Source, number: int, lines: int) -> None:
         """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
         with self._guard:
             if self._handed:
                 waiting = self._waiting.setdefault(instance, [])
-                waiting[1:] = [(self._count, b"n%d" % number, lines)]  # the first, and the newest
+                waiting[1:] = [(self._count, source, number, lines)]  # the first, and the newest
             else:
-                self._place(instance, b"n%d" % number, lines)
+                self._place(instance, source, number, lines)
 
     def hand_out(self, owner: Any, raw: bytes) -> None:
         """Take note that a thread or task gets the message in *raw*, as it came."""
@@ -5463,7 +5891,7 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _digest_line(raw: bytes) -> bytes:
-    return blake2b(raw, digest_size=8).hexdigest().encode() + b"\n"
+    return bytes(_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
 
 
 # ======================================================================================================================
@@ -5592,7 +6020,7 @@ class unique:  # noqa: N801 - it is used as if it were a function
         if value is None:
             return None
         text = json.dumps(value, sort_keys=True, default=repr)
-        return blake2b(text.encode(), digest_size=16).digest()
+        return cast(bytes, _blake2b()(text.encode(), digest_size=16).digest())
 
     def _remove(self, digest: bytes, made: float) -> None:
         times = self._passed.get(digest, [])
@@ -5625,7 +6053,7 @@ class _Inbox:
     BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
 
     def __init__(
-        self, message_filter: Callable[[Message], Any] | None, translate: bool, durable: _DurableState | None
+        self, message_filter: Callable[[Message], Any] | None, translate: bool | str, durable: _DurableState | None
     ) -> None:
         self._filter = message_filter
         self._translate = translate
@@ -5695,8 +6123,10 @@ class _Inbox:
                 else:
                     return
                 content = raw if raw[:1] != b"~" else stream.take(raw)
-                if content is raw:
-                    stream.note(raw)
+                if content is raw and not stream.note(raw):
+                    content = None
+                if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
+                    content = None
                 message = None if content is None else self._accept(content, stream)
                 if message is not None:
                     accepted.append(message)
@@ -5714,7 +6144,8 @@ class _Inbox:
             return None
         self._heard = self.batch_end
         if self._translate:
-            tcp = split_tcp_address(stream.origin)
+            message.origin = stream.origin
+            tcp = split_tcp_address(stream.origin) if self._translate != "origin" else None
             if tcp is not None:  # the host that it came from, in place of the one that its sender says
                 message.sender = f"{message.sender.partition('@')[0]}@{tcp[0]}"
         if self._filter is not None and not self._filter(message):
@@ -5735,7 +6166,7 @@ class _SubscriberSockets:
         self,
         topics: str | Iterable[str] | None,
         message_filter: Callable[[Message], Any] | None,
-        translate: bool,
+        translate: bool | str,
         since: float | timedelta | datetime | None,
         durable: str | None,
     ) -> None:
@@ -5757,10 +6188,13 @@ class _SubscriberSockets:
             lambda sock: self._inbox.read_all(self._streams[sock]),
             self._note_change,
             lambda sock: self._streams.pop(sock, None),
+            self._note_several,
         )
+        self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
+        self.caught_up = 0
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
         """Add an address.
@@ -5818,6 +6252,11 @@ class _SubscriberSockets:
     def addresses(self) -> list[str]:
         """The addresses."""
         return list(self._wanted)
+
+    @property
+    def up_to_date(self) -> int:
+        """How many publishers of ours have sent all that they keep and that was wanted of the past."""
+        return sum(stream.up_to_date for stream in list(self._streams.values()))
 
     @property
     def subscribers(self) -> list[zmq.Socket[bytes]]:
@@ -5883,13 +6322,23 @@ class _SubscriberSockets:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._durable)
+        is_doubled = partial(self._connections.is_doubled, sock)
+        self._streams[sock] = stream = _CatchUp(
+            sock, topics, since, self._note_missed, is_doubled, self._note_past, self._durable
+        )
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
 
     def _note_change(self, sock: zmq.Socket[bytes]) -> int:
         return self._streams[sock].freeze()
+
+    def _note_several(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
+        for sock in sockets:
+            self._streams[sock].twins = self._twins
+
+    def _note_past(self) -> None:
+        self.caught_up += 1
 
     def _note_missed(self, publisher: str, count: int) -> None:
         self.missed += count
@@ -5910,7 +6359,8 @@ class Subscriber(_SubscriberSockets):
         addresses: The publishers' addresses, as text, or as `get_pub_address` returns them.
         topics: The beginnings of the subjects to subscribe to; by default everything.
         message_filter: Called with each message; those for which it returns a false value are skipped; see `unique`.
-        translate: Put the host of the publisher's address in place of the host of the sender.
+        translate: Put the host of the publisher's address in place of the host of the sender; with ``"origin"``, only
+            tell that address, as `Message.origin`.  It takes a socket for each address.
         since: Begin with the messages that publishers of ours have sent before: in the last so many seconds, in the
             last `timedelta`, or since a `datetime`; as far as they keep them (see ``history_messages``).
         durable: A name under which is written down what has been handled.  The next program with this name gets what
@@ -5919,6 +6369,8 @@ class Subscriber(_SubscriberSockets):
     Attributes:
         missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
             keep, whatever their subjects.  Each time that is also logged as a warning.
+        caught_up: How many messages of the past have come: of before the subscriber (see *since* and *durable*), or of
+            the time when a publisher could not be heard.
 
     Raises:
         ValueError: An address cannot be used, or *durable* is no name for a file.
@@ -5942,7 +6394,7 @@ class Subscriber(_SubscriberSockets):
         addresses: str | Iterable[Any],
         topics: str | Iterable[str] | None = "",
         message_filter: Callable[[Message], Any] | None = None,
-        translate: bool = False,
+        translate: bool | str = False,
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
@@ -6226,6 +6678,7 @@ class _Follower:
         self._log = LimitedLogger("subscriber")
         self._has_warned = False
         self._interval = self.SOON
+        self._letting_go: Timer | None = None
 
     def begin(self) -> None:
         """Start to follow."""
@@ -6240,7 +6693,7 @@ class _Follower:
         """Ask again and again where nameservers are that have names."""
         for resolution in self._resolutions.values():
             resolution.ask()
-        if any(resolution.name for resolution in self._resolutions.values()):
+        if any(resolution.is_name for resolution in self._resolutions.values()):
             self._loop.at(time.monotonic() + _Resolution.RETRY, self._ask_for_names)
 
     def _open(self) -> None:
@@ -6397,13 +6850,28 @@ class _Follower:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
         denial[1] += 1
 
+    def _let_go_later(self) -> None:
+        def let_go() -> None:
+            self._letting_go = None
+            self._let_go_of_lost()
+
+        if self._letting_go is None:
+            self._letting_go = self._loop.at(time.monotonic() + 1.2, let_go)
+
     def _let_go_of_lost(self) -> None:
-        """Remove the publishers that no nameserver knows any more, if they are not connected either."""
+        """Remove the publishers that no nameserver knows any more, if they are not connected either.
+
+        Not while messages wait: all would be read from the socket, so that others that come wait behind all of them.
+        """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
             denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
-            if publisher.denials and is_lost and not self._subscriber._connections.is_up(address):
+            if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
+                continue
+            if self._subscriber._inbox.is_ready:
+                self._let_go_later()
+            else:
                 del self._known[address]
                 if publisher.is_ours:
                     _log("subscriber").info("The publisher at %s is gone", address)
@@ -6435,7 +6903,7 @@ class NSSubscriber:
         addr_listener: bool = False,
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
-        translate: bool = False,
+        translate: bool | str = False,
         nameserver: Hosts = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
@@ -6559,7 +7027,7 @@ class Subscribe:
         addr_listener: bool = False,
         addresses: str | Sequence[Any] | None = None,
         timeout: float = 10,
-        translate: bool = False,
+        translate: bool | str = False,
         nameserver: Hosts = "localhost",
         message_filter: Callable[[Message], Any] | None = None,
         since: float | timedelta | datetime | None = None,
@@ -7003,9 +7471,9 @@ def _run_logger(options: argparse.Namespace) -> int:
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
-        logger.start()
         loop = Loop()
         with call_on_signals(loop.stop), signals_wake(loop):
+            logger.start()
             loop.run()
         loop.close()
     finally:
@@ -7044,7 +7512,7 @@ def patched_subscriber_recv(messages: Iterable[Any]) -> Iterator[None]:
     def fake_recv(self: Subscriber, *args: Any, **kwargs: Any) -> Iterator[Any]:
         yield from messages
 
-    def fake_follow(self: NSSubscriber, subscriber: Subscriber) -> None:
+    def fake_follow(self: NSSubscriber, subscriber: Subscriber, hosts: list[str]) -> None:
         """There is nobody to ask."""
 
     patch_recv = mock.patch.multiple(Subscriber, recv=fake_recv, __call__=fake_recv)
@@ -7096,6 +7564,14 @@ def patched_publisher() -> Iterator[list[str]]:
 # ======================================================================================================================
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends the program, if the command line is wrong, with the exit status that the command has for that."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(self.get_default("failure") or 2, f"{self.prog}: error: {message}\n")
+
+
 class _CommandError(Exception):
     """What went wrong with a command, and what to do about it; ends it with exit status 1."""
 
@@ -7121,14 +7597,20 @@ def _command(name: str, add_arguments: _AddArguments) -> Callable[[_Run], _Run]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="posttroll", description="Messages between programs over ZeroMQ.")
+    parser = _Parser(prog="posttroll", description="Messages between programs over ZeroMQ.")
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_arguments, run) in _commands.items():
-        description, _, examples = (run.__doc__ or ".").partition("\n\n")  # python -OO has none
-        brief, epilog = description[0].lower() + description[1:].rstrip("."), textwrap.dedent(examples)
-        command = subparsers.add_parser(name, help=brief, description=description, epilog=epilog.replace("E", "e", 1))
-        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        first, _, rest = (run.__doc__ or ".").partition("\n")  # python -OO has none
+        more, _, examples = textwrap.dedent(rest).partition("Examples:\n")
+        command = subparsers.add_parser(
+            name,
+            help=first[0].lower() + first[1:].rstrip("."),
+            description=f"{first}\n{more}".rstrip(),
+            epilog="examples:\n" + examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            conflict_handler="resolve",  # what a command has of its own comes before what all have
+        )
         add = command.add_argument
         add(
             "--nameserver",
@@ -7138,8 +7620,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
         add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
+        loudness = command.add_mutually_exclusive_group()
+        loudness.add_argument("-q", "--quiet", action="store_true", help="tell nothing but results and errors")
+        loudness.add_argument("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged")
         add_arguments(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
     return parser
 
@@ -7187,12 +7672,14 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     # argparse takes no more words of a list after an option between them.
-    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not hasattr(options, "words")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    lists = [action.dest for action in options.parser._actions if action.nargs == "*"]
+    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not lists):
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        getattr(options, options.words).extend(rest)
+        getattr(options, lists[0]).extend(rest)
     try:
         _prepare_output(options)
+        _prepare_log(options)
         with config.set(dict(options.set)):
             return cast(int, options.run(options))
     except BrokenPipeError:  # whoever read our output has had enough
@@ -7202,7 +7689,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
     except (_CommandError, NotImplementedError, MessageError, zmq.ZMQError, OSError, ValueError) as error:
         _talk(f"posttroll {options.command}: {error}")
-    return 1
+    return cast(int, options.parser.get_default("failure") or 1)
 
 
 def _prepare_output(options: argparse.Namespace) -> None:
@@ -7214,14 +7701,23 @@ def _prepare_output(options: argparse.Namespace) -> None:
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
+def _prepare_log(options: argparse.Namespace) -> None:
+    """Let as much of what the library logs be seen as is wanted: by default its warnings."""
+    if options.quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+    elif options.verbose and options.command != "logger":  # which sets that up itself
+        level = logging.INFO if options.verbose == 1 else logging.DEBUG
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
 def _nameserver_module() -> Any:
     """Return the module ``posttroll_ns``, imported when it is used for the first time."""
     return importlib.import_module(f"{__name__}_ns")
 
 
-def _talk(text: str) -> None:
-    """Tell something that is not a result."""
-    if sys.stderr is not None:
+def _talk(text: str, options: argparse.Namespace | None = None) -> None:
+    """Tell something that is not a result; with *options*, it is no error either, and is not told if they say so."""
+    if sys.stderr is not None and not (options and options.quiet):
         print(text, file=sys.stderr, flush=True)
 
 
@@ -7240,6 +7736,8 @@ def _colors(options: argparse.Namespace) -> bool:
 
 def _view_size() -> tuple[int, int]:
     """Return columns and lines of the terminal that is printed to; 0 for as many as there are."""
+    import shutil
+
     size = shutil.get_terminal_size((100, 24))  # for a terminal that does not know its size
     return (size.columns or 100, size.lines or 24) if sys.stdout.isatty() else (0, 0)
 
@@ -7286,7 +7784,6 @@ def _add_publish_arguments(command: argparse.ArgumentParser) -> None:
     add("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
     add("type", nargs="?", metavar="TYPE", help="for example file")
     add("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
-    command.set_defaults(words="data")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="DATA is JSON")
     form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
@@ -7314,13 +7811,7 @@ def _run_publish(options: argparse.Namespace) -> int:
       posttroll publish /image file --binary --file quicklook.png
       posttroll publish --replay recorded --speed 10
     """
-    hosts = options.nameserver or []
-    nameservers: Any = False if hosts == ["none"] else hosts or None
-    is_hidden = nameservers is False or hosts_to_register_with(nameservers) == []
-    if not options.service:
-        raise _CommandError("--service needs a name.")
-    if is_hidden and not options.port:
-        raise _CommandError("without a nameserver (none), it needs --port, else nobody could find the publisher.")
+    publishing = _publishing(options.service, options.port, options.nameserver)
     if options.file and options.data:
         raise _CommandError("DATA are given twice: on the command line and by --file.")
     path = options.replay or options.file or ("-" if options.data == ["-"] else None)
@@ -7329,15 +7820,26 @@ def _run_publish(options: argparse.Namespace) -> int:
     source = sys.stdin.fileno() if path == "-" else path
     with nullcontext() if source is None else open(source, "rb", closefd=path != "-") as stream:
         messages = _messages_to_publish(options, stream)
-        with Publish(options.service, options.port, nameservers=nameservers) as publisher:
+        with publishing as publisher:
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
-            sent = _send_all(publisher, messages)
+            sent = _send_all(publisher, messages, options)
     # Leaving the block has waited for those that were just finding it, and until all is sent.
-    _talk(f"{sent} message{'s' * (sent != 1)} to {publisher.reached} subscriber{'s' * (publisher.reached != 1)}")
+    reached = publisher.reached
+    _talk(f"{sent} message{'s' * (sent != 1)} to {reached} subscriber{'s' * (reached != 1)}", options)
     if publisher.dropped:
         raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
     return 0
+
+
+def _publishing(name: str, port: int, hosts: Sequence[str] | None) -> Publish:
+    """Return what publishes under a *name*, and registers with the nameservers *hosts*."""
+    if not name:
+        raise _CommandError("--service needs a name.")
+    nameservers: Any = False if hosts == ["none"] else hosts or None
+    if not port and (nameservers is False or hosts_to_register_with(nameservers) == []):
+        raise _CommandError("without a nameserver (none), it needs --port, else nobody could find the publisher.")
+    return Publish(name, port, nameservers=nameservers)
 
 
 def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> None:
@@ -7349,7 +7851,7 @@ def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> 
         raise _CommandError(f"{found}: nothing was sent.{'' if is_named else f' Note: {remedy}'}")
 
 
-def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
+def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: argparse.Namespace) -> int:
     """Send messages, and return how many."""
     sent = 0
     try:
@@ -7357,7 +7859,7 @@ def _send_all(publisher: AnyPublisher, messages: Iterable[Message]) -> int:
             publisher.send(message)
             sent += 1
     except BaseException:
-        _talk(f"{sent} message{'s' * (sent != 1)} sent until then")
+        _talk(f"{sent} message{'s' * (sent != 1)} sent until then", options)
         raise
     return sent
 
@@ -7479,21 +7981,31 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
 # -- subscribe --
 
 
-def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+def _add_source_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what says which messages are wanted."""
     add = command.add_argument
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    command.set_defaults(words="topics")
     add("--service", action="append", help="name of a publisher (all)")
     add("--address", action="append", help="address of a publisher, no nameserver is asked")
     add("--type", action="append", help="only messages of this type")
+    where = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
+    add("--where", metavar="KEY=VALUE", action="append", default=[], type=_condition, help=where)
+    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
+    add("--durable", metavar="NAME", help="also what was sent since the last time with this name")
+    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
+
+
+def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
+    _add_source_arguments(command)
+    add = command.add_argument
     add("-n", "--count", type=_number(int, 1), help="end after so many messages")
     add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
-    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
-    add("--durable", metavar="NAME", help="also what was sent since the last 'subscribe' with this name")
-    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
+    add("--sample", metavar="N", type=_number(int, 1), default=1, help="only one of N messages")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
+    form.add_argument("--format", metavar="TEXT", type=_Format, help=f"a line of your own: {{{'}, {'.join(_FIELDS)}}}")
+    form.add_argument("--count-by", metavar="KEY", help="only how many messages there are, by type, subject, a.b ...")
 
 
 def _time(text: str) -> timedelta | datetime:
@@ -7507,6 +8019,99 @@ def _time(text: str) -> timedelta | datetime:
     return moment
 
 
+# What can be said of any message: name and how to get it.
+_FIELDS: dict[str, Callable[[Message], Any]] = {
+    **{name: operator.attrgetter(name) for name in ("subject", "type", "sender", "user", "host", "version", "origin")},
+    "time": lambda message: _local_time(message.time),
+    "age": lambda message: round(time.time() - _sent_at(message), 3),
+    "data": lambda message: message.data,
+}
+
+
+def _local_time(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone()
+
+
+def _field_of(message: Message, name: str) -> Any:
+    """Return what is called *name* in a message: one of its fields, else in its data (``data.type`` is there, too)."""
+    if name in _FIELDS:
+        return _FIELDS[name](message)
+    return _value_at(message.data, name.removeprefix("data."))
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+    "<=": operator.le,
+    ">=": operator.ge,
+}
+
+
+def _condition(text: str) -> Callable[[Message], bool]:
+    """Read a condition on messages, for argparse."""
+    match = re.fullmatch(r"([^=!<>]+)([=!]=|[<>]=?|=)(.*)", text, re.DOTALL)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE (or with != < > <= >= in place of =)")
+    name, sign, wanted = match.groups()
+
+    def holds(message: Message) -> bool:
+        value, other = _comparable(_field_of(message, name), wanted)
+        try:
+            return bool(_COMPARISONS[sign](value, other))
+        except TypeError:  # neither is less than the other
+            return False
+
+    return holds
+
+
+def _comparable(value: Any, text: str) -> tuple[Any, Any]:
+    """Return *value* and what *text* stands for next to it: a text, a time, or something of JSON."""
+    if isinstance(value, datetime):
+        moment = _parse_datetime(text)
+        return _local_time(value), text if moment is None else _local_time(moment)
+    if isinstance(value, str):
+        return value, text
+    try:
+        return value, _from_strict_json(text)
+    except (ValueError, RecursionError):
+        return value, text
+
+
+class _Format(string.Formatter):
+    """Makes lines of messages by a format such as ``{subject} {data[uri]}``; what a message has not is left out."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        try:
+            names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
+        if not names <= set(_FIELDS):
+            unknown = ", ".join(sorted(names - set(_FIELDS)))
+            raise argparse.ArgumentTypeError(f"there is no {{{unknown}}}, but {{{'}, {'.join(_FIELDS)}}}")
+        self.names = names
+
+    def __call__(self, message: Message) -> str:
+        return self.vformat(self._text, (), {name: _FIELDS[name](message) for name in self.names})
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the message has under a name such as ``data[uri]``."""
+        try:
+            return super().get_field(field_name, args, kwargs)
+        except (LookupError, TypeError, AttributeError):
+            return "", field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Return a value in its format, or as it is if that is for another kind of value."""
+        try:
+            return cast(str, super().format_field(value, format_spec))
+        except (ValueError, TypeError):
+            return str(value)
+
+
 @_command("subscribe", _add_subscribe_arguments)
 def _run_subscribe(options: argparse.Namespace) -> int:
     """Print messages as they come.
@@ -7517,66 +8122,270 @@ def _run_subscribe(options: argparse.Namespace) -> int:
       posttroll subscribe -n 1 --timeout 60 /alarm || echo nothing
       posttroll subscribe --raw --since 10m > recorded
       posttroll subscribe --json --durable archive >> archive.json
+      posttroll subscribe --where platform=Metop-C --where 'size>1000' --format '{time:%H:%M} {data[uri]}'
+      posttroll subscribe --timeout 60 --count-by data.platform
     """
-    form: Callable[[Message], str] = _as_json_line if options.json else _recorded
-    if sys.stdout.isatty():
-        plain = form
-        form = partial(_as_readable, color=_colors(options))
-        if options.json or options.raw:
-            form = lambda message: _printable(plain(message))  # noqa: E731
-
-    nameserver = not options.address and _nameservers(options)
-    services, topics = options.service or "", options.topics or ""
+    display = _Display(options)
     received = 0
-    begin = {"since": options.since, "durable": options.durable}
     try:
-        wanted = _wanted(options)
-        following = Subscribe(services, topics, True, options.address, 0, False, nameserver, wanted, **begin)
+        following = _following(options, display.shows_origin)
     except RuntimeError as error:  # the durable name is in use
         raise _CommandError(str(error)) from None
     with following as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
                 break
-            print(form(message), flush=True)
             received += 1
-            if received == options.count:
+            if received % options.sample == 0:
+                display.show(message)
+            if received // options.sample == options.count:
                 break
+    display.finish()
+    shown = received // options.sample
     expected = options.count or (1 if options.timeout is not None else 0)
-    if received < expected:
-        raise _CommandError(f"{received} of {expected} messages came.")
+    if shown < expected:
+        raise _CommandError(f"{shown} of {expected} messages came.")
     return 0
 
 
-def _wanted(options: argparse.Namespace) -> Callable[[Message], bool]:
-    """Return the filter that the options describe."""
+def _following(options: argparse.Namespace, tells_origin: bool = False) -> Subscribe:
+    """Return what subscribes to what `_add_source_arguments` describe."""
+    if tells_origin:
+        raise_descriptor_limit()  # it takes a connection and a socket for each publisher
     is_new = unique(options.unique) if options.unique else lambda message: True
 
     def is_wanted(message: Message) -> bool:
-        return (not options.type or message.type in options.type) and is_new(message)
+        has_type = not options.type or message.type in options.type
+        return has_type and all(holds(message) for holds in options.where) and is_new(message)
 
-    return is_wanted
+    return Subscribe(
+        options.service or "",
+        options.topics or "",
+        addr_listener=True,
+        addresses=options.address,
+        timeout=0,
+        translate="origin" if tells_origin else False,
+        nameserver=not options.address and _nameservers(options),
+        message_filter=is_wanted,
+        since=options.since,
+        durable=options.durable,
+    )
+
+
+class _Display:
+    """Shows messages on stdout, each of them, or only how many there are."""
+
+    KINDS = 10000  # that are told apart
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._by = options.count_by
+        self._counts: Counter[str] = Counter()
+        self._view_due = 0.0
+        form: Callable[[Message], str] = options.format or (_as_json_line if options.json else _recorded)
+        is_readable = sys.stdout.isatty() and not (options.json or options.raw or options.format)
+        names = options.format.names if options.format else [self._by]
+        self.shows_origin = "origin" in names or bool(options.verbose and (is_readable or options.json))
+        self._form = form
+        if is_readable:
+            self._form = partial(_as_readable, color=_colors(options))
+        elif sys.stdout.isatty():
+            self._form = lambda message: _printable(form(message))
+
+    def show(self, message: Message) -> None:
+        """Show a message."""
+        if not self._by:
+            print(self._form(message), flush=True)
+            return
+        value = _field_of(message, self._by)
+        kind = "" if value is None else str(value)
+        self._counts[kind if kind in self._counts or len(self._counts) < self.KINDS else "(others)"] += 1
+        if sys.stdout.isatty() and time.monotonic() >= self._view_due:
+            self._view_due = time.monotonic() + 1
+            _show(self._lines())
+
+    def _lines(self) -> list[str]:
+        rows = [[str(count), _printable(kind)] for kind, count in self._counts.most_common()]
+        return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
+
+    def finish(self) -> None:
+        """Show what there is at the end."""
+        if self._by:
+            _show(self._lines()) if sys.stdout.isatty() else print("\n".join(self._lines()), flush=True)
 
 
 def _as_json_line(message: Message) -> str:
     """Return a message as a JSON object on one line; bytes as a base64 data URL."""
     data = "".join(_encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
-    return _dumps({**fields, "version": message.version, "data": data}, "v1.2")[0]
+    more = {"age": _FIELDS["age"](message), "origin": message.origin} if message.origin else {}
+    return _dumps({**fields, "version": message.version, "data": data, **more}, "v1.2")[0]
 
 
 def _as_readable(message: Message, color: bool) -> str:
-    """Return a message as lines for people."""
-    moment = message.time.astimezone() if message.time.tzinfo else message.time
+    """Return a message as lines for people: when it was made, how old it is, and where it came from if that is told."""
+    moment = _local_time(message.time)
+    day = "" if moment.date() == date.today() else f"{moment:%Y-%m-%d} "
     paint = _colored if color else lambda text, _: text
     subject, kind = paint(_printable(message.subject), GREEN), paint(_printable(message.type), YELLOW)
-    head = f"{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)}"
+    origin = f", from {message.origin}" if message.origin else ""
+    age = f"({_span(_FIELDS['age'](message))} old{origin})"
+    head = f"{day}{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)} {age}"
     data = message.data
     if isinstance(data, dict):
         width = max(map(len, map(_printable, data)), default=0)
         names = (paint(_printable(name).ljust(width), CYAN) for name in data)
         return "\n".join([head, *(f"    {name}  {_printable(value)}" for name, value in zip(names, data.values()))])
     return f"{head} {_printable(data)}" if data != "" else head
+
+
+def _span(seconds: float) -> str:
+    """Return a time span for people: as exact as one needs it."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3f} s"
+
+
+# -- relay --
+
+
+def _add_relay_arguments(command: argparse.ArgumentParser) -> None:
+    _add_source_arguments(command)
+    add = command.add_argument
+    add("--name", default="relay", help="of its publisher (relay)")
+    add("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
+    out_nameserver = "where its publisher registers; may be repeated; none, with --port: nowhere (multicast)"
+    add("--out-nameserver", metavar="HOST", action="append", help=out_nameserver)
+    for end, what in (("in", "subscribes"), ("out", "publishes")):
+        text = f"set a configuration key for the end that {what}"
+        add(f"--{end}-set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help=text)
+    add("--role", choices=["publisher"], help=argparse.SUPPRESS)
+
+
+@_command("relay", _add_relay_arguments)
+def _run_relay(options: argparse.Namespace) -> int:
+    """Subscribe here, and publish the same there: between sites, networks, backends.
+
+    Each end is a process, with a configuration of its own.  With --durable, a relay that comes back passes on what was
+    sent meanwhile.  What comes back over another relay is not passed on once more.
+
+    Examples:
+      posttroll relay --out-nameserver otherhost --name site_a --durable site_a
+      posttroll relay /segment --service receiver --unique uid --port 9010 --out-nameserver none
+      posttroll relay --in-set backend=unsecure_zmq --out-set backend=secure_zmq --out-set server_secret_key_file=KEY
+    """
+    if options.role:
+        return _run_publishing_end(options)
+    echoes = _Echoes()
+    relayed = 0
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(config.set(dict(options.in_set)))
+            out = stack.enter_context(_PublishingEnd(options))
+            subscriber = stack.enter_context(_following(options, tells_origin=True))
+            stack.enter_context(call_on_signals(subscriber.close))
+            for message in subscriber:
+                raw = cast(str, message.raw).encode()
+                if not echoes.is_echo(raw, message.origin):
+                    out.send(raw)
+                    relayed += 1
+    except RuntimeError as error:  # the durable name is in use
+        raise _CommandError(str(error)) from None
+    finally:
+        _talk(f"{relayed} message{'s' * (relayed != 1)} relayed", options)
+    if subscriber.missed or out.dropped:
+        lost = f"{subscriber.missed} messages were gone before they could be relayed, {out.dropped} on their way"
+        raise _CommandError(f"{lost}: a subscriber was too slow, or out of reach.")
+    return 0
+
+
+class _Echoes:
+    """Recognises messages that have come from elsewhere before, as they do where relays make a loop.
+
+    One that comes from the same publisher again is none: programs may send the same text several times.
+    """
+
+    LIMIT = 50000  # messages that are recognised, the newest; an older one makes the round once more
+
+    def __init__(self) -> None:
+        self._origins: OrderedDict[bytes, str] = OrderedDict()
+
+    def is_echo(self, raw: bytes, origin: str) -> bool:
+        """Whether *raw* has come from another publisher than *origin* before."""
+        first = self._origins.setdefault(_blake2b()(raw, digest_size=16).digest(), origin)
+        if len(self._origins) > self.LIMIT:
+            self._origins.popitem(last=False)
+        return first != origin
+
+
+class _PublishingEnd:
+    """The end of a relay that publishes: a process that is told what to send, and says when it has done so.
+
+    It publishes as long as it is told something, whatever happens to this process, and then until all is sent.
+
+    Attributes:
+        dropped: How many messages did not reach a subscriber; known at the end.
+    """
+
+    LENGTH = struct.Struct("!I")  # comes before each message
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import subprocess
+
+        words = ["--role=publisher", f"--name={options.name}", f"--port={options.port}", *["-q"] * options.quiet]
+        words += [f"--nameserver={host}" for host in options.out_nameserver or []]
+        words += [f"--set={key}={value!r}" for key, value in [*options.set, *options.out_set]]
+        command = [sys.executable, os.path.abspath(__file__), "relay", *words]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._input, self._output = cast(Any, self._process.stdin), cast(Any, self._process.stdout)
+        self.dropped = 0
+
+    def __enter__(self) -> _PublishingEnd:
+        self._await_done()
+        return self
+
+    def send(self, raw: bytes) -> None:
+        """Have a message sent; raises _CommandError if it cannot be."""
+        with suppress(BrokenPipeError):  # then nothing is said either
+            self._input.write(self.LENGTH.pack(len(raw)) + raw)
+            self._input.flush()
+        self._await_done()
+
+    def _await_done(self) -> None:
+        if self._output.read(1) != b"\n":
+            raise _CommandError(f"the end that publishes has ended, with status {self._process.wait()}.")
+
+    def __exit__(self, kind: object = None, *exc_info: object) -> None:
+        if kind is KeyboardInterrupt:
+            self._process.kill()  # at once
+        with suppress(BrokenPipeError):
+            self._input.close()
+        with self._process:
+            self.dropped = int(self._output.readline() or 0)
+        if kind is None and self._process.returncode:
+            raise _CommandError(f"the end that publishes has ended, with status {self._process.returncode}.")
+
+
+def _run_publishing_end(options: argparse.Namespace) -> int:
+    """Send what stdin tells, until its end; say on stdout when it is done, and how many messages were lost."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # which everybody in a terminal or a service gets
+        signal.signal(number, signal.SIG_IGN)
+    source, report = sys.stdin.buffer, sys.stdout.buffer
+    length = _PublishingEnd.LENGTH
+    with _publishing(options.name, options.port, options.nameserver) as publisher:
+        while True:
+            report.write(b"\n")
+            report.flush()
+            head = source.read(length.size)
+            size = length.unpack(head)[0] if len(head) == length.size else 1
+            raw = source.read(size)
+            if len(raw) < size:
+                break
+            publisher.send(raw)
+    with suppress(BrokenPipeError):  # the other end has been killed
+        report.write(b"%d\n" % publisher.dropped)
+        report.flush()
+    return 0
 
 
 # -- services --
@@ -7588,7 +8397,6 @@ def _add_services_arguments(command: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="as JSON")
     add("--watch", nargs="?", const=2.0, type=_number(float, 0.1), metavar="SECONDS", help="again and again (2)")
     add("--timeout", type=_number(float, 0), default=5.0, metavar="SECONDS", help="for the nameserver (5)")
-    command.set_defaults(words="names")
 
 
 @_command("services", _add_services_arguments)
@@ -7665,12 +8473,25 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
     return [head, *lines]
 
 
-def _check_publishers(addresses: Sequence[str]) -> dict[str, bool]:
-    """Return which of the addresses are answered by a ZeroMQ socket, all of them asked at once."""
-    from concurrent.futures import ThreadPoolExecutor
+def _check_publishers(addresses: Sequence[str], timeout: float = math.inf) -> dict[str, bool]:
+    """Return which of the addresses are answered, within *timeout*, by a ZeroMQ socket; all are asked at once."""
+    deadline = time.monotonic() + timeout
+    waiting, answers = deque(addresses), dict.fromkeys(addresses, False)
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    with ThreadPoolExecutor(max_workers=32) as pool:
-        return dict(zip(addresses, map(bool, pool.map(lambda address: _mechanism_at(address)[0], addresses))))
+    def ask() -> None:
+        with suppress(IndexError):
+            while True:
+                address = waiting.popleft()
+                answers[address] = bool(_mechanism_at(address)[0])
+                asked.put(address)
+
+    for _ in range(min(len(addresses), 32)):
+        threading.Thread(target=ask, daemon=True).start()  # nobody waits for one whose name does not resolve
+    with suppress(queue.Empty):
+        for _ in addresses:
+            asked.get(timeout=None if timeout == math.inf else max(deadline - time.monotonic(), 0))
+    return answers.copy()
 
 
 def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
@@ -7696,12 +8517,160 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
 
 
-# -- top --
+# -- ping --
+
+
+class _Pinged:
+    """A peer that is asked again and again, and how long it took to answer.
+
+    Attributes:
+        name: What to call it.
+        about: What is known of it.
+        times: In seconds, those of the answers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.about = "no answer yet"
+        self.times: list[float] = []
+        self._asked = 0
+
+    def measure(self, timeout: float) -> str:
+        """Ask; return a line that tells how that went."""
+        self._asked += 1
+        start = time.monotonic()
+        is_answered = self.ask(timeout)
+        if is_answered:
+            self.times.append(time.monotonic() - start)
+        what = f"time={1000 * self.times[-1]:.3f} ms" if is_answered else f"no answer after {timeout:g} s"
+        return f"{self.name}: seq={self._asked} {what}"
+
+    @property
+    def summary(self) -> str:
+        """How often it was asked, how often it answered, and how fast."""
+        lost = 100 * (self._asked - len(self.times)) / max(self._asked, 1)
+        text = f"--- {self.name}: {self._asked} asked, {len(self.times)} answered, {lost:.0f}% lost"
+        if not self.times:
+            return text
+        mean = sum(self.times) / len(self.times)
+        deviation = math.sqrt(sum((time - mean) ** 2 for time in self.times) / len(self.times))
+        figures = "/".join(f"{1000 * each:.3f}" for each in (min(self.times), mean, max(self.times), deviation))
+        return f"{text}, min/avg/max/mdev = {figures} ms"
+
+    def ask(self, timeout: float) -> bool:
+        """Ask, and return whether there was an answer."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class _PingedNameserver(_Pinged):
+    """A nameserver, which is asked by a lookup."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"nameserver {host}")
+        self._host = host
+
+    def ask(self, timeout: float) -> bool:
+        try:
+            version = describe_nameserver(self._host, timeout).get("version")
+        except TimeoutError:
+            return False
+        self.about = f"posttroll {_printable(version)}" if version else "version unknown"
+        return True
+
+
+class _PingedPublisher(_Pinged):
+    """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
+
+    def __init__(self, name: str, address: str, backend: str | None) -> None:
+        super().__init__(_printable(f"{name} {address}".strip()))
+        self._address = address
+        self._is_ours: bool | None = None  # not known yet
+        self._inquiry = Inquiry(address, backend)
+
+    def ask(self, timeout: float) -> bool:
+        if self._is_ours is None:
+            timeout /= 2  # for each of the two ways
+        about = None if self._is_ours is False else self._inquiry.ask(timeout)
+        if about is not None:
+            self._is_ours = True
+            self.about = f"posttroll {_printable(about['version'])}, {about['subscribers']} subscribers"
+            return True
+        if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
+            return False
+        self._is_ours = False
+        self.about = "version unknown (time until ZeroMQ greets)"
+        return True
+
+    def close(self) -> None:
+        self._inquiry.close()
+
+
+def _add_ping_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="publishers to ask, besides the nameserver")
+    add("--address", action="append", default=[], help="address of a publisher, no nameserver is asked")
+    add("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)")
+    add("--interval", type=_number(float, 0.01), default=1.0, metavar="SECONDS", help="between two questions (1)")
+    add("--timeout", type=_number(float, 0.01), default=2.0, metavar="SECONDS", help="for an answer (2)")
+
+
+@_command("ping", _add_ping_arguments)
+def _run_ping(options: argparse.Namespace) -> int:
+    """Measure how fast nameservers and publishers answer.
+
+    Examples:
+      posttroll ping
+      posttroll ping receiver -c 5 --nameserver otherhost
+      posttroll ping --address tcp://otherhost:9000 -q -c 100 --interval 0.1
+    """
+    end = threading.Event()
+    with ExitStack() as stack:
+        peers = _pinged(options)
+        for peer in peers:
+            stack.callback(peer.close)
+        stack.enter_context(call_on_signals(end.set))
+        for peer in peers:
+            peer.ask(options.timeout)  # connects, and is not counted
+            print(f"PING {peer.name}: {peer.about}", flush=True)
+        for number in count(1):
+            for peer in peers:
+                if not end.is_set():
+                    line = peer.measure(options.timeout)
+                    if not options.quiet:
+                        print(line, flush=True)
+            if number == options.count or end.wait(options.interval):
+                break
+    print("\n".join(peer.summary for peer in peers))
+    silent = [peer.name for peer in peers if not peer.times]
+    if silent:
+        raise _CommandError(f"no answer from {', '.join(silent)}.")
+    return 0
+
+
+def _pinged(options: argparse.Namespace) -> list[_Pinged]:
+    """Return whom to ask."""
+    publishers: list[_Pinged] = [_PingedPublisher("", address, None) for address in options.address]
+    if options.address and not options.names:
+        return publishers
+    hosts = _nameservers(options)
+    for name in options.names:
+        entries = get_pub_address(name, options.timeout, hosts)
+        if not entries:
+            raise _CommandError(f"the nameserver on {', '.join(hosts)} knows no publisher {name}.")
+        for entry in entries:
+            publishers.append(_PingedPublisher(name, entry["URI"], _backend_towards(entry.get("backend"))))
+    return [*map(_PingedNameserver, hosts), *publishers]
+
+
+# -- what top, check and exporter know --
 
 
 def raise_descriptor_limit() -> int:
     """Allow this process as many open files, that is connections, as the system lets it have; return how many."""
-    with suppress(ImportError, ValueError, OSError):  # see above; macOS says "unlimited" and means something else
+    with suppress(ImportError, ValueError, OSError):  # macOS says "unlimited" and means something else
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -7728,8 +8697,8 @@ class _Heartbeats:
         self._missed = 0  # until the last one
 
     def take(self, message: Message, when: float) -> None:
-        """Take note of a message that came at a time, if it is a heartbeat."""
-        if message.type == "beat":
+        """Take note of a message that came at a time, if it is a heartbeat (and not older than the last one)."""
+        if message.type == "beat" and when >= (self.last or 0.0):
             self._missed += self.overdue(when)
             interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
             if isinstance(interval, (int, float)) and interval > 0:
@@ -7747,152 +8716,289 @@ class _Heartbeats:
         return self._missed + self.overdue(now)
 
 
-class _Traffic:
-    """What a publisher has sent under one subject: how much since the last view, and when the last of it."""
+def _age(message: Message) -> float:
+    """Return how many seconds ago a message was made, by the clocks of its host and this one; 0 if it is to come."""
+    made = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
+    return max((datetime.now(timezone.utc) - made).total_seconds(), 0.0)
 
-    messages = size = 0
-    last = 0.0
+
+class _Traffic:
+    """The messages of one publisher, subject and type.
+
+    Attributes:
+        messages, size: How many there were, and of how many bytes.
+        ages: How many were, when they came, at most as old as each of `AGES`, and older than the one before; and older.
+        age_sum: How old all of them together were, in seconds.
+        last, last_time: When the last one came, by `time.monotonic` and by `time.time`.
+        heartbeats: Those among them.
+    """
+
+    AGES = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
+    SECONDS = 60  # of which it is known how many came in each
+
+    def __init__(self) -> None:
+        self.messages = self.size = 0
+        self.ages = [0] * (len(self.AGES) + 1)
+        self.age_sum = self.last = self.last_time = 0.0
+        self.heartbeats = _Heartbeats()
+        self._counts = [0] * self.SECONDS
+        self._second = 0  # the last one that is in these
+
+    def count(self, size: int, age: float, now: float) -> None:
+        """Count a message of *size* bytes that comes *now*, *age* seconds old."""
+        self.messages += 1
+        self.size += size
+        self.ages[bisect_left(self.AGES, age)] += 1
+        self.age_sum += age
+        self.last, self.last_time = now, time.time()
+        self._advance(int(now))
+        self._counts[self._second % self.SECONDS] += 1
+
+    def _advance(self, second: int) -> None:
+        for new in range(max(self._second, second - self.SECONDS) + 1, second + 1):
+            self._counts[new % self.SECONDS] = 0
+        self._second = max(self._second, second)
+
+    def beats(self, now: float) -> dict[str, float | None]:
+        """Return what is known of heartbeats; nothing if there are none to be expected."""
+        beats, names = self.heartbeats, ("heartbeat_interval", "heartbeats_overdue", "heartbeats_missed")
+        if beats.interval is None:
+            return dict.fromkeys(names)
+        return dict(zip(names, (beats.interval, beats.overdue(now), beats.missed(now))))
+
+    def minute(self, now: float) -> list[int]:
+        """Return how many came in each second of the last minute, this one included."""
+        self._advance(int(now))
+        start = self._second % self.SECONDS + 1
+        return self._counts[start:] + self._counts[:start]
 
 
 class _Tally:
-    """A publisher that is listened to, and its traffic by subject."""
+    """A publisher that is listened to, and its traffic by subject and type."""
 
-    def __init__(self, sock: zmq.Socket[bytes], name: str) -> None:
-        self.socket = sock
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.traffic: dict[str, _Traffic] = {}
         self.heard = time.monotonic()
-        self.heartbeats = _Heartbeats()
-
-    def receive(self) -> None:
-        """Count what has come, but not so much that others have to wait."""
-        self.heard = time.monotonic()
-        for _ in range(1000):
-            try:
-                raw = self.socket.recv(_NOBLOCK)
-                message = Message.decode(raw)
-            except zmq.Again:
-                return
-            except MessageError:
-                continue
-            traffic = self.traffic.setdefault(message.subject, _Traffic())
-            traffic.messages += 1
-            traffic.size += len(raw)
-            traffic.last = self.heard
-            self.heartbeats.take(message, self.heard)
-
-    @property
-    def missed_beats(self) -> str:
-        """How many heartbeats are overdue, empty if none is expected."""
-        return "" if self.heartbeats.interval is None else str(self.heartbeats.overdue(time.monotonic()))
+        self.traffic: dict[tuple[str, str], _Traffic] = {}
 
 
 class _Meter:
-    """Counts the messages of all publishers that the nameservers know, over a socket for each address.
+    """Counts the messages of publishers, in a thread that does nothing else.
+
+    Args:
+        topics: The beginnings of the subjects.
+    """
+
+    KINDS = 500  # of messages, by publisher, subject and type; what exceeds is counted as of the subject OTHER
+    OTHER = "other"
+
+    def __init__(self, topics: Sequence[str]) -> None:
+        self._start = time.monotonic()
+        self._lock = threading.Lock()
+        self._tallies: dict[str, _Tally] = {}  # by address
+        self._kinds = 0
+        self._subscriber = Subscriber([], topics, self._count, translate="origin")
+        self._thread = threading.Thread(target=self._receive, name="posttroll meter", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether it still counts."""
+        return self._thread.is_alive()
+
+    def _receive(self) -> None:
+        for _ in self._subscriber.recv():  # it takes none of them, but counts them as they pass its filter
+            pass
+
+    def _count(self, message: Message) -> bool:
+        """Count a message; return that nobody wants to have it."""
+        now, age, size = time.monotonic(), _age(message), len((message.raw or "").encode())
+        with self._lock:
+            tally = self._tallies.get(message.origin)
+            if tally is not None:
+                tally.heard = now
+                kind = _shortened(message.subject, 200), _shortened(message.type, 60)
+                if kind not in tally.traffic:
+                    kind = kind if self._kinds < self.KINDS else (self.OTHER, self.OTHER)
+                    self._kinds += kind not in tally.traffic
+                traffic = tally.traffic.setdefault(kind, _Traffic())
+                traffic.count(size, age, now)
+                if kind[1] == message.type:
+                    traffic.heartbeats.take(message, now)
+        return False
+
+    def add(self, entry: Mapping[str, Any]) -> bool:
+        """Count the messages of a publisher, an entry of a nameserver's answer; return whether that is possible."""
+        name = _shortened(_describe_service(entry, True)["name"], 200)
+        with self._lock:
+            self._tallies.setdefault(entry["URI"], _Tally(name))
+        try:
+            self._subscriber.add(entry)
+        except (ValueError, zmq.ZMQError):  # another backend
+            self.remove(entry["URI"])
+            return False
+        return True
+
+    def remove(self, address: str) -> None:
+        """Forget a publisher."""
+        self._subscriber.remove(address)
+        with self._lock:
+            tally = self._tallies.pop(address, None)
+            self._kinds -= 0 if tally is None else len(tally.traffic)
+
+    def forget(self, before: float) -> None:
+        """Make room, if there is none: forget the kinds of messages that came last *before* a time."""
+        with self._lock:
+            for tally in self._tallies.values() if self._kinds >= self.KINDS else ():
+                tally.traffic = {kind: traffic for kind, traffic in tally.traffic.items() if traffic.last > before}
+            self._kinds = sum(len(tally.traffic) for tally in self._tallies.values())
+
+    def last_heard(self) -> dict[str, float]:
+        """Return when each of the publishers was heard last, or was added, by their addresses."""
+        with self._lock:
+            return {address: tally.heard for address, tally in self._tallies.items()}
+
+    def view(self) -> dict[str, Any]:
+        """Return all that was counted until now, as JSON can hold it."""
+        with self._lock:
+            now = time.monotonic()
+            publishers, traffic = [], []
+            for address, tally in self._tallies.items():
+                labels = {"publisher": tally.name, "address": address}
+                publishers.append({**labels, "ago": round(now - tally.heard, 3)})
+                for (subject, kind), each in tally.traffic.items():
+                    row = {**labels, "subject": subject, "type": kind, "messages": each.messages, "bytes": each.size}
+                    times = {"last": each.last_time, "ago": round(now - each.last, 3), "last_minute": each.minute(now)}
+                    traffic.append({**row, **times, "age_sum": each.age_sum, "ages": each.ages[:], **each.beats(now)})
+        counts = {"caught_up": self._subscriber.caught_up, "missed": self._subscriber.missed}
+        bounds = [*_Traffic.AGES, None]
+        view = {"seconds": now - self._start, **counts, "publishers": publishers}
+        return {**view, "age_bounds": bounds, "traffic": traffic}
+
+    def close(self) -> None:
+        """End the counting."""
+        self._subscriber.close()
+        self._thread.join()
+
+
+class _Network:
+    """All publishers that the nameservers know, and what they send.
 
     Args:
         topics: The beginnings of the subjects.
         nameservers: Their hosts.
-        keyboard: A descriptor from which the key q is read, if there is one.
+        loop: What is run while nothing is to be looked up.
 
     Attributes:
-        sources: The publishers by address.
         problem: Why it does not see everything, and what to do; empty if it does.
     """
 
-    LOOKUP = 2.0  # seconds between two
+    LOOKUP, PATIENCE = 2.0, 1.0  # seconds between two, and for an answer
     KEEP = 300.0  # seconds of silence after which a subject is forgotten, or a publisher that no nameserver knows
-    OWN_FILES, FILES = 60, 3  # open files at most, and those of each address
+    OWN_FILES, FILES = 60, 4  # open files at most, and those of each address
 
-    def __init__(self, topics: Sequence[str], nameservers: Sequence[str], keyboard: int | None = None) -> None:
-        self._topics = [prefix.encode() for prefix in _topic_prefixes(topics or "")]
-        self._nameservers = nameservers
+    def __init__(self, topics: Sequence[str], nameservers: Sequence[str], loop: Loop) -> None:
         self._limit = (raise_descriptor_limit() - self.OWN_FILES) // self.FILES
-        self._resolutions: dict[str, _Resolution] = {}
-        self._poller = zmq.Poller()
-        if keyboard is not None:
-            self._poller.register(keyboard, _POLLIN)
+        self._loop = loop
         self._lookup_due = time.monotonic()
-        self._is_stopped = False
-        self._by_socket: dict[Any, _Tally] = {}
-        self.sources: dict[str, _Tally] = {}
+        self._up = dict.fromkeys(nameservers, False)
+        self._known: dict[str, Mapping[str, Any]] = {}  # what nameservers know, by address
+        self._counted: set[str] = set()  # addresses
         self.problem = ""
+        self._meter = _Meter(topics)
 
-    def count(self, seconds: float) -> bool:
-        """Count what comes in so many seconds; return False if it was stopped before."""
-        for traffic in chain.from_iterable(source.traffic.values() for source in self.sources.values()):
-            traffic.messages = traffic.size = 0
-        deadline = time.monotonic() + seconds
-        while not self._is_stopped and time.monotonic() < deadline:
+    def run(self, until: float = math.inf) -> bool:
+        """Follow the publishers *until* a time of `time.monotonic`; return False if the loop was stopped before."""
+        while not self._loop.is_stopped and time.monotonic() < until:
             if time.monotonic() >= self._lookup_due:
                 self._look_up()
-            for item, _ in self._poller.poll(100):
-                if isinstance(item, int):
-                    self._is_stopped |= os.read(item, 1) in (b"q", b"")
-                else:
-                    self._by_socket[item].receive()
-        return not self._is_stopped
-
-    def stop(self) -> None:
-        """End the counting; may be called from a signal handler."""
-        self._is_stopped = True
+                self._lookup_due = time.monotonic() + self.LOOKUP
+            self._loop.turn(min(until, self._lookup_due))
+        return not self._loop.is_stopped
 
     def _look_up(self) -> None:
-        """Ask where the publishers are, connect to new ones, and forget what has been silent for long."""
-        self._lookup_due = time.monotonic() + self.LOOKUP
-        known = set(self.sources)  # if nobody answers, they may still be there
-        self.problem = ""
-        try:
-            entries = get_pub_address("", 1, self._nameservers)
-            known = {entry["URI"] for entry in entries}
-            for entry in entries:
-                self._connect(entry)
-            if len(known) > self._limit:
-                self.problem = f"Only {self._limit} of {len(known)} publishers: allow more open files (ulimit -n)."
-        except TimeoutError as error:
-            self.problem = str(error)
+        """Ask where the publishers are, begin to count new ones, and forget what has been silent for long."""
+        if not self._meter.is_counting:  # nobody must take numbers for true that stand still
+            raise _CommandError("the counting has failed, see above.")
+        known: dict[str, Mapping[str, Any]] = {}
+        problems = []
+        for host in self._up:
+            try:
+                known.update((entry["URI"], entry) for entry in get_pub_address("", self.PATIENCE, host))
+                self._up[host] = True
+            except TimeoutError as error:
+                self._up[host] = False
+                problems.append(str(error))
+        if any(self._up.values()):
+            self._known = known  # else they may still be there
+        for address in [address for address in known if address not in self._counted]:
+            if len(self._counted) < self._limit and self._meter.add(known[address]):
+                self._counted.add(address)
+        if len(known) > self._limit:
+            problems.append(f"Only {self._limit} of {len(known)} publishers: allow more open files (ulimit -n).")
+        self.problem = " ".join(problems)
         oldest = time.monotonic() - self.KEEP
-        for address, source in list(self.sources.items()):
-            source.traffic = {key: traffic for key, traffic in source.traffic.items() if traffic.last > oldest}
-            if address not in known and source.heard <= oldest:
-                self._disconnect(address)
+        self._meter.forget(oldest)
+        for address, heard in self._meter.last_heard().items():
+            if address not in self._known and heard <= oldest:
+                self._meter.remove(address)
+                self._counted.discard(address)
 
-    def _connect(self, entry: Mapping[str, Any]) -> None:
-        """Connect to a publisher, if that is possible and not done yet."""
-        address, backend = entry["URI"], _backend_towards(entry.get("backend"))
-        endpoint = self._resolutions.setdefault(address, _Resolution(address)).check()
-        if address in self.sources or backend is None or endpoint is None or len(self.sources) >= self._limit:
-            return
-        sock = set_up_client_socket(zmq.SUB, endpoint, None, backend)
-        for topic in self._topics:
-            sock.setsockopt(zmq.SUBSCRIBE, topic)
-        self._poller.register(sock, _POLLIN)
-        self.sources[address] = self._by_socket[sock] = _Tally(sock, _describe_service(entry, True)["name"])
-
-    def _disconnect(self, address: str) -> None:
-        source = self.sources.pop(address)
-        self._resolutions.pop(address, None)
-        self._poller.unregister(source.socket)
-        del self._by_socket[source.socket]
-        close_socket(source.socket)
+    def view(self) -> dict[str, Any]:
+        """Return all that is known now, as JSON can hold it."""
+        now = datetime.now(timezone.utc).isoformat()
+        return {"time": now, "nameservers": dict(self._up), "services": len(self._known), **self._meter.view()}
 
     def close(self) -> None:
-        """Close the sockets."""
-        for address in list(self.sources):
-            self._disconnect(address)
+        """End the counting."""
+        self._meter.close()
 
-    def lines(self, seconds: float, width: int = 0) -> list[str]:
-        """Return a view of what was counted in so many seconds, the busiest first."""
-        found = [(*pair, source, of) for of, source in self.sources.items() for pair in source.traffic.items()]
-        rows = []
-        for subject, traffic, source, address in sorted(found, key=lambda item: -item[1].messages):
-            rates = [f"{traffic.messages / seconds:.1f}", f"{traffic.size / seconds:.0f}"]
-            ago = f"{time.monotonic() - traffic.last:.0f} s ago"
-            rows.append([*map(_printable, (source.name, address, subject)), *rates, ago, source.missed_beats])
-        total = sum(traffic.messages for _, traffic, *_ in found) / seconds
-        head = f"posttroll top - {datetime.now():%H:%M:%S}  {len(self.sources)} publishers  {total:.1f} messages/s"
-        headings = ("PUBLISHER", "ADDRESS", "SUBJECT", "MSG/S", "BYTES/S", "LAST SEEN", "BEATS MISSED")
-        return [head, self.problem, *_table(rows, headings, width, "PUBLISHER SUBJECT")]
+
+# -- top --
+
+_BLOCKS, _ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
+
+
+def _sparkline(counts: Sequence[int], width: int) -> str:
+    """Return *width* characters that show how *counts* rose and fell; the highest is as high as it can be."""
+    blocks = _BLOCKS
+    try:
+        _BLOCKS.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        blocks = _ASCII_BLOCKS
+    ends = [len(counts) * (place + 1) // width for place in range(width)]
+    heights = [sum(counts[start:end]) / max(end - start, 1) for start, end in zip([0, *ends], ends)]
+    highest = max(heights, default=0) or 1
+    return "".join(blocks[math.ceil(height / highest * (len(blocks) - 1))] for height in heights)
+
+
+def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str, width: int) -> list[str]:
+    """Return the lines that show what was counted since the view *before*, the busiest first."""
+    old = {(row["address"], row["subject"], row["type"]): (row["messages"], row["bytes"]) for row in before["traffic"]}
+    seconds, total, shown = view["seconds"] - before["seconds"], 0.0, []
+    for row in view["traffic"]:
+        messages_before, size_before = old.get((row["address"], row["subject"], row["type"]), (0, 0))
+        messages, size = (row["messages"] - messages_before) / seconds, (row["bytes"] - size_before) / seconds
+        total += messages
+        overdue = row["heartbeats_overdue"]
+        texts = [_printable(row[label]) for label in ("publisher", "address", "subject", "type")]
+        numbers = [f"{messages:.1f}", f"{size:.0f}", f"{row['ago']:.0f} s ago", "" if overdue is None else str(overdue)]
+        if row["ago"] < _Network.KEEP or overdue:
+            shown.append((messages, texts + numbers, row["last_minute"]))
+    shown.sort(key=lambda item: -item[0])
+    headings = ["PUBLISHER", "ADDRESS", "SUBJECT", "TYPE", "MSG/S", "BYTES/S", "SEEN", "OVERDUE"]
+    if 0 < width < 110:  # there is no room for the addresses
+        for cells in (headings, *(cells for _, cells, _ in shown)):
+            del cells[1]
+    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT TYPE")
+    longest = max(map(len, lines))
+    room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
+    pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
+    lines = [f"{line.ljust(longest)}  {picture}".rstrip() for line, picture in zip(lines, pictures)]
+    what = f"{len(view['publishers'])} publishers  {total:.1f} messages/s"
+    gone = f"{view['caught_up']} caught up, {view['missed']} missed"
+    lines = [f"posttroll top - {datetime.now():%H:%M:%S}  {what}  {gone}", problem, *lines]
+    return [line[: width or None] for line in lines]
 
 
 def _add_top_arguments(command: argparse.ArgumentParser) -> None:
@@ -7900,7 +9006,7 @@ def _add_top_arguments(command: argparse.ArgumentParser) -> None:
     add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
     add("--interval", type=_number(float, 0.1), default=2.0, metavar="SECONDS", help="between two views (2)")
     add("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)")
-    command.set_defaults(words="topics")
+    add("--json", action="store_true", help="one JSON object a line, with the numbers of 'exporter'")
 
 
 @_command("top", _add_top_arguments)
@@ -7910,16 +9016,29 @@ def _run_top(options: argparse.Namespace) -> int:
     Examples:
       posttroll top
       posttroll top /segment --interval 10 -n 6 > load.txt
+      posttroll top --json | jq '.traffic[] | select(.heartbeats_overdue > 0)'
     """
     views = options.count or (None if sys.stdout.isatty() else 1)
     with ExitStack() as stack:
         keyboard = stack.enter_context(_single_keys())
-        meter = stack.enter_context(closing(_Meter(options.topics, _nameservers(options), keyboard)))
-        stack.enter_context(call_on_signals(meter.stop))
-        for _ in count() if views is None else range(views):
-            if not meter.count(options.interval):
+        loop = stack.enter_context(closing(Loop()))
+        network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
+        stack.enter_context(signals_wake(loop))
+        stack.enter_context(call_on_signals(loop.stop))
+        if keyboard is not None:
+            loop.watch(keyboard, lambda: loop.stop() if os.read(keyboard, 1) in (b"q", b"") else None)
+        before: Mapping[str, Any] = {"seconds": 0.0, "traffic": []}
+        for number in count(1):
+            if not network.run(time.monotonic() + options.interval):
                 break
-            _show(meter.lines(options.interval, _view_size()[0]))
+            view = network.view()
+            if options.json:
+                print(json.dumps(view), flush=True)
+            else:
+                _show(_top_lines(view, before, network.problem, _view_size()[0]))
+            if number == views:
+                break
+            before = view
     return 0
 
 
@@ -7939,6 +9058,567 @@ def _single_keys() -> Iterator[int | None]:
         yield descriptor
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+# -- check --
+
+_VERDICTS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")  # in the order of the exit statuses that monitors know
+
+
+class _Listener:
+    """Listens to the publishers of a service, whose last messages come at once if they keep them.
+
+    Args:
+        name: That of the service, empty for all.
+        entries: The publishers, as a nameserver tells of them.
+        topic: The beginning of the subjects.
+        seconds: How long ago the last message may be.
+
+    Attributes:
+        age: How old the newest message is, in seconds; None if there is none.
+
+    Raises:
+        ValueError: A publisher has another backend.
+    """
+
+    def __init__(self, name: str, entries: Iterable[Mapping[str, Any]], topic: str, seconds: float) -> None:
+        self.name = name or "all"
+        self.age: float | None = None
+        self._seconds = seconds
+        self._start = time.monotonic()
+        self._heartbeats: dict[tuple[str, str], _Heartbeats] = {}
+        self._subscriber = Subscriber(entries, topic, since=seconds)
+        self._has_more = True
+
+    def listen(self, seconds: float) -> None:
+        """Take what comes within so many seconds."""
+        deadline = time.monotonic() + seconds
+        self._has_more = True
+        while self._has_more and time.monotonic() < deadline:
+            message = next(self._subscriber.recv(0.01))
+            self._has_more = message is not None
+            if message is not None:
+                age = _age(message)
+                self.age = min(age, self._seconds if self.age is None else self.age)
+                beats = self._heartbeats.setdefault((message.subject, message.sender), _Heartbeats())
+                beats.take(message, time.monotonic() - age)
+
+    @property
+    def _knows_past(self) -> bool:
+        """Whether all publishers have told what they had sent before; only ours do."""
+        return not self._has_more and self._subscriber.up_to_date >= len(self._subscriber.addresses)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more is to be learned."""
+        waited = time.monotonic() - self._start
+        return self._knows_past or waited >= self._seconds or (self.age is not None and waited > 1)
+
+    @property
+    def overdue(self) -> int | None:
+        """How many heartbeats are overdue, at that publisher where it is most; None if none are expected."""
+        beats = [each for each in self._heartbeats.values() if each.interval is not None]
+        return max((each.overdue(time.monotonic()) for each in beats), default=None)
+
+    def finding(self) -> tuple[int, str]:
+        """Return a status, and why."""
+        waited = time.monotonic() - self._start
+        if self.age is not None:
+            return 0, f"{self.name} heard {self.age:.0f} s ago"
+        if self._subscriber.missed:
+            return 0, f"{self.name} sent something in the last {self._seconds:g} s"
+        if self._knows_past or waited >= self._seconds:
+            return 2, f"nothing from {self.name} in {self._seconds:g} s"
+        remedy = "it may keep no history: raise --timeout above --silent"
+        return 3, f"nothing from {self.name} in {waited:.0f} s ({remedy})"
+
+    def close(self) -> None:
+        """End the listening."""
+        self._subscriber.close()
+
+
+class _Check:
+    """Asks what a monitor wants to know, and collects the answers.
+
+    Attributes:
+        status: The worst that was found.
+    """
+
+    WEIGHT = (0, 2, 3, 1)  # of the statuses: what is known to be wrong is worse than what is not known
+
+    def __init__(self, options: argparse.Namespace, deadline: float) -> None:
+        self._options = options
+        self._deadline = deadline
+        self.status = 0
+        self._findings: list[tuple[int, str]] = []
+        self._data: list[str] = []
+
+    def find(self, status: int, text: str) -> None:
+        """Take note of something that was found."""
+        self._findings.append((status, text))
+        self.status = max(self.status, status, key=self.WEIGHT.__getitem__)
+
+    def measure(self, name: str, value: str, warn: str = "", critical: str = "") -> None:
+        """Take note of a number."""
+        label = re.sub(r"['=|\s]", "_", _printable(name))
+        self._data.append(f"'{label}'={value};{warn};{critical}")
+
+    def line(self) -> str:
+        """Return all that was found in one line, the worst first, with performance data."""
+        findings = sorted(self._findings, key=lambda finding: -self.WEIGHT[finding[0]])
+        text = _printable("; ".join(text for _, text in findings)).replace("|", "/")
+        return f"POSTTROLL {_VERDICTS[self.status]} - {text}" + (f" | {' '.join(self._data)}" if self._data else "")
+
+    @property
+    def left(self) -> float:
+        """How many seconds there are until the deadline."""
+        return max(self._deadline - time.monotonic(), 0.01)
+
+    def run(self) -> None:
+        """Check everything."""
+        names = self._options.names
+        services = [name for name in names if "://" not in name]
+        found = self._look_up(services) if services or not names else {}
+        for name in names:
+            if name not in services:
+                found[name] = [{"URI": name}]
+        if names:  # if no nameserver has answered, nothing is known of services
+            found = {name: self._reachable(name, entries) for name, entries in found.items()}
+        if self._options.silent is not None:
+            self._listen({name: entries for name, entries in found.items() if entries})
+
+    def _look_up(self, services: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+        """Return what the nameservers know of the services, of all (by the name "") if there are none but wanted."""
+        silent = self._options.silent is not None
+        wanted = services or ([""] if silent else ["posttroll-check"])  # any answer is one
+        hosts = ["127.0.0.1"] if self._options.local else _nameservers(self._options)
+        found: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in wanted}
+        down, start = [], time.monotonic()
+        for index, host in enumerate(hosts):
+            try:
+                for name in wanted:
+                    patience = self.left / (len(hosts) - index)
+                    found[name].update((entry["URI"], entry) for entry in get_pub_address(name, patience, host))
+            except TimeoutError:
+                down.append(host)
+        if down:
+            self.find(2 if len(down) == len(hosts) else 1, f"no answer from the nameserver on {', '.join(down)}")
+        else:
+            taken = time.monotonic() - start
+            self.find(0, f"the nameserver answers in {taken * 1000:.0f} ms")
+            self.measure("nameserver", f"{taken:.4f}s", critical=f"{self._options.timeout:g}")
+        if len(down) == len(hosts):
+            return {}
+        if silent and not services and not found[""]:
+            self.find(2, "no publisher is registered")
+        return {name: list(entries.values()) for name, entries in found.items()}
+
+    def _reachable(self, name: str, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return those publishers of *name* that answer."""
+        if not entries:
+            self.find(2, f"{name} is not registered")
+            return []
+        answers = _check_publishers([entry["URI"] for entry in entries], self.left)
+        silent = [address for address, answer in answers.items() if not answer]
+        count = len(entries) - len(silent)
+        if silent:
+            where = "" if "://" in name else f" at {', '.join(silent)}"
+            self.find(1 if count else 2, f"{name} does not answer{where}")
+        else:
+            self.find(0, f"{name} answers")
+        self.measure(name, str(count), f"{len(entries)}:", "1:")
+        return [entry for entry in entries if answers[entry["URI"]]]
+
+    def _listen(self, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Find out whether something came from each of the services in the last seconds, or comes now."""
+        topic, seconds = self._options.topic, self._options.silent
+        with ExitStack() as stack:
+            listeners = []
+            for name, entries in found.items():
+                try:
+                    listeners.append(stack.enter_context(closing(_Listener(name, entries, topic, seconds))))
+                except ValueError as error:
+                    self.find(3, str(error))
+            while time.monotonic() < self._deadline and not all(listener.is_done for listener in listeners):
+                for listener in listeners:
+                    listener.listen(min(0.05, self.left))
+            for listener in listeners:
+                status, text = listener.finding()
+                self.find(status, text)
+                age = "U" if listener.age is None else f"{listener.age:.1f}s"
+                self.measure(f"{listener.name}_silent", age, critical=f"{seconds:g}")
+                if listener.overdue is not None:
+                    self.measure(f"{listener.name}_heartbeats_overdue", str(listener.overdue), warn="0")
+                if listener.overdue:
+                    self.find(1, f"{listener.name}: {listener.overdue} heartbeats are overdue")
+
+
+def _add_check_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked")
+    command.set_defaults(failure=3)
+    add(
+        "--silent", metavar="SECONDS", type=_number(float, 0.1), help="something has to come from each within that time"
+    )
+    add("--topic", default="", help="that is: a message whose subject begins so (also a heartbeat)")
+    add("--local", action="store_true", help="ask the nameserver of this host, whatever is configured")
+    add("--timeout", metavar="SECONDS", type=_number(float, 0.1), default=10.0, help="of all together (10)")
+
+
+@_command("check", _add_check_arguments)
+def _run_check(options: argparse.Namespace) -> int:
+    """Tell monitors and probes whether all is well: exit status 0 if it is, 1 warning, 2 critical, 3 unknown.
+
+    Examples:
+      posttroll check --local --timeout 2
+      posttroll check receiver gatherer --silent 300
+      posttroll check receiver --silent 900 --topic /segment
+      posttroll check tcp://localhost:9010
+    """
+    logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the line says better
+    check = _Check(options, time.monotonic() + options.timeout - min(0.2, options.timeout / 4))
+    over = threading.Event()
+
+    def run() -> None:
+        try:
+            check.run()
+        except Exception as error:  # whatever it is, monitors want to have it in the line
+            check.find(3, str(error) or repr(error))
+        over.set()
+
+    threading.Thread(target=run, daemon=True).start()  # a name server that is down could hold it up
+    if not over.wait(options.timeout):
+        check.find(2, f"no result after {options.timeout:g} s")
+    print(check.line(), flush=True)
+    return check.status
+
+
+# -- exporter --
+
+EXPORTER_PORT = 9077  # none of the list of Prometheus' exporters, which have all from 9100 to 9999
+
+
+def _labelled(labels: Mapping[str, str]) -> str:
+    """Return labels as Prometheus reads them."""
+    escaped = (each.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for each in labels.values())
+    text = ",".join(f'{name}="{value}"' for name, value in zip(labels, escaped))
+    return f"{{{text}}}" if text else ""
+
+
+def _metric(name: str, kind: str, meaning: str, samples: Iterable[tuple[Mapping[str, str], float | None]]) -> list[str]:
+    """Return the lines about a metric; samples without a value are left out."""
+    name = f"posttroll_{name}"
+    values = [f"{name}{_labelled(labels)} {value!r}" for labels, value in samples if value is not None]
+    return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", *values]
+
+
+def _age_histogram(
+    bounds: Sequence[float | None], rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]
+) -> list[str]:
+    """Return the lines about how old messages were when they came."""
+    name = "posttroll_message_age_seconds"
+    lines = [f"# HELP {name} How old messages were when they came.", f"# TYPE {name} histogram"]
+    for labels, row in rows:
+        for bound, number in zip(bounds, accumulate(row["ages"])):
+            le = "+Inf" if bound is None else repr(bound)
+            lines.append(f"{name}_bucket{_labelled({**labels, 'le': le})} {number}")
+        lines.append(f"{name}_sum{_labelled(labels)} {row['age_sum']!r}")
+        lines.append(f"{name}_count{_labelled(labels)} {row['messages']}")
+    return lines
+
+
+def _exposition(view: Mapping[str, Any]) -> str:
+    """Return a view in Prometheus' text format."""
+    traffic = [({key: row[key] for key in ("publisher", "address", "subject", "type")}, row) for row in view["traffic"]]
+    up = [({"nameserver": host}, int(is_up)) for host, is_up in view["nameservers"].items()]
+    lines = [
+        _metric("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
+        _metric("nameserver_up", "gauge", "Whether the nameserver answers.", up),
+        _metric("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
+        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(view["publishers"]))]),
+        _metric(
+            "caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]
+        ),
+        _metric("missed_messages_total", "counter", "Messages gone in an outage.", [({}, view["missed"])]),
+    ]
+    for name, kind, meaning, key, rows in (
+        ("messages_total", "counter", "Messages.", "messages", traffic),
+        ("message_bytes_total", "counter", "Bytes of messages.", "bytes", traffic),
+        ("last_message_timestamp_seconds", "gauge", "When the last message came.", "last", traffic),
+        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", traffic),
+        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", traffic),
+        ("heartbeats_missed_total", "counter", "Heartbeats that did not come in time.", "heartbeats_missed", traffic),
+    ):
+        lines.append(_metric(name, kind, meaning, [(labels, row[key]) for labels, row in rows]))
+    return "\n".join([*chain.from_iterable(lines), *_age_histogram(view["age_bounds"], traffic), ""])
+
+
+class _Page:
+    """What is answered to HTTP requests: made anew at most once a second, however many ask for it."""
+
+    def __init__(self, make: Callable[[], str]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made = -math.inf
+        self._content = b""
+
+    def content(self) -> bytes:
+        """Return the page."""
+        with self._lock:
+            if time.monotonic() - self._made >= 1:
+                self._content = self._make().encode("utf-8", "backslashreplace")
+                self._made = time.monotonic()
+            return self._content
+
+
+def _handler_of(page: _Page) -> Callable[..., object]:
+    """Return the class that answers HTTP requests with *page*."""
+    import http.server  # takes as long to import as all the rest of a small program
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 10
+        server_version = f"posttroll/{__version__}"
+
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] != "/metrics":
+                self.send_error(404, explain="The metrics are at /metrics.")
+                return
+            content = page.content()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    return Handler
+
+
+class _PageServer:
+    """Answers HTTP requests with a page.
+
+    Each connection has a thread of its own; what comes too fast waits, and of too many connections the oldest goes.  So
+    requests that are many, slow or broken hold up neither others nor what this process has to do besides.
+    """
+
+    CONNECTIONS = 32
+    PAUSE = 0.01  # seconds until the next one
+
+    def __init__(self, host: str, port: int, page: _Page) -> None:
+        self._handler = _handler_of(page)
+        self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.port = int(self._socket.getsockname()[1])
+        self._connections: deque[socket.socket] = deque()
+        self._loop = Loop()
+        self._loop.watch(self._socket.fileno(), self._accept)
+        self._thread = threading.Thread(target=self._loop.run, name="posttroll exporter", daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # it has gone again, or there are no descriptors left
+            connection, address = self._socket.accept()
+            self._connections.append(connection)
+            threading.Thread(target=self._serve, args=(connection, address), daemon=True).start()
+            if len(self._connections) > self.CONNECTIONS:
+                self._connections.popleft().shutdown(socket.SHUT_RDWR)
+        time.sleep(self.PAUSE)
+
+    def _serve(self, connection: socket.socket, address: Any) -> None:
+        with connection, suppress(OSError):  # whoever asked has gone
+            self._handler(connection, address, self)
+        with suppress(ValueError):
+            self._connections.remove(connection)
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._loop.stop()
+        self._thread.join()
+        self._loop.close()
+        self._socket.close()
+
+
+def _add_exporter_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    add(
+        "--port",
+        type=_number(int, 0, 65535),
+        default=EXPORTER_PORT,
+        help=f"to be asked on ({EXPORTER_PORT}; 0 a free one)",
+    )
+    add(
+        "--bind",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="of the interface to be asked on (127.0.0.1; 0.0.0.0 all)",
+    )
+
+
+@_command("exporter", _add_exporter_arguments)
+def _run_exporter(options: argparse.Namespace) -> int:
+    """Give Prometheus the numbers of 'top', at http://localhost:9077/metrics.
+
+    Examples:
+      posttroll exporter
+      posttroll exporter --bind 0.0.0.0 --nameserver otherhost /segment /heartbeat
+    """
+    with ExitStack() as stack:
+        loop = stack.enter_context(closing(Loop()))
+        network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
+        page = _Page(lambda: _exposition(network.view()))
+        try:
+            server = stack.enter_context(closing(_PageServer(options.bind, options.port, page)))
+        except OSError as error:
+            raise _CommandError(f"cannot be asked on {options.bind}, port {options.port}: {error}") from None
+        stack.enter_context(signals_wake(loop))
+        stack.enter_context(call_on_signals(loop.stop))
+        host = f"[{options.bind}]" if ":" in options.bind else options.bind
+        _talk(f"Metrics are at http://{host}:{server.port}/metrics", options)
+        network.run()
+    return 0
+
+
+# -- map --
+
+
+def _add_map_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
+    add("--seconds", type=_number(float, 0, 3600), default=5.0, help="how long to listen to what is sent (5)")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--dot", action="store_true", help="as input for Graphviz")
+    form.add_argument("--mermaid", action="store_true", help="as input for Mermaid")
+    form.add_argument("--json", action="store_true", help="as JSON")
+
+
+@_command("map", _add_map_arguments)
+def _run_map(options: argparse.Namespace) -> int:
+    """Draw who publishes what for whom.
+
+    The publishers are those that nameservers know, their subjects what is heard of them meanwhile.  Who listens to a
+    publisher of ours, that one tells: the hosts of its subscribers and their topics, of others (not of ours) only the
+    topics.  Of publishers that are not of ours it is not known.
+
+    Examples:
+      posttroll map
+      posttroll map --seconds 60 --dot | dot -Tsvg > map.svg
+      posttroll map /segment --mermaid
+    """
+    hosts = _nameservers(options)
+    entries = get_pub_address("", 5, hosts)
+    answers = _ask_publishers(entries)  # before we listen to them ourselves
+    with closing(Loop()) as loop, closing(_Network(options.topics, hosts, loop)) as network:
+        with signals_wake(loop), call_on_signals(loop.stop):
+            network.run(time.monotonic() + options.seconds)
+        traffic = network.view()["traffic"]
+    rows = []
+    for entry, about in zip(entries, answers):
+        subjects = sorted({row["subject"] for row in traffic if row["address"] == entry["URI"]})
+        name = _describe_service(entry, True)["name"]
+        rows.append({"name": name, "address": entry["URI"], "subjects": subjects, "listeners": _listeners(about)})
+    rows.sort(key=lambda row: (row["name"], row["address"]))
+    if options.json:
+        print(_dumps(rows, "v1.2")[0])
+    else:
+        draw = _as_dot if options.dot else _as_mermaid if options.mermaid else partial(_as_map, color=_colors(options))
+        print("\n".join(draw(rows)))
+    return 0
+
+
+def _ask_publishers(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    """Return what each of the publishers tells about itself; those of others tell nothing."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+        backend = _backend_towards(entry.get("backend"))
+        if backend is None:
+            return None
+        with closing(Inquiry(entry["URI"], backend)) as inquiry:
+            return inquiry.ask(1.0)
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return list(pool.map(ask, entries))
+
+
+def _listeners(about: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """Return who listens to a publisher: hosts, topics, and how many there are of these; None if it does not tell."""
+    if about is None:
+        return None
+    known: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    others: Counter[str] = Counter(about["topics"])
+    for each in about["known"]:
+        known[each["host"], tuple(each["topics"])] += 1
+        others -= Counter(each["topics"])
+    known.update({("", (topic,)): times for topic, times in others.items()})
+    return [{"host": host, "topics": list(topics), "count": times} for (host, topics), times in sorted(known.items())]
+
+
+def _topics_text(topics: Sequence[str]) -> str:
+    return _printable(", ".join(topic or "everything" for topic in topics))
+
+
+def _as_map(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
+    """Return the map as lines for people."""
+    paint = _colored if color else lambda text, _: text
+    lines = []
+    for row in rows:
+        lines.append(f"{paint(_printable(row['name']), GREEN)}  {_printable(row['address'])}")
+        lines += [f"  sends  {_printable(subject)}" for subject in row["subjects"] or ["nothing while we listened"]]
+        for listener in row["listeners"] or ():
+            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
+            host = _printable(listener["host"] or "somebody")
+            lines.append(f"  to     {paint(host, CYAN)}  {_topics_text(listener['topics'])}{times}")
+        if not row["listeners"]:
+            lines.append("  to     nobody" if row["listeners"] is not None else "  to     (it does not tell)")
+    return lines
+
+
+def _edges(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+    """Return the listeners' nodes with their names, and from which publisher to which of them what goes."""
+    nodes: dict[str, str] = {}
+    edges = []
+    for number, row in enumerate(rows):
+        for listener in row["listeners"] or ():
+            host = listener["host"] or "somebody"
+            node = nodes.setdefault(host, f"listener{len(nodes)}")
+            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
+            edges.append((f"publisher{number}", node, _topics_text(listener["topics"]) + times))
+    return {node: host for host, node in nodes.items()}, edges
+
+
+def _as_dot(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the map in the language of Graphviz."""
+
+    def quoted(*texts: str) -> str:
+        escaped = (_printable(text).replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+        return '"' + "\\n".join(escaped) + '"'
+
+    nodes, edges = _edges(rows)
+    lines = ["digraph posttroll {", "  rankdir=LR;"]
+    for number, row in enumerate(rows):
+        lines.append(f"  publisher{number} [shape=box, label={quoted(row['name'], row['address'], *row['subjects'])}];")
+    lines += [f"  {node} [label={quoted(host)}];" for node, host in nodes.items()]
+    lines += [f"  {start} -> {end} [label={quoted(text)}];" for start, end, text in edges]
+    return [*lines, "}"]
+
+
+def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the map in the language of Mermaid."""
+
+    def quoted(*texts: str) -> str:
+        escaped = (re.sub('[#"<>&|]', lambda match: f"#{ord(match[0])};", _printable(text)) for text in texts)
+        return '"' + "<br/>".join(escaped) + '"'
+
+    nodes, edges = _edges(rows)
+    boxes = (quoted(row["name"], row["address"], *row["subjects"]) for row in rows)
+    lines = ["graph LR", *(f"  publisher{number}[{box}]" for number, box in enumerate(boxes))]
+    lines += [f"  {node}([{quoted(host)}])" for node, host in nodes.items()]
+    return [*lines, *(f"  {start} -->|{quoted(text)}| {end}" for start, end, text in edges)]
 
 
 # -- config --
@@ -8187,6 +9867,8 @@ class _Doctor:
 
 def _owner_of_port(port: int) -> str:
     """Return which process listens on a TCP port, as far as Linux tells this user."""
+    import glob
+
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError), open(table) as lines:
@@ -8265,6 +9947,8 @@ def _run_demo(options: argparse.Namespace) -> int:
     where = ", ".join(options.nameserver or [f"port {changes['nameserver_port']} (without multicast)"])
     print(f"Nameserver on {where}, a publisher and a subscriber, three processes.", flush=True)
     environment = {**os.environ, **{f"POSTTROLL_{key.upper()}": str(value) for key, value in changes.items()}}
+    import subprocess
+
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
@@ -8315,6 +9999,177 @@ def _free_ports(count: int) -> list[int]:
             probe.bind(("", port))
             found.append(port)
     return found
+
+
+# -- help, completion --
+
+
+def _command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the commands."""
+    actions = _parser()._actions
+    parsers = dict(next(action.choices for action in actions if isinstance(action, argparse._SubParsersAction)))
+    with suppress(ImportError):
+        parsers["nameserver"] = _nameserver_module()._parser()
+    return parsers
+
+
+def _add_help_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("about", nargs="?", choices=[*_commands, "nameserver"], metavar="COMMAND", help="which one")
+
+
+_EXIT_STATUS = """\
+0 on success, 1 if something failed (stderr tells what, and what to do), 2 for wrong arguments, 130 after Control-C."""
+
+
+@_command("help", _add_help_arguments)
+def _run_help(options: argparse.Namespace) -> int:
+    """Show all that is known of a command.
+
+    Examples:
+      posttroll help
+      posttroll help subscribe | less
+    """
+    if options.about is None:
+        _parser().print_help()
+        return 0
+    command = _command_parsers()[options.about]
+    text, _, examples = (command.epilog or "").partition("examples:\n")
+    about = command.description or ""
+    sections = {
+        "NAME": f"posttroll {options.about} - {about[:1].lower()}{about.partition(chr(10))[0][1:].rstrip('.')}",
+        "SYNOPSIS": " ".join(command.format_usage().split()).removeprefix("usage: "),
+        "DESCRIPTION": about.partition("\n\n")[2] + text,
+        "ARGUMENTS": _manual_entries(command, are_options=False),
+        "OPTIONS": _manual_entries(command, are_options=True),
+        "EXAMPLES": textwrap.dedent(examples).rstrip(),
+        "EXIT STATUS": "" if options.about == "check" else _EXIT_STATUS,
+        "CONFIGURATION": "What --set sets, see 'posttroll config'.",
+    }
+    for heading, content in sections.items():
+        if content:
+            wrapped = heading in ("NAME", "SYNOPSIS", "EXIT STATUS")
+            lines = textwrap.fill(content, 92, break_on_hyphens=False) if wrapped else content
+            print(f"{heading}\n{textwrap.indent(lines, '    ')}\n")
+    return 0
+
+
+def _manual_entries(command: argparse.ArgumentParser, are_options: bool) -> str:
+    """Return what the options of a command, or its other arguments, are."""
+    entries = []
+    for action in command._actions:
+        if bool(action.option_strings) == are_options and action.help != argparse.SUPPRESS:
+            value = "" if action.nargs == 0 else _value_name(action)
+            names = ", ".join(f"{name} {value}".rstrip() for name in action.option_strings) or value
+            meaning = (action.help or "") % {**vars(action), "prog": command.prog}
+            if action.choices and action.option_strings:
+                meaning += f" ({', '.join(action.choices)})"
+            entries.append(f"{names}\n{textwrap.indent(textwrap.fill(meaning, 84), '    ')}")
+    return "\n".join(entries)
+
+
+def _value_name(action: argparse.Action) -> str:
+    """Return what an argument is called where its value stands."""
+    return cast(str, action.metavar or (action.dest.upper() if action.option_strings else action.dest))
+
+
+def _values(action: argparse.Action) -> tuple[str, ...] | None:
+    """Return what the value of an argument can be, None if that is a file or not known."""
+    if action.type is assignment:
+        return tuple(f"{key}=" for key in OPTIONS)
+    if action.metavar == "KEY" and action.dest == "keys":
+        return tuple(OPTIONS)
+    return tuple(action.choices) if action.choices else None
+
+
+def _bash_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """Return a script that completes commands, options, and values as far as they are known; else files."""
+    cases = []
+    for name, parser in parsers.items():
+        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        by_values: dict[str, list[str]] = {}
+        for action in shown:
+            if action.option_strings and action.nargs != 0:
+                by_values.setdefault(" ".join(_values(action) or ()), []).extend(action.option_strings)
+        for values, flags in by_values.items():
+            pattern = "|".join(f"'{name} {flag}'" for flag in flags)
+            cases.append(f"    {pattern}) words='{values}' ;;")
+        words = [flag for action in shown for flag in action.option_strings]
+        words += [value for action in shown if not action.option_strings for value in _values(action) or ()]
+        cases.append(f"    '{name} '*) words='{' '.join(words)}' ;;")
+    return f"""# bash completion for posttroll, made by 'posttroll completion bash'
+_posttroll() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words
+  if [ "$COMP_CWORD" -eq 1 ]; then words='{" ".join([*parsers, "--help", "--version"])}'
+  else case "${{COMP_WORDS[1]}} $previous" in
+{chr(10).join(cases)}
+  esac fi
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+  case "${{COMPREPLY[0]}}" in *=) compopt -o nospace ;; esac
+}}
+complete -o default -F _posttroll posttroll
+"""
+
+
+def _zsh_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """Return a script that completes the same, and tells what options mean."""
+
+    def quoted(text: str) -> str:
+        return "'" + text.replace("'", "'\\''") + "'"
+
+    def escaped(text: str) -> str:
+        return re.sub(r"([\[\]:\\])", r"\\\1", text)
+
+    def specification(action: argparse.Action, parser: argparse.ArgumentParser) -> list[str]:
+        meaning = escaped((action.help or "") % {**vars(action), "prog": parser.prog})
+        values = _values(action)
+        what = f"({' '.join(values)})" if values else "_files"
+        value = f":{escaped(_value_name(action))}:{what}"
+        if not action.option_strings:
+            return [quoted(("*" if action.nargs in ("*", "+") else "") + value)]
+        return [quoted(f"*{flag}[{meaning}]{'' if action.nargs == 0 else value}") for flag in action.option_strings]
+
+    cases = []
+    for name, parser in parsers.items():
+        words = [
+            word
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS
+            for word in specification(action, parser)
+        ]
+        cases.append(f"    {name}) _arguments -S {' '.join(words)} ;;")
+    briefs = [f"{name}:{escaped((parser.description or name).splitlines()[0])}" for name, parser in parsers.items()]
+    return f"""#compdef posttroll
+# zsh completion for posttroll, made by 'posttroll completion zsh'
+_posttroll() {{
+  local -a commands=({" ".join(map(quoted, briefs))})
+  if (( CURRENT == 2 )); then _describe command commands; return; fi
+  shift words; (( CURRENT-- ))
+  case $words[1] in
+{chr(10).join(cases)}
+  esac
+}}
+if [ "$funcstack[1]" = _posttroll ]; then _posttroll "$@"; else compdef _posttroll posttroll; fi
+"""
+
+
+_COMPLETIONS = {"bash": _bash_completion, "zsh": _zsh_completion}
+
+
+def _add_completion_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shell", choices=list(_COMPLETIONS), help="whose script to print")
+
+
+@_command("completion", _add_completion_arguments)
+def _run_completion(options: argparse.Namespace) -> int:
+    """Print a script by which a shell completes commands, options and keys.
+
+    Examples:
+      source <(posttroll completion bash)
+      posttroll completion bash > /etc/bash_completion.d/posttroll
+      posttroll completion zsh > ~/.zfunc/_posttroll
+    """
+    print(_COMPLETIONS[options.shell](_command_parsers()), end="")
+    return 0
 
 
 # -- commands that are scripts of their own, too --

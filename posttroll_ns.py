@@ -102,6 +102,7 @@ class AddressBook:
         self.limit = posttroll.config.get("max_services") if limit is None else limit
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._by_service: dict[str, dict[str, _Entry]] = {}
+        self.changes = 0  # how many times a publisher has come or gone
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -168,6 +169,7 @@ class AddressBook:
             return False
         if known is not None:
             self.remove(known.address)
+        self.changes += 1
         self._entries[entry.address] = entry
         for service in entry.services:
             self._by_service.setdefault(service, {})[entry.address] = entry
@@ -182,6 +184,7 @@ class AddressBook:
 
     def remove(self, address: str) -> _Entry | None:
         """Forget the publisher at *address*."""
+        self.changes += 1
         entry = self._entries.pop(address, None)
         for service in entry.services if entry is not None else ():
             addresses = self._by_service.get(service, {})
@@ -467,6 +470,11 @@ class AddressReceiver:
         with self._lock:
             return [entry.describe() for entry in self._book.find(name)]
 
+    @property
+    def changes(self) -> int:
+        """How many times a publisher has come or gone, since the start."""
+        return self._book.changes
+
     def set_up_address_receiver(self, port: int) -> Any:
         """Return the source of announcements: UDP multicast, or requests on the TCP *port*."""
         if self._multicast_enabled:
@@ -599,6 +607,33 @@ def get_active_address(name: str, arec: Any, message_version: str = "v1.2") -> p
     return posttroll.Message("/oper/ns", "info", arec.get(name) or "", version=message_version)
 
 
+class _Answers:
+    """The answers to lookups; those of a moment ago if nobody has come or gone.
+
+    They may be large, and when a nameserver starts again, all who follow everything ask for the same at once.
+    """
+
+    SECONDS = 1.0  # that the times in an answer may be old
+    LIMIT = 8  # answers
+
+    def __init__(self) -> None:
+        self._answers: dict[tuple[str, str], bytes] = {}
+        self._state: tuple[Any, int | None] = (None, None)  # of what they were made from
+        self._end = 0.0
+
+    def get(self, service: str, address_receiver: Any, version: str) -> bytes:
+        """Return the answer to a lookup of *service*."""
+        state = address_receiver, getattr(address_receiver, "changes", None)  # others than ours do not count them
+        now = time.monotonic()
+        if state[1] is None or state != self._state or now >= self._end or len(self._answers) >= self.LIMIT:
+            self._answers, self._state, self._end = {}, state, now + self.SECONDS
+        answer = self._answers.get((service, version))
+        if answer is None:
+            answer = get_active_address(service, address_receiver, version).encode().encode()
+            self._answers[service, version] = answer
+        return answer
+
+
 class NameServer:
     """The nameserver.
 
@@ -621,6 +656,7 @@ class NameServer:
         self._loop: posttroll.Loop | None = None
         self._is_stopping = False
         self._has_ended = False
+        self._answers = _Answers()
         self._log = posttroll.LimitedLogger("ns")
 
     def run(
@@ -696,7 +732,10 @@ class NameServer:
             service = message.data.get("service") if isinstance(message.data, dict) else None
             if not isinstance(service, str):
                 raise posttroll.MessageError("It does not say which service it asks for.")
-            return get_active_address(service, address_receiver, version).encode().encode()
+            if message.data.get("about") is True:
+                about = {"version": posttroll.__version__}
+                return posttroll.Message("/oper/ns", "info", about, version=version).encode().encode()
+            return self._answers.get(service, address_receiver, version)
         except (posttroll.MessageError, UnicodeEncodeError) as error:
             self._log.warning("request", "Broken request: %s", str(error)[:300])
             return posttroll.Message("/oper/ns", "info", "", version=version).encode().encode()
@@ -920,8 +959,10 @@ class _Daemon:
             os.chdir("/")
             return serve(when_ready)
         finally:
-            os.ftruncate(descriptor, 0)
-            os.unlink(self.path)
+            try:
+                os.unlink(self.path)  # first, as what is there, empty and locked, keeps the next one from starting
+            finally:
+                os.ftruncate(descriptor, 0)
 
     def stop(self) -> int:
         """Stop the daemon, and wait until it has ended; return the exit status."""
