@@ -2013,9 +2013,10 @@ class _IdleSockets:
 
     @staticmethod
     def key(endpoint: str) -> tuple[Any, ...]:
-        """Return all that makes a connection to *endpoint* what it is."""
+        """Return all that makes a connection to *endpoint* what it is; the place of a name for some seconds only."""
         settings = ("backend", "client_secret_key_file", "server_public_key_file")
-        return (os.getpid(), endpoint, *map(config.get, settings))
+        while_it_stays = time.monotonic() // _Resolution.RETRY if _has_name(endpoint) else 0
+        return (os.getpid(), endpoint, while_it_stays, *map(config.get, settings))
 
 
 _idle_sockets = _IdleSockets()
@@ -2052,6 +2053,13 @@ def split_tcp_address(address: str) -> tuple[str, int] | None:
     if match is None or (match[1].startswith("[") and not _is_number(match[1])):
         return None
     return match[1], int(match[2])
+
+
+@lru_cache(maxsize=64)
+def _has_name(address: str) -> bool:
+    """Whether the host of *address* has to be asked for, and may be another one tomorrow."""
+    tcp = split_tcp_address(address)
+    return tcp is not None and tcp[0] != "localhost" and not _is_number(tcp[0])
 
 
 def is_connectable(address: Any) -> bool:
@@ -2104,13 +2112,14 @@ class _Resolution:
             self.ask()
         return self.endpoint
 
-    def ask(self, pause: float = RETRY) -> bool:
-        """Ask (again) in the background, but not *pause* seconds after the last time; a number needs no answer.
+    def ask(self, pause: float | None = None) -> bool:
+        """Ask (again) in the background, but not *pause* (`RETRY`) seconds after the last time; no number needs it.
 
         Returns:
             Whether that is done, or not due; False if too many are being asked for just now.
         """
-        is_due = self._host and not self._is_asking and time.monotonic() - self.asked >= pause
+        pause = self.RETRY if pause is None else pause
+        is_due = bool(self._host) and not self._is_asking and time.monotonic() - self.asked >= pause
         is_free = is_due and self._free_threads.acquire(blocking=False)
         if is_free:
             self._is_asking = True
@@ -2156,7 +2165,7 @@ def _numbers_of(name: str) -> list[str]:
     Raises:
         OSError, UnicodeError: The name does not resolve.
     """
-    numbers = {number_of(info[4]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+    numbers = {number_of(info[4]) for info in socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)}
     return sorted(numbers, key=lambda number: (source_address(number) is None, ":" in number, number))
 
 
@@ -2415,7 +2424,7 @@ class _AddressList:
     The names are resolved in the background, again and again; nobody is let in for one that is not resolved yet.
     """
 
-    REFRESH = 30.0
+    REFRESH = 5.0
     PATIENCE = 0.5  # seconds that a server that starts waits for them
 
     def __init__(self, entries: Sequence[str]) -> None:
@@ -2461,6 +2470,8 @@ class _AddressList:
             try:
                 self._names[name] = frozenset(str(info[4][0]) for info in socket.getaddrinfo(name, None))
             except (OSError, UnicodeError) as error:
+                if getattr(error, "errno", None) == socket.EAI_AGAIN and self._names[name]:
+                    continue  # no name server answers just now: what it last said holds
                 self._names[name] = frozenset()
                 text = "authorized_client_addresses: %r does not resolve (%s), nobody is let in for it"
                 _key_log.warning(name, text, name, error)
@@ -3218,6 +3229,7 @@ class _NameserverTarget:
         self._pending: bytes | None = None
         self._when_done: Callable[[], None] | None = None  # set once there is a last request
         self._socket: zmq.Socket[bytes] | None = None
+        self._connected = ""  # the endpoint
         self._is_closed = False
         self._last_sign = time.monotonic()
         _load_client_keys()  # what is wrong with them is an error now, not in the loop
@@ -3235,16 +3247,27 @@ class _NameserverTarget:
         return None if address is None or is_loopback(address) else address
 
     def _connect(self) -> None:
+        """Connect to where the nameserver is now; not in the middle of a goodbye."""
         endpoint = None if self._is_closed else self._resolution.check()
-        if self._socket is None and endpoint is not None:
-            # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
-            options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
-            try:
-                self._socket = set_up_client_socket(zmq.REQ, endpoint, options)
-            except (ConfigurationError, zmq.ZMQError) as error:  # the keys are being replaced, or no descriptors left
-                self._log.warning("open", "Cannot register with %s (trying again): %s", self._endpoint, error)
-                return
-            self._watch()
+        if endpoint is None or endpoint == self._connected or self._when_done is not None:
+            return
+        # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
+        options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
+        try:
+            sock = set_up_client_socket(zmq.REQ, endpoint, options)
+        except (ConfigurationError, zmq.ZMQError) as error:  # the keys are being replaced, or no descriptors left
+            self._log.warning("open", "Cannot register with %s (trying again): %s", self._endpoint, error)
+            return
+        self._disconnect()
+        self._socket, self._connected = sock, endpoint
+        self._watch()
+
+    def _disconnect(self) -> None:
+        """Close the socket; what was not answered is announced again by the next one."""
+        if self._socket is not None:
+            self._loop.unwatch(self._socket)
+            close_socket(self._socket)
+        self._socket, self._connected, self._is_registered = None, "", False
 
     def _watch(self) -> None:
         if self._socket is not None:
@@ -3254,11 +3277,10 @@ class _NameserverTarget:
         """Have *text* sent as soon as there is a connection."""
         if time.monotonic() - self._last_sign > self.RENEWAL:
             self._log.warning("silence", "No answer from the nameserver at %s, trying again", self._endpoint)
-            self.close()
-            self._is_closed = False
+            self._disconnect()
             self._last_sign = time.monotonic()
-            self._resolution = _Resolution(self._endpoint, partial(self._loop.call, self._connect))
         self._pending = text.encode()
+        self._resolution.ask()  # it may have moved
         self._connect()
         self._watch()
 
@@ -3298,10 +3320,7 @@ class _NameserverTarget:
     def close(self) -> None:
         """Close the socket, for good: its name may still be asked for."""
         self._is_closed = True
-        if self._socket is not None:
-            self._loop.unwatch(self._socket)
-            close_socket(self._socket)
-            self._socket = None
+        self._disconnect()
 
 
 class MessageBroadcaster:
@@ -6664,6 +6683,7 @@ class _Follower:
         self._address_port = address_port or config.get("address_publish_port")
         self._resolutions = {host: self._resolution(host) for host in nameservers}
         self._sockets: dict[str, list[zmq.Socket[bytes]]] = {}  # the first is that for lookups
+        self._endpoints: dict[str, str] = {}  # what they are connected to
         self._last_answer: dict[str, float] = {}
         self._known: dict[str, _Publisher] = {}
         self._log = LimitedLogger("subscriber")
@@ -6673,27 +6693,38 @@ class _Follower:
 
     def begin(self) -> None:
         """Start to follow."""
+        self._ask_for_names()
         self._open()
         if self.missing:
             self._run()
         else:
             self._loop.at(time.monotonic() + self.SOON, self._run)
 
+    def _ask_for_names(self) -> None:
+        """Ask again and again where nameservers are that have names."""
+        for resolution in self._resolutions.values():
+            resolution.ask()
+        if any(resolution.is_name for resolution in self._resolutions.values()):
+            self._loop.at(time.monotonic() + _Resolution.RETRY, self._ask_for_names)
+
     def _open(self) -> None:
-        """Connect to those nameservers whose names resolve; anew to those that have not answered for a long time."""
+        """Connect to those nameservers whose names resolve; anew to those that are silent for long, or have moved."""
         now = time.monotonic()
-        for host in self._resolutions:
-            patience = self.PATIENCE * max(self._interval, self.SELDOM)
-            if host in self._sockets and now - self._last_answer[host] > patience:
-                for sock in self._sockets.pop(host):
+        patience = self.PATIENCE * max(self._interval, self.SELDOM)
+        for host, resolution in self._resolutions.items():
+            endpoint = resolution.check()
+            if endpoint is None:
+                continue
+            if host in self._sockets:
+                if endpoint == self._endpoints[host] and now - self._last_answer[host] <= patience:
+                    continue
+                for sock in self._sockets.pop(host):  # what is unread is asked for again
                     self._loop.unwatch(sock)
                     close_socket(sock)
-                self._resolutions[host] = self._resolution(host)
-            endpoint = self._resolutions[host].check()
-            if host not in self._sockets and endpoint is not None:
-                self._last_answer[host] = now
-                news = self._open_news(host, endpoint) if self._listen else []
-                self._sockets[host] = [self._open_lookups(host, endpoint), *news]
+            self._last_answer[host] = now
+            self._endpoints[host] = endpoint
+            news = self._open_news(host, endpoint) if self._listen else []
+            self._sockets[host] = [self._open_lookups(host, endpoint), *news]
 
     def _resolution(self, host: str) -> _Resolution:
         return _Resolution(_lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))

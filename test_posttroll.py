@@ -2452,6 +2452,185 @@ os._exit(0)  # threads that resolve go on for minutes
         with host_without_names.run("-c", code) as running:
             assert finish(running)[:2] == (0, "refused\nrefused\nall received\n")
 
+    def test_who_asks_a_nameserver_by_name_holds_up_nobody(self, host_without_names):
+        """Two threads wait for their lookups, a publisher for its nameserver; all else in the process goes on."""
+        code = """
+import os, posttroll, threading
+def ask(names):
+    try:
+        posttroll.get_pub_address("a_service", 20, names)
+    except TimeoutError:
+        pass
+threads = [threading.Thread(target=ask, args=[names], daemon=True) for names in ("some.name", ["a.name", "b.name"])]
+for thread in threads:
+    thread.start()
+settings = {"nameservers": ["c.name", "127.0.0.1"], "broadcast_interval": 0.1}
+with posttroll.Publish("a_service", **settings) as pub:
+    with posttroll.Subscribe("a_service", nameserver=["some.name", "127.0.0.1"], addr_listener=True) as sub:
+        while not pub.subscriber_count:
+            next(sub.recv(0.01))
+        pub.send(posttroll.Message("/a", "info", "on time"))
+        print(next(sub.recv(10)).data)
+    found = posttroll.get_pub_address("a_service", 5, ["some.name", "127.0.0.1"])
+    print(len(found), [thread.is_alive() for thread in threads], flush=True)
+os._exit(0)  # threads that resolve go on for minutes
+"""
+        host = host_without_names
+        with host.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            assert host.say(code).splitlines() == ["on time", "1 [True, True]"]
+
+
+@pytest.fixture
+def hosts_with_names(two_hosts):
+    """Give two hosts, and a function that lets names of the first point elsewhere: ``move(hub="10.77.1.2")``."""
+    for host in two_hosts:
+        host.connect()
+    directory = Path("/etc/netns") / two_hosts[0].name
+    directory.mkdir(parents=True)
+
+    def move(**names: str) -> None:
+        lines = [f"{address} {name}" for name, address in {"localhost": "127.0.0.1", **names}.items()]
+        (directory / "hosts").write_text("\n".join([*lines, ""]))  # in place: the hosts see this file
+
+    try:
+        yield (*two_hosts, move)
+    finally:
+        shutil.rmtree(directory)
+
+
+IMPATIENT = "import posttroll, time\nposttroll._Resolution.RETRY = posttroll._Connections.RENEWAL = 0.2\n"
+
+
+@pytest.mark.network
+class TestNamesThatMove:
+    """Each name is asked for again and again; where it leads to now is found, whoever is still at the old place."""
+
+    def test_a_nameserver_moves(self, hosts_with_names):
+        """A publisher, a subscriber that listens, one that does not, and lookups; the old nameserver lives on."""
+        one, two, move = hosts_with_names
+        code = (
+            IMPATIENT
+            + """
+posttroll._Follower.SELDOM = 0.2
+settings = {"nameservers": ["hub"], "broadcast_interval": 0.1}
+listening = posttroll.NSSubscriber(["first", "second"], addr_listener=True, timeout=0, nameserver="hub").start()
+asking = posttroll.NSSubscriber(["first", "second"], timeout=0, nameserver=["hub", "localhost"]).start()
+with posttroll.Publish("first", **settings) as first:
+    while first.subscriber_count < 2:
+        next(listening.recv(0.01)), next(asking.recv(0.01))
+    print("found", flush=True)
+    while not posttroll.get_pub_address("second", 5, "hub"):
+        next(listening.recv(0.01)), next(asking.recv(0.01))
+    while not (len(listening.addresses) == len(asking.addresses) == 2):
+        next(listening.recv(0.01)), next(asking.recv(0.01))
+    print(first.subscriber_count, flush=True)
+    input()
+listening.close(), asking.close()
+"""
+        )
+        move(hub="10.77.1.1")
+        with one.run(NAMESERVER, "--no-multicast") as old, two.run(NAMESERVER, "--no-multicast") as new:
+            for server in (old, new):
+                await_line(server, "answers on port")
+            with one.run("-c", code) as running:
+                await_line(running, "found")
+                with two.run("-c", PUBLISHING.replace("a_service", "second"), "60", "10.77.1.2"):
+                    assert two.ask("first") == []
+                    move(hub="10.77.1.2")
+                    assert await_line(running, "2") == "2\n"  # no connection was cut
+                    assert two.ask("first") != []
+                    running.communicate("\n", timeout=DEADLINE)
+                    assert running.returncode == 0
+
+    @pytest.mark.parametrize("end", ["ended", "lost"])
+    def test_a_publisher_moves(self, hosts_with_names, end, monkeypatch):
+        """To a subscriber with its name, and to one that was told the name by a nameserver."""
+        one, two, move = hosts_with_names
+        monkeypatch.setenv("POSTTROLL_ZMTP_HEARTBEAT_INTERVAL", "0.3")
+        monkeypatch.setenv("POSTTROLL_ZMTP_HEARTBEAT_TIMEOUT", "1")
+        monkeypatch.setenv("POSTTROLL_ANNOUNCED_ADDRESS", "pod")
+        code = """
+import posttroll, sys
+with posttroll.Publish("a_service", 9000, nameservers=["10.77.1.1"], broadcast_interval=0.1) as pub:
+    print("up", flush=True)
+    while not sys.stdin.closed:
+        pub.send(posttroll.Message("/a", "info", sys.argv[1]))
+        if pub.wait_for_subscribers(10, 0.05):
+            break
+"""
+        subscribing = (
+            IMPATIENT
+            + """
+import sys
+addresses = ["tcp://pod:9000"] if sys.argv[1] == "fixed" else []
+names = {"nameserver": False} if addresses else {"services": "a_service", "timeout": 0}
+last = ""
+for message in posttroll.Subscribe(addresses=addresses, **names).subscriber:
+    if message.data != last:
+        last = message.data
+        print(last, flush=True)
+"""
+        )
+        move(pod="10.77.1.2")
+        two.ip("addr", "add", "10.77.1.3/32", "dev", two.device)  # it stays when the other one goes
+        with (
+            one.run(NAMESERVER, "--no-multicast") as server,
+            one.run("-c", subscribing, "fixed") as fixed,
+            one.run("-c", subscribing, "told") as told,
+        ):
+            await_line(server, "answers on port")
+            with two.run("-c", code, "old") as old:
+                for subscriber in (fixed, told):
+                    await_line(subscriber, "old")
+                if end == "lost":  # no packet of it comes any more
+                    two.ip("route", "add", "blackhole", "10.77.1.1/32")
+                    two.ip("addr", "del", "10.77.1.2/24", "dev", two.device)
+                old.kill()
+            if end == "lost":
+                two.ip("route", "del", "blackhole", "10.77.1.1/32")
+            move(pod="10.77.1.3")
+            with two.run("-c", code, "new"):
+                for subscriber in (fixed, told):
+                    await_line(subscriber, "new")
+
+    def test_a_client_moves(self, monkeypatch):
+        """One that is let in by its name; while no name server answers, what it last said holds."""
+        numbers = {"pod": "192.0.2.1"}
+
+        def resolve(name: str, *args: Any, **kwargs: Any) -> Any:
+            if numbers["pod"] == "down":
+                raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+            return [(None, None, None, None, (numbers[name], 0))]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(posttroll._AddressList, "REFRESH", 0.01)
+        with config.set(authorized_client_addresses=["pod"]):
+            rules = posttroll.AccessRules()
+        assert not rules.refuses_address("192.0.2.1")
+        numbers["pod"] = "192.0.2.9"
+        wait_for(lambda: not rules.refuses_address("192.0.2.9"))
+        assert rules.refuses_address("192.0.2.1")
+        numbers["pod"] = "down"
+        asked = rules._addresses._asked
+        wait_for(lambda: rules.refuses_address("192.0.2.1") and rules._addresses._asked > asked + 0.05)
+        assert not rules.refuses_address("192.0.2.9")
+        rules._addresses._thread.join()
+
+    def test_a_name_of_several_hosts_is_no_reason_to_move(self, monkeypatch):
+        """Name servers say them in another order each time."""
+        answers = itertools.cycle([["10.0.0.9", "10.0.0.8"], ["10.0.0.8", "10.0.0.9"]])
+        moved: list[str] = []
+        monkeypatch.setattr(posttroll, "_numbers_of", lambda name: next(answers))
+        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0)
+        resolution = posttroll._Resolution("tcp://pod:9000", lambda: moved.append("moved"))
+        wait_for(resolution.check)
+        for _ in range(5):
+            wait_for(lambda: not resolution._is_asking)
+            resolution.ask()
+        wait_for(lambda: not resolution._is_asking)
+        assert (resolution.endpoint, moved) == ("tcp://10.0.0.9:9000", ["moved"])
+
 
 # ======================================================================================================================
 # 5. Asking the nameserver
@@ -4873,7 +5052,7 @@ class TestNamesWithSeveralAddresses:
         monkeypatch.setattr(posttroll._Resolution, "_free_threads", threading.Semaphore(1))
         monkeypatch.setattr(posttroll._Connections, "ASK_SOON", 0.05)
         port = free_port()
-        all_names = [f"name{number}" for number in range(5)]
+        all_names = [f"name{number}" for number in range(30)]
         names.update({name: ["127.0.0.2"] for name in all_names})
         with posttroll.Publisher(f"tcp://*:{port}"):
             with posttroll.Subscriber([f"tcp://{name}:{port}" for name in all_names]) as sub:
@@ -6611,6 +6790,26 @@ class TestSparkline:
         assert all(len(posttroll._sparkline(minute, width)) == width for width in range(61))
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         assert posttroll._sparkline(minute, 12) == "      ::==@@"
+
+    def test_what_is_overdue_stays_in_sight(self):
+        """Other rows are left out after a while."""
+        numbers = {"messages": 1, "bytes": 50, "ago": 1000.0, "last_minute": [0] * 60}
+        rows = [
+            {
+                "publisher": name,
+                "address": "a",
+                "subject": "/b",
+                "type": "beat",
+                "heartbeats_overdue": overdue,
+                **numbers,
+            }
+            for name, overdue in (("late", 3), ("slow", 0), ("other", None))
+        ]
+        view = {"seconds": 2000.0, "publishers": rows, "caught_up": 0, "missed": 0, "traffic": rows}
+        lines = posttroll._top_lines(view, {**view, "seconds": 0.0}, "", 0)
+        assert [line.split() for line in lines[3:]] == [
+            ["late", "a", "/b", "beat", "0.0", "0", "1000", "s", "ago", "3"]
+        ]
 
     def test_what_came_in_each_second(self):
         traffic = posttroll._Traffic()
