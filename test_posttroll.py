@@ -5058,6 +5058,7 @@ class TestNamesWithSeveralAddresses:
             with posttroll.Subscriber([f"tcp://{name}:{port}" for name in all_names]) as sub:
                 resolutions = sub._connections._names
                 self.until(sub, lambda: all(resolution.endpoints for resolution in resolutions.values()))
+                monkeypatch.setattr(posttroll._Connections, "RENEWAL", 100)
                 names.update({name: ["127.0.0.2", "127.0.0.3"] for name in all_names})
                 self.until(sub, lambda: all(len(resolution.endpoints) == 2 for resolution in resolutions.values()))
 
