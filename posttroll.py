@@ -2084,6 +2084,7 @@ class _Resolution:
     Attributes:
         endpoint: What to connect to, the address with a number for the host; None as long as it is not known.
         endpoints: All that the name stands for just now, that one among them.
+        asked: When the name was asked for last.
     """
 
     RETRY = 5.0
@@ -2094,7 +2095,7 @@ class _Resolution:
         self._host, self._port = tcp or ("", 0)
         self._on_success = on_success
         self._is_asking = False
-        self._asked = -self.RETRY
+        self.asked = -self.RETRY
         self.endpoint: str | None = None
         if self._host == "localhost":
             self._host, self.endpoint = "", tcp_address(loopback_address(), self._port)
@@ -2111,18 +2112,24 @@ class _Resolution:
             self.ask()
         return self.endpoint
 
-    def ask(self, pause: float | None = None) -> None:
-        """Ask (again) in the background, but not *pause* (`RETRY`) seconds after the last time; no number needs it."""
+    def ask(self, pause: float | None = None) -> bool:
+        """Ask (again) in the background, but not *pause* (`RETRY`) seconds after the last time; no number needs it.
+
+        Returns:
+            Whether that is done, or not due; False if too many are being asked for just now.
+        """
         pause = self.RETRY if pause is None else pause
-        is_due = self._host and not self._is_asking and time.monotonic() - self._asked >= pause
-        if is_due and self._free_threads.acquire(blocking=False):
+        is_due = self._host and not self._is_asking and time.monotonic() - self.asked >= pause
+        is_free = is_due and self._free_threads.acquire(blocking=False)
+        if is_free:
             self._is_asking = True
-            self._asked = time.monotonic()
+            self.asked = time.monotonic()
             try:
                 threading.Thread(target=self._resolve, name=f"resolve {self._host}", daemon=True).start()
             except RuntimeError:  # no more threads: asked again later
                 self._is_asking = False
                 self._free_threads.release()
+        return is_free or not is_due
 
     def _resolve(self) -> None:
         try:
@@ -3592,11 +3599,11 @@ class History:
 
     def _drop(self, messages: int, size: int) -> None:
         """Forget the oldest, until there are not more, and not larger ones."""
-        entries = self._entries
+        entries, before = self._entries, self.size
         while entries and (len(entries) > messages or self.size > size):
             self._newest_gone, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
-            self._gone += len(data) + self.OVERHEAD
+        self._gone += before - self.size
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
@@ -4980,6 +4987,7 @@ class _Connections:
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
     LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
+    ASK_SOON = 0.5  # seconds until what could not be asked for, as there are so many, has its turn
 
     def __init__(
         self,
@@ -5191,7 +5199,7 @@ class _Connections:
     def _tend(self) -> None:
         """Renew connections that ZeroMQ gave up, and ask again for the names, often for those that are down."""
         self._timer = None
-        for address in list(self._wanted):
+        for address in sorted(self._wanted, key=self._last_asked):
             connected = self._connected.get(address)
             resolution = self._names.get(address)
             if not connected or resolution is None:
@@ -5203,8 +5211,11 @@ class _Connections:
                 self._connect_again(address)
             if resolution.is_name:
                 is_up = all(self._links[sock, endpoint].is_up for endpoint, sock in connected.items())
-                resolution.ask(self.LOOK_AGAIN - 1 if is_up else resolution.RETRY)
-                self._tend_later(self.LOOK_AGAIN)
+                is_asked = resolution.ask(self.LOOK_AGAIN - 1 if is_up else resolution.RETRY)
+                self._tend_later(self.LOOK_AGAIN if is_asked else self.ASK_SOON)
+
+    def _last_asked(self, address: str) -> float:
+        return self._names[address].asked if address in self._names else float("-inf")
 
     def _renew(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
         """Make a connection anew if ZeroMQ has given it up some time ago."""

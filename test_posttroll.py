@@ -5047,6 +5047,20 @@ class TestNamesWithSeveralAddresses:
             pub.send(Message("/a", "b", "the last"))
             assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
 
+    def test_many_names_have_their_turn(self, names, monkeypatch):
+        """However many are asked for at once: here one, and each takes a while."""
+        monkeypatch.setattr(posttroll._Resolution, "_free_threads", threading.Semaphore(1))
+        monkeypatch.setattr(posttroll._Connections, "ASK_SOON", 0.05)
+        port = free_port()
+        all_names = [f"name{number}" for number in range(5)]
+        names.update({name: ["127.0.0.2"] for name in all_names})
+        with posttroll.Publisher(f"tcp://*:{port}"):
+            with posttroll.Subscriber([f"tcp://{name}:{port}" for name in all_names]) as sub:
+                resolutions = sub._connections._names
+                self.until(sub, lambda: all(resolution.endpoints for resolution in resolutions.values()))
+                names.update({name: ["127.0.0.2", "127.0.0.3"] for name in all_names})
+                self.until(sub, lambda: all(len(resolution.endpoints) == 2 for resolution in resolutions.values()))
+
     def test_of_its_own_addresses_a_host_uses_one(self, names, monkeypatch):
         port = free_port()
         monkeypatch.setattr(posttroll, "_without_own_twins", WITHOUT_OWN_TWINS)
