@@ -1562,6 +1562,17 @@ class TestIsoForms:
 
 
 class TestPickling:
+    def test_what_did_not_come_in_utf_8(self):
+        """It is sent on as it came; its pickle is as plain as any other, for other implementations."""
+        raw = "pytroll://a info user@host 2026-11-24T12:00:00 v1.01 text/ascii Zürich".encode("iso-8859-1")
+        message = Message.decode(raw)
+        assert message.encode().encode() == raw
+        assert message.data.encode() == "Zürich".encode()
+        assert type(message.__getstate__()) is str
+        assert pickle.loads(pickle.dumps(message)).data == "Zürich"
+        message.data = "Genève"
+        assert message.encode().encode().endswith("Genève".encode())
+
     """Pickles name the documented path, so that each implementation loads the other's."""
 
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -2629,6 +2640,14 @@ class TestDescribeNameserver:
             assert posttroll.describe_nameserver(f"localhost:{port}", DEADLINE) == {}
         (request,) = requests
         assert Message.decode(request).version == "v1.01"
+
+    @pytest.mark.parametrize("about", ["yes", 1, None, [True]])
+    def test_only_who_asks_for_it_is_told(self, about):
+        """All else is a lookup."""
+        with nameserver():
+            request = posttroll.Message("/oper/ns", "request", {"service": "", "about": about})
+            (answer,) = raw_request(config.get("nameserver_port"), request.encode().encode())
+        assert Message.decode(answer).data == ""
 
     def test_nobody(self):
         with pytest.raises(TimeoutError, match="no answer from the nameserver on localhost"):
@@ -11378,6 +11397,17 @@ class TestSecureChain:
 
 class TestStrangers:
     """Clients without a key on the list, on each kind of connection, beside one that may."""
+
+    @strangers
+    def test_learn_nothing_of_those_who_listen(self, keys, stranger):
+        with publishing() as pub, subscribing(pub.port_number) as sub:
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            assert next(sub.recv(0.1)) is None
+            address = local_address(pub.port_number)
+            with contextlib.closing(posttroll.Inquiry(address)) as friend, config.set(keys.of(stranger)):
+                assert friend.ask(DEADLINE)["subscribers"] == 1
+                with contextlib.closing(posttroll.Inquiry(address)) as inquiry:
+                    assert inquiry.ask(0.3) is None
 
     @strangers
     def test_receive_no_messages(self, keys, stranger, caplog):
