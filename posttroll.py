@@ -143,7 +143,7 @@ OPTIONS: dict[str, _Option] = {
     "receive_high_water_mark": _Option(
         None,
         "int",
-        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 1 GiB); 0 no limit",
+        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
     "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": _Option(4194304, "int", "bytes that they may take"),
@@ -2703,8 +2703,8 @@ def _usable_memory() -> int:
 
 
 def _default_receive_limit() -> int:
-    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have 512 bytes."""
-    return min(200000, _usable_memory() // 8 // 512)
+    """Return how many messages of a publisher may lie unread: an eighth of the memory, if they have a kilobyte."""
+    return min(200000, _usable_memory() // 8 // 1024)
 
 
 def _liveness_options(is_limited: bool) -> dict[int, int]:
@@ -5029,6 +5029,14 @@ class _Connections:
         link.is_greeted = True
         return link.begin, link.index
 
+    def is_doubled(self, sock: zmq.Socket[bytes], port: int) -> bool:
+        """Whether *sock* has several connections to this *port*, of one host perhaps that has several addresses."""
+        self._take_events(sock, self._monitors[sock])
+        links = [
+            link for (other, endpoint), link in self._links.items() if other is sock and endpoint.endswith(f":{port}")
+        ]
+        return sum(link.is_up for link in links) > 1
+
     def _connect_again(self, address: str) -> None:
         try:
             self._connect(address)
@@ -5261,6 +5269,7 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
+        is_doubled: Called with the port of a publisher that greets us again; whether there are several connections.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -5275,6 +5284,7 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
+        is_doubled: Callable[[int], bool],
         on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
@@ -5285,6 +5295,7 @@ class _CatchUp:
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
+        self._is_doubled = is_doubled
         self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
@@ -5297,15 +5308,40 @@ class _CatchUp:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
         self._open: list[_Source] = []  # those of which messages come live and under the mark
+        self._copies: Counter[int] | None = None  # what has come, while there are two connections to one publisher
+        self._doubled_port = 0
+        self._next_look = 0.0
 
-    def note(self, raw: bytes) -> None:
-        """Take note of a message that came live."""
+    def note(self, raw: bytes) -> bool:
+        """Take note of a message that came live; return whether it is new, no second copy by another connection."""
         self._index += 1
         digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
         self._recent.append(digest)
         if self._open:
             for source in self._open:
                 source.live[digest] += 1  # type: ignore[index]
+        return self._copies is None or self._count_copy(digest)
+
+    def _begin_copies(self, port: int) -> None:
+        """Take note that there is a second connection to a publisher: from now on what it sends comes twice.
+
+        So every other one of what looks the same is handed out, and of what has come just before one has been.
+        """
+        self._copies = Counter(dict.fromkeys(self._recent, 1))
+        self._doubled_port = port
+        self._next_look = time.monotonic() + 5
+
+    def _count_copy(self, digest: int) -> bool:
+        copies = cast("Counter[int]", self._copies)
+        copies[digest] += 1
+        if len(copies) > 2 * self.RECENT:
+            self._copies = copies = Counter({recent: copies[recent] for recent in self._recent})
+        now = time.monotonic()
+        if now > self._next_look:
+            self._next_look = now + 5
+            if not self._is_doubled(self._doubled_port):
+                self._copies = None
+        return copies[digest] % 2 == 1
 
     def freeze(self) -> int:
         """Remember what came until now, as a connection is down: its end may not have been confirmed.
@@ -5377,6 +5413,8 @@ class _CatchUp:
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
+        elif self._is_doubled(port):
+            self._begin_copies(port)
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -6066,8 +6104,8 @@ class _Inbox:
                 else:
                     return
                 content = raw if raw[:1] != b"~" else stream.take(raw)
-                if content is raw:
-                    stream.note(raw)
+                if content is raw and not stream.note(raw):
+                    content = None
                 if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
                     content = None
                 message = None if content is None else self._accept(content, stream)
@@ -6265,7 +6303,10 @@ class _SubscriberSockets:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        self._streams[sock] = stream = _CatchUp(sock, topics, since, self._note_missed, self._note_past, self._durable)
+        is_doubled = partial(self._connections.is_doubled, sock)
+        self._streams[sock] = stream = _CatchUp(
+            sock, topics, since, self._note_missed, is_doubled, self._note_past, self._durable
+        )
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
@@ -8729,6 +8770,11 @@ class _Meter:
         self._thread = threading.Thread(target=self._receive, name="posttroll meter", daemon=True)
         self._thread.start()
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether it still counts."""
+        return self._thread.is_alive()
+
     def _receive(self) -> None:
         for _ in self._subscriber.recv():  # it takes none of them, but counts them as they pass its filter
             pass
@@ -8841,6 +8887,8 @@ class _Network:
 
     def _look_up(self) -> None:
         """Ask where the publishers are, begin to count new ones, and forget what has been silent for long."""
+        if not self._meter.is_counting:  # nobody must take numbers for true that stand still
+            raise _CommandError("the counting has failed, see above.")
         known: dict[str, Mapping[str, Any]] = {}
         problems = []
         for host in self._up:

@@ -1568,6 +1568,105 @@ def measure_history(bench: Bench) -> None:
         more.add(side.name, costs["5000"] / costs["0"])
 
 
+CLIENTS_PROGRAM = """
+import sys, time, zmq
+ready, keys = [], [line.split() for line in sys.stdin]
+context = zmq.Context()
+for public, secret, server, address in keys:
+    sock = context.socket(zmq.SUB)
+    sock.curve_publickey, sock.curve_secretkey, sock.curve_serverkey = public.encode(), secret.encode(), server.encode()
+    sock.subscribe(b"pytroll:/")
+    sock.connect(address)
+    ready.append(sock)
+time.sleep(60)
+"""
+
+KEYS_PROGRAM = """
+import os, subprocess, sys, tempfile, time, posttroll, zmq
+count, clients, program = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+with tempfile.TemporaryDirectory() as directory:
+    pairs = []
+    for number in range(count):
+        pairs.append([key.decode() for key in zmq.curve_keypair()])
+        with open(f"{directory}/{number}.key", "w") as file:
+            file.write(f'curve\\n    public-key = "{pairs[-1][0]}"\\n')
+    posttroll.write_key_pair("server", directory + "/secret")
+    server = posttroll.config.set(backend="secure_zmq", clients_public_keys_directory=directory,
+        server_secret_key_file=directory + "/secret/server.key_secret")
+    with open(directory + "/secret/server.key") as file:
+        key = file.read().split('"')[1]
+    with posttroll.Publisher("tcp://*:0") as publisher:
+        lines = [[*pairs[n % count], key, f"tcp://127.0.0.1:{publisher.port_number}"] for n in range(clients)]
+        connecting = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, text=True)
+        before = time.process_time()
+        connecting.stdin.write("\\n".join(map(" ".join, lines)))
+        connecting.stdin.close()
+        publisher.wait_for_subscribers(clients, 60)
+        print((time.process_time() - before) / clients * 1e3)
+        connecting.kill()
+        connecting.wait()
+"""
+
+
+def measure_scale(bench: Bench) -> None:
+    """What grows faster than the work: it should cost the same however many there are."""
+    side = bench.sides[1]
+    announcement = bench.row("an announcement by multicast of one of 10,000: nameserver CPU", "us")
+    more_publishers = bench.row("  in relation to one of 1,000", "", 1.1, absolute=True)
+    answer = bench.row("all of 10,000 publishers, 200 ask at once: nameserver CPU each", "ms")
+    more_askers = bench.row("  in relation to 10 at once", "", 1.1, absolute=True)
+    client = bench.row("a CURVE client connects, 500 keys: CPU of the publisher", "ms")
+    more_keys = bench.row("  in relation to 10 keys", "", 1.1, absolute=True)
+    for _ in range(2 if bench.quick else 7):
+        process = side.nameserver(multicast=True)
+        few = announce_all(side, process.pid, 1000, 20000)
+        announcement.add(side.name, announce_all(side, process.pid, 10000, 20000))
+        more_publishers.add(side.name, announcement.samples[side.name][-1] / few)
+        few = ask_for_all(side, process.pid, 10)
+        answer.add(side.name, ask_for_all(side, process.pid, 200))
+        more_askers.add(side.name, answer.samples[side.name][-1] / few)
+        side.close()
+        costs = []
+        for keys in ("10", "500"):
+            command = [side.python, "-c", KEYS_PROGRAM, keys, "200", CLIENTS_PROGRAM]
+            run = subprocess.run(command, check=True, capture_output=True, text=True, **side.surroundings)
+            costs.append(float(run.stdout))
+        client.add(side.name, costs[1])
+        more_keys.add(side.name, costs[1] / costs[0])
+
+
+def announce_all(side: Side, pid: int, publishers: int, count: int) -> float:
+    """Announce so many publishers by multicast, again and again; return the CPU time of an announcement in us."""
+    names = [f"publisher_{number}" for number in range(publishers)]
+    texts = [floor_announcement(name, f"tcp://192.0.2.1:{9000 + n}").encode() for n, name in enumerate(names)]
+    target = side.environment["POSTTROLL_MC_GROUP"], int(side.environment["POSTTROLL_BROADCAST_PORT"])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        for first, number in ((True, publishers), (False, count)):
+            before = cpu_seconds(pid)
+            for index in range(number):
+                sock.sendto(texts[index % publishers], target)
+                if index % 20 == 19:
+                    time.sleep(0.002)  # for the buffer of its socket
+            time.sleep(0.5 if first else 0.1)
+    return (cpu_seconds(pid) - before) / count * 1e6
+
+
+def ask_for_all(side: Side, pid: int, askers: int) -> float:
+    """Ask the nameserver for all publishers, so many at once; return the CPU time of an answer in ms."""
+    request = floor_encode("/oper/ns", "request", {"service": ""}).replace(" v1.2 ", " v1.01 ")
+    with contextlib.ExitStack() as stack:
+        context = stack.enter_context(zmq.Context())
+        socks = [stack.enter_context(context.socket(zmq.REQ)) for _ in range(askers)]
+        before = cpu_seconds(pid)
+        for sock in socks:
+            sock.connect(f"tcp://127.0.0.1:{side.environment['POSTTROLL_NAMESERVER_PORT']}")
+            sock.send_string(request)
+        for sock in socks:
+            sock.recv()
+        return (cpu_seconds(pid) - before) / askers * 1e3
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "messages": measure_messages,
     "receive": measure_receive,
@@ -1580,6 +1679,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "addresses": measure_addresses,
     "fanout": measure_fanout,
     "history": measure_history,
+    "scale": measure_scale,
     "idle": measure_idle,
     "many": measure_many_publishers,
     "first": measure_first,
