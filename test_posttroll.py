@@ -6077,16 +6077,23 @@ class TestLookingIn:
                 assert running.wait(DEADLINE) == 0
 
     def test_quiet_and_verbose(self):
-        words = ["subscribe", "--service", "nobody", "--nameserver", "127.0.0.1:1", "--timeout", 2.5]
+        words = ["subscribe", "--service", "nobody", "--nameserver", "127.0.0.1:1", "--timeout", 2.5, "-q"]
+        assert run_command(*words)[2] == "posttroll subscribe: 0 of 1 messages came.\n"  # without the warning
         told = []
-        for loudness in ("-q", "-v", "-vv"):
-            _, _, err = run_command(*words, loudness)
-            told.append(err)
-        assert told[0] == "posttroll subscribe: 0 of 1 messages came.\n"
-        assert "WARNING posttroll.subscriber: Can't get any address for nobody" in told[1]
-        assert "DEBUG" not in told[1]
-        assert "DEBUG posttroll.subscriber: Subscribing to topics" in told[2]
+        for loudness in ("-v", "-vv"):
+            address = local_address(free_port())
+            told.append(run_command("subscribe", "--address", address, "--timeout", 0.1, loudness)[2])
+        assert "DEBUG" not in told[0]
+        assert "DEBUG posttroll.subscriber: Subscribed to tcp://" in told[1]
         assert run_command("publish", "/a", "info", "--subscribers", 0, "-q")[1:] == ("", "")
+
+    def test_verbose_tells_of_publishers(self):
+        with nameserver(), posttroll.Publish("a_name", nameservers=["localhost"]) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_name"))
+            with command("subscribe", "--service", "a_name", "-n", 1, "-v") as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("x"))
+                assert "INFO posttroll.subscriber: New publisher at tcp://" in finish(running)[2]
 
 
 class TestPing:
@@ -6156,13 +6163,13 @@ class TestPing:
 
     def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
         with posttroll.Publisher("tcp://*:0") as pub:
-            words = ("--address", local_address(pub.port_number), "-c", 40, "--interval", 0.05, "--timeout", 0.05)
+            words = ("--address", local_address(pub.port_number), "-c", 20, "--interval", 0.05, "--timeout", 0.05)
             with command("ping", *words) as running:
                 await_line(running, "seq=1 time")
                 pub.stop()
                 status, out, err = finish(running)
         assert (status, err) == (0, "")
-        assert re.search(r"40 asked, [1-3]?\d answered, [1-9]\d?% lost", out)
+        assert re.search(r"20 asked, 1?\d answered, [1-9]\d?% lost", out)
 
 
 class TestRelayCommand:
@@ -6209,29 +6216,29 @@ class TestRelayCommand:
             status, out, err = self.end(running)
         assert (status, out, err) == (0, "", "7 messages relayed\n")
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
     def test_a_restart_loses_nothing(self, source, number):
-        """While messages are sent; only what was in hand may come twice, after SIGKILL."""
+        """While messages are sent; only the one in hand may come twice, after SIGKILL."""
         port = free_port()
         numbers = Numbers(source)
         words = ("--durable", "name", "--out-set", "discovery_seconds=1.5")  # longer than until it is found again
         with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
-            for _ in range(2):
-                with self.relay(source, port, *words) as running:
-                    numbers.send(200, 0.0005)
-                    wait_for(lambda: data)
-                    if number == signal.SIGINT:  # from the terminal: to both processes
-                        os.killpg(running.pid, number)
-                    else:
-                        running.send_signal(number)
-                    numbers.send(100, 0.0005)
-                    status = running.wait(DEADLINE)
-                assert status == (0 if number != signal.SIGKILL else -number)
-            with self.relay(source, port, *words):
+            with self.relay(source, port, *words) as running:
+                numbers.send(200, 0.0005)
+                wait_for(lambda: data)
+                if number == signal.SIGINT:  # from the terminal: to both processes
+                    os.killpg(running.pid, number)
+                else:
+                    running.send_signal(number)
+                numbers.send(100, 0.0005)
+                status = running.wait(DEADLINE)
+            assert status == (0 if number != signal.SIGKILL else -number)
+            with self.relay(source, port, *words) as running:
                 wait_for(lambda: len(set(data)) == numbers.count)
+                assert running.poll() is None
             counts = collections.Counter(data)
         assert sorted(counts) == list(range(numbers.count))
-        assert sum(counts.values()) - len(counts) <= (2 if number == signal.SIGKILL else 0)
+        assert sum(counts.values()) - len(counts) <= (number == signal.SIGKILL)
 
     def test_two_relays_in_a_circle(self, source):
         """Nothing goes round twice; the same text sent twice is sent twice."""
@@ -7195,9 +7202,6 @@ class TestMap:
                 wait_for(lambda: posttroll.get_pub_address("a_name"))
                 out = run_command("map", "--seconds", 0)[1]
         assert out.splitlines()[1:] == ["  sends  nothing while we listened", "  to     nobody"]
-        status, _, err = run_command("map", "--set", "nameserver_port=1")
-        assert status == 1
-        assert "no answer from the nameserver" in err
 
 
 class TestHelpAndCompletion:
