@@ -15107,6 +15107,18 @@ class TestFullQueues:
                 for data in (one, two, three):
                     assert sorted(number for number, _ in data) == list(range(numbers.count))
 
+    def test_who_never_reads_is_tried_less_and_less_often(self):
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 1) as ([sub], _):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            numbers.send(1)
+            assert len(received_data(sub)) == 1
+            wait_for(lambda: next(sub.recv(0)) is None and not pub._audience.unserved())
+            numbers.send(500)
+            wait_for(lambda: pub._audience._pause == pub._audience.LONGEST_PAUSE)
+            with serving(sub) as data:
+                await_count(data, 500)
+                wait_for(lambda: not pub._audience.unserved() and not pub._audience._pause)
+
     def test_the_same_text_while_a_queue_is_full(self):
         text = text_message("x" * 20_000)
         with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 2) as (subs, _):
