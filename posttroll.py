@@ -2119,7 +2119,7 @@ class _Resolution:
             Whether that is done, or not due; False if too many are being asked for just now.
         """
         pause = self.RETRY if pause is None else pause
-        is_due = self._host and not self._is_asking and time.monotonic() - self.asked >= pause
+        is_due = bool(self._host) and not self._is_asking and time.monotonic() - self.asked >= pause
         is_free = is_due and self._free_threads.acquire(blocking=False)
         if is_free:
             self._is_asking = True

@@ -5071,7 +5071,7 @@ class TestNamesWithSeveralAddresses:
         monkeypatch.setattr(posttroll._Resolution, "_free_threads", threading.Semaphore(1))
         monkeypatch.setattr(posttroll._Connections, "ASK_SOON", 0.05)
         port = free_port()
-        all_names = [f"name{number}" for number in range(5)]
+        all_names = [f"name{number}" for number in range(30)]
         names.update({name: ["127.0.0.2"] for name in all_names})
         with posttroll.Publisher(f"tcp://*:{port}"):
             with posttroll.Subscriber([f"tcp://{name}:{port}" for name in all_names]) as sub:
