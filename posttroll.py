@@ -3905,6 +3905,9 @@ class _Audience(_Listeners):
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
     ANSWERS = 100  # to questions in a second, and what is listed in each
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
+    LONGEST_PAUSE = 0.1  # seconds until it is tried again whether a full queue has room
+
+    _pause = 0.0
 
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
@@ -3979,7 +3982,7 @@ class _Audience(_Listeners):
         if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
             peer.hello = peer.told = number
         else:
-            self._catch_up_soon(0.02)
+            self._catch_up_soon(self.LONGEST_PAUSE)
 
     def look(self, now: float) -> None:
         """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
@@ -4071,8 +4074,10 @@ class _Audience(_Listeners):
                 self._greet(peer)
         behind = [peer for peer in self.peers.values() if peer.after is not None and peer.has_asked]
         are_served = [self._hears(peer) and self._send_past(peer) for peer in behind]
+        is_stuck = bool(behind) and not any(are_served)
+        self._pause = min(self._pause + 0.02, self.LONGEST_PAUSE) if is_stuck else 0
         if any(peer.after is not None for peer in behind):
-            self._catch_up_soon(0 if any(are_served) else 0.02)
+            self._catch_up_soon(self._pause)
 
     def _send_past(self, peer: _Peer) -> bool:
         """Send a part of what *peer* has to catch up; return False if its queue is full."""
@@ -6379,7 +6384,9 @@ class Subscriber(_SubscriberSockets):
 
     Attributes:
         missed: How many messages are gone, of publishers that could not be heard for a while: they were more than those
-            keep, whatever their subjects.  Each time that is also logged as a warning.
+            keep.  Each time that is also logged as a warning.  It is rather too large than too small: messages of all
+            subjects count, and those that came just before the connection was lost, after the publisher had last told
+            how many it had sent (it does so ten times a second).
         caught_up: How many messages of the past have come: of before the subscriber (see *since* and *durable*), or of
             the time when a publisher could not be heard.
 

@@ -1562,6 +1562,17 @@ class TestIsoForms:
 
 
 class TestPickling:
+    def test_what_did_not_come_in_utf_8(self):
+        """It is sent on as it came; its pickle is as plain as any other, for other implementations."""
+        raw = "pytroll://a info user@host 2026-11-24T12:00:00 v1.01 text/ascii Zürich".encode("iso-8859-1")
+        message = Message.decode(raw)
+        assert message.encode().encode() == raw
+        assert message.data.encode() == "Zürich".encode()
+        assert type(message.__getstate__()) is str
+        assert pickle.loads(pickle.dumps(message)).data == "Zürich"
+        message.data = "Genève"
+        assert message.encode().encode().endswith("Genève".encode())
+
     """Pickles name the documented path, so that each implementation loads the other's."""
 
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -2808,6 +2819,14 @@ class TestDescribeNameserver:
             assert posttroll.describe_nameserver(f"localhost:{port}", DEADLINE) == {}
         (request,) = requests
         assert Message.decode(request).version == "v1.01"
+
+    @pytest.mark.parametrize("about", ["yes", 1, None, [True]])
+    def test_only_who_asks_for_it_is_told(self, about):
+        """All else is a lookup."""
+        with nameserver():
+            request = posttroll.Message("/oper/ns", "request", {"service": "", "about": about})
+            (answer,) = raw_request(config.get("nameserver_port"), request.encode().encode())
+        assert Message.decode(answer).data == ""
 
     def test_nobody(self):
         with pytest.raises(TimeoutError, match="no answer from the nameserver on localhost"):
@@ -6252,16 +6271,23 @@ class TestLookingIn:
                 assert running.wait(DEADLINE) == 0
 
     def test_quiet_and_verbose(self):
-        words = ["subscribe", "--service", "nobody", "--nameserver", "127.0.0.1:1", "--timeout", 2.5]
+        words = ["subscribe", "--service", "nobody", "--nameserver", "127.0.0.1:1", "--timeout", 2.5, "-q"]
+        assert run_command(*words)[2] == "posttroll subscribe: 0 of 1 messages came.\n"  # without the warning
         told = []
-        for loudness in ("-q", "-v", "-vv"):
-            _, _, err = run_command(*words, loudness)
-            told.append(err)
-        assert told[0] == "posttroll subscribe: 0 of 1 messages came.\n"
-        assert "WARNING posttroll.subscriber: Can't get any address for nobody" in told[1]
-        assert "DEBUG" not in told[1]
-        assert "DEBUG posttroll.subscriber: Subscribing to topics" in told[2]
+        for loudness in ("-v", "-vv"):
+            address = local_address(free_port())
+            told.append(run_command("subscribe", "--address", address, "--timeout", 0.1, loudness)[2])
+        assert "DEBUG" not in told[0]
+        assert "DEBUG posttroll.subscriber: Subscribed to tcp://" in told[1]
         assert run_command("publish", "/a", "info", "--subscribers", 0, "-q")[1:] == ("", "")
+
+    def test_verbose_tells_of_publishers(self):
+        with nameserver(), posttroll.Publish("a_name", nameservers=["localhost"]) as pub:
+            wait_for(lambda: posttroll.get_pub_address("a_name"))
+            with command("subscribe", "--service", "a_name", "-n", 1, "-v") as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                pub.send(text_message("x"))
+                assert "INFO posttroll.subscriber: New publisher at tcp://" in finish(running)[2]
 
 
 class TestPing:
@@ -6331,13 +6357,13 @@ class TestPing:
 
     def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
         with posttroll.Publisher("tcp://*:0") as pub:
-            words = ("--address", local_address(pub.port_number), "-c", 40, "--interval", 0.05, "--timeout", 0.05)
+            words = ("--address", local_address(pub.port_number), "-c", 20, "--interval", 0.05, "--timeout", 0.05)
             with command("ping", *words) as running:
                 await_line(running, "seq=1 time")
                 pub.stop()
                 status, out, err = finish(running)
         assert (status, err) == (0, "")
-        assert re.search(r"40 asked, [1-3]?\d answered, [1-9]\d?% lost", out)
+        assert re.search(r"20 asked, 1?\d answered, [1-9]\d?% lost", out)
 
 
 class TestRelayCommand:
@@ -6384,29 +6410,29 @@ class TestRelayCommand:
             status, out, err = self.end(running)
         assert (status, out, err) == (0, "", "7 messages relayed\n")
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
     def test_a_restart_loses_nothing(self, source, number):
-        """While messages are sent; only what was in hand may come twice, after SIGKILL."""
+        """While messages are sent; only the one in hand may come twice, after SIGKILL."""
         port = free_port()
         numbers = Numbers(source)
         words = ("--durable", "name", "--out-set", "discovery_seconds=1.5")  # longer than until it is found again
         with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
-            for _ in range(2):
-                with self.relay(source, port, *words) as running:
-                    numbers.send(200, 0.0005)
-                    wait_for(lambda: data)
-                    if number == signal.SIGINT:  # from the terminal: to both processes
-                        os.killpg(running.pid, number)
-                    else:
-                        running.send_signal(number)
-                    numbers.send(100, 0.0005)
-                    status = running.wait(DEADLINE)
-                assert status == (0 if number != signal.SIGKILL else -number)
-            with self.relay(source, port, *words):
+            with self.relay(source, port, *words) as running:
+                numbers.send(200, 0.0005)
+                wait_for(lambda: data)
+                if number == signal.SIGINT:  # from the terminal: to both processes
+                    os.killpg(running.pid, number)
+                else:
+                    running.send_signal(number)
+                numbers.send(100, 0.0005)
+                status = running.wait(DEADLINE)
+            assert status == (0 if number != signal.SIGKILL else -number)
+            with self.relay(source, port, *words) as running:
                 wait_for(lambda: len(set(data)) == numbers.count)
+                assert running.poll() is None
             counts = collections.Counter(data)
         assert sorted(counts) == list(range(numbers.count))
-        assert sum(counts.values()) - len(counts) <= (2 if number == signal.SIGKILL else 0)
+        assert sum(counts.values()) - len(counts) <= (number == signal.SIGKILL)
 
     def test_two_relays_in_a_circle(self, source):
         """Nothing goes round twice; the same text sent twice is sent twice."""
@@ -7390,9 +7416,6 @@ class TestMap:
                 wait_for(lambda: posttroll.get_pub_address("a_name"))
                 out = run_command("map", "--seconds", 0)[1]
         assert out.splitlines()[1:] == ["  sends  nothing while we listened", "  to     nobody"]
-        status, _, err = run_command("map", "--set", "nameserver_port=1")
-        assert status == 1
-        assert "no answer from the nameserver" in err
 
 
 class TestHelpAndCompletion:
@@ -11629,6 +11652,17 @@ class TestStrangers:
     """Clients without a key on the list, on each kind of connection, beside one that may."""
 
     @strangers
+    def test_learn_nothing_of_those_who_listen(self, keys, stranger):
+        with publishing() as pub, subscribing(pub.port_number) as sub:
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            assert next(sub.recv(0.1)) is None
+            address = local_address(pub.port_number)
+            with contextlib.closing(posttroll.Inquiry(address)) as friend, config.set(keys.of(stranger)):
+                assert friend.ask(DEADLINE)["subscribers"] == 1
+                with contextlib.closing(posttroll.Inquiry(address)) as inquiry:
+                    assert inquiry.ask(0.3) is None
+
+    @strangers
     def test_receive_no_messages(self, keys, stranger, caplog):
         with publishing() as publisher, subscribing(publisher.port_number, **keys.of(stranger)) as outside:
             wait_for(was_refused(caplog))
@@ -14556,17 +14590,21 @@ class TestCatchingUp:
     @pytest.mark.parametrize("port", ["the same port", "another port"])
     def test_a_publisher_that_is_killed_and_restarted(self, port, host, impatient, monkeypatch):
         """All of its first life that has left it, and all of its second life, from its first message on."""
+        is_reached_twice = port == "the same port" and host != "127.0.0.1"  # by its old address, too
         port = free_port() if port == "the same port" else 0
+        monkeypatch.setenv("POSTTROLL_ANNOUNCED_ADDRESS", "127.0.0.1")
         with nameserver(), posttroll.Subscribe("numbers", addr_listener=True, timeout=0) as sub, serving(sub) as data:
             for life in ("one", "two", "three"):
                 with python(NUMBERS_PROCESS, port, life) as running:
                     command_of(running, "send 100", "await 1", "send 100")
-                    wait_for(lambda life=life: len([each for each in data if each[0] == life]) >= 200)
+                    wait_for(lambda life=life: len({tuple(each) for each in data if each[0] == life}) >= 200)
                     running.kill()
                     running.wait()
                 monkeypatch.setenv("POSTTROLL_ANNOUNCED_ADDRESS", host)
             sub.stop()
-        assert sorted(data) == sorted([life, number] for life in ("one", "two", "three") for number in range(200))
+        counts = collections.Counter(map(tuple, data))
+        assert sorted(counts) == sorted((life, number) for life in ("one", "two", "three") for number in range(200))
+        assert max(counts.values()) <= 1 + is_reached_twice
 
     def test_a_subscriber_that_is_stopped_for_a_while(self, short_heartbeats):
         """As if its host were suspended: the publisher sends meanwhile; then it goes on."""
@@ -15398,6 +15436,18 @@ class TestFullQueues:
                 wait_for(lambda: not pub._audience.unserved())
                 for data in (one, two, three):
                     assert sorted(number for number, _ in data) == list(range(numbers.count))
+
+    def test_who_never_reads_is_tried_less_and_less_often(self):
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 1) as ([sub], _):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            numbers.send(1)
+            assert len(received_data(sub)) == 1
+            wait_for(lambda: next(sub.recv(0)) is None and not pub._audience.unserved())
+            numbers.send(500)
+            wait_for(lambda: pub._audience._pause == pub._audience.LONGEST_PAUSE)
+            with serving(sub) as data:
+                await_count(data, 500)
+                wait_for(lambda: not pub._audience.unserved() and not pub._audience._pause)
 
     def test_the_same_text_while_a_queue_is_full(self):
         text = text_message("x" * 20_000)
