@@ -15876,6 +15876,16 @@ class TestMarks:
             assert len(pub._audience.peers) < 10
             assert pub.dropped == 0
 
+    def test_what_is_asked_of_another_publisher(self):
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.stranger(pub) as sock:
+            Numbers(pub).send(3)
+            sock.send(b"\1" + self.mark())
+            for kind in (b"H", b"E"):
+                assert sock.poll(DEADLINE * 1000)
+                assert sock.recv().startswith(self.mark() + b"\0" + kind)
+                sock.send(b"\1" + self.mark() + b"/" + b"f" * 16 + b"/0+0@0,3/")
+                sock.send(self.ask(pub, 1, "3+0@0,3/"))
+
     def test_thousands_of_marks(self, monkeypatch):
         """Each is a subscriber for its publisher; there is a limit, and others are served all the same."""
         monkeypatch.setattr(posttroll._Audience, "PEERS", 2000)
