@@ -6510,7 +6510,7 @@ class TestRelayCommand:
             status, out, err = finish(running)
         assert (status, out) == (1, "")
         assert err == "0 messages relayed\nposttroll relay: the end that publishes has ended, with status -9.\n"
-        with self.relay(source, port, "--durable", "name"), posttroll.Subscriber([local_address(port)]) as sub:
+        with posttroll.Subscriber([local_address(port)]) as sub, self.relay(source, port, "--durable", "name"):
             assert sorted(received_data(sub, 5)) == list(range(5))
 
     def test_only_one_of_several_copies(self, source):
