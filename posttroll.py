@@ -103,7 +103,7 @@ class ConfigurationError(ValueError):
     """A setting is missing, or its value (or the file that it names) cannot be used."""
 
 
-class _Option:
+class Option:
     """A row of the table of options: what a key means and what it may hold."""
 
     def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
@@ -113,54 +113,54 @@ class _Option:
         self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
 
-OPTIONS: dict[str, _Option] = {
-    "backend": _Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
-    "message_version": _Option("v1.2", "v1.2|v1.01|auto", "format of new messages; v1.01 drops time zones"),
-    "nameserver": _Option(None, "hosts", "nameservers to ask in place of the default localhost; none for nobody"),
-    "nameservers": _Option(None, "hosts", "nameservers to register with in place of multicast; none for nowhere"),
-    "announced_address": _Option(
+OPTIONS: dict[str, Option] = {
+    "backend": Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
+    "message_version": Option("v1.2", "v1.2|v1.01|auto", "format of new messages; v1.01 drops time zones"),
+    "nameserver": Option(None, "hosts", "nameservers to ask in place of the default localhost; none for nobody"),
+    "nameservers": Option(None, "hosts", "nameservers to register with in place of multicast; none for nowhere"),
+    "announced_address": Option(
         None, "str", "host or host:port that publishers announce in place of the address of this host"
     ),
-    "nameserver_port": _Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
-    "secure_zmq_nameserver_port": _Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
-    "address_publish_port": _Option(16543, "port", "where the nameserver publishes new and lost addresses"),
-    "broadcast_port": _Option(21200, "port", "announcements: UDP multicast, or TCP to listed nameservers"),
-    "mc_group": _Option("225.0.0.212", "str", "multicast group of the announcements", "PYTROLL_MC_GROUP"),
-    "multicast_interface": _Option(None, "str", "address or name of the interface for multicast"),
-    "mc_ttl": _Option(31, "int", "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
-    "pub_min_port": _Option(49152, "port", "lowest port that a publisher picks"),
-    "pub_max_port": _Option(65536, "int", "end of the range that a publisher picks from (not included)"),
-    "tcp_keepalive": _Option(None, "int", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
-    "tcp_keepalive_cnt": _Option(None, "int", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
-    "tcp_keepalive_idle": _Option(None, "int", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
-    "tcp_keepalive_intvl": _Option(None, "int", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
-    "zmtp_heartbeat_interval": _Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
-    "zmtp_heartbeat_timeout": _Option(30, "number", "seconds without a sign of life until a connection is given up"),
-    "send_high_water_mark": _Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
-    "send_high_water_bytes": _Option(
+    "nameserver_port": Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
+    "secure_zmq_nameserver_port": Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
+    "address_publish_port": Option(16543, "port", "where the nameserver publishes new and lost addresses"),
+    "broadcast_port": Option(21200, "port", "announcements: UDP multicast, or TCP to listed nameservers"),
+    "mc_group": Option("225.0.0.212", "str", "multicast group of the announcements", "PYTROLL_MC_GROUP"),
+    "multicast_interface": Option(None, "str", "address or name of the interface for multicast"),
+    "mc_ttl": Option(31, "int", "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
+    "pub_min_port": Option(49152, "port", "lowest port that a publisher picks"),
+    "pub_max_port": Option(65536, "int", "end of the range that a publisher picks from (not included)"),
+    "tcp_keepalive": Option(None, "int", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
+    "tcp_keepalive_cnt": Option(None, "int", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
+    "tcp_keepalive_idle": Option(None, "int", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
+    "tcp_keepalive_intvl": Option(None, "int", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
+    "zmtp_heartbeat_interval": Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
+    "zmtp_heartbeat_timeout": Option(30, "number", "seconds without a sign of life until a connection is given up"),
+    "send_high_water_mark": Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_bytes": Option(
         None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
     ),
-    "receive_high_water_mark": _Option(
+    "receive_high_water_mark": Option(
         None,
         "int",
         "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
-    "history_messages": _Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
-    "history_bytes": _Option(4194304, "int", "bytes that they may take"),
-    "history_seconds": _Option(600, "number", "how old they may be"),
-    "durable_directory": _Option(
+    "history_messages": Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
+    "history_bytes": Option(4194304, "int", "bytes that they may take"),
+    "history_seconds": Option(600, "number", "how old they may be"),
+    "durable_directory": Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
     ),
-    "heartbeat_interval": _Option(
+    "heartbeat_interval": Option(
         0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
     ),
-    "discovery_seconds": _Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
-    "max_services": _Option(20000, "int", "publishers that the nameserver keeps at most"),
-    "client_secret_key_file": _Option(None, "path", "CURVE: this host's secret key when it connects"),
-    "server_public_key_file": _Option(None, "path", "CURVE: the public key that servers prove to have"),
-    "server_secret_key_file": _Option(None, "path", "CURVE: the secret key of publishers and nameserver"),
-    "clients_public_keys_directory": _Option(None, "path", "CURVE: the public keys that may connect"),
-    "authorized_client_addresses": _Option(None, "list", "names, addresses, networks that may connect"),
+    "discovery_seconds": Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
+    "max_services": Option(20000, "int", "publishers that the nameserver keeps at most"),
+    "client_secret_key_file": Option(None, "path", "CURVE: this host's secret key when it connects"),
+    "server_public_key_file": Option(None, "path", "CURVE: the public key that servers prove to have"),
+    "server_secret_key_file": Option(None, "path", "CURVE: the secret key of publishers and nameserver"),
+    "clients_public_keys_directory": Option(None, "path", "CURVE: the public keys that may connect"),
+    "authorized_client_addresses": Option(None, "list", "names, addresses, networks that may connect"),
 }
 
 _UNSET: Any = object()
@@ -249,7 +249,7 @@ class Config:
     `ConfigurationError` until `refresh` has read them again: what they might say must not be taken for not said.
     """
 
-    def __init__(self, name: str = "posttroll", options: Mapping[str, _Option] = OPTIONS) -> None:
+    def __init__(self, name: str = "posttroll", options: Mapping[str, Option] = OPTIONS) -> None:
         self.name = name
         self._options = options
         self._prefix = name.upper() + "_"
@@ -322,7 +322,7 @@ class Config:
         cache[key] = (raw_variable, raw_text, old_variable, value)
         return value, source
 
-    def _find(self, key: str, variable: str, text: str | None, option: _Option | None) -> tuple[Any, str]:
+    def _find(self, key: str, variable: str, text: str | None, option: Option | None) -> tuple[Any, str]:
         """Return the unchecked value of *key* from the first layer that has it."""
         files = self._files()
         parts = key.split(".")
@@ -330,12 +330,12 @@ class Config:
         if value is not _UNSET and not isinstance(value, Mapping):
             return value, "code"
         if text is not None:
-            return _literal(text), f"${variable}"
+            return parse_literal(text), f"${variable}"
         if option is not None and option.old_name is not None:
             old_text = os.environ.get(option.old_name)
             if old_text is not None:
                 warnings.warn(f"${option.old_name} is deprecated, use ${variable}.", PendingDeprecationWarning, 4)
-                return _literal(old_text), f"${option.old_name}"
+                return parse_literal(old_text), f"${option.old_name}"
         found: Any = _UNSET
         source = "default"
         layers = [("default", self._defaults), *files]
@@ -358,7 +358,7 @@ class Config:
                 *path, last = name[len(self._prefix) :].lower().split("__")
                 for part in path:
                     node = node.setdefault(part, {})
-                node[last] = _literal(text)
+                node[last] = parse_literal(text)
         return tree
 
     def __getitem__(self, key: str) -> Any:
@@ -523,7 +523,7 @@ def _raw_variable(name: str) -> Any:
     return os.environ.encodekey(name) if hasattr(os.environ, "_data") else name
 
 
-def _literal(text: str) -> Any:
+def parse_literal(text: str) -> Any:
     """Return the Python literal that *text* is, else *text*."""
     try:
         return ast.literal_eval(text)
@@ -531,7 +531,7 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _wrong_value(name: str, key: str, value: Any, source: str, option: _Option, expected: str) -> Exception:
+def _wrong_value(name: str, key: str, value: Any, source: str, option: Option, expected: str) -> Exception:
     """Return the error for a value of the wrong type, saying what to change and where."""
     text = f"{name} configuration: {key} is {value!r} (from {source}), but must be {expected}."
     # An unknown backend is "not implemented", as in other implementations of this system.
@@ -654,7 +654,7 @@ _DATETIME = re.compile(
 _JSON_DATE = re.compile(r'"\d\d\d\d-?\d\d-?\d\d["T ]', re.ASCII)  # what may be one, quickly found
 
 
-def _parse_datetime(text: str) -> datetime | None:
+def parse_datetime(text: str) -> datetime | None:
     """Return the datetime that *text* is in ISO 8601, None if it is none."""
     if _ISO_FORMAT.fullmatch(text) is None:
         match = _DATETIME.fullmatch(text)
@@ -695,7 +695,7 @@ def datetime_decoder(dct: Any) -> Any:
                 kind = type(value)
                 if kind is str:
                     if "0" <= value < ":" and len(value) > 9 and (value[4] == "-" or value[8] in "T "):
-                        moment = _parse_datetime(value)
+                        moment = parse_datetime(value)
                         if moment is not None:
                             container[key] = moment
                 elif kind is dict or kind is list:
@@ -788,7 +788,7 @@ def _refuse_datetime(obj: Any) -> str:
 _to_json_without_datetime = json.JSONEncoder(check_circular=False, default=_refuse_datetime).encode
 
 
-def _dumps(data: Any, version: str) -> tuple[str, str]:
+def dump_data(data: Any, version: str) -> tuple[str, str]:
     """Serialise *data* for a message of *version*; return the text and the version, chosen if it was ``auto``."""
     try:
         if version == "auto":
@@ -852,7 +852,7 @@ def _travels_as_it_is(text: str) -> bool:
     return True
 
 
-def _encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str]:
+def encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str]:
     """Return the text that stands for binary *data*: a data URL's beginning (or nothing), and the rest."""
     if not isinstance(data, str):
         return _BYTES_URL, binascii.b2a_base64(data, newline=False).decode("ascii")
@@ -862,7 +862,7 @@ def _encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str
 
 
 def _decode_binary(text: str) -> str | bytes:
-    """Return the data that `_encode_binary` made the URL *text* of; another sender's is returned as it is."""
+    """Return the data that `encode_binary` made the URL *text* of; another sender's is returned as it is."""
     if not text.startswith((_BYTES_URL, _TEXT_URL)):
         return text
     try:
@@ -886,9 +886,9 @@ def _encode_data(data: Any, binary: bool, version: str) -> tuple[str, str, str]:
         if _travels_as_it_is(data):
             return " text/ascii ", data, _lowest(version)
     elif isinstance(data, (bytes, bytearray, memoryview, str)):
-        url, text = _encode_binary(data)
+        url, text = encode_binary(data)
         return " binary/octet-stream " + url, text, _lowest(version)
-    text, version = _dumps(data, version)
+    text, version = dump_data(data, version)
     return " application/json ", text, version
 
 
@@ -924,7 +924,7 @@ def is_valid_data(obj: Any, version: str = "v1.2") -> bool:
     """Whether *obj* can be encoded as JSON, datetimes included."""
     try:
         _check_nesting(obj)
-        _dumps(obj, version)
+        dump_data(obj, version)
     except MessageError:
         return False
     return True
@@ -1145,7 +1145,7 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
 
 def _parse_timestamp(text: str) -> datetime:
     """Return the time in a header; raises MessageError if it is none."""
-    moment = _parse_datetime(text)
+    moment = parse_datetime(text)
     if moment is None:
         raise MessageError(f"Invalid time: {text[:80]!r}")
     return moment
@@ -1169,7 +1169,7 @@ def _decode_json(text: str) -> Any:
         if text.count("[") + text.count("{") > _MAX_NESTING:
             _check_nesting(data)
         return data
-    return (_parse_datetime(data) or data) if type(data) is str else datetime_decoder(data)
+    return (parse_datetime(data) or data) if type(data) is str else datetime_decoder(data)
 
 
 class _Latin1Text(str):
@@ -2189,17 +2189,19 @@ def generate_keys(args: Sequence[str] | None = None) -> None:
         "current directory if not otherwise specified) with the suffixes '.key' and '.key_secret'. The name of the "
         "files will be the one provided.",
     )
-    _add_key_arguments(parser)
-    _run_generate_keys(parser.parse_args(args))
+    add_key_arguments(parser)
+    run_generate_keys_command(parser.parse_args(args))
 
 
-def _add_key_arguments(parser: argparse.ArgumentParser) -> None:
+def add_key_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``posttroll-generate-keys``."""
     parser.add_argument("name", help="Name of the file.")
     parser.add_argument("-d", "--directory", default=".", help="Directory to place the keys in.")
     parser.add_argument("--force", action="store_true", help="Overwrite existing keys.")
 
 
-def _run_generate_keys(options: argparse.Namespace) -> int:
+def run_generate_keys_command(options: argparse.Namespace) -> int:
+    """Write a pair of keys; return the exit status."""
     try:
         paths = write_key_pair(options.name, options.directory, options.force)
     except OSError as error:
@@ -2273,7 +2275,7 @@ def configured_backend(name: str | None = None) -> str:
     return cast(str, backend)
 
 
-def _load_key(setting: str, kind: str) -> bytes:
+def load_key(setting: str, kind: str) -> bytes:
     """Return the key in the file of a setting; raises ConfigurationError naming setting and file."""
     path = config.get(setting)
     if path is None:
@@ -2308,15 +2310,15 @@ def _load_client_keys(backend: str | None = None) -> dict[str, bytes]:
     """Return the socket options for the keys of a client, none for a plain one; raises ConfigurationError."""
     if configured_backend(backend) != "secure_zmq":
         return {}
-    secret = _load_key("client_secret_key_file", "secret")
-    server = _load_key("server_public_key_file", "public")
+    secret = load_key("client_secret_key_file", "secret")
+    server = load_key("server_public_key_file", "public")
     return {"curve_secretkey": secret, "curve_publickey": _public_key(secret), "curve_serverkey": server}
 
 
 _key_log = LimitedLogger("backends.zmq.socket")
 
 
-class _ClientKeys:
+class ClientKeys:
     """The public keys in a directory, which may change at any time.
 
     To let a client in takes a look at the one file that has its key, however many there are.  Before one is refused,
@@ -2480,7 +2482,7 @@ class _AddressList:
 class AccessRules:
     """Who may connect to a server socket: from which addresses, and with CURVE with which keys."""
 
-    def __init__(self, local_only: bool = False, keys: _ClientKeys | None = None) -> None:
+    def __init__(self, local_only: bool = False, keys: ClientKeys | None = None) -> None:
         allowed = config.get("authorized_client_addresses")
         self._addresses = None if allowed is None else _AddressList(allowed)
         self._local_only = local_only
@@ -2837,8 +2839,8 @@ def set_up_server_socket(
         zmq.ZMQError: The port is taken, or the address cannot be used.
     """
     is_secure = configured_backend(backend) == "secure_zmq" and not destination.startswith("inproc://")
-    secret = _load_key("server_secret_key_file", "secret") if is_secure else b""
-    rules = AccessRules(local_only, _ClientKeys("clients_public_keys_directory") if is_secure else None)
+    secret = load_key("server_secret_key_file", "secret") if is_secure else b""
+    rules = AccessRules(local_only, ClientKeys("clients_public_keys_directory") if is_secure else None)
     sock = _new_socket(socket_type, options)
     authenticator = None
     try:
@@ -2985,18 +2987,18 @@ def _endpoint_at(host: str, port: int) -> str:
     return _check_connectable(f"tcp://{host}" if has_port else f"tcp://{host}:{port}")
 
 
-def _lookup_endpoint(nameserver: str) -> str:
+def lookup_endpoint(nameserver: str) -> str:
     """Return the address on which *nameserver* answers lookups."""
     secure_port = config.get("secure_zmq_nameserver_port") if configured_backend() == "secure_zmq" else None
     return _endpoint_at(nameserver, secure_port or get_configured_nameserver_port())
 
 
-def _request_for(service: str) -> bytes:
+def lookup_request(service: str) -> bytes:
     """Return the lookup for the publishers of *service*, in the version that every nameserver understands."""
     return Message("/oper/ns", "request", {"service": service}, version="v1.01").encode().encode()
 
 
-def _addresses_in(answer: bytes) -> list[dict[str, Any]]:
+def addresses_in(answer: bytes) -> list[dict[str, Any]]:
     """Return the entries of a nameserver's answer that can be used; a broken answer has none."""
     try:
         entries = Message.decode(answer).data
@@ -3014,7 +3016,7 @@ def _addresses_in(answer: bytes) -> list[dict[str, Any]]:
 _lookup_log = LimitedLogger("ns")
 
 
-def _ask(endpoint: str, request: bytes, timeout: float) -> bytes | None:
+def ask_nameserver(endpoint: str, request: bytes, timeout: float) -> bytes | None:
     """Return the answer to *request*, None if there is none in *timeout* seconds."""
     deadline = time.monotonic() + timeout
     key = _idle_sockets.key(endpoint)
@@ -3078,18 +3080,18 @@ def get_pub_address(name: str, timeout: float = 10, nameserver: Hosts = "localho
         TimeoutError: No nameserver answered in time.
         ConfigurationError: The secure backend is not set up.
     """
-    request = _request_for(name)
+    request = lookup_request(name)
     nameservers = hosts_to_ask(nameserver)
     if not nameservers:
         return []
     if len(nameservers) == 1:
-        answers = [_ask(_lookup_endpoint(nameservers[0]), request, timeout)]
+        answers = [ask_nameserver(lookup_endpoint(nameservers[0]), request, timeout)]
     else:
-        answers = _ask_all([_lookup_endpoint(host) for host in nameservers], request, timeout)
+        answers = _ask_all([lookup_endpoint(host) for host in nameservers], request, timeout)
     if all(answer is None for answer in answers):
         hosts = ", ".join(nameservers)
         raise TimeoutError(f"Didn't get an address after {timeout} seconds: no answer from the nameserver on {hosts}.")
-    merged = {entry["URI"]: entry for answer in answers if answer is not None for entry in _addresses_in(answer)}
+    merged = {entry["URI"]: entry for answer in answers if answer is not None for entry in addresses_in(answer)}
     return list(merged.values())
 
 
@@ -3109,7 +3111,7 @@ def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> d
     """
     question = {"service": "about the nameserver", "about": True}  # for others, a service that nobody has
     request = Message("/oper/ns", "request", question, version="v1.01").encode().encode()
-    answer = _ask(_lookup_endpoint(nameserver), request, timeout)
+    answer = ask_nameserver(lookup_endpoint(nameserver), request, timeout)
     if answer is None:
         raise TimeoutError(f"no answer from the nameserver on {nameserver} after {timeout:g} s.")
     about = Message.decode(answer).data
@@ -5243,7 +5245,7 @@ class _Connections:
         self._wanted, self._connected, self._links, self.sockets = {}, {}, {}, {}
 
 
-def _descriptor_limit() -> int:
+def get_descriptor_limit() -> int:
     """Return how many files this process may have open."""
     try:
         import resource
@@ -5256,9 +5258,9 @@ def _descriptor_limit() -> int:
 
 def _warn_of_descriptors(count: int) -> None:
     """Say what to do when so many connections come near the limit on open files."""
-    if count % 100 == 0 and count > 0.8 * _descriptor_limit():
+    if count % 100 == 0 and count > 0.8 * get_descriptor_limit():
         text = "%d connections, but at most %d open files: raise the limit (ulimit -n, LimitNOFILE= in systemd)"
-        _key_log.warning("descriptors", text, count, _descriptor_limit())
+        _key_log.warning("descriptors", text, count, get_descriptor_limit())
 
 
 class _Source:
@@ -5554,7 +5556,7 @@ def _digest(raw: bytes) -> int:
 
 
 @cache
-def _blake2b() -> Any:
+def get_blake2b() -> Any:
     """Return the hash function for what outlives the process, or must not be mistaken on a system of 32 bits."""
     from hashlib import blake2b
 
@@ -5907,7 +5909,7 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _digest_line(raw: bytes) -> bytes:
-    return bytes(_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
+    return bytes(get_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
 
 
 # ======================================================================================================================
@@ -5940,7 +5942,7 @@ def _single_addresses(addresses: Any) -> Iterator[Any]:
             yield from _single_addresses(entry)
 
 
-def _backend_towards(announced: Any) -> str | None:
+def backend_towards(announced: Any) -> str | None:
     """Return the backend to connect with to a publisher that announced a backend, None if it cannot be used.
 
     Anybody can announce anything, so a secure process uses CURVE whatever it is told: the worst that a false
@@ -5953,7 +5955,7 @@ def _backend_towards(announced: Any) -> str | None:
     return "secure_zmq" if announced == "secure_zmq" and has_keys else None
 
 
-def _value_at(data: Any, path: str) -> Any:
+def value_at(data: Any, path: str) -> Any:
     """Return what *data* hold at *path*, a key, or several with dots between (numbers for lists); None if nothing."""
     if isinstance(data, Mapping) and path in data:
         return data[path]
@@ -5967,7 +5969,7 @@ def _value_at(data: Any, path: str) -> Any:
     return data
 
 
-def _sent_at(message: Message) -> float:
+def sent_at(message: Message) -> float:
     """Return when *message* was made, in seconds since 1970; without time zone, its time is in UTC."""
     return message.time.replace(tzinfo=message.time.tzinfo or timezone.utc).timestamp()
 
@@ -5999,7 +6001,7 @@ class unique:  # noqa: N801 - it is used as if it were a function
     LATE = 3600.0  # seconds that copies may come later than they were made
 
     def __init__(self, key: str | Callable[[Message], Any], seconds: float = 300, limit: int = 100000) -> None:
-        self._key = key if callable(key) else lambda message: _value_at(message.data, key)
+        self._key = key if callable(key) else lambda message: value_at(message.data, key)
         self._seconds = seconds
         self._limit = limit
         self._passed: dict[bytes, list[float]] = {}  # when those were made that were let through
@@ -6012,7 +6014,7 @@ class unique:  # noqa: N801 - it is used as if it were a function
         digest = self._digest(message)
         if digest is None:
             return True
-        made, now = _sent_at(message), time.monotonic()
+        made, now = sent_at(message), time.monotonic()
         with self._lock:
             while self._order and (len(self._order) >= self._limit or self._order[0][0] < now):
                 self._remove(*self._order.popleft()[1:])
@@ -6028,7 +6030,7 @@ class unique:  # noqa: N801 - it is used as if it were a function
         digest = self._digest(message)
         if digest is not None:
             with self._lock:
-                self._remove(digest, _sent_at(message))
+                self._remove(digest, sent_at(message))
 
     def _digest(self, message: Message) -> bytes | None:
         """Return what stands for the key of *message*, None if it has none."""
@@ -6036,7 +6038,7 @@ class unique:  # noqa: N801 - it is used as if it were a function
         if value is None:
             return None
         text = json.dumps(value, sort_keys=True, default=repr)
-        return cast(bytes, _blake2b()(text.encode(), digest_size=16).digest())
+        return cast(bytes, get_blake2b()(text.encode(), digest_size=16).digest())
 
     def _remove(self, digest: bytes, made: float) -> None:
         times = self._passed.get(digest, [])
@@ -6229,7 +6231,7 @@ class _SubscriberSockets:
         announced = address.get("backend") if isinstance(address, Mapping) else None
         address = _check_connectable(address.get("URI") if isinstance(address, Mapping) else address)
         # What stays in the process needs no keys.
-        backend = "unsecure_zmq" if address.startswith("inproc://") else _backend_towards(announced)
+        backend = "unsecure_zmq" if address.startswith("inproc://") else backend_towards(announced)
         if backend is None:
             raise ValueError(
                 f"{address} uses the backend {announced!r}, this program {configured_backend()!r}: not connected."
@@ -6734,7 +6736,7 @@ class _Follower:
             self._sockets[host] = [self._open_lookups(host, endpoint), *news]
 
     def _resolution(self, host: str) -> _Resolution:
-        return _Resolution(_lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
+        return _Resolution(lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
 
     def _open_and_look_up(self) -> None:
         self._open()
@@ -6796,7 +6798,7 @@ class _Follower:
         for lookup, *_ in self._sockets.values():
             for service in services:
                 with suppress(zmq.Again):  # it is down, and enough requests wait for it
-                    lookup.send_multipart([b"=" + service.encode(), b"", _request_for(service)], _NOBLOCK)
+                    lookup.send_multipart([b"=" + service.encode(), b"", lookup_request(service)], _NOBLOCK)
 
     def _take_answer(self, host: str, frames: list[bytes]) -> None:
         """Take the answer to a lookup; the first frame comes back as we sent it."""
@@ -6805,7 +6807,7 @@ class _Follower:
             return
         self._last_answer[host] = time.monotonic()
         service = frames[0][1:].decode("utf-8", "replace")
-        entries = _addresses_in(frames[2])
+        entries = addresses_in(frames[2])
         for entry in entries:
             self.add(host, entry, service)
         found = {entry["URI"] for entry in entries}
@@ -6839,7 +6841,7 @@ class _Follower:
         """Connect the subscriber to a publisher of *service* that *host* told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
-        if not is_connectable(address) or _backend_towards(backend) is None:
+        if not is_connectable(address) or backend_towards(backend) is None:
             self._log.warning("address", "Skipped the address %.200r with the backend %.200r", address, backend)
             return
         assert isinstance(address, str)
@@ -7312,12 +7314,12 @@ RESET_SEQ = "\033[0m"
 COLOR_SEQ = "\033[1;%dm"
 
 
-def _colored(text: str, color: int) -> str:
+def colored(text: str, color: int) -> str:
     """Return *text* in a colour, by ANSI escape sequences."""
     return COLOR_SEQ % (30 + color) + text + RESET_SEQ
 
 
-def _printable(value: Any) -> str:
+def printable(value: Any) -> str:
     """Return a value on one line, without characters that a terminal would obey: they are escaped as in JSON."""
     text = value if isinstance(value, str) else value.isoformat() if isinstance(value, datetime) else repr(value)
     return "".join(character if character.isprintable() else json.dumps(character)[1:-1] for character in text)
@@ -7385,7 +7387,7 @@ class ColoredFormatter(logging.Formatter):
         """Return the text for *record*."""
         if self.use_color and record.levelname in COLORS:
             record = logging.makeLogRecord(record.__dict__)
-            record.levelname = _colored(record.levelname, COLORS[record.levelname])
+            record.levelname = colored(record.levelname, COLORS[record.levelname])
         return super().format(record)
 
 
@@ -7452,22 +7454,23 @@ def run_logger(args: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="pytroll-logger", description="Log the messages of all publishers.")
     parser.add_argument("--nameserver", metavar="HOST", action="append", help="the same as --server")
-    _add_logger_arguments(parser)
+    add_logger_arguments(parser)
     try:
-        return _run_logger(parser.parse_args(args))
+        return run_logger_command(parser.parse_args(args))
     except (OSError, ValueError, NotImplementedError, zmq.ZMQError) as error:
         print(f"pytroll-logger: {error}", file=sys.stderr)
         return 1
 
 
-def _add_logger_arguments(parser: argparse.ArgumentParser) -> None:
+def add_logger_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``pytroll-logger``."""
     parser.add_argument("-r", "--rotated", help="Time rotated log file")
     parser.add_argument("-v", "--verbose", action="store_true", help="print debug messages too")
     parser.add_argument("-s", "--server", dest="nameserver", action="append", help="server to listen to")
     parser.add_argument("-p", "--port", type=int, default=None, help="port to listen to")
 
 
-def _run_logger(options: argparse.Namespace) -> int:
+def run_logger_command(options: argparse.Namespace) -> int:
     """Log the messages of all publishers.
 
     Examples:
@@ -7482,7 +7485,7 @@ def _run_logger(options: argparse.Namespace) -> int:
         handler.setFormatter(logging.Formatter(text))
     else:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(ColoredFormatter(text, use_color=_wants_color(sys.stdout)))
+        handler.setFormatter(ColoredFormatter(text, use_color=wants_color(sys.stdout)))
         handler.addFilter(_make_printable)
     root = logging.getLogger()
     root.addHandler(handler)
@@ -7503,12 +7506,12 @@ def _run_logger(options: argparse.Namespace) -> int:
 
 def _make_printable(record: logging.LogRecord) -> bool:
     """Escape in a record what a terminal would obey; for `logging.Handler.addFilter`."""
-    record.msg, record.args = "\n".join(map(_printable, record.getMessage().split("\n"))), ()
-    record.name = _printable(record.name)
+    record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+    record.name = printable(record.name)
     return True
 
 
-def _wants_color(stream: Any) -> bool:
+def wants_color(stream: Any) -> bool:
     """Whether to colour what goes to *stream*: it is a terminal, and NO_COLOR (https://no-color.org) is not set."""
     return bool(not os.environ.get("NO_COLOR") and hasattr(stream, "isatty") and stream.isatty())
 
@@ -7654,7 +7657,7 @@ def assignment(text: str) -> tuple[str, Any]:
         is_pair = key and equals
         what = f"there is no key {key!r}, see 'posttroll config'" if is_pair else f"{text!r} is not KEY=VALUE"
         raise argparse.ArgumentTypeError(what)
-    return key, _literal(value)
+    return key, parse_literal(value)
 
 
 def _number(kind: type, least: float, most: float = 1e6) -> Callable[[str], Any]:
@@ -7749,7 +7752,7 @@ def _nameservers(options: argparse.Namespace) -> list[str]:
 
 def _colors(options: argparse.Namespace) -> bool:
     """Whether what is printed is coloured."""
-    return _wants_color(sys.stdout) and not options.no_color
+    return wants_color(sys.stdout) and not options.no_color
 
 
 def _view_size() -> tuple[int, int]:
@@ -7989,7 +7992,7 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
     """Yield messages as far apart in time as they were sent, at *speed* times the speed; with 0 without pauses."""
     start = None
     for message in messages:
-        sent = _sent_at(message)
+        sent = sent_at(message)
         start = start or (time.monotonic(), sent)
         if speed > 0:
             time.sleep(min(max(start[0] + (sent - start[1]) / speed - time.monotonic(), 0), 1e6))
@@ -8031,7 +8034,7 @@ def _time(text: str) -> timedelta | datetime:
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhd]?)", text, re.ASCII)
     if match is not None:
         return timedelta(seconds=float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]])
-    moment = _parse_datetime(text)
+    moment = parse_datetime(text)
     if moment is None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a time span such as 90, 10m, 2h nor an ISO date-time")
     return moment
@@ -8041,7 +8044,7 @@ def _time(text: str) -> timedelta | datetime:
 _FIELDS: dict[str, Callable[[Message], Any]] = {
     **{name: operator.attrgetter(name) for name in ("subject", "type", "sender", "user", "host", "version", "origin")},
     "time": lambda message: _local_time(message.time),
-    "age": lambda message: round(time.time() - _sent_at(message), 3),
+    "age": lambda message: round(time.time() - sent_at(message), 3),
     "data": lambda message: message.data,
 }
 
@@ -8054,7 +8057,7 @@ def _field_of(message: Message, name: str) -> Any:
     """Return what is called *name* in a message: one of its fields, else in its data (``data.type`` is there, too)."""
     if name in _FIELDS:
         return _FIELDS[name](message)
-    return _value_at(message.data, name.removeprefix("data."))
+    return value_at(message.data, name.removeprefix("data."))
 
 
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -8088,7 +8091,7 @@ def _condition(text: str) -> Callable[[Message], bool]:
 def _comparable(value: Any, text: str) -> tuple[Any, Any]:
     """Return *value* and what *text* stands for next to it: a text, a time, or something of JSON."""
     if isinstance(value, datetime):
-        moment = _parse_datetime(text)
+        moment = parse_datetime(text)
         return _local_time(value), text if moment is None else _local_time(moment)
     if isinstance(value, str):
         return value, text
@@ -8207,7 +8210,7 @@ class _Display:
         if is_readable:
             self._form = partial(_as_readable, color=_colors(options))
         elif sys.stdout.isatty():
-            self._form = lambda message: _printable(form(message))
+            self._form = lambda message: printable(form(message))
 
     def show(self, message: Message) -> None:
         """Show a message."""
@@ -8222,7 +8225,7 @@ class _Display:
             _show(self._lines())
 
     def _lines(self) -> list[str]:
-        rows = [[str(count), _printable(kind)] for kind, count in self._counts.most_common()]
+        rows = [[str(count), printable(kind)] for kind, count in self._counts.most_common()]
         return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
 
     def finish(self) -> None:
@@ -8233,27 +8236,27 @@ class _Display:
 
 def _as_json_line(message: Message) -> str:
     """Return a message as a JSON object on one line; bytes as a base64 data URL."""
-    data = "".join(_encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
+    data = "".join(encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
     more = {"age": _FIELDS["age"](message), "origin": message.origin} if message.origin else {}
-    return _dumps({**fields, "version": message.version, "data": data, **more}, "v1.2")[0]
+    return dump_data({**fields, "version": message.version, "data": data, **more}, "v1.2")[0]
 
 
 def _as_readable(message: Message, color: bool) -> str:
     """Return a message as lines for people: when it was made, how old it is, and where it came from if that is told."""
     moment = _local_time(message.time)
     day = "" if moment.date() == date.today() else f"{moment:%Y-%m-%d} "
-    paint = _colored if color else lambda text, _: text
-    subject, kind = paint(_printable(message.subject), GREEN), paint(_printable(message.type), YELLOW)
+    paint = colored if color else lambda text, _: text
+    subject, kind = paint(printable(message.subject), GREEN), paint(printable(message.type), YELLOW)
     origin = f", from {message.origin}" if message.origin else ""
     age = f"({_span(_FIELDS['age'](message))} old{origin})"
-    head = f"{day}{moment:%H:%M:%S} {subject} {kind} {_printable(message.sender)} {age}"
+    head = f"{day}{moment:%H:%M:%S} {subject} {kind} {printable(message.sender)} {age}"
     data = message.data
     if isinstance(data, dict):
-        width = max(map(len, map(_printable, data)), default=0)
-        names = (paint(_printable(name).ljust(width), CYAN) for name in data)
-        return "\n".join([head, *(f"    {name}  {_printable(value)}" for name, value in zip(names, data.values()))])
-    return f"{head} {_printable(data)}" if data != "" else head
+        width = max(map(len, map(printable, data)), default=0)
+        names = (paint(printable(name).ljust(width), CYAN) for name in data)
+        return "\n".join([head, *(f"    {name}  {printable(value)}" for name, value in zip(names, data.values()))])
+    return f"{head} {printable(data)}" if data != "" else head
 
 
 def _span(seconds: float) -> str:
@@ -8330,7 +8333,7 @@ class _Echoes:
 
     def is_echo(self, raw: bytes, origin: str) -> bool:
         """Whether *raw* has come from another publisher than *origin* before."""
-        first = self._origins.setdefault(_blake2b()(raw, digest_size=16).digest(), origin)
+        first = self._origins.setdefault(get_blake2b()(raw, digest_size=16).digest(), origin)
         if len(self._origins) > self.LIMIT:
             self._origins.popitem(last=False)
         return first != origin
@@ -8435,7 +8438,7 @@ def _run_services(options: argparse.Namespace) -> int:
             if not options.watch:
                 raise
             problem = str(error)  # the nameserver may come back
-        lines = [_dumps(rows, "v1.2")[0]] if options.json else _services_table(rows, _colors(options))
+        lines = [dump_data(rows, "v1.2")[0]] if options.json else _services_table(rows, _colors(options))
         if not options.watch:
             break
         _show(lines)
@@ -8482,11 +8485,11 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
     for row in rows:
         age = "" if row["age"] is None else f"{row['age']:.0f} s"
         line = [row["name"], ",".join(row["aliases"]), row["address"], row["backend"] or "", row["version"] or "", age]
-        cells.append([*map(_printable, line), "yes" if row["answers"] else "no"])
+        cells.append([*map(printable, line), "yes" if row["answers"] else "no"])
     headings = ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS")
     head, *lines = _table(cells, headings, _view_size()[0], "NAME ALIASES")
     if color:
-        ends = {"yes": _colored("yes", GREEN), "no": _colored("no", RED)}
+        ends = {"yes": colored("yes", GREEN), "no": colored("no", RED)}
         lines = [re.sub("(yes|no)$", lambda word: ends[word[0]], line) for line in lines]
     return [head, *lines]
 
@@ -8595,7 +8598,7 @@ class _PingedNameserver(_Pinged):
             version = describe_nameserver(self._host, timeout).get("version")
         except TimeoutError:
             return False
-        self.about = f"posttroll {_printable(version)}" if version else "version unknown"
+        self.about = f"posttroll {printable(version)}" if version else "version unknown"
         return True
 
 
@@ -8603,7 +8606,7 @@ class _PingedPublisher(_Pinged):
     """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
 
     def __init__(self, name: str, address: str, backend: str | None) -> None:
-        super().__init__(_printable(f"{name} {address}".strip()))
+        super().__init__(printable(f"{name} {address}".strip()))
         self._address = address
         self._is_ours: bool | None = None  # not known yet
         self._inquiry = Inquiry(address, backend)
@@ -8614,7 +8617,7 @@ class _PingedPublisher(_Pinged):
         about = None if self._is_ours is False else self._inquiry.ask(timeout)
         if about is not None:
             self._is_ours = True
-            self.about = f"posttroll {_printable(about['version'])}, {about['subscribers']} subscribers"
+            self.about = f"posttroll {printable(about['version'])}, {about['subscribers']} subscribers"
             return True
         if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
             return False
@@ -8679,7 +8682,7 @@ def _pinged(options: argparse.Namespace) -> list[_Pinged]:
         if not entries:
             raise _CommandError(f"the nameserver on {', '.join(hosts)} knows no publisher {name}.")
         for entry in entries:
-            publishers.append(_PingedPublisher(name, entry["URI"], _backend_towards(entry.get("backend"))))
+            publishers.append(_PingedPublisher(name, entry["URI"], backend_towards(entry.get("backend"))))
     return [*map(_PingedNameserver, hosts), *publishers]
 
 
@@ -8693,7 +8696,7 @@ def raise_descriptor_limit() -> int:
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return _descriptor_limit()
+    return get_descriptor_limit()
 
 
 class _Heartbeats:
@@ -8999,7 +9002,7 @@ def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str,
         messages, size = (row["messages"] - messages_before) / seconds, (row["bytes"] - size_before) / seconds
         total += messages
         overdue = row["heartbeats_overdue"]
-        texts = [_printable(row[label]) for label in ("publisher", "address", "subject", "type")]
+        texts = [printable(row[label]) for label in ("publisher", "address", "subject", "type")]
         numbers = [f"{messages:.1f}", f"{size:.0f}", f"{row['ago']:.0f} s ago", "" if overdue is None else str(overdue)]
         if row["ago"] < _Network.KEEP or overdue:
             shown.append((messages, texts + numbers, row["last_minute"]))
@@ -9178,13 +9181,13 @@ class _Check:
 
     def measure(self, name: str, value: str, warn: str = "", critical: str = "") -> None:
         """Take note of a number."""
-        label = re.sub(r"['=|\s]", "_", _printable(name))
+        label = re.sub(r"['=|\s]", "_", printable(name))
         self._data.append(f"'{label}'={value};{warn};{critical}")
 
     def line(self) -> str:
         """Return all that was found in one line, the worst first, with performance data."""
         findings = sorted(self._findings, key=lambda finding: -self.WEIGHT[finding[0]])
-        text = _printable("; ".join(text for _, text in findings)).replace("|", "/")
+        text = printable("; ".join(text for _, text in findings)).replace("|", "/")
         return f"POSTTROLL {_VERDICTS[self.status]} - {text}" + (f" | {' '.join(self._data)}" if self._data else "")
 
     @property
@@ -9541,7 +9544,7 @@ def _run_map(options: argparse.Namespace) -> int:
         rows.append({"name": name, "address": entry["URI"], "subjects": subjects, "listeners": _listeners(about)})
     rows.sort(key=lambda row: (row["name"], row["address"]))
     if options.json:
-        print(_dumps(rows, "v1.2")[0])
+        print(dump_data(rows, "v1.2")[0])
     else:
         draw = _as_dot if options.dot else _as_mermaid if options.mermaid else partial(_as_map, color=_colors(options))
         print("\n".join(draw(rows)))
@@ -9553,7 +9556,7 @@ def _ask_publishers(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     from concurrent.futures import ThreadPoolExecutor
 
     def ask(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-        backend = _backend_towards(entry.get("backend"))
+        backend = backend_towards(entry.get("backend"))
         if backend is None:
             return None
         with closing(Inquiry(entry["URI"], backend)) as inquiry:
@@ -9577,19 +9580,19 @@ def _listeners(about: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
 
 
 def _topics_text(topics: Sequence[str]) -> str:
-    return _printable(", ".join(topic or "everything" for topic in topics))
+    return printable(", ".join(topic or "everything" for topic in topics))
 
 
 def _as_map(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
     """Return the map as lines for people."""
-    paint = _colored if color else lambda text, _: text
+    paint = colored if color else lambda text, _: text
     lines = []
     for row in rows:
-        lines.append(f"{paint(_printable(row['name']), GREEN)}  {_printable(row['address'])}")
-        lines += [f"  sends  {_printable(subject)}" for subject in row["subjects"] or ["nothing while we listened"]]
+        lines.append(f"{paint(printable(row['name']), GREEN)}  {printable(row['address'])}")
+        lines += [f"  sends  {printable(subject)}" for subject in row["subjects"] or ["nothing while we listened"]]
         for listener in row["listeners"] or ():
             times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
-            host = _printable(listener["host"] or "somebody")
+            host = printable(listener["host"] or "somebody")
             lines.append(f"  to     {paint(host, CYAN)}  {_topics_text(listener['topics'])}{times}")
         if not row["listeners"]:
             lines.append("  to     nobody" if row["listeners"] is not None else "  to     (it does not tell)")
@@ -9613,7 +9616,7 @@ def _as_dot(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the map in the language of Graphviz."""
 
     def quoted(*texts: str) -> str:
-        escaped = (_printable(text).replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+        escaped = (printable(text).replace("\\", "\\\\").replace('"', '\\"') for text in texts)
         return '"' + "\\n".join(escaped) + '"'
 
     nodes, edges = _edges(rows)
@@ -9629,7 +9632,7 @@ def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the map in the language of Mermaid."""
 
     def quoted(*texts: str) -> str:
-        escaped = (re.sub('[#"<>&|]', lambda match: f"#{ord(match[0])};", _printable(text)) for text in texts)
+        escaped = (re.sub('[#"<>&|]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
         return '"' + "<br/>".join(escaped) + '"'
 
     nodes, edges = _edges(rows)
@@ -9663,13 +9666,13 @@ def _run_config(options: argparse.Namespace) -> int:
     rows = []
     for key in keys:
         value, source = config.lookup(key, check=False)
-        option = OPTIONS.get(key, _Option(None, "", "not a key of posttroll"))
+        option = OPTIONS.get(key, Option(None, "", "not a key of posttroll"))
         about = {"default": option.default, "meaning": option.meaning}
         rows.append({"key": key, "value": value, "source": source, **about})
     if options.json:
         print(json.dumps(rows, default=str))
     else:
-        cells = [["" if cell is None else _printable(str(cell)) for cell in row.values()] for row in rows]
+        cells = [["" if cell is None else printable(str(cell)) for cell in row.values()] for row in rows]
         print("\n".join(_table(cells, ("KEY", "VALUE", "SOURCE", "DEFAULT", "MEANING"))))
     return 0
 
@@ -9694,8 +9697,8 @@ class _Doctor:
         self.failures += verdict == "FAIL"
         word = verdict.ljust(4)
         if self._color:
-            word = _colored(word, {"ok": GREEN, "note": YELLOW}.get(verdict, RED))
-        print(f"{word}  {_printable(f'{check}: {finding}')}{'  -> ' + remedy if verdict != 'ok' else ''}", flush=True)
+            word = colored(word, {"ok": GREEN, "note": YELLOW}.get(verdict, RED))
+        print(f"{word}  {printable(f'{check}: {finding}')}{'  -> ' + remedy if verdict != 'ok' else ''}", flush=True)
 
     def run(self) -> None:
         """Run all the checks."""
@@ -9781,7 +9784,7 @@ class _Doctor:
                 self.say("note", "keys", f"{setting} is not set", "needed by servers or clients with secure_zmq")
                 continue
             try:
-                _load_key(setting, kind)
+                load_key(setting, kind)
                 mode = os.stat(os.path.expanduser(path)).st_mode & 0o777
             except ConfigurationError as error:
                 self.say("FAIL", "keys", str(error), "posttroll generate-keys makes a pair; see the README")
@@ -9791,7 +9794,7 @@ class _Doctor:
             else:
                 self.say("ok", "keys", f"{setting} = {path} (mode {mode:o})")
         if config.get("clients_public_keys_directory") is not None:
-            directory = _ClientKeys("clients_public_keys_directory").directory
+            directory = ClientKeys("clients_public_keys_directory").directory
             count = len([name for name in os.listdir(directory) if name.endswith(".key")])
             finding = f"{count} clients may connect ({directory})"
             self.say("ok" if count else "FAIL", "keys", finding, "copy .key files there")
@@ -9813,7 +9816,7 @@ class _Doctor:
     def check_nameservers(self) -> None:
         """Ask the nameservers, look at how they answer, and at their clocks."""
         for host in hosts_to_ask(self._nameservers):
-            endpoint = _lookup_endpoint(host)
+            endpoint = lookup_endpoint(host)
             name = f"nameserver {host}"
             try:
                 socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0].strip("[]"), None)
@@ -9835,13 +9838,13 @@ class _Doctor:
 
     def _check_answer(self, host: str, endpoint: str) -> None:
         name = f"nameserver {host}"
-        answer = _ask(endpoint, _request_for(""), 3)
+        answer = ask_nameserver(endpoint, lookup_request(""), 3)
         if answer is None:
             remedy = "check its authorized_client_addresses, --local-only and keys (its log names refused clients)"
             self.say("FAIL", name, f"it lets us connect to {endpoint}, but does not answer", remedy)
             return
         message = Message.decode(answer)
-        count = len(_addresses_in(answer))
+        count = len(addresses_in(answer))
         self._answering.append(host)
         self.say("ok", name, f"answers at {endpoint} with {count} publishers")
         sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
@@ -9899,7 +9902,7 @@ def _owner_of_port(port: int) -> str:
                 pid = path.split("/")[2]
                 with open(f"/proc/{pid}/cmdline", "rb") as stream:
                     command = stream.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-                return f"process {pid} ({_printable(command)[:80]})"
+                return f"process {pid} ({printable(command)[:80]})"
     return "another user's process"
 
 
@@ -10193,17 +10196,17 @@ def _run_completion(options: argparse.Namespace) -> int:
 # -- commands that are scripts of their own, too --
 
 
-@_command("generate-keys", _add_key_arguments)
+@_command("generate-keys", add_key_arguments)
 def _generate_keys_command(options: argparse.Namespace) -> int:
     """Make a pair of keys for the secure backend.
 
     Examples:
       posttroll generate-keys server -d ~/keys
     """
-    return _run_generate_keys(options)
+    return run_generate_keys_command(options)
 
 
-_command("logger", _add_logger_arguments)(_run_logger)
+_command("logger", add_logger_arguments)(run_logger_command)
 
 
 # ======================================================================================================================

@@ -6676,7 +6676,9 @@ class TestServicesAndTop:
                 port = sock.bind_to_random_port("tcp://127.0.0.1", 33000, 49000)
                 data = {"URI": f"tcp://127.0.0.1:{port}", "service": [f"name{number}"]}
                 register = posttroll.Message(f"/address/name{number}", "info", data)
-                assert posttroll._ask(f"tcp://127.0.0.1:{config.get('broadcast_port')}", register.encode().encode(), 9)
+                assert posttroll.ask_nameserver(
+                    f"tcp://127.0.0.1:{config.get('broadcast_port')}", register.encode().encode(), 9
+                )
             limit = "ulimit -Sn 1024" if hard is None else f"ulimit -n {hard}"
             shell = ("sh", "-c", f'{limit}; exec "$0" "$@"', sys.executable, LIBRARY)
             views = tmp_path / "views"
@@ -11812,7 +11814,7 @@ class TestKeyDirectory:
             assert f"{keys.clients / name}.key is not used" in caplog.text
 
     def test_a_directory_in_place_of_a_key_lets_nobody_in(self, keys):
-        known = posttroll._ClientKeys("clients_public_keys_directory")
+        known = posttroll.ClientKeys("clients_public_keys_directory")
         key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
         assert key in known
         keys.expel("friend")
@@ -11824,7 +11826,7 @@ class TestKeyDirectory:
         (keys.clients / "loop.key").symlink_to(keys.clients / "loop.key")
         for number in range(20):
             shutil.copy(keys.directory / "stranger.key", keys.clients / f"{number}.key")
-        known = posttroll._ClientKeys("clients_public_keys_directory")
+        known = posttroll.ClientKeys("clients_public_keys_directory")
         key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
         assert key in known
         keys.admit("other_server")
@@ -11837,7 +11839,7 @@ class TestKeyDirectory:
     def settled(keys: Keys) -> tuple[Any, bytes, bytes]:
         """Return the directory, which has not changed for a long time, with a key in it and one that is not."""
         os.utime(keys.clients, (1e9, 1e9))
-        known = posttroll._ClientKeys("clients_public_keys_directory")
+        known = posttroll.ClientKeys("clients_public_keys_directory")
         names = ("friend", "stranger")
         friend, stranger = (posttroll._read_keys(str(keys.directory / f"{name}.key"))["public"] for name in names)
         assert friend in known
@@ -11932,7 +11934,7 @@ class TestKeyDirectory:
         assert [message.data for message in pulled] == ["pushed"]
 
     def test_a_key_that_could_not_be_read_is_read_later(self, keys):
-        known = posttroll._ClientKeys("clients_public_keys_directory")
+        known = posttroll.ClientKeys("clients_public_keys_directory")
         key = posttroll._read_keys(str(keys.clients / "friend.key"))["public"]
         with mock.patch("posttroll._read_keys", side_effect=OSError(errno.EMFILE, "Too many open files")):
             assert key not in known
@@ -12114,7 +12116,7 @@ class TestFalseAnnouncements:
 
             wait_for(refused)
             assert not is_known("service")
-        assert posttroll._addresses_in(posttroll.Message("/a", "info", [{"URI": uri}]).encode().encode()) == []
+        assert posttroll.addresses_in(posttroll.Message("/a", "info", [{"URI": uri}]).encode().encode()) == []
         with posttroll.Subscriber([]) as subscriber:
             follower = posttroll._Follower(subscriber, ["service"], [], listen=False)
             follower.add("localhost", {"URI": uri, "service": ["service"]}, "service")
@@ -12169,7 +12171,7 @@ host, publisher_port, name, patience = sys.argv[1], int(sys.argv[2]), sys.argv[3
 uri = "tcp://%s:9999" % name
 announcement = posttroll.Message("/address/" + name, "info", {"URI": uri, "service": [name]}, version="v1.01").encode()
 ports = {
-    "lookup": (zmq.REQ, config.get("nameserver_port"), posttroll._request_for("")),
+    "lookup": (zmq.REQ, config.get("nameserver_port"), posttroll.lookup_request("")),
     "registration": (zmq.REQ, config.get("broadcast_port"), announcement.encode()),
     "news": (zmq.SUB, config.get("address_publish_port"), None),
     "messages": (zmq.SUB, publisher_port, None),
