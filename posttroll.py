@@ -8293,7 +8293,7 @@ def _run_relay(options: argparse.Namespace) -> int:
     Examples:
       posttroll relay --out-nameserver otherhost --name site_a --durable site_a
       posttroll relay /segment --service receiver --unique uid --port 9010 --out-nameserver none
-      posttroll relay --in-set backend=unsecure_zmq --out-set backend=secure_zmq --out-set server_secret_key_file=KEY
+      posttroll relay --in-set backend=unsecure_zmq --out-set backend=secure_zmq --port 9010 --out-nameserver none
     """
     if options.role:
         return _run_publishing_end(options)
