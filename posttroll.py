@@ -5907,7 +5907,8 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _digest_line(raw: bytes) -> bytes:
-    return bytes(get_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
+    line: bytes = get_blake2b()(raw, digest_size=8).hexdigest().encode() + b"\n"
+    return line
 
 
 # ======================================================================================================================
