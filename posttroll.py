@@ -4060,6 +4060,7 @@ class _Audience(_Listeners):
             "known": [{"host": host, "topics": list(map(_topic_of, prefixes))} for host, prefixes in known],
             "topics": {_topic_of(topic): times for topic, times in self._by_topic.most_common(self.ANSWERS)},
             "sent": self.history.number,
+            "kept": len(self.history),
         }
         self.socket.setsockopt(zmq.SUBSCRIBE, question)  # of the one who has asked
         with suppress(zmq.Again):
@@ -4169,7 +4170,7 @@ class Inquiry:
         Returns:
             ``version`` and ``name``, how many ``subscribers`` there are, and of those ``known`` (the first 100 of ours)
             ``host`` and ``topics``; how many times each of the ``topics`` is subscribed to, by whomever; how many
-            messages were ``sent``.  None if there is no answer: it is not there, or is no publisher of ours.
+            messages were ``sent``, and are ``kept``.  None if there is no answer: it is not there, or is not of ours.
         """
         question = _MARK + os.urandom(8).hex().encode() + b"/?"
         deadline = time.monotonic() + timeout
@@ -4194,7 +4195,7 @@ def _read_about(text: bytes) -> dict[str, Any] | None:
         about = json.loads(text)
         known = [{"host": str(each["host"]), "topics": list(map(str, each["topics"]))} for each in about["known"]]
         topics = {topic: int(times) for topic, times in about["topics"].items()}
-        numbers = {key: int(about[key]) for key in ("subscribers", "sent")}
+        numbers = {key: int(about[key]) for key in ("subscribers", "sent", "kept")}
         names = {key: str(about[key]) for key in ("version", "name")}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
@@ -4474,14 +4475,11 @@ class Publisher(_Stoppable):
             data = msg.encode() if isinstance(msg, str) else msg
         else:
             raise TypeError(f"send() takes str, bytes or a Message, not {type(msg).__name__}")
-        self._lock.acquire()  # which takes half the time of ``with``
-        try:
+        with self._lock:  # acquire() takes half the time, but a KeyboardInterrupt just behind it would leave it locked
             audience = self._audience
             if audience is None:
                 audience = self._open_audience()
             audience.send(data)
-        finally:
-            self._lock.release()
         if self._is_stopped:
             self.stop()  # a signal handler wanted it, in the middle of the above
 
@@ -5909,7 +5907,8 @@ def _has_ended(owner: Any) -> bool:
 
 
 def _digest_line(raw: bytes) -> bytes:
-    return bytes(get_blake2b()(raw, digest_size=8).hexdigest(), "ascii") + b"\n"
+    line: bytes = get_blake2b()(raw, digest_size=8).hexdigest().encode() + b"\n"
+    return line
 
 
 # ======================================================================================================================
@@ -6477,8 +6476,7 @@ class Subscriber(_SubscriberSockets):
 
     def _next(self, receiver: _Receiver, timeout: float | None) -> Message | None:
         """Return the next message; None after *timeout*, or when the receiver is to end."""
-        self._lock.acquire()  # which takes half the time of ``with``
-        try:
+        with self._lock:
             if self._durable is not None:
                 self._durable.ask(receiver.owner)
             if receiver.stops == self._stops:
@@ -6500,8 +6498,6 @@ class Subscriber(_SubscriberSockets):
                         return message
             finally:
                 self._owner = 0
-        finally:
-            self._lock.release()
         return None
 
     def __call__(self, **kwargs: Any) -> Iterator[Message | None]:
@@ -8617,7 +8613,8 @@ class _PingedPublisher(_Pinged):
         about = None if self._is_ours is False else self._inquiry.ask(timeout)
         if about is not None:
             self._is_ours = True
-            self.about = f"posttroll {printable(about['version'])}, {about['subscribers']} subscribers"
+            counts = f"{about['subscribers']} subscribers, {about['kept']} messages kept"
+            self.about = f"posttroll {printable(about['version'])}, {counts}"
             return True
         if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
             return False
@@ -8902,6 +8899,47 @@ class _Meter:
         self._thread.join()
 
 
+class _Keepers:
+    """Asks publishers how many messages they keep, one after the other, in a thread that does nothing else.
+
+    Attributes:
+        kept: The answers by address; publishers that are not of ours give none.
+    """
+
+    PAUSE, PATIENCE = 2.0, 0.5  # seconds between two rounds, and for an answer
+
+    def __init__(self) -> None:
+        self.kept: dict[str, int] = {}
+        self._entries: list[Mapping[str, Any]] = []
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._ask, name="posttroll keepers", daemon=True)
+        self._thread.start()
+
+    def follow(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Ask these publishers from now on, entries of a nameserver's answer."""
+        self._entries = list(entries)
+
+    def _ask(self) -> None:
+        while not self._is_closed.is_set():
+            kept: dict[str, int] = {}
+            for entry in self._entries:
+                backend = backend_towards(entry.get("backend"))
+                if backend is None or self._is_closed.is_set():
+                    continue
+                with suppress(ConfigurationError, zmq.ZMQError), closing(Inquiry(entry["URI"], backend)) as inquiry:
+                    about = inquiry.ask(self.PATIENCE)
+                    if about is not None:
+                        kept[entry["URI"]] = about["kept"]
+                        self.kept = {**self.kept, **kept}
+            self.kept = kept
+            self._is_closed.wait(self.PAUSE if self._entries else 0.05)
+
+    def close(self) -> None:
+        """End the asking."""
+        self._is_closed.set()
+        self._thread.join()
+
+
 class _Network:
     """All publishers that the nameservers know, and what they send.
 
@@ -8927,6 +8965,7 @@ class _Network:
         self._counted: set[str] = set()  # addresses
         self.problem = ""
         self._meter = _Meter(topics)
+        self._keepers = _Keepers()
 
     def run(self, until: float = math.inf) -> bool:
         """Follow the publishers *until* a time of `time.monotonic`; return False if the loop was stopped before."""
@@ -8952,6 +8991,7 @@ class _Network:
                 problems.append(str(error))
         if any(self._up.values()):
             self._known = known  # else they may still be there
+            self._keepers.follow(known.values())
         for address in [address for address in known if address not in self._counted]:
             if len(self._counted) < self._limit and self._meter.add(known[address]):
                 self._counted.add(address)
@@ -8967,11 +9007,15 @@ class _Network:
 
     def view(self) -> dict[str, Any]:
         """Return all that is known now, as JSON can hold it."""
-        now = datetime.now(timezone.utc).isoformat()
-        return {"time": now, "nameservers": dict(self._up), "services": len(self._known), **self._meter.view()}
+        now, kept = datetime.now(timezone.utc).isoformat(), self._keepers.kept
+        view = {"time": now, "nameservers": dict(self._up), "services": len(self._known), **self._meter.view()}
+        for publisher in view["publishers"]:
+            publisher["kept"] = kept.get(publisher["address"])
+        return view
 
     def close(self) -> None:
         """End the counting."""
+        self._keepers.close()
         self._meter.close()
 
 
@@ -9017,7 +9061,8 @@ def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str,
     pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
     lines = [f"{line.ljust(longest)}  {picture}".rstrip() for line, picture in zip(lines, pictures)]
     what = f"{len(view['publishers'])} publishers  {total:.1f} messages/s"
-    gone = f"{view['caught_up']} caught up, {view['missed']} missed"
+    kept = sum(publisher["kept"] or 0 for publisher in view["publishers"])
+    gone = f"{view['caught_up']} caught up, {view['missed']} missed, {kept} kept"
     lines = [f"posttroll top - {datetime.now():%H:%M:%S}  {what}  {gone}", problem, *lines]
     return [line[: width or None] for line in lines]
 
