@@ -6837,7 +6837,8 @@ class TestSparkline:
             }
             for name, overdue in (("late", 3), ("slow", 0), ("other", None))
         ]
-        view = {"seconds": 2000.0, "publishers": rows, "caught_up": 0, "missed": 0, "traffic": rows}
+        publishers = [{"publisher": "late", "address": "a", "ago": 1000.0, "kept": None}]
+        view = {"seconds": 2000.0, "publishers": publishers, "caught_up": 0, "missed": 0, "traffic": rows}
         lines = posttroll._top_lines(view, {**view, "seconds": 0.0}, "", 0)
         assert [line.split() for line in lines[3:]] == [
             ["late", "a", "/b", "beat", "0.0", "0", "1000", "s", "ago", "3"]
