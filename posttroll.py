@@ -4973,6 +4973,11 @@ def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
     return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
 
 
+def _port_of(endpoint: str) -> int:
+    tcp = split_tcp_address(endpoint)
+    return 0 if tcp is None else tcp[1]
+
+
 class _Connections:
     """Keeps connected what is wanted.
 
@@ -5015,6 +5020,7 @@ class _Connections:
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
+        self._ends: Counter[tuple[zmq.Socket[bytes], int]] = Counter()  # of connections, by their ports
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
@@ -5049,7 +5055,7 @@ class _Connections:
         And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
         can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
         """
-        self._take_events(sock, self._monitors[sock])
+        self._take_pending_events(sock)
         new = [
             (not endpoint.endswith(f":{port}"), link.changed, link)
             for (other, endpoint), link in self._links.items()
@@ -5061,13 +5067,17 @@ class _Connections:
         link.is_greeted = True
         return link.begin, link.index
 
-    def is_doubled(self, sock: zmq.Socket[bytes], port: int) -> bool:
-        """Whether *sock* has several connections to this *port*, of one host perhaps that has several addresses."""
-        self._take_events(sock, self._monitors[sock])
+    def _take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
+        if sock in self._monitors:  # else it is closed, and this is of what it had received before
+            self._take_events(sock, self._monitors[sock])
+
+    def count(self, sock: zmq.Socket[bytes], port: int) -> tuple[int, int]:
+        """Return how many connections of *sock* to this *port* are up, and how many times one has gone down."""
+        self._take_pending_events(sock)
         links = [
-            link for (other, endpoint), link in self._links.items() if other is sock and endpoint.endswith(f":{port}")
+            link for (other, endpoint), link in self._links.items() if other is sock and _port_of(endpoint) == port
         ]
-        return sum(link.is_up for link in links) > 1
+        return sum(link.is_up for link in links), self._ends[sock, port]
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -5115,6 +5125,7 @@ class _Connections:
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
             del self._links[sock, endpoint]
+            self._ends[sock, _port_of(endpoint)] += 1
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
@@ -5131,6 +5142,7 @@ class _Connections:
         for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
             sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
+            self._ends = Counter({key: ends for key, ends in self._ends.items() if key[0] is not sock})
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
@@ -5173,6 +5185,8 @@ class _Connections:
             if link is not None:
                 was_up = link.is_up
                 self._take_event(link, event, endpoint.decode("utf-8", "replace"))
+                if was_up and not link.is_up:
+                    self._ends[sock, _port_of(endpoint.decode("utf-8", "replace"))] += 1
                 if was_up != link.is_up:
                     link.index = self._on_change(sock)
 
@@ -5271,6 +5285,7 @@ class _Source:
         self.found = 0  # the number of the first hello
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
+        self.ends_of_connections: int | None = None  # to its port, until its last hello
         self.known: set[int] = set()  # numbers behind the position that came under the mark
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
@@ -5304,7 +5319,8 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
-        is_doubled: Called with the port of a publisher that greets us again; whether there are several connections.
+        connections: Called with the port of a publisher that greets us; returns how many connections to such a port are
+            up, and how many times one has gone down.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -5312,6 +5328,7 @@ class _CatchUp:
     RECENT = 16384  # live messages that are recognised when they come once more
     SOURCES = 20000
     PAST = 1000000  # messages that come under the mark until there is an end
+    APART = 60.0  # seconds between two copies that come by two connections, at most
 
     def __init__(
         self,
@@ -5319,7 +5336,7 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
-        is_doubled: Callable[[int], bool],
+        connections: Callable[[int], tuple[int, int]],
         on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
@@ -5330,7 +5347,7 @@ class _CatchUp:
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
-        self._is_doubled = is_doubled
+        self._connections = connections
         self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
@@ -5343,8 +5360,8 @@ class _CatchUp:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
         self._open: list[_Source] = []  # those of which messages come live and under the mark
-        self._copies: Counter[int] | None = None  # what has come, while there are two connections to one publisher
-        self._doubled_port = 0
+        self._copies: dict[int, float] | None = None  # what has come once, and when, while some of it comes twice
+        self._doubled: dict[int, int] = {}  # ports of publishers with two connections, and how many had ended then
         self._next_look = 0.0
 
     def note(self, raw: bytes) -> bool:
@@ -5355,28 +5372,31 @@ class _CatchUp:
         if self._open:
             for source in self._open:
                 source.live[digest] += 1  # type: ignore[index]
-        return self._copies is None or self._count_copy(digest)
+        return self._copies is None or self._is_first_copy(digest)
 
-    def _begin_copies(self, port: int) -> None:
-        """Take note that there is a second connection to a publisher: from now on what it sends comes twice.
-
-        So every other one of what looks the same is handed out, and of what has come just before one has been.
-        """
-        self._copies = Counter(dict.fromkeys(self._recent, 1))
-        self._doubled_port = port
+    def _begin_copies(self, port: int, ends: int) -> None:
+        """Take note that a publisher is connected by two of its addresses: from now on what it sends comes twice."""
+        self._copies = dict.fromkeys(self._recent, time.monotonic())  # of the newest the second copy is still to come
+        self._doubled[port] = ends
         self._next_look = time.monotonic() + 5
 
-    def _count_copy(self, digest: int) -> bool:
-        copies = cast("Counter[int]", self._copies)
-        copies[digest] += 1
-        if len(copies) > 2 * self.RECENT:
-            self._copies = copies = Counter({recent: copies[recent] for recent in self._recent})
-        now = time.monotonic()
-        if now > self._next_look:
+    def _is_first_copy(self, digest: int) -> bool:
+        copies, now = cast("dict[int, float]", self._copies), time.monotonic()
+        before = copies.pop(digest, None)
+        is_first = before is None or now - before > self.APART
+        if is_first:
+            copies[digest] = now
+        if now > self._next_look or len(copies) > 4 * self.RECENT:
             self._next_look = now + 5
-            if not self._is_doubled(self._doubled_port):
+            self._copies = dict(islice(copies.items(), max(len(copies) - 2 * self.RECENT, 0), None))
+            self._doubled = {
+                port: ends
+                for port, ends in self._doubled.items()
+                if self._connections(port)[0] > 1 and self._connections(port)[1] == ends
+            }
+            if not self._doubled:
                 self._copies = None
-        return copies[digest] % 2 == 1
+        return is_first
 
     def freeze(self) -> int:
         """Remember what came until now, as a connection is down: its end may not have been confirmed.
@@ -5448,8 +5468,10 @@ class _CatchUp:
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
-        elif self._is_doubled(port):
-            self._begin_copies(port)
+        connections, ends = self._connections(port)
+        if connections > 1 and ends == source.ends_of_connections:  # none has ended, so there is one more
+            self._begin_copies(port, ends)
+        source.ends_of_connections = ends
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -6339,9 +6361,9 @@ class _SubscriberSockets:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        is_doubled = partial(self._connections.is_doubled, sock)
+        connections = partial(self._connections.count, sock)
         self._streams[sock] = stream = _CatchUp(
-            sock, topics, since, self._note_missed, is_doubled, self._note_past, self._durable
+            sock, topics, since, self._note_missed, connections, self._note_past, self._durable
         )
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))

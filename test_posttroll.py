@@ -14583,6 +14583,27 @@ class TestCatchingUp:
             wait_for(lambda: len(data) == 3001)
             assert data == list(range(3001))
 
+    def test_two_publishers_with_one_port_on_two_hosts(self):
+        """Neither is taken for the other, also when one is connected again: what they repeat comes each time."""
+        port = free_port()
+        addresses = [f"tcp://127.0.0.{number}:{port}" for number in (1, 2)]
+        with posttroll.Publisher(addresses[0]) as one, posttroll.Publisher(addresses[1]) as two:
+            with posttroll.Subscriber(addresses) as sub, serving(sub) as data:
+                assert one.wait_for_subscribers(1, DEADLINE)
+                assert two.wait_for_subscribers(1, DEADLINE)
+                texts = {publisher: text_message(name) for publisher, name in ((one, "one"), (two, "two"))}
+                for _ in range(3):
+                    for _ in range(10):
+                        for publisher, text in texts.items():
+                            publisher.send(text)
+                    await_count(data, 20)
+                    assert collections.Counter(data) == {"one": 10, "two": 10}
+                    data.clear()
+                    sub.remove(addresses[0])
+                    wait_for(lambda: one.subscriber_count == 0)
+                    sub.add(addresses[0])
+                    assert one.wait_for_subscribers(1, DEADLINE)
+
     @pytest.mark.parametrize("is_announced", [True, False])
     def test_a_publisher_behind_a_forwarded_port(self, is_announced):
         """It is found by the address that is forwarded, announced or fixed; the forwarding may fail for a while."""
