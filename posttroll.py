@@ -4973,9 +4973,29 @@ def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
     return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
 
 
-def _port_of(endpoint: str) -> int:
-    tcp = split_tcp_address(endpoint)
-    return 0 if tcp is None else tcp[1]
+class _PortCounts:
+    """How many connections of a socket to a port are up, and how many times one has gone down."""
+
+    def __init__(self) -> None:
+        self._ups: Counter[tuple[zmq.Socket[bytes], int]] = Counter()
+        self._ends: Counter[tuple[zmq.Socket[bytes], int]] = Counter()
+
+    def note(self, sock: zmq.Socket[bytes], endpoint: str, is_up: bool) -> None:
+        """Take note that a connection has come up, or gone down."""
+        tcp = split_tcp_address(endpoint)
+        if tcp is not None:
+            self._ups[sock, tcp[1]] += 1 if is_up else -1
+            self._ends[sock, tcp[1]] += not is_up
+
+    def of(self, sock: zmq.Socket[bytes], port: int) -> tuple[int, int]:
+        """Return both numbers."""
+        return self._ups[sock, port], self._ends[sock, port]
+
+    def forget(self, sock: zmq.Socket[bytes]) -> None:
+        """Forget a socket that is closed."""
+        for counts in (self._ups, self._ends):
+            for key in [key for key in counts if key[0] is sock]:
+                del counts[key]
 
 
 class _Connections:
@@ -5020,7 +5040,7 @@ class _Connections:
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
-        self._ends: Counter[tuple[zmq.Socket[bytes], int]] = Counter()  # of connections, by their ports
+        self._counts = _PortCounts()
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
@@ -5074,10 +5094,7 @@ class _Connections:
     def count(self, sock: zmq.Socket[bytes], port: int) -> tuple[int, int]:
         """Return how many connections of *sock* to this *port* are up, and how many times one has gone down."""
         self._take_pending_events(sock)
-        links = [
-            link for (other, endpoint), link in self._links.items() if other is sock and _port_of(endpoint) == port
-        ]
-        return sum(link.is_up for link in links), self._ends[sock, port]
+        return self._counts.of(sock, port)
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -5124,8 +5141,8 @@ class _Connections:
         """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
-            del self._links[sock, endpoint]
-            self._ends[sock, _port_of(endpoint)] += 1
+            if self._links.pop((sock, endpoint)).is_up:
+                self._counts.note(sock, endpoint, False)
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
@@ -5142,7 +5159,7 @@ class _Connections:
         for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
             sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
-            self._ends = Counter({key: ends for key, ends in self._ends.items() if key[0] is not sock})
+            self._counts.forget(sock)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
@@ -5185,9 +5202,8 @@ class _Connections:
             if link is not None:
                 was_up = link.is_up
                 self._take_event(link, event, endpoint.decode("utf-8", "replace"))
-                if was_up and not link.is_up:
-                    self._ends[sock, _port_of(endpoint.decode("utf-8", "replace"))] += 1
                 if was_up != link.is_up:
+                    self._counts.note(sock, endpoint.decode("utf-8", "replace"), link.is_up)
                     link.index = self._on_change(sock)
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
