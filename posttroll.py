@@ -5301,7 +5301,7 @@ class _Source:
         self.found = 0  # the number of the first hello
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
-        self.ends_of_connections: int | None = None  # to its port, until its last hello
+        self.ended: int | None = None  # how many connections to its port had ended when its last hello came
         self.known: set[int] = set()  # numbers behind the position that came under the mark
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
@@ -5390,10 +5390,10 @@ class _CatchUp:
                 source.live[digest] += 1  # type: ignore[index]
         return self._copies is None or self._is_first_copy(digest)
 
-    def _begin_copies(self, port: int, ends: int) -> None:
+    def _begin_copies(self, port: int, ended: int) -> None:
         """Take note that a publisher is connected by two of its addresses: from now on what it sends comes twice."""
         self._copies = dict.fromkeys(self._recent, time.monotonic())  # of the newest the second copy is still to come
-        self._doubled[port] = ends
+        self._doubled[port] = ended
         self._next_look = time.monotonic() + 5
 
     def _is_first_copy(self, digest: int) -> bool:
@@ -5406,9 +5406,9 @@ class _CatchUp:
             self._next_look = now + 5
             self._copies = dict(islice(copies.items(), max(len(copies) - 2 * self.RECENT, 0), None))
             self._doubled = {
-                port: ends
-                for port, ends in self._doubled.items()
-                if self._connections(port)[0] > 1 and self._connections(port)[1] == ends
+                port: ended
+                for port, ended in self._doubled.items()
+                if self._connections(port)[0] > 1 and self._connections(port)[1] == ended
             }
             if not self._doubled:
                 self._copies = None
@@ -5484,10 +5484,10 @@ class _CatchUp:
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
-        connections, ends = self._connections(port)
-        if connections > 1 and ends == source.ends_of_connections:  # none has ended, so there is one more
-            self._begin_copies(port, ends)
-        source.ends_of_connections = ends
+        connections, ended = self._connections(port)
+        if connections > 1 and ended == source.ended:  # none has ended, so there is one more
+            self._begin_copies(port, ended)
+        source.ended = ended
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)

@@ -14349,10 +14349,11 @@ with posttroll.Subscriber(sys.argv[1:]) as subscriber:
 class Relay:
     """A TCP relay before a port of this host: a cable that can be cut, or go silent as if a host had vanished."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1", own_port: int = 0) -> None:
         self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, own_port))
         self.port = self._listener.getsockname()[1]
+        self.address = f"tcp://{host}:{self.port}"
         self._is_cut = False
         self._flows = threading.Event()
         self._flows.set()
@@ -14463,11 +14464,15 @@ class Numbers:
 
 @contextlib.contextmanager
 def behind_relay(topics: Any = "", **settings: Any) -> Iterator[tuple[Any, Relay, Any]]:
-    """Give a publisher, a relay, and a subscriber that is connected to the publisher by the relay."""
-    with posttroll.Publisher("tcp://*:0", "numbers") as publisher, Relay(publisher.port_number) as relay:
-        with posttroll.Subscriber([local_address(relay.port)], topics, **settings) as subscriber:
+    """Give a publisher, a relay, and a subscriber that is connected to the publisher by the relay, as by a cable.
+
+    They have the same port, on two addresses: to the subscriber it is the publisher's own.
+    """
+    with posttroll.Publisher("tcp://127.0.0.1:0", "numbers") as publisher:
+        port = publisher.port_number
+        with Relay(port, "127.0.0.2", port) as relay, posttroll.Subscriber([relay.address], topics, **settings) as sub:
             assert publisher.wait_for_subscribers(1, DEADLINE)
-            yield publisher, relay, subscriber
+            yield publisher, relay, sub
 
 
 def positions_of(subscriber: posttroll.Subscriber) -> list[int | None]:
@@ -16159,7 +16164,7 @@ class TestNothingFallsBetween:
             numbers.send(1000)
             wait_for(lambda: not pub._audience.unserved())
             pub.stop()
-            sub.remove(local_address(relay.port))
+            sub.remove(relay.address)
             assert sub.subscribers == []
             assert sorted(received_data(sub, 1999)) == list(range(11, 2010))
             for _ in range(10):
@@ -16290,7 +16295,7 @@ print("dropped", pub.dropped)
     def test_stop_on_a_dead_link(self, monkeypatch, caplog):
         """Nothing goes on any more: it gives up after its time, counts and says so; for each of its subscribers."""
         monkeypatch.setattr(posttroll.Publisher, "LINGER_SECONDS", 1.0)
-        with behind_relay() as (pub, relay, sub), posttroll.Subscriber([local_address(relay.port)]) as other:
+        with behind_relay() as (pub, relay, sub), posttroll.Subscriber([relay.address]) as other:
             assert pub.wait_for_subscribers(2, DEADLINE)
             for each in (sub, other):
                 wait_for(lambda each=each: next(each.recv(0)) is None and not pub._audience.unserved())
