@@ -3540,8 +3540,9 @@ sendaddressservice = AddressServiceBroadcaster
 # begun or ended, all of them are told at the same place between the messages, behind which all is sent over each:
 #
 #     connections  D <instance> <turn> <number>    so many there are now; the turn is another one each time
+#     new          N                               this one is new, when there are several
 #
-# If there are several it is sent twice: the first makes a subscriber look over which connection each message comes.
+# If there are several the first is sent twice: it makes a subscriber look over which connection each message comes.
 #
 # Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
 # one message under it, <mark>/?\0<JSON>.
@@ -3835,14 +3836,23 @@ class _Listeners:
         if option == zmq.SUBSCRIBE:
             if mark not in self._connected and len(self._connected) >= self.PEERS:
                 return
-            self.socket.setsockopt(option, mark)
+            self.socket.setsockopt(option, mark + b"\0D")
         self._connected[mark] += 1 if option == zmq.SUBSCRIBE else -1
         if self._connected[mark] > 0:
             self._untold.add(mark)
             self._tell_connections()
+            if option == zmq.SUBSCRIBE and self._connected[mark] > 1 and mark not in self._untold:
+                self._send_once(mark + b"\0N", b"")
         else:
             del self._connected[mark]
             self._untold.discard(mark)
+
+    def _send_once(self, topic: bytes, content: bytes) -> None:
+        """Send something under a topic to whoever has just subscribed to something, and to nobody else."""
+        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+        with suppress(zmq.Again):
+            self.socket.send(topic + content, _NOBLOCK)
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
 
     def _tell_connections(self) -> None:
         """Tell subscribers of ours how many connections they have; once there is room, if a queue is full."""
@@ -4107,10 +4117,7 @@ class _Audience(_Listeners):
             "sent": self.history.number,
             "kept": len(self.history),
         }
-        self.socket.setsockopt(zmq.SUBSCRIBE, question)  # of the one who has asked
-        with suppress(zmq.Again):
-            self.socket.send(question + b"\0" + json.dumps(about).encode(), _NOBLOCK)
-        self.socket.setsockopt(zmq.UNSUBSCRIBE, question)
+        self._send_once(question, b"\0" + json.dumps(about).encode())
 
     def _catch_up_soon(self, seconds: float) -> None:
         self.later(seconds, self._catch_up)
@@ -5361,15 +5368,19 @@ class _Merge:
 
     ZeroMQ does not tell which connection a message has come by; but the frame of it does, which takes longer to get.
 
+    A new connection begins with a hello, which is about what was sent before it; some of that may still come by another
+    connection.  So what comes by the new one waits until the same hello has come by another.
+
     Args:
         sock: The socket.
         mark: Its mark.
         take_events: Called to take note of connections that have begun, or ended.
+        wake_at: Called with a time when `recv` is to be called, even if there is nothing in the socket.
         on_end: Called when no publisher is connected more than once any more.
-        begin: What has told that one is.
     """
 
-    AHEAD = 100000  # messages that are read at once, at most
+    PATIENCE = 0.3  # seconds for the others, which may only be believed to be there by the publisher
+    LONGEST_PATIENCE = 5.0  # more seconds, if there is always something to be read
     KEPT = 64  # what is behind by more connections that began or ended may come twice
 
     def __init__(
@@ -5377,96 +5388,132 @@ class _Merge:
         sock: zmq.Socket[bytes],
         mark: bytes,
         take_events: Callable[[], None],
+        wake_at: Callable[[float], object],
         on_end: Callable[[], None],
-        begin: bytes,
     ) -> None:
         self._socket = sock
         self._hello = mark + b"\0H "
         self._take_events = take_events
+        self._wake_at = wake_at
         self._on_end = on_end
         self._twins: OrderedDict[bytes, _Twins] = OrderedDict()  # by what has told the connections
         self._lines: dict[Any, _Twins] = {}  # by connection; None: that which has told it first
         self._stale: set[str] = set()  # the descriptors of those that are not the same any more, once all is read
         self._is_changed = False
-        self._held: deque[bytes] = deque()  # read ahead
-        self._begin_line(begin, None)
+        self._paused: dict[Any, tuple[float, list[bytes]]] = {}  # the new ones: until when, and what waits
+        self._hellos: deque[bytes] = deque(maxlen=self.KEPT)  # that have come by others
+        self._ready: deque[bytes] = deque()
 
-    @staticmethod
-    def number_in(raw: bytes) -> int:
-        """Return how many connections there are, as *raw* tells, which came under the early mark."""
-        kind, instance, turn, number = raw.partition(b"\0")[2].split(b" ")
-        if kind != b"D" or len(instance) != 16 or int(turn) < 0:
-            raise ValueError("not about connections")
-        return int(number)
+    def begin_line(self, raw: bytes, line: Any = None) -> None:
+        """Compare what comes by *line* from here on with what comes by others behind the same *raw*.
 
-    def recv(self, flags: int) -> bytes:
-        """Receive a message, something empty if it does not count; raises zmq.Again if there is none."""
-        if self._held:
-            return self._held.popleft()
-        raw, line, is_new = self._receive(flags)
-        if is_new and line in self._lines and raw.startswith(self._hello):
-            self._read_ahead(raw, line)
-            return b""
-        return raw if is_new else b""
-
-    def _receive(self, flags: int) -> tuple[bytes, Any, bool]:
-        """Receive a message; return it, by which connection it came, and whether it is new."""
-        try:
-            frame = self._socket.recv(flags, copy=False)
-        except zmq.Again:
-            if self._is_changed:
-                self._forget_stale()
-            raise
-        raw = frame.bytes
-        try:
-            line = frame.get("Peer-Address"), frame.get("__fd")
-        except zmq.ZMQError:
-            return raw, None, raw[:1] != _EARLY_MARK[:1]  # from this process
-        if raw[:1] == _EARLY_MARK[:1]:
-            self._begin_line(raw, line)
-            return raw, line, False
-        twins = self._lines.get(line)
-        return raw, line, twins is None or twins.is_new(raw, line)
-
-    def _read_ahead(self, hello: bytes, line: Any) -> None:
-        """Let *hello*, which came by *line*, be taken behind what was sent before it and comes by other connections."""
-        before: list[bytes] = []
-        after, passed = [hello], {line}
-        with suppress(zmq.Again):
-            for _ in range(self.AHEAD):
-                raw, line, is_new = self._receive(_NOBLOCK)
-                if line in self._lines and raw.startswith(self._hello):
-                    passed.add(line)
-                if is_new:
-                    (after if line in passed else before).append(raw)
-        self._held.extend(before + after)
-
-    def _begin_line(self, raw: bytes, line: Any) -> None:
-        """Compare what comes by *line* from here on with what comes by others from the same place on."""
-        self._take_events()
-        if line is not None:
-            self._stale.discard(line[1])
-            self._lines.pop(None, None)
-            self._is_changed = True
-        twins = self._twins.get(raw)
-        if twins is None:
-            twins = self._twins[raw] = _Twins(self.number_in(raw))
+        Raises:
+            ValueError: *raw* does not tell how many connections there are.
+        """
+        number = number_of_connections(raw)
+        if number:
+            self._lines[line] = self._twins.setdefault(raw, _Twins(number))
             if len(self._twins) > self.KEPT:
                 self._twins.popitem(last=False)
-        self._lines[line] = twins
+        elif line in self._lines:
+            until = time.monotonic() + self.PATIENCE
+            self._paused[line] = until, []
+            self._wake_at(until)
 
     def note_change(self, descriptor: int) -> None:
         """Take note that a connection with this descriptor has begun or ended: the next one by it is another one."""
         self._stale.add(str(descriptor))
         self._is_changed = True
 
+    def recv(self, flags: int) -> bytes:
+        """Receive a message, something empty if it does not count; raises zmq.Again if there is none."""
+        if self._paused:
+            self._resume_until(time.monotonic() - self.LONGEST_PATIENCE)
+        if not self._ready:
+            try:
+                frame = self._socket.recv(flags, copy=False)
+            except zmq.Again:
+                self._resume_until(time.monotonic())
+                self._forget_stale()
+                if not self._ready:
+                    raise
+            else:
+                self._take_frame(frame)
+        return self._ready.popleft() if self._ready else b""
+
+    def _take_frame(self, frame: zmq.Frame) -> None:
+        raw = frame.bytes
+        try:
+            line = frame.get("Peer-Address"), frame.get("__fd")
+        except zmq.ZMQError:  # it comes from this process
+            self._ready.append(raw)
+            return
+        if raw[:1] == _EARLY_MARK[:1]:
+            self._take_events()
+            self._stale.discard(line[1])
+            self._lines.pop(None, None)
+            self._is_changed = True
+        self._take(raw, line)
+
+    def _take(self, raw: bytes, line: Any) -> None:
+        """Have *raw*, which has come by *line*, returned if it is new; but later if *line* is to wait."""
+        if line in self._paused:
+            self._paused[line][1].append(raw)
+            if raw in self._hellos:
+                self._resume(line)
+        elif raw[:1] == _EARLY_MARK[:1]:
+            try:
+                self.begin_line(raw, line)
+            except ValueError:
+                self._ready.append(raw)  # whoever takes it will complain
+        else:
+            twins = self._lines.get(line)
+            if twins is None or twins.is_new(raw, line):
+                self._ready.append(raw)
+            if twins is not None and raw.startswith(self._hello):
+                self._hellos.append(raw)
+                for other in [other for other, (_, waiting) in self._paused.items() if raw in waiting]:
+                    self._resume(other)
+
+    def _resume(self, line: Any) -> None:
+        _, waiting = self._paused.pop(line, (0, []))
+        for raw in waiting:
+            self._take(raw, line)
+
+    def _resume_until(self, when: float) -> None:
+        for line in [line for line, (until, _) in self._paused.items() if until <= when]:
+            self._resume(line)
+
+    def release(self) -> bool:
+        """Have what waits returned next; return whether there is something."""
+        self._resume_until(math.inf)
+        return bool(self._ready)
+
     def _forget_stale(self) -> None:
-        """Forget the connections that have ended, as all is read; and end if there are not several to any publisher."""
-        self._lines = {line: twins for line, twins in self._lines.items() if not line or line[1] not in self._stale}
-        self._stale.clear()
-        self._is_changed = False
-        if all(twins.streams < 2 for twins in self._lines.values()):
-            self._on_end()
+        """Forget connections that have ended, as all is read; and end if there are not several to any publisher."""
+        if self._is_changed:
+            for line in [line for line in self._lines if line and line[1] in self._stale]:
+                self._resume(line)
+                del self._lines[line]
+            self._stale.clear()
+            self._is_changed = bool(self._paused or self._ready)
+            if not self._is_changed and all(twins.streams < 2 for twins in self._lines.values()):
+                self._on_end()
+
+
+def number_of_connections(raw: bytes) -> int:
+    """Return how many connections there are, as *raw* tells; 0: it tells that one is new.
+
+    Raises:
+        ValueError: It does not tell that.
+    """
+    content = raw.partition(b"\0")[2]
+    if content == b"N":
+        return 0
+    kind, instance, turn, number = content.split(b" ")
+    if kind != b"D" or len(instance) != 16 or int(turn) < 0 or int(number) < 1:
+        raise ValueError("not about connections")
+    return int(number)
 
 
 class _CatchUp:
@@ -5479,6 +5526,7 @@ class _CatchUp:
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
         take_events: Called to take note of connections of the socket that have begun, or ended.
+        wake_at: Called with a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -5494,6 +5542,7 @@ class _CatchUp:
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
         take_events: Callable[[], None],
+        wake_at: Callable[[float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
@@ -5505,6 +5554,7 @@ class _CatchUp:
         self._since = since
         self._on_gone = on_gone
         self._take_events = take_events
+        self._wake_at = wake_at
         self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
@@ -5537,12 +5587,17 @@ class _CatchUp:
 
     def _take_connections(self, raw: bytes) -> None:
         """Take what tells how many connections to a publisher there are."""
-        if self._merge is None and _Merge.number_in(raw) > 1:
-            self._merge = _Merge(self._socket, self._mark, self._take_events, self._end_merge, raw)
-            self.recv = self._merge.recv
+        if number_of_connections(raw) > 1 and self._merge is None:
+            merge = _Merge(self._socket, self._mark, self._take_events, self._wake_at, self._end_merge)
+            merge.begin_line(raw)
+            self._merge, self.recv = merge, merge.recv
 
     def _end_merge(self) -> None:
         self._merge, self.recv = None, self._socket.recv
+
+    def release(self) -> bool:
+        """Have what waits for something received next; return whether there is something."""
+        return self._merge is not None and self._merge.release()
 
     def _freeze(self) -> None:
         """Remember what came until now, as a connection is down: its end may not have been confirmed."""
@@ -6266,13 +6321,16 @@ class _Inbox:
 
     def read_all(self, stream: _CatchUp) -> None:
         """Read what lies unread in the socket of *stream*, to be handed out later."""
-        with suppress(zmq.Again):
-            while True:
-                raw = stream.recv(_NOBLOCK)
-                if raw[:1] == _EARLY_MARK[:1]:
-                    stream.take(raw)  # at once: it is about what comes next
-                elif raw:
-                    self._unread.append((raw, stream))
+        is_all = False
+        while not is_all:
+            with suppress(zmq.Again):
+                while True:
+                    raw = stream.recv(_NOBLOCK)
+                    if raw[:1] == _EARLY_MARK[:1]:
+                        stream.take(raw)  # at once: it is about what comes next
+                    elif raw:
+                        self._unread.append((raw, stream))
+            is_all = not stream.release()
 
     def begin_batch(self) -> None:
         """Take note that all else has had its turn."""
@@ -6508,8 +6566,12 @@ class _SubscriberSockets:
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
         take_events = partial(self._connections.take_pending_events, sock)
+
+        def wake_at(when: float) -> None:
+            self._loop.at(when, partial(self._inbox.note_ready, stream))
+
         self._streams[sock] = stream = _CatchUp(
-            sock, topics, since, self._note_missed, take_events, self._note_past, self._durable
+            sock, topics, since, self._note_missed, take_events, wake_at, self._note_past, self._durable
         )
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))

@@ -14829,6 +14829,72 @@ class TestCatchingUp:
                 numbers.check(data)
                 assert pub.dropped == sub.missed == 0
 
+    def test_what_is_repeated_to_the_byte_over_two_connections(self, short_heartbeats):
+        """It is no copy of itself, also while one of them fails."""
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            sub.add(local_address(pub.port_number))
+            (peer,) = pub._audience.peers.values()
+            wait_for(lambda: peer.connections == 2)
+            texts, sent = [text_message(text) for text in "abc"], 0
+            for kind in ("cut", "silence"):
+                for fail in (lambda: None, getattr(relay, kind), relay.mend):
+                    fail()
+                    for _ in range(50):
+                        for text in texts:
+                            pub.send(text)
+                        time.sleep(0.004)
+                    sent += 50
+                wait_for(lambda: peer.connections == 2)
+            pub.send(text_message("end"))
+            wait_for(lambda: data[-1:] == ["end"])
+            wait_for(lambda: not pub._audience.unserved())
+            assert collections.Counter(data) == {"a": sent, "b": sent, "c": sent, "end": 1}
+            assert sub.missed == pub.dropped == 0
+
+    @pytest.mark.parametrize("is_unread", [True, False])
+    def test_a_second_connection_while_much_is_unread(self, is_unread):
+        """What comes by the first, and was sent before, is not caught up by the second; it may be one of three."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            addresses = [f"tcp://127.0.0.{number}:{pub.port_number}" for number in (1, 2, 3)]
+            numbers = Numbers(pub)
+            with posttroll.Subscriber(addresses[:1]) as sub, contextlib.ExitStack() as stack:
+                data = None if is_unread else stack.enter_context(serving(sub))
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                (peer,) = pub._audience.peers.values()
+                for count, address in enumerate(addresses[1:], 2):
+                    numbers.send(1500)
+                    sub.add(address)
+                    while peer.connections < count:
+                        numbers.send(1, 0.0002)
+                numbers.send(500)
+                data = data or stack.enter_context(serving(sub))
+                numbers.check(data)
+                sub.remove(addresses[1])
+                numbers.send(500)
+                wait_for(lambda: peer.connections == 2)
+                sub.remove(addresses[2])
+                wait_for(lambda: peer.connections == 1)
+                numbers.send(500)
+                numbers.check(data)
+                wait_for(lambda: all(stream._merge is None for stream in sub._streams.values()))
+
+    def test_a_proxy_beside_the_direct_way(self):
+        """By both comes each message once, also if one of them ends."""
+        with posttroll.Publisher("tcp://127.0.0.1:0") as pub, proxy(pub.port_number) as port:
+            addresses = [local_address(pub.port_number), local_address(port)]
+            numbers = Numbers(pub)
+            with posttroll.Subscriber(addresses) as sub, serving(sub) as data:
+                (mark,) = wait_for(lambda: pub._audience._connected)
+                wait_for(lambda: pub._audience._connected[mark] == 2)
+                for ended in addresses:
+                    numbers.send(500)
+                    sub.remove(ended)
+                    wait_for(lambda: pub._audience._connected[mark] == 1)
+                    numbers.send(500)
+                    sub.add(ended)
+                    wait_for(lambda: pub._audience._connected[mark] == 2)
+                numbers.check(data)
+
     def test_two_connections_of_which_one_fails_again_and_again(self, short_heartbeats):
         """By two addresses with one port: whichever of them is up, each message comes once."""
         with behind_relay() as (pub, relay, sub), serving(sub) as data:
