@@ -14878,6 +14878,30 @@ class TestCatchingUp:
                 numbers.check(data)
                 wait_for(lambda: all(stream._merge is None for stream in sub._streams.values()))
 
+    @pytest.mark.parametrize("end", ["patience", "removed"])
+    def test_a_second_connection_while_the_first_is_silent(self, end, monkeypatch):
+        """What comes by the second waits for the first, but not for ever, and is not lost with a socket."""
+        if end != "patience":
+            monkeypatch.setattr(posttroll._Merge, "PATIENCE", 1000)
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            relay.silence()
+            sub.add(local_address(pub.port_number))
+            (peer,) = pub._audience.peers.values()
+            wait_for(lambda: peer.connections == 2)
+            numbers = Numbers(pub)
+            numbers.send(10)
+            if end != "patience":
+                (stream,) = sub._streams.values()
+                wait_for(lambda: [len(behind) > 10 for _, behind in stream._merge._paused.values()] == [True])
+                assert not data
+            if end == "removed":
+                sub.update([])
+            await_count(data, 10)
+            assert sorted(data) == list(range(10))
+
+    @pytest.mark.skipif(
+        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+    )
     def test_a_proxy_beside_the_direct_way(self):
         """By both comes each message once, also if one of them ends."""
         with posttroll.Publisher("tcp://127.0.0.1:0") as pub, proxy(pub.port_number) as port:
