@@ -9715,7 +9715,7 @@ def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the map in the language of Mermaid."""
 
     def quoted(*texts: str) -> str:
-        escaped = (re.sub('[#"<>&|]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
+        escaped = (re.sub('[#"<>&|`]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
         return '"' + "<br/>".join(escaped) + '"'
 
     nodes, edges = _edges(rows)

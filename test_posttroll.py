@@ -7345,7 +7345,7 @@ class TestMap:
         """Two publishers of ours, one that is not, and who listens to them."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(nameserver())
-            names = ['a"b', "b<c"]
+            names = ['a"b', "b`<c"]
             pubs = [stack.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in names]
             other, address = stack.enter_context(raw_publisher())
             register(registration_of(URI=address, service=["other"]))
@@ -7386,7 +7386,7 @@ class TestMap:
             "  to     somebody  /a/x",
             "  to     127.0.0.1  everything (2 times)",
             "  to     127.0.0.1  /a, /b",
-            f"b<c  {second}",
+            f"b`<c  {second}",
             "  sends  nothing while we listened",
             "  to     127.0.0.1  everything (2 times)",
             f"pub  {other}",
@@ -7399,7 +7399,7 @@ class TestMap:
             "digraph posttroll {",
             "  rankdir=LR;",
             f'  publisher0 [shape=box, label="a\\"b\\n{first}\\n/z"];',
-            f'  publisher1 [shape=box, label="b<c\\n{second}"];',
+            f'  publisher1 [shape=box, label="b`<c\\n{second}"];',
             f'  publisher2 [shape=box, label="pub\\n{other}"];',
             '  listener0 [label="somebody"];',
             '  listener1 [label="127.0.0.1"];',
@@ -7414,7 +7414,7 @@ class TestMap:
         assert out.splitlines() == [
             "graph LR",
             f'  publisher0["a#34;b<br/>{first}<br/>/z"]',
-            f'  publisher1["b#60;c<br/>{second}"]',
+            f'  publisher1["b#96;#60;c<br/>{second}"]',
             f'  publisher2["pub<br/>{other}"]',
             '  listener0(["somebody"])',
             '  listener1(["127.0.0.1"])',
@@ -7426,7 +7426,7 @@ class TestMap:
         status, out, err = run_command("map", "--seconds", 0.1, "--json")
         assert (status, err) == (0, "")
         rows = json.loads(out)
-        assert [row["name"] for row in rows] == ['a"b', "b<c", "pub"]
+        assert [row["name"] for row in rows] == ['a"b', "b`<c", "pub"]
         assert rows[2]["listeners"] is None
         assert {"host": "", "topics": ["/a/x"], "count": 1} in rows[0]["listeners"]
 
