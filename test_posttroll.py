@@ -16992,9 +16992,9 @@ class Oracle:
         unfound = self.connected(begin)
         was_there_too_shortly = not self._got and publisher.ended < unfound
         spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
-        for start, end in self._cuts:  # nobody catches up with a publisher that has ended
+        for start, end in self._cuts:  # nobody catches up once one of both has ended
             back = self.connected(end, NOTICED)
-            if not CAUGHT_UP or publisher.ended < back:
+            if not CAUGHT_UP or min(publisher.ended, subscriber.ended) < back:
                 spans.append((self.under_way(start, throttled), back))
         if publisher.ending == signal.SIGKILL:
             spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
