@@ -3535,11 +3535,21 @@ sendaddressservice = AddressServiceBroadcaster
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
 #
+# It may be connected more than once over one socket (by two addresses), and then all comes as often.  So there is a
+# second mark, the same but for its first character, which comes before the topics; each time that such a connection has
+# begun or ended, all of them are told at the same place between the messages, behind which all is sent over each:
+#
+#     connections  D <instance> <turn> <number>    so many there are now; the turn is another one each time
+#     new          N                               this one is new, when there are several
+#
+# If there are several the first is sent twice: it makes a subscriber look over which connection each message comes.
+#
 # Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
 # one message under it, <mark>/?\0<JSON>.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
+_EARLY_MARK = b"!" + _MARK[1:]  # before all topics
 _MARK_PATTERN = re.compile(
     _MARK + rb"([0-9a-f]{16})/(\d{1,6})"
     rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
@@ -3709,6 +3719,9 @@ class _Listeners:
         self.dropped = 0
         self.peers: dict[bytes, _Peer] = {}
         self._seen: set[bytes] = set()  # the marks of all that there have been
+        self._connected: Counter[bytes] = Counter()  # how many connections have begun, by early mark
+        self._untold: set[bytes] = set()  # those of which the number has changed, and was not told yet
+        self._turn = 0
         self._topics = 0
         self._by_topic: Counter[bytes] = Counter()
         self._answering = 0.0  # since when answers are counted
@@ -3800,10 +3813,15 @@ class _Listeners:
                 elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
                     self._answer(topic)
                 continue
+            if topic.startswith(_EARLY_MARK):
+                match = _MARK_PATTERN.fullmatch(_MARK[:1] + topic[1:])
+                if match is not None and match[3] is None:
+                    self._take_early_mark(topic, option)
+                continue
             self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
-            elif not _MARK.startswith(topic):
+            elif not _MARK.startswith(topic) and not _EARLY_MARK.startswith(topic):
                 sock.setsockopt(option, topic)
 
     def _count_topic(self, topic: bytes, difference: int) -> None:
@@ -3812,6 +3830,42 @@ class _Listeners:
             self._by_topic[topic] += difference
             if self._by_topic[topic] <= 0:
                 del self._by_topic[topic]
+
+    def _take_early_mark(self, mark: bytes, option: int) -> None:
+        """Take note that a connection of a subscriber of ours has begun or ended, and tell it how many there are."""
+        if option == zmq.SUBSCRIBE:
+            if mark not in self._connected and len(self._connected) >= self.PEERS:
+                return
+            self.socket.setsockopt(option, mark + b"\0D")
+        self._connected[mark] += 1 if option == zmq.SUBSCRIBE else -1
+        if self._connected[mark] > 0:
+            self._untold.add(mark)
+            self._tell_connections()
+            if option == zmq.SUBSCRIBE and self._connected[mark] > 1 and mark not in self._untold:
+                self._send_once(mark + b"\0N", b"")
+        else:
+            del self._connected[mark]
+            self._untold.discard(mark)
+
+    def _send_once(self, topic: bytes, content: bytes) -> None:
+        """Send something under a topic to whoever has just subscribed to something, and to nobody else."""
+        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+        with suppress(zmq.Again):
+            self.socket.send(topic + content, _NOBLOCK)
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+
+    def _tell_connections(self) -> None:
+        """Tell subscribers of ours how many connections they have; once there is room, if a queue is full."""
+        for mark in list(self._untold):
+            peer = self.peers.get(_MARK[:1] + mark[1:])
+            if peer is None or peer.is_heard:
+                self._turn += 1
+                number = self._connected[mark]
+                content = b"%s\0D %s %d %d" % (mark, self.instance, self._turn, number)
+                with suppress(zmq.Again):
+                    for _ in range(min(number, 2)):
+                        self.socket.send(content, _NOBLOCK)
+                    self._untold.discard(mark)
 
     def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
         """Take note that a subscriber of ours has come (again), or gone."""
@@ -3991,6 +4045,7 @@ class _Audience(_Listeners):
         self._next_look = now + self.LOOK_SECONDS
         self._queue_limit.adapt(self.history.number, self.history.total)
         self._take_subscriptions()
+        self._tell_connections()
         self._tell_positions()
         if self._look_again not in self._timers:
             self.later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
@@ -4062,10 +4117,7 @@ class _Audience(_Listeners):
             "sent": self.history.number,
             "kept": len(self.history),
         }
-        self.socket.setsockopt(zmq.SUBSCRIBE, question)  # of the one who has asked
-        with suppress(zmq.Again):
-            self.socket.send(question + b"\0" + json.dumps(about).encode(), _NOBLOCK)
-        self.socket.setsockopt(zmq.UNSUBSCRIBE, question)
+        self._send_once(question, b"\0" + json.dumps(about).encode())
 
     def _catch_up_soon(self, seconds: float) -> None:
         self.later(seconds, self._catch_up)
@@ -4935,6 +4987,7 @@ class _Link:
         self.begin = begin
         self.is_greeted = False
         self.index = 0  # of the first message after it has come up
+        self.descriptor = -1  # of the file, once it is connected
 
 
 class _OwnSocket(NamedTuple):
@@ -4946,23 +4999,33 @@ class _OwnSocket(NamedTuple):
 
 
 class _Twins:
-    """What has come over the endpoints of single names: if they are all of one publisher, a message counts once."""
+    """What has come over several streams of one publisher, each with the same messages: each of them counts once.
+
+    The messages of a stream are in order, so the second that looks the same is the second in all: it is not the copy of
+    the first, whichever stream is ahead, and wherever a stream ends.
+
+    Args:
+        streams: How many there are, 0 if that is not known.
+    """
 
     LIMIT = 16384  # messages that are recognised when they come once more
 
-    def __init__(self) -> None:
-        self._counts: dict[
-            int, dict[Any, int]
-        ] = {}  # by message, oldest first: how many times it came over which stream
+    def __init__(self, streams: int = 0) -> None:
+        self.streams = streams
+        # By message, oldest first: how many times it came over which stream.
+        self._counts: OrderedDict[int, dict[Any, int]] = OrderedDict()
 
     def is_new(self, raw: bytes, stream: Any) -> bool:
         """Whether *raw*, which came over *stream*, has not come as many times over another."""
-        counts = self._counts.setdefault(_digest(raw), {})
+        digest = _digest(raw)
+        counts = self._counts.setdefault(digest, {})
         most = max(counts.values(), default=0)
-        counts[stream] = counts.get(stream, 0) + 1
-        if len(self._counts) > self.LIMIT:
-            del self._counts[next(iter(self._counts))]
-        return counts[stream] > most
+        counts[stream] = times = counts.get(stream, 0) + 1
+        if len(counts) == self.streams and all(other == times for other in counts.values()):
+            del self._counts[digest]  # all have it
+        elif len(self._counts) > self.LIMIT:
+            self._counts.popitem(last=False)
+        return times > most
 
 
 def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
@@ -4973,31 +5036,6 @@ def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
     return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
 
 
-class _PortCounts:
-    """How many connections of a socket to a port are up, and how many times one has gone down."""
-
-    def __init__(self) -> None:
-        self._ups: Counter[tuple[zmq.Socket[bytes], int]] = Counter()
-        self._ends: Counter[tuple[zmq.Socket[bytes], int]] = Counter()
-
-    def note(self, sock: zmq.Socket[bytes], endpoint: str, is_up: bool) -> None:
-        """Take note that a connection has come up, or gone down."""
-        tcp = split_tcp_address(endpoint)
-        if tcp is not None:
-            self._ups[sock, tcp[1]] += 1 if is_up else -1
-            self._ends[sock, tcp[1]] += not is_up
-
-    def of(self, sock: zmq.Socket[bytes], port: int) -> tuple[int, int]:
-        """Return both numbers."""
-        return self._ups[sock, port], self._ends[sock, port]
-
-    def forget(self, sock: zmq.Socket[bytes]) -> None:
-        """Forget a socket that is closed."""
-        for counts in (self._ups, self._ends):
-            for key in [key for key in counts if key[0] is sock]:
-                del counts[key]
-
-
 class _Connections:
     """Keeps connected what is wanted.
 
@@ -5005,8 +5043,8 @@ class _Connections:
         loop: The loop to use; whoever runs it is the only one to call the methods.
         open_socket: Called with the key of a group of addresses; returns a new SUB socket for them.
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
-        on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
-            message of that socket.
+        on_change: Called with a socket of which a connection begins, has come up, or gone down, and its descriptor;
+            returns the index of the next message of that socket.
         on_close: Called with a socket that is closed.
         on_several: Called with the sockets that are connected to what a single name stands for.
 
@@ -5024,7 +5062,7 @@ class _Connections:
         loop: Loop,
         open_socket: Callable[[Any], Any],
         read_all: Callable[[Any], None],
-        on_change: Callable[[Any], int],
+        on_change: Callable[[Any, int], int],
         on_close: Callable[[Any], object],
         on_several: Callable[[Iterable[Any]], object],
     ) -> None:
@@ -5040,7 +5078,6 @@ class _Connections:
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
-        self._counts = _PortCounts()
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
@@ -5075,7 +5112,7 @@ class _Connections:
         And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
         can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
         """
-        self._take_pending_events(sock)
+        self.take_pending_events(sock)
         new = [
             (not endpoint.endswith(f":{port}"), link.changed, link)
             for (other, endpoint), link in self._links.items()
@@ -5087,14 +5124,11 @@ class _Connections:
         link.is_greeted = True
         return link.begin, link.index
 
-    def _take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
-        if sock in self._monitors:  # else it is closed, and this is of what it had received before
-            self._take_events(sock, self._monitors[sock])
-
-    def count(self, sock: zmq.Socket[bytes], port: int) -> tuple[int, int]:
-        """Return how many connections of *sock* to this *port* are up, and how many times one has gone down."""
-        self._take_pending_events(sock)
-        return self._counts.of(sock, port)
+    def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
+        """Take note of what has happened to the connections of *sock* until now."""
+        while sock in self._monitors:  # else it is closed, and this is of what it had received before
+            if not self._take_events(sock, self._monitors[sock]):
+                return
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -5141,11 +5175,11 @@ class _Connections:
         """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
-            if self._links.pop((sock, endpoint)).is_up:
-                self._counts.note(sock, endpoint, False)
+            link = self._links.pop((sock, endpoint))
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
+            self._on_change(sock, link.descriptor)
         _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
 
     def _disconnect_all(self, address: str) -> None:
@@ -5159,7 +5193,6 @@ class _Connections:
         for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
             sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
-            self._counts.forget(sock)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
@@ -5172,7 +5205,8 @@ class _Connections:
 
     def _new_socket(self, slot: Any, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
-        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
+        events |= zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         try:
             monitor = _open_monitor(sock, events | failures)
@@ -5186,25 +5220,29 @@ class _Connections:
         self._monitors[sock] = monitor
         return sock
 
-    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
-        """Take note of which connections of *sock* go down and come up."""
+    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> bool:
+        """Take note of which connections of *sock* go down and come up; return whether there may be more."""
         for _ in range(100):
             try:
                 data, endpoint = monitor.recv_multipart(_NOBLOCK)
             except zmq.Again:
-                return
-            event = struct.unpack("=HI", data)[0]
+                return False
+            event, value = struct.unpack("=HI", data)
             if event == zmq.EVENT_MONITOR_STOPPED:
                 self._loop.unwatch(monitor)
                 monitor.close(0)
-                return
+                return False
             link = self._links.get((sock, endpoint.decode("utf-8", "replace")))
             if link is not None:
                 was_up = link.is_up
-                self._take_event(link, event, endpoint.decode("utf-8", "replace"))
+                if event == zmq.EVENT_CONNECTED:
+                    link.descriptor = value
+                    self._on_change(sock, value)
+                else:
+                    self._take_event(link, event, endpoint.decode("utf-8", "replace"))
                 if was_up != link.is_up:
-                    self._counts.note(sock, endpoint.decode("utf-8", "replace"), link.is_up)
-                    link.index = self._on_change(sock)
+                    link.index = self._on_change(sock, link.descriptor)
+        return True
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
         if event == zmq.EVENT_CONNECT_RETRIED:
@@ -5301,7 +5339,6 @@ class _Source:
         self.found = 0  # the number of the first hello
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
-        self.ended: int | None = None  # how many connections to its port had ended when its last hello came
         self.known: set[int] = set()  # numbers behind the position that came under the mark
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
@@ -5326,6 +5363,159 @@ class _Source:
         self.known = {other for other in self.known if other > self.position}
 
 
+class _Merge:
+    """Reads a SUB socket that is connected to a publisher more than once, so that each message comes once (see 9).
+
+    ZeroMQ does not tell which connection a message has come by; but the frame of it does, which takes longer to get.
+
+    A new connection begins with a hello, which is about what was sent before it; some of that may still come by another
+    connection.  So what comes by the new one waits until the same hello has come by another.
+
+    Args:
+        sock: The socket.
+        mark: Its mark.
+        take_events: Called to take note of connections that have begun, or ended.
+        wake_at: Called with a time when `recv` is to be called, even if there is nothing in the socket.
+        on_end: Called when no publisher is connected more than once any more.
+    """
+
+    PATIENCE = 0.3  # seconds for the others, which may only be believed to be there by the publisher
+    LONGEST_PATIENCE = 5.0  # more seconds, if there is always something to be read
+    KEPT = 64  # what is behind by more connections that began or ended may come twice
+
+    def __init__(
+        self,
+        sock: zmq.Socket[bytes],
+        mark: bytes,
+        take_events: Callable[[], None],
+        wake_at: Callable[[float], object],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._socket = sock
+        self._hello = mark + b"\0H "
+        self._take_events = take_events
+        self._wake_at = wake_at
+        self._on_end = on_end
+        self._twins: OrderedDict[bytes, _Twins] = OrderedDict()  # by what has told the connections
+        self._lines: dict[Any, _Twins] = {}  # by connection; None: that which has told it first
+        self._stale: set[str] = set()  # the descriptors of those that are not the same any more, once all is read
+        self._is_changed = False
+        self._paused: dict[Any, tuple[float, list[bytes]]] = {}  # the new ones: until when, and what waits
+        self._hellos: deque[bytes] = deque(maxlen=self.KEPT)  # that have come by others
+        self._ready: deque[bytes] = deque()
+
+    def begin_line(self, raw: bytes, line: Any = None) -> None:
+        """Compare what comes by *line* from here on with what comes by others behind the same *raw*.
+
+        Raises:
+            ValueError: *raw* does not tell how many connections there are.
+        """
+        number = number_of_connections(raw)
+        if number:
+            self._lines[line] = self._twins.setdefault(raw, _Twins(number))
+            if len(self._twins) > self.KEPT:
+                self._twins.popitem(last=False)
+        elif line in self._lines:
+            until = time.monotonic() + self.PATIENCE
+            self._paused[line] = until, []
+            self._wake_at(until)
+
+    def note_change(self, descriptor: int) -> None:
+        """Take note that a connection with this descriptor has begun or ended: the next one by it is another one."""
+        self._stale.add(str(descriptor))
+        self._is_changed = True
+
+    def recv(self, flags: int) -> bytes:
+        """Receive a message, something empty if it does not count; raises zmq.Again if there is none."""
+        if self._paused:
+            self._resume_until(time.monotonic() - self.LONGEST_PATIENCE)
+        if not self._ready:
+            try:
+                frame = self._socket.recv(flags, copy=False)
+            except zmq.Again:
+                self._resume_until(time.monotonic())
+                self._forget_stale()
+                if not self._ready:
+                    raise
+            else:
+                self._take_frame(frame)
+        return self._ready.popleft() if self._ready else b""
+
+    def _take_frame(self, frame: zmq.Frame) -> None:
+        raw = frame.bytes
+        try:
+            line = frame.get("Peer-Address"), frame.get("__fd")
+        except zmq.ZMQError:  # it comes from this process
+            self._ready.append(raw)
+            return
+        if raw[:1] == _EARLY_MARK[:1]:
+            self._take_events()
+            self._stale.discard(line[1])
+            self._lines.pop(None, None)
+            self._is_changed = True
+        self._take(raw, line)
+
+    def _take(self, raw: bytes, line: Any) -> None:
+        """Have *raw*, which has come by *line*, returned if it is new; but later if *line* is to wait."""
+        if line in self._paused:
+            self._paused[line][1].append(raw)
+            if raw in self._hellos:
+                self._resume(line)
+        elif raw[:1] == _EARLY_MARK[:1]:
+            try:
+                self.begin_line(raw, line)
+            except ValueError:
+                self._ready.append(raw)  # whoever takes it will complain
+        else:
+            twins = self._lines.get(line)
+            if twins is None or twins.is_new(raw, line):
+                self._ready.append(raw)
+            if twins is not None and raw.startswith(self._hello):
+                self._hellos.append(raw)
+                for other in [other for other, (_, waiting) in self._paused.items() if raw in waiting]:
+                    self._resume(other)
+
+    def _resume(self, line: Any) -> None:
+        _, waiting = self._paused.pop(line, (0, []))
+        for raw in waiting:
+            self._take(raw, line)
+
+    def _resume_until(self, when: float) -> None:
+        for line in [line for line, (until, _) in self._paused.items() if until <= when]:
+            self._resume(line)
+
+    def release(self) -> bool:
+        """Have what waits returned next; return whether there is something."""
+        self._resume_until(math.inf)
+        return bool(self._ready)
+
+    def _forget_stale(self) -> None:
+        """Forget connections that have ended, as all is read; and end if there are not several to any publisher."""
+        if self._is_changed:
+            for line in [line for line in self._lines if line and line[1] in self._stale]:
+                self._resume(line)
+                del self._lines[line]
+            self._stale.clear()
+            self._is_changed = bool(self._paused or self._ready)
+            if not self._is_changed and all(twins.streams < 2 for twins in self._lines.values()):
+                self._on_end()
+
+
+def number_of_connections(raw: bytes) -> int:
+    """Return how many connections there are, as *raw* tells; 0: it tells that one is new.
+
+    Raises:
+        ValueError: It does not tell that.
+    """
+    content = raw.partition(b"\0")[2]
+    if content == b"N":
+        return 0
+    kind, instance, turn, number = content.split(b" ")
+    if kind != b"D" or len(instance) != 16 or int(turn) < 0 or int(number) < 1:
+        raise ValueError("not about connections")
+    return int(number)
+
+
 class _CatchUp:
     """What one SUB socket has of the publishers of ours that it hears, and what it asks them for (see 9).
 
@@ -5335,8 +5525,8 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
-        connections: Called with the port of a publisher that greets us; returns how many connections to such a port are
-            up, and how many times one has gone down.
+        take_events: Called to take note of connections of the socket that have begun, or ended.
+        wake_at: Called with a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -5344,7 +5534,6 @@ class _CatchUp:
     RECENT = 16384  # live messages that are recognised when they come once more
     SOURCES = 20000
     PAST = 1000000  # messages that come under the mark until there is an end
-    APART = 60.0  # seconds between two copies that come by two connections, at most
 
     def __init__(
         self,
@@ -5352,22 +5541,24 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
-        connections: Callable[[int], tuple[int, int]],
+        take_events: Callable[[], None],
+        wake_at: Callable[[float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
-        self.recv = sock.recv
+        self.recv: Callable[[int], bytes] = sock.recv
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
-        self._connections = connections
+        self._take_events = take_events
+        self._wake_at = wake_at
         self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
-        for topic in (*prefixes, self._mark):
+        for topic in (_EARLY_MARK[:1] + self._mark[1:], *prefixes, self._mark):
             sock.setsockopt(zmq.SUBSCRIBE, topic)
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
@@ -5376,58 +5567,47 @@ class _CatchUp:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
         self._open: list[_Source] = []  # those of which messages come live and under the mark
-        self._copies: dict[int, float] | None = None  # what has come once, and when, while some of it comes twice
-        self._doubled: dict[int, int] = {}  # ports of publishers with two connections, and how many had ended then
-        self._next_look = 0.0
+        self._merge: _Merge | None = None  # while it is connected to a publisher more than once
 
-    def note(self, raw: bytes) -> bool:
-        """Take note of a message that came live; return whether it is new, no second copy by another connection."""
+    def note(self, raw: bytes) -> None:
+        """Take note of a message that came live."""
         self._index += 1
         digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
         self._recent.append(digest)
         if self._open:
             for source in self._open:
                 source.live[digest] += 1  # type: ignore[index]
-        return self._copies is None or self._is_first_copy(digest)
 
-    def _begin_copies(self, port: int, ended: int) -> None:
-        """Take note that a publisher is connected by two of its addresses: from now on what it sends comes twice."""
-        self._copies = dict.fromkeys(self._recent, time.monotonic())  # of the newest the second copy is still to come
-        self._doubled[port] = ended
-        self._next_look = time.monotonic() + 5
+    def note_change(self, descriptor: int) -> int:
+        """Take note that a connection has begun, come up or gone down; return the index of what comes next."""
+        if self._merge is not None:
+            self._merge.note_change(descriptor)
+        self._freeze()
+        return self._index
 
-    def _is_first_copy(self, digest: int) -> bool:
-        copies, now = cast("dict[int, float]", self._copies), time.monotonic()
-        before = copies.pop(digest, None)
-        is_first = before is None or now - before > self.APART
-        if is_first:
-            copies[digest] = now
-        if now > self._next_look or len(copies) > 4 * self.RECENT:
-            self._next_look = now + 5
-            self._copies = dict(islice(copies.items(), max(len(copies) - 2 * self.RECENT, 0), None))
-            self._doubled = {
-                port: ended
-                for port, ended in self._doubled.items()
-                if self._connections(port)[0] > 1 and self._connections(port)[1] == ended
-            }
-            if not self._doubled:
-                self._copies = None
-        return is_first
+    def _take_connections(self, raw: bytes) -> None:
+        """Take what tells how many connections to a publisher there are."""
+        if number_of_connections(raw) > 1 and self._merge is None:
+            merge = _Merge(self._socket, self._mark, self._take_events, self._wake_at, self._end_merge)
+            merge.begin_line(raw)
+            self._merge, self.recv = merge, merge.recv
 
-    def freeze(self) -> int:
-        """Remember what came until now, as a connection is down: its end may not have been confirmed.
+    def _end_merge(self) -> None:
+        self._merge, self.recv = None, self._socket.recv
 
-        Returns:
-            The index of what comes next.
-        """
+    def release(self) -> bool:
+        """Have what waits for something received next; return whether there is something."""
+        return self._merge is not None and self._merge.release()
+
+    def _freeze(self) -> None:
+        """Remember what came until now, as a connection is down: its end may not have been confirmed."""
         first = self._index - len(self._recent)
         start = max(self._frozen[-1][0] + 1 - first, 0) if self._frozen else 0
         self._frozen.extend((first + start + i, digest) for i, digest in enumerate(islice(self._recent, start, None)))
-        return self._index
 
     def _live(self, since: int, until: int | None = None) -> Counter[int]:
         """Return the digests of what came live, from one index to another."""
-        self.freeze()
+        self._freeze()
         end = self._index if until is None else until
         return Counter(digest for index, digest in self._frozen if since <= index < end)
 
@@ -5443,9 +5623,14 @@ class _CatchUp:
         source.live = None
 
     def take(self, raw: bytes) -> bytes | None:
-        """Take what came under the mark; return the message in it, if it is one that is not here yet."""
+        """Take what came under a mark, or nothing; return the message in it, if it is one that is not here yet."""
+        if not raw:
+            return None
         head, _, content = raw.removeprefix(self._mark + b"\0").partition(b"\0")
         try:
+            if raw[:1] == _EARLY_MARK[:1]:
+                self._take_connections(raw)
+                return None
             kind, instance, *fields = head.split(b" ")
             if len(instance) == 16 and kind in (b"H", b"L", b"C", b"E", b"P"):
                 name = fields.pop().decode("utf-8", "replace") if kind == b"H" else ""
@@ -5484,10 +5669,6 @@ class _CatchUp:
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
-        connections, ended = self._connections(port)
-        if connections > 1 and ended == source.ended:  # none has ended, so there is one more
-            self._begin_copies(port, ended)
-        source.ended = ended
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -6140,9 +6321,16 @@ class _Inbox:
 
     def read_all(self, stream: _CatchUp) -> None:
         """Read what lies unread in the socket of *stream*, to be handed out later."""
-        with suppress(zmq.Again):
-            while True:
-                self._unread.append((stream.recv(_NOBLOCK), stream))
+        is_all = False
+        while not is_all:
+            with suppress(zmq.Again):
+                while True:
+                    raw = stream.recv(_NOBLOCK)
+                    if raw[:1] == _EARLY_MARK[:1]:
+                        stream.take(raw)  # at once: it is about what comes next
+                    elif raw:
+                        self._unread.append((raw, stream))
+            is_all = not stream.release()
 
     def begin_batch(self) -> None:
         """Take note that all else has had its turn."""
@@ -6177,9 +6365,9 @@ class _Inbox:
                         continue
                 else:
                     return
-                content = raw if raw[:1] != b"~" else stream.take(raw)
-                if content is raw and not stream.note(raw):
-                    content = None
+                content = raw if raw[:1] == b"p" else stream.take(raw)
+                if content is raw:
+                    stream.note(raw)
                 if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
                     content = None
                 message = None if content is None else self._accept(content, stream)
@@ -6377,16 +6565,20 @@ class _SubscriberSockets:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        connections = partial(self._connections.count, sock)
+        take_events = partial(self._connections.take_pending_events, sock)
+
+        def wake_at(when: float) -> None:
+            self._loop.at(when, partial(self._inbox.note_ready, stream))
+
         self._streams[sock] = stream = _CatchUp(
-            sock, topics, since, self._note_missed, connections, self._note_past, self._durable
+            sock, topics, since, self._note_missed, take_events, wake_at, self._note_past, self._durable
         )
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
 
-    def _note_change(self, sock: zmq.Socket[bytes]) -> int:
-        return self._streams[sock].freeze()
+    def _note_change(self, sock: zmq.Socket[bytes], descriptor: int) -> int:
+        return self._streams[sock].note_change(descriptor)
 
     def _note_several(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
         for sock in sockets:
