@@ -3523,15 +3523,16 @@ sendaddressservice = AddressServiceBroadcaster
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <port> <name>  the mark is here, all after number will come
+#     hello      H <instance> <number> <ends> <port> <before> <name>  the mark is here, all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone> <answer>  what was missed up to number has come
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
-# subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
+# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP; before:
+# what was sent up to that number cannot have come over the connection.  So a subscriber knows what it has, and asks for
+# what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
 #
@@ -3661,8 +3662,9 @@ class _QueueLimit:
 class _Peer:
     """A subscriber of ours, as its publisher sees it."""
 
-    def __init__(self, mark: bytes, topics: int, host: str) -> None:
+    def __init__(self, mark: bytes, topics: int, host: str, before: int) -> None:
         self.mark = mark
+        self.before = before  # the number of the last message that was sent before it was here
         self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
@@ -3780,7 +3782,7 @@ class _Listeners:
 
     def _take_subscriptions(self) -> None:
         """Apply the subscriptions and the ends of subscriptions that have come."""
-        sock = self.socket
+        sock, arrived = self.socket, 0
         while True:
             try:
                 frame = sock.recv(_NOBLOCK, copy=False)
@@ -3794,12 +3796,14 @@ class _Listeners:
             if topic.startswith(_MARK):
                 match = _MARK_PATTERN.fullmatch(topic)
                 if match is not None and match[3] is None:
-                    self._take_mark(topic, int(match[2]), option, frame)
+                    self._take_mark(topic, int(match[2]), option, frame, arrived)
+                    arrived = 0
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
                 elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
                     self._answer(topic)
                 continue
+            arrived += sign == b"\1"
             self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
@@ -3813,8 +3817,8 @@ class _Listeners:
             if self._by_topic[topic] <= 0:
                 del self._by_topic[topic]
 
-    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
-        """Take note that a subscriber of ours has come (again), or gone."""
+    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame, arrived: int) -> None:
+        """Take note that a subscriber of ours has come (again), or gone; *arrived*: how many topics did just before."""
         peer = self.peers.get(mark)
         if option == zmq.UNSUBSCRIBE:
             if peer is not None:
@@ -3830,7 +3834,9 @@ class _Listeners:
                 host = str(frame.get("Peer-Address")).removeprefix("::ffff:")
             except zmq.ZMQError:  # not a TCP connection
                 host = ""
-            peer = self.peers[mark] = _Peer(mark, topics, host)
+            # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.
+            before = self.history.number if arrived == topics else 0
+            peer = self.peers[mark] = _Peer(mark, topics, host, before)
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1
@@ -3980,8 +3986,8 @@ class _Audience(_Listeners):
         """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
         peer.greeted, peer.has_asked = time.monotonic(), False
         peer.hello, number = None, self.history.number
-        fields = (self.instance, number, peer.ends, self._port, self._name)
-        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
+        fields = (self.instance, number, peer.ends, self._port, peer.before, self._name)
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %d %s" % fields):
             peer.hello = peer.told = number
         else:
             self._catch_up_soon(self.LONGEST_PAUSE)
@@ -5299,6 +5305,7 @@ class _Source:
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
         self.since: Any = None  # since when its messages are wanted
         self.found = 0  # the number of the first hello
+        self.before = 0  # that of the last message that cannot have come live
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
         self.ended: int | None = None  # how many connections to its port had ended when its last hello came
@@ -5477,10 +5484,12 @@ class _CatchUp:
             self._close(old)
         return source
 
-    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
+    def _take_hello(
+        self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int
+    ) -> None:
         source.name = name
         if source.since is None:
-            source.found = number
+            source.found, source.before = number, before
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
@@ -5528,18 +5537,23 @@ class _CatchUp:
             return content
         if source.was_handled is not None and source.was_handled(number, content):
             return None
+        if number > source.before and self._has_come_live(source, number, _digest(content)):
+            return None
+        self._on_past()
+        return content
+
+    def _has_come_live(self, source: _Source, number: int, digest: int) -> bool:
+        """Whether a message of the past has come live before, as far as can be told: from any publisher."""
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
             if source.live is None:
                 source.live = self._live(max(source.index, source.hello_index if source.is_asked else 0))
                 self._open.append(source)
             seen = source.live
-        digest = _digest(content)
-        if seen[digest] > 0:
-            seen[digest] -= 1
-            return None
-        self._on_past()
-        return content
+        if seen[digest] <= 0:
+            return False
+        seen[digest] -= 1
+        return True
 
     def _take_end(
         self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, is_answer: int

@@ -3874,7 +3874,7 @@ class TestSubscriber:
                 mark = wait_for(lambda: next(sub.recv(0.01)) or (sock.poll(0) and sock.recv()[1:]))
                 while not mark.startswith(posttroll._MARK):
                     mark = sock.recv()[1:]
-                sock.send(mark + b"\0H 0123456789abcdef 0 0 0 a_publisher")
+                sock.send(mark + b"\0H 0123456789abcdef 0 0 0 0 a_publisher")
                 wait_for(lambda: next(sub.recv(0.01)) or sock.poll(0))  # it asks
                 assert sub.up_to_date == 0
                 sock.send(mark + b"\0E 0123456789abcdef 0 1 0 0 1")
@@ -15653,6 +15653,39 @@ with posttroll.Publish("first", nameservers={way}) as pub:
             request.getfixturevalue("keys")
         self.run_processes(way, 10, 5)
 
+    def test_the_same_as_another_publisher_sends_meanwhile(self):
+        """It is live, while the other, which sent it before, is connected, but has not said hello."""
+        text = text_message("the same to the byte")
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Publisher("tcp://*:0") as other:
+            pub.send(text)
+            addresses = [local_address(each.port_number) for each in (pub, other)]
+            with contextlib.ExitStack() as stack:
+                with pub._lock:
+                    sub = stack.enter_context(posttroll.Subscriber(addresses, since=60))
+                    data = stack.enter_context(serving(sub))
+                    wait_for(lambda: all(link.is_up for link in sub._connections._links.values()))
+                    wait_for(lambda: other.subscriber_count)
+                    other.send(text)
+                    wait_for(lambda: data)
+                wait_for(lambda: len(data) == 2)
+
+    @pytest.mark.parametrize(("topics", "before"), [((b"pytroll",), 1), ((), 0), ((b"pytroll", b"other"), 0)])
+    def test_what_is_told_to_have_been_sent_before(self, topics, before):
+        """Everything, but if messages may have come by topics that were here before the mark."""
+        mark = posttroll._MARK + b"0123456789abcdef/1"
+
+        def told() -> int:
+            with raw_socket(zmq.SUB) as sub:
+                for topic in (*topics, mark):
+                    sub.setsockopt(zmq.SUBSCRIBE, topic)
+                sub.connect(local_address(pub.port_number))
+                assert sub.poll(DEADLINE * 1000)
+                return int(sub.recv().split(b"\0H ")[1].split()[-2])
+
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("first"))
+            wait_for(lambda: told() == before)  # once they come together
+
     def test_nobody_is_waited_for_when_nothing_was_sent(self):
         config.set(discovery_seconds=1000)
         with posttroll.Publish("first", nameservers=["localhost"]):
@@ -16028,8 +16061,8 @@ class TestMarks:
                         b"C \0" + text,
                         b"C " + own + b" 1\0" + text,  # no hello of it
                         b"L " + own + b" 1\0" + text,
-                        b"H " + own + b" x y z name",
-                        b"H " + own + b" 0 0 0 fake",
+                        b"H " + own + b" w x y z name",
+                        b"H " + own + b" 0 0 0 0 fake",
                         b"C " + own + b" 1\0" + other,
                         b"L " + own + b" 2\0" + other,
                         b"C " + own + b" 3\0pytroll",
@@ -16046,7 +16079,7 @@ class TestMarks:
                     ):
                         fake.send(mark + b"\0" + content)
                     for number in range(20_000):
-                        fake.send(mark + b"\0H %016x 0 0 0 n" % number)
+                        fake.send(mark + b"\0H %016x 0 0 0 0 n" % number)
                     fake.send(text_message("sent as any publisher can", "/numbers").encode())
                     wait_for(lambda: "sent as any publisher can" in data)
                     numbers = Numbers(good)
