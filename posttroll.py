@@ -9292,6 +9292,10 @@ class _Check:
         """How many seconds there are until the deadline."""
         return max(self._deadline - time.monotonic(), 0.01)
 
+    def share(self, others: int) -> float:
+        """Return how many seconds something may take if as many *others* are still to be done after it."""
+        return self.left / (1 + others)
+
     def run(self) -> None:
         """Check everything."""
         names = self._options.names
@@ -9301,7 +9305,9 @@ class _Check:
             if name not in services:
                 found[name] = [{"URI": name}]
         if names:  # if no nameserver has answered, nothing is known of services
-            found = {name: self._reachable(name, entries) for name, entries in found.items()}
+            addresses = dict.fromkeys(entry["URI"] for entry in chain.from_iterable(found.values()))
+            answers = _check_publishers(list(addresses), self.share(self._options.silent is not None))
+            found = {name: self._reachable(name, entries, answers) for name, entries in found.items()}
         if self._options.silent is not None:
             self._listen({name: entries for name, entries in found.items() if entries})
 
@@ -9315,7 +9321,7 @@ class _Check:
         for index, host in enumerate(hosts):
             try:
                 for name in wanted:
-                    patience = self.left / (len(hosts) - index)
+                    patience = self.share(len(hosts) - index - 1 + bool(self._options.names) + silent)
                     found[name].update((entry["URI"], entry) for entry in get_pub_address(name, patience, host))
             except TimeoutError:
                 down.append(host)
@@ -9331,13 +9337,14 @@ class _Check:
             self.find(2, "no publisher is registered")
         return {name: list(entries.values()) for name, entries in found.items()}
 
-    def _reachable(self, name: str, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return those publishers of *name* that answer."""
+    def _reachable(
+        self, name: str, entries: Sequence[Mapping[str, Any]], answers: Mapping[str, bool]
+    ) -> list[Mapping[str, Any]]:
+        """Return those publishers of *name* that answer; *answers*: which addresses do."""
         if not entries:
             self.find(2, f"{name} is not registered")
             return []
-        answers = _check_publishers([entry["URI"] for entry in entries], self.left)
-        silent = [address for address, answer in answers.items() if not answer]
+        silent = [entry["URI"] for entry in entries if not answers[entry["URI"]]]
         count = len(entries) - len(silent)
         if silent:
             where = "" if "://" in name else f" at {', '.join(silent)}"

@@ -6960,14 +6960,23 @@ class TestCheck:
                 assert (status, text) == (expected, text)
                 wrong = text.split("; ")[: len(reasons)]
                 assert all(found.startswith(reason) or reason in found for found, reason in zip(wrong, reasons)), text
-            down = ["--nameserver", f"127.0.0.1:{free_port()}", "--timeout", "1"]
+            down = ["--nameserver", f"127.0.0.1:{free_port()}", "--timeout", "1.5"]
             assert self.check(capsys, *down)[0] == 2
-            status, text, _ = self.check(capsys, "--nameserver", "localhost", *down, "alive")
-            assert status == 1
-            assert text.startswith("no answer from the nameserver on 127.0.0.1:")
             assert self.check(capsys, "--local", *down, "alive")[0] == 0
         status, text, data = self.check(capsys, "alive", "--timeout", 0.5)
         assert (status, text, data) == (2, "no answer from the nameserver on localhost", {})
+
+    def test_one_of_the_nameservers_is_down(self, capsys):
+        """That takes no time from the rest."""
+        hosts = ["--nameserver", "localhost", "--nameserver", f"127.0.0.1:{free_port()}"]
+        with nameserver(), posttroll.Publish("alive", nameservers=["localhost"]) as alive:
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            alive.send(text_message("sent"))
+            status, text, data = self.check(capsys, "alive", "--silent", 60, *hosts, "--timeout", 4)
+            assert status == 1
+            assert text.startswith("no answer from the nameserver on 127.0.0.1:")
+            assert data["alive"] == "1;1:;1:"
+            assert data["alive_silent"] != "U;;60"
 
     def test_odd_names(self, capsys):
         """They break neither the line nor the performance data."""
