@@ -3523,15 +3523,16 @@ sendaddressservice = AddressServiceBroadcaster
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <port> <name>  the mark is here, all after number will come
+#     hello      H <instance> <number> <ends> <port> <before> <name>  the mark is here, all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone> <answer>  what was missed up to number has come
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
-# subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
+# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP; before:
+# what was sent up to that number cannot have come over the connection.  So a subscriber knows what it has, and asks for
+# what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
 #
@@ -3671,8 +3672,9 @@ class _QueueLimit:
 class _Peer:
     """A subscriber of ours, as its publisher sees it."""
 
-    def __init__(self, mark: bytes, topics: int, host: str) -> None:
+    def __init__(self, mark: bytes, topics: int, host: str, before: int) -> None:
         self.mark = mark
+        self.before = before  # the number of the last message that was sent before it was here
         self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
@@ -3793,7 +3795,7 @@ class _Listeners:
 
     def _take_subscriptions(self) -> None:
         """Apply the subscriptions and the ends of subscriptions that have come."""
-        sock = self.socket
+        sock, arrived = self.socket, 0
         while True:
             try:
                 frame = sock.recv(_NOBLOCK, copy=False)
@@ -3807,7 +3809,8 @@ class _Listeners:
             if topic.startswith(_MARK):
                 match = _MARK_PATTERN.fullmatch(topic)
                 if match is not None and match[3] is None:
-                    self._take_mark(topic, int(match[2]), option, frame)
+                    self._take_mark(topic, int(match[2]), option, frame, arrived)
+                    arrived = 0
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
                 elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
@@ -3817,7 +3820,9 @@ class _Listeners:
                 match = _MARK_PATTERN.fullmatch(_MARK[:1] + topic[1:])
                 if match is not None and match[3] is None:
                     self._take_early_mark(topic, option)
+                    arrived = 0
                 continue
+            arrived += sign == b"\1"
             self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
@@ -3867,8 +3872,8 @@ class _Listeners:
                         self.socket.send(content, _NOBLOCK)
                     self._untold.discard(mark)
 
-    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
-        """Take note that a subscriber of ours has come (again), or gone."""
+    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame, arrived: int) -> None:
+        """Take note that a subscriber of ours has come (again), or gone; *arrived*: how many topics did just before."""
         peer = self.peers.get(mark)
         if option == zmq.UNSUBSCRIBE:
             if peer is not None:
@@ -3884,7 +3889,9 @@ class _Listeners:
                 host = str(frame.get("Peer-Address")).removeprefix("::ffff:")
             except zmq.ZMQError:  # not a TCP connection
                 host = ""
-            peer = self.peers[mark] = _Peer(mark, topics, host)
+            # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.
+            before = self.history.number if arrived == topics else 0
+            peer = self.peers[mark] = _Peer(mark, topics, host, before)
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1
@@ -4034,8 +4041,8 @@ class _Audience(_Listeners):
         """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
         peer.greeted, peer.has_asked = time.monotonic(), False
         peer.hello, number = None, self.history.number
-        fields = (self.instance, number, peer.ends, self._port, self._name)
-        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
+        fields = (self.instance, number, peer.ends, self._port, peer.before, self._name)
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %d %s" % fields):
             peer.hello = peer.told = number
         else:
             self._catch_up_soon(self.LONGEST_PAUSE)
@@ -5337,6 +5344,7 @@ class _Source:
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
         self.since: Any = None  # since when its messages are wanted
         self.found = 0  # the number of the first hello
+        self.before = 0  # that of the last message that cannot have come live
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
         self.known: set[int] = set()  # numbers behind the position that came under the mark
@@ -5662,10 +5670,12 @@ class _CatchUp:
             self._close(old)
         return source
 
-    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
+    def _take_hello(
+        self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int
+    ) -> None:
         source.name = name
         if source.since is None:
-            source.found = number
+            source.found, source.before = number, before
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
@@ -5709,18 +5719,23 @@ class _CatchUp:
             return content
         if source.was_handled is not None and source.was_handled(number, content):
             return None
+        if number > source.before and self._has_come_live(source, number, _digest(content)):
+            return None
+        self._on_past()
+        return content
+
+    def _has_come_live(self, source: _Source, number: int, digest: int) -> bool:
+        """Whether a message of the past has come live before, as far as can be told: from any publisher."""
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
             if source.live is None:
                 source.live = self._live(max(source.index, source.hello_index if source.is_asked else 0))
                 self._open.append(source)
             seen = source.live
-        digest = _digest(content)
-        if seen[digest] > 0:
-            seen[digest] -= 1
-            return None
-        self._on_past()
-        return content
+        if seen[digest] <= 0:
+            return False
+        seen[digest] -= 1
+        return True
 
     def _take_end(
         self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, is_answer: int
@@ -9470,6 +9485,10 @@ class _Check:
         """How many seconds there are until the deadline."""
         return max(self._deadline - time.monotonic(), 0.01)
 
+    def share(self, others: int) -> float:
+        """Return how many seconds something may take if as many *others* are still to be done after it."""
+        return self.left / (1 + others)
+
     def run(self) -> None:
         """Check everything."""
         names = self._options.names
@@ -9479,7 +9498,9 @@ class _Check:
             if name not in services:
                 found[name] = [{"URI": name}]
         if names:  # if no nameserver has answered, nothing is known of services
-            found = {name: self._reachable(name, entries) for name, entries in found.items()}
+            addresses = dict.fromkeys(entry["URI"] for entry in chain.from_iterable(found.values()))
+            answers = _check_publishers(list(addresses), self.share(self._options.silent is not None))
+            found = {name: self._reachable(name, entries, answers) for name, entries in found.items()}
         if self._options.silent is not None:
             self._listen({name: entries for name, entries in found.items() if entries})
 
@@ -9493,7 +9514,7 @@ class _Check:
         for index, host in enumerate(hosts):
             try:
                 for name in wanted:
-                    patience = self.left / (len(hosts) - index)
+                    patience = self.share(len(hosts) - index - 1 + bool(self._options.names) + silent)
                     found[name].update((entry["URI"], entry) for entry in get_pub_address(name, patience, host))
             except TimeoutError:
                 down.append(host)
@@ -9509,13 +9530,14 @@ class _Check:
             self.find(2, "no publisher is registered")
         return {name: list(entries.values()) for name, entries in found.items()}
 
-    def _reachable(self, name: str, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return those publishers of *name* that answer."""
+    def _reachable(
+        self, name: str, entries: Sequence[Mapping[str, Any]], answers: Mapping[str, bool]
+    ) -> list[Mapping[str, Any]]:
+        """Return those publishers of *name* that answer; *answers*: which addresses do."""
         if not entries:
             self.find(2, f"{name} is not registered")
             return []
-        answers = _check_publishers([entry["URI"] for entry in entries], self.left)
-        silent = [address for address, answer in answers.items() if not answer]
+        silent = [entry["URI"] for entry in entries if not answers[entry["URI"]]]
         count = len(entries) - len(silent)
         if silent:
             where = "" if "://" in name else f" at {', '.join(silent)}"

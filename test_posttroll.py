@@ -3874,7 +3874,7 @@ class TestSubscriber:
                 mark = wait_for(lambda: next(sub.recv(0.01)) or (sock.poll(0) and sock.recv()[1:]))
                 while not mark.startswith(posttroll._MARK):
                     mark = sock.recv()[1:]
-                sock.send(mark + b"\0H 0123456789abcdef 0 0 0 a_publisher")
+                sock.send(mark + b"\0H 0123456789abcdef 0 0 0 0 a_publisher")
                 wait_for(lambda: next(sub.recv(0.01)) or sock.poll(0))  # it asks
                 assert sub.up_to_date == 0
                 sock.send(mark + b"\0E 0123456789abcdef 0 1 0 0 1")
@@ -6960,14 +6960,23 @@ class TestCheck:
                 assert (status, text) == (expected, text)
                 wrong = text.split("; ")[: len(reasons)]
                 assert all(found.startswith(reason) or reason in found for found, reason in zip(wrong, reasons)), text
-            down = ["--nameserver", f"127.0.0.1:{free_port()}", "--timeout", "1"]
+            down = ["--nameserver", f"127.0.0.1:{free_port()}", "--timeout", "1.5"]
             assert self.check(capsys, *down)[0] == 2
-            status, text, _ = self.check(capsys, "--nameserver", "localhost", *down, "alive")
-            assert status == 1
-            assert text.startswith("no answer from the nameserver on 127.0.0.1:")
             assert self.check(capsys, "--local", *down, "alive")[0] == 0
         status, text, data = self.check(capsys, "alive", "--timeout", 0.5)
         assert (status, text, data) == (2, "no answer from the nameserver on localhost", {})
+
+    def test_one_of_the_nameservers_is_down(self, capsys):
+        """That takes no time from the rest."""
+        hosts = ["--nameserver", "localhost", "--nameserver", f"127.0.0.1:{free_port()}"]
+        with nameserver(), posttroll.Publish("alive", nameservers=["localhost"]) as alive:
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            alive.send(text_message("sent"))
+            status, text, data = self.check(capsys, "alive", "--silent", 60, *hosts, "--timeout", 4)
+            assert status == 1
+            assert text.startswith("no answer from the nameserver on 127.0.0.1:")
+            assert data["alive"] == "1;1:;1:"
+            assert data["alive_silent"] != "U;;60"
 
     def test_odd_names(self, capsys):
         """They break neither the line nor the performance data."""
@@ -15738,6 +15747,39 @@ with posttroll.Publish("first", nameservers={way}) as pub:
             request.getfixturevalue("keys")
         self.run_processes(way, 10, 5)
 
+    def test_the_same_as_another_publisher_sends_meanwhile(self):
+        """It is live, while the other, which sent it before, is connected, but has not said hello."""
+        text = text_message("the same to the byte")
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Publisher("tcp://*:0") as other:
+            pub.send(text)
+            addresses = [local_address(each.port_number) for each in (pub, other)]
+            with contextlib.ExitStack() as stack:
+                with pub._lock:
+                    sub = stack.enter_context(posttroll.Subscriber(addresses, since=60))
+                    data = stack.enter_context(serving(sub))
+                    wait_for(lambda: all(link.is_up for link in sub._connections._links.values()))
+                    wait_for(lambda: other.subscriber_count)
+                    other.send(text)
+                    wait_for(lambda: data)
+                wait_for(lambda: len(data) == 2)
+
+    @pytest.mark.parametrize(("topics", "before"), [((b"pytroll",), 1), ((), 0), ((b"pytroll", b"other"), 0)])
+    def test_what_is_told_to_have_been_sent_before(self, topics, before):
+        """Everything, but if messages may have come by topics that were here before the mark."""
+        mark = posttroll._MARK + b"0123456789abcdef/1"
+
+        def told() -> int:
+            with raw_socket(zmq.SUB) as sub:
+                for topic in (*topics, mark):
+                    sub.setsockopt(zmq.SUBSCRIBE, topic)
+                sub.connect(local_address(pub.port_number))
+                assert sub.poll(DEADLINE * 1000)
+                return int(sub.recv().split(b"\0H ")[1].split()[-2])
+
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("first"))
+            wait_for(lambda: told() == before)  # once they come together
+
     def test_nobody_is_waited_for_when_nothing_was_sent(self):
         config.set(discovery_seconds=1000)
         with posttroll.Publish("first", nameservers=["localhost"]):
@@ -16122,8 +16164,8 @@ class TestMarks:
                         b"C \0" + text,
                         b"C " + own + b" 1\0" + text,  # no hello of it
                         b"L " + own + b" 1\0" + text,
-                        b"H " + own + b" x y z name",
-                        b"H " + own + b" 0 0 0 fake",
+                        b"H " + own + b" w x y z name",
+                        b"H " + own + b" 0 0 0 0 fake",
                         b"C " + own + b" 1\0" + other,
                         b"L " + own + b" 2\0" + other,
                         b"C " + own + b" 3\0pytroll",
@@ -16148,7 +16190,7 @@ class TestMarks:
                         fake.send(early + content)
                     for number in range(20_000):
                         fake.send(early + b"D %016x 1 2" % number)
-                        fake.send(mark + b"\0H %016x 0 0 0 n" % number)
+                        fake.send(mark + b"\0H %016x 0 0 0 0 n" % number)
                     fake.send(early + b"N")
                     fake.send(text_message("sent as any publisher can", "/numbers").encode())
                     wait_for(lambda: "sent as any publisher can" in data)
