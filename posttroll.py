@@ -644,7 +644,10 @@ class MessageError(Exception):
 # ISO 8601: date and time of day down to minutes, seconds or fractions, with or without zone, in extended or basic form
 # with T or a blank between them; or a date alone in extended form.  The first pattern is what datetime.isoformat()
 # writes, which every Python reads alike; in the second, what is separated in the date is separated in the time too.
-_ISO_FORMAT = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
+_is_iso_format = re.compile(
+    r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII
+).fullmatch
+_from_iso_format = datetime.fromisoformat
 _DATETIME = re.compile(
     r"(\d{4})(?P<dash>-)?(\d\d)(?(dash)-)(\d\d)"
     r"(?:[T ]([01]\d|2[0-3])(?(dash):)(\d\d)(?:(?(dash):)(\d\d)(?:[.,](\d+))?)?"
@@ -656,7 +659,7 @@ _JSON_DATE = re.compile(r'"\d\d\d\d-?\d\d-?\d\d["T ]', re.ASCII)  # what may be 
 
 def parse_datetime(text: str) -> datetime | None:
     """Return the datetime that *text* is in ISO 8601, None if it is none."""
-    if _ISO_FORMAT.fullmatch(text) is None:
+    if _is_iso_format(text) is None:
         match = _DATETIME.fullmatch(text)
         if match is None:
             return None
@@ -671,7 +674,7 @@ def parse_datetime(text: str) -> datetime | None:
         if is_utc or zone:
             text += f"{zone or '+00'}:{zone_minutes or '00'}" + (f":{zone_seconds}" if zone_seconds else "")
     try:
-        return datetime.fromisoformat(text)
+        return _from_iso_format(text)
     except ValueError:  # the 31st of February, an offset of 99 hours
         return None
 
@@ -772,7 +775,7 @@ _to_json = {
     True: json.JSONEncoder(check_circular=False, default=_isoformat).encode,
     False: json.JSONEncoder(check_circular=False, default=_isoformat_without_timezone).encode,
 }
-_from_json = json.JSONDecoder().decode
+_read_json = json.JSONDecoder().raw_decode
 
 
 class _DatetimeFoundError(Exception):
@@ -1124,7 +1127,7 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
     if not message.subject:
         raise MessageError(f"Invalid subject: '' in {raw[:80]!r}")
     try:
-        message.time = datetime.fromisoformat(stamp)
+        message.time = _from_iso_format(stamp)
     except ValueError:
         message.time = _parse_timestamp(stamp)
     message.version = version
@@ -1161,8 +1164,11 @@ def _text_with_blanks(raw: str, start: int, mime: str) -> str:
 
 def _decode_json(text: str) -> Any:
     """Return the data in *text*; raises MessageError if it is no JSON."""
+    text = text.strip(" \t\n\r")
     try:
-        data = _from_json(text)
+        data, end = _read_json(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"Invalid JSON data: {str(error)[:200]}") from None
     if _JSON_DATE.search(text) is None:

@@ -1278,6 +1278,7 @@ class TestBrokenMessages:
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json ",
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json {",
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json {} x",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json {}\u00a0",
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + "[" * 100_000,
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + '{"a":' * 100_000,
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + "[" * 900 + "]" * 900,
@@ -1297,6 +1298,9 @@ class TestBrokenMessages:
     def test_refused(self, raw):
         with pytest.raises(MessageError):
             Message.decode(raw)
+
+    def test_json_with_blanks_around_it_is_none_of_these(self):
+        assert Message.decode(HEADER + " v1.01 application/json \t\r\n {} \t\r\n ").data == {}
 
     def test_the_error_does_not_repeat_a_long_message(self):
         with pytest.raises(MessageError) as raised:
