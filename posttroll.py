@@ -2052,8 +2052,9 @@ _LOCAL_ADDRESS = r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}"  
 
 def _is_number(host: str) -> bool:
     """Whether *host* is an IPv4 address, or an IPv6 address in brackets, and no name that would have to be resolved."""
+    is_bracketed = host.startswith("[")
     with suppress(ValueError):
-        return bool(plain_number(host.strip("[]"))) and (":" in host) == host.startswith("[")
+        return bool(plain_number(host[1:-1] if is_bracketed else host)) and (":" in host) == is_bracketed
     return False
 
 
