@@ -504,7 +504,7 @@ class AddressReceiver:
         is_first = not self._news
         self.process_address_message(data, self._news)
         if self._news and is_first:
-            self.loop.call(self._publish_news)
+            self.loop.at(time.monotonic(), self._publish_news)
         if self._expiry is None:
             self._plan_expiry()
 
