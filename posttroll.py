@@ -39,21 +39,16 @@ from __future__ import annotations
 import argparse
 import ast
 import atexit
-import base64
-import binascii
 import errno
 import importlib
 import io
-import ipaddress
 import json
 import logging
 import math
 import operator
 import os
-import queue
 import random
 import re
-import signal
 import socket
 import string
 import struct
@@ -76,10 +71,9 @@ from itertools import accumulate, chain, count, islice, takewhile
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 import zmq
-from zmq.utils import z85
 
 # What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
-# asyncio, glob, hashlib, shutil, subprocess.
+# asyncio, base64, glob, hashlib, ipaddress, queue, shutil, signal, subprocess, z85.
 if TYPE_CHECKING:
     import subprocess
 if sys.platform == "win32":
@@ -857,17 +851,21 @@ def _travels_as_it_is(text: str) -> bool:
 
 def encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str]:
     """Return the text that stands for binary *data*: a data URL's beginning (or nothing), and the rest."""
-    if not isinstance(data, str):
-        return _BYTES_URL, binascii.b2a_base64(data, newline=False).decode("ascii")
-    if data and _travels_as_it_is(data) and not data.startswith((_BYTES_URL, _TEXT_URL)):
+    if isinstance(data, str) and data and _travels_as_it_is(data) and not data.startswith((_BYTES_URL, _TEXT_URL)):
         return "", data
-    return _TEXT_URL, binascii.b2a_base64(data.encode("utf-8", "surrogatepass"), newline=False).decode("ascii")
+    import base64
+
+    if isinstance(data, str):
+        return _TEXT_URL, base64.b64encode(data.encode("utf-8", "surrogatepass")).decode("ascii")
+    return _BYTES_URL, base64.b64encode(data).decode("ascii")
 
 
 def _decode_binary(text: str) -> str | bytes:
     """Return the data that `encode_binary` made the URL *text* of; another sender's is returned as it is."""
     if not text.startswith((_BYTES_URL, _TEXT_URL)):
         return text
+    import base64
+
     try:
         content = base64.b64decode(text[text.index(",") + 1 :], validate=True)
         return content if text.startswith(_BYTES_URL) else content.decode("utf-8", "surrogatepass")
@@ -1546,6 +1544,8 @@ def signals_wake(loop: Loop) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import signal
+
     previous = signal.set_wakeup_fd(loop._waker.write_fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -1572,6 +1572,7 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import signal
 
     def handle(number: int, frame: Any) -> None:
         restore()
@@ -1599,7 +1600,27 @@ SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL, _IPV6_MULTICAST_ALL = 49, 29  # of Linux, see ip(7) and ipv6(7)
 _NO_ADDRESS = ("0.0.0.0", "::")  # of an interface that has none
+_MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv6 address begins with that stands for one of IPv4
 _BROADCAST_GROUPS = ("0.0.0.0", "255.255.255.255", "<broadcast>")
+
+
+def plain_number(number: str) -> str:
+    """Return an IP address as ZeroMQ would write it; one of IPv4 in the clothes of IPv6 as what it is.
+
+    Raises:
+        ValueError: It is no IP address, but perhaps a name.
+    """
+    family = socket.AF_INET6 if ":" in number else socket.AF_INET
+    host, percent, zone = number.partition("%")
+    try:
+        packed = socket.inet_pton(family, host)
+    except OSError:
+        raise ValueError(f"{number!r} is no IP address") from None
+    if percent and (len(packed) == 4 or not zone or "%" in zone):
+        raise ValueError(f"{number!r} has a zone that cannot be")
+    if len(packed) == 16 and packed.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(family, packed) + percent + zone
 
 
 def multicast_group(mcgroup: str | None) -> str:
@@ -1608,7 +1629,7 @@ def multicast_group(mcgroup: str | None) -> str:
     if group in _BROADCAST_GROUPS:
         return "<broadcast>"
     with suppress(ValueError):
-        if ipaddress.IPv6Address(group).is_multicast:
+        if re.match("ff[0-9a-f]{2}:", plain_number(group)):
             return cast(str, group)
     try:
         packed = socket.inet_aton(socket.gethostbyname(group))
@@ -1852,7 +1873,8 @@ def loopback_address() -> str:
 
 def is_loopback(address: str) -> bool:
     """Whether *address*, a number, is one by which only this host itself can be reached."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    number = plain_number(address)
+    return number.startswith("127.") or number.partition("%")[0] == "::1"
 
 
 def get_local_ips() -> list[str]:
@@ -1876,7 +1898,7 @@ def _local_ipv6() -> list[tuple[str, int]]:
         return []
     found = []
     for packed, index, _, scope, _, name in sorted(rows, key=lambda row: row[3]):
-        address = str(ipaddress.IPv6Address(bytes.fromhex(packed)))
+        address = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(packed))
         found.append((f"{address}%{name}" if scope == "20" else address, int(index, 16)))
     return found
 
@@ -2031,15 +2053,15 @@ _idle_sockets = _IdleSockets()
 # -- addresses --
 
 _TCP_ADDRESS = re.compile(r"tcp://(\*|\[[0-9A-Za-z:.%_-]{1,253}\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
-_LOCAL_ADDRESS = re.compile(r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}")  # ipc: see unix(7)
+_LOCAL_ADDRESS = r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}"  # ipc: see unix(7)
 
 
 def _is_number(host: str) -> bool:
     """Whether *host* is an IPv4 address, or an IPv6 address in brackets, and no name that would have to be resolved."""
-    try:
-        return bool(ipaddress.IPv6Address(host[1:-1]) if host.startswith("[") else ipaddress.IPv4Address(host))
-    except ValueError:
-        return False
+    is_bracketed = host.startswith("[")
+    with suppress(ValueError):
+        return bool(plain_number(host[1:-1] if is_bracketed else host)) and (":" in host) == is_bracketed
+    return False
 
 
 def tcp_address(number: str, port: int) -> str:
@@ -2076,7 +2098,7 @@ def is_connectable(address: Any) -> bool:
 
 def _check_connectable(address: Any) -> str:
     """Return *address*; raises ValueError if no client socket could connect to it."""
-    if not (is_connectable(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
+    if not (is_connectable(address) or (isinstance(address, str) and re.fullmatch(_LOCAL_ADDRESS, address))):
         raise ValueError(f"Cannot connect to {address!r}: an address looks like 'tcp://hostname:9000'.")
     return cast(str, address)
 
@@ -2108,7 +2130,7 @@ class _Resolution:
         elif tcp is None:
             self.endpoint = address
         elif _is_number(self._host):
-            self._host, self.endpoint = "", tcp_address(_plain_number(self._host.strip("[]")), self._port)
+            self._host, self.endpoint = "", tcp_address(plain_number(self._host.strip("[]")), self._port)
         self.endpoints: tuple[str, ...] = () if self.endpoint is None else (self.endpoint,)
         self.is_name = self.endpoint is None
 
@@ -2155,14 +2177,6 @@ class _Resolution:
 
 
 _resolution_log = LimitedLogger("backends.zmq")
-
-
-def _plain_number(number: str) -> str:
-    """Return an address as ZeroMQ would write it; one of IPv4 in the clothes of IPv6 as what it is."""
-    if ":" not in number:
-        return number
-    mapped = ipaddress.IPv6Address(number).ipv4_mapped
-    return str(mapped or ipaddress.IPv6Address(number))
 
 
 def _numbers_of(name: str) -> list[str]:
@@ -2256,14 +2270,16 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
     return public_path, secret_path
 
 
-_KEY_LINE = re.compile(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE)
+_KEY_LINE = rb'(?m)^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$'
 
 
 def _read_keys(path: str) -> dict[str, bytes]:
     """Return the keys ``public`` and ``secret`` of a certificate; raises ValueError or OSError."""
     with open(path, "rb") as stream:
         text = stream.read(65536)
-    keys = {kind.decode(): key for kind, key in _KEY_LINE.findall(text)}
+    from zmq.utils import z85
+
+    keys = {kind.decode(): key for kind, key in re.findall(_KEY_LINE, text)}
     for key in keys.values():
         try:
             if len(z85.decode(key)) != 32:
@@ -2409,16 +2425,16 @@ def _file_state(status: os.stat_result) -> tuple[int, int, int]:
 # -- who may connect --
 
 
-_IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
+_IPC_PEER = r"(?a)[^:]*:\d+:\d+:\d+"  # "localhost" (or nothing), user, group, process
 
 
 def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
     address = address.removeprefix("::ffff:")  # an IPv4 client of a socket for both
-    if not address or _IPC_PEER.fullmatch(address):
+    if not address or re.fullmatch(_IPC_PEER, address):
         return True
     try:
-        if ipaddress.ip_address(address).is_loopback:
+        if is_loopback(address):
             return True
     except ValueError:
         return False
@@ -2451,6 +2467,8 @@ class _AddressList:
     @staticmethod
     def _network(text: str) -> Any:
         """Return the network that *text* is, one of IPv4 in the clothes of IPv6 as what it is."""
+        import ipaddress
+
         network = ipaddress.ip_network(text, strict=False)
         mapped = getattr(network.network_address, "ipv4_mapped", None)
         return network if mapped is None else ipaddress.ip_network(f"{mapped}/{max(network.prefixlen - 96, 0)}")
@@ -2458,6 +2476,8 @@ class _AddressList:
     def __contains__(self, address: str) -> bool:
         if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
             self._resolve_in_background()
+        import ipaddress
+
         text, _, zone = address.partition("%")
         try:
             number = ipaddress.ip_address(text)
@@ -2515,6 +2535,8 @@ class AccessRules:
             return ""
         if mechanism != b"CURVE" or len(credentials) != 1 or len(credentials[0]) != 32:
             return "it does not use CURVE"
+        from zmq.utils import z85
+
         key = z85.encode(credentials[0])
         return "" if key in self._keys else f"its public key {key.decode()} is not in {self._keys.directory}"
 
@@ -3557,12 +3579,11 @@ sendaddressservice = AddressServiceBroadcaster
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
 _EARLY_MARK = b"!" + _MARK[1:]  # before all topics
-_MARK_PATTERN = re.compile(
+_MARK_PATTERN = (
     _MARK + rb"([0-9a-f]{16})/(\d{1,6})"
-    rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
-    re.DOTALL,
+    rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?"
 )
-_QUESTION_PATTERN = re.compile(_MARK + rb"[0-9a-f]{16}/\?")
+_QUESTION_PATTERN = _MARK + rb"[0-9a-f]{16}/\?"
 
 
 class PublisherStoppedError(RuntimeError, zmq.ZMQError):
@@ -3813,17 +3834,17 @@ class _Listeners:
                 continue  # a message of an XSUB socket
             option = zmq.SUBSCRIBE if sign == b"\1" else zmq.UNSUBSCRIBE
             if topic.startswith(_MARK):
-                match = _MARK_PATTERN.fullmatch(topic)
+                match = re.fullmatch(_MARK_PATTERN, topic)
                 if match is not None and match[3] is None:
                     self._take_mark(topic, int(match[2]), option, frame, arrived)
                     arrived = 0
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
-                elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
+                elif sign == b"\1" and re.fullmatch(_QUESTION_PATTERN, topic):
                     self._answer(topic)
                 continue
             if topic.startswith(_EARLY_MARK):
-                match = _MARK_PATTERN.fullmatch(_MARK[:1] + topic[1:])
+                match = re.fullmatch(_MARK_PATTERN, _MARK[:1] + topic[1:])
                 if match is not None and match[3] is None:
                     self._take_early_mark(topic, option)
                     arrived = 0
@@ -4720,7 +4741,7 @@ def _bind_address(address: str) -> str:
     if tcp is not None and tcp[1] < 65536:
         host = loopback_address() if tcp[0].lower() == "localhost" else tcp[0].strip("[]")
         return tcp_address(host if is_own_address(host) else "*", tcp[1])
-    if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
+    if isinstance(address, str) and re.fullmatch(_LOCAL_ADDRESS, address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
 
@@ -5801,7 +5822,7 @@ def get_blake2b() -> Any:
     return blake2b
 
 
-_DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_DURABLE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 
 
 def _try_to_lock(file: io.FileIO) -> bool:
@@ -5834,7 +5855,7 @@ class _StateFile:
     PAUSE = 1.0  # seconds after a failure until the next attempt
 
     def __init__(self, name: str) -> None:
-        if not isinstance(name, str) or _DURABLE_NAME.fullmatch(name) is None:
+        if not isinstance(name, str) or re.fullmatch(_DURABLE_NAME, name) is None:
             raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
         self._name = name
         self._log = LimitedLogger("subscriber")
@@ -5947,10 +5968,8 @@ def _current_owner() -> Any:
     return task or threading.current_thread()
 
 
-_DURABLE_HEAD = re.compile(rb"posttroll-durable 1 (\d{1,15})\n")
-_DURABLE_LINE = re.compile(
-    rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
-)
+_DURABLE_HEAD = rb"posttroll-durable 1 (\d{1,15})\n"
+_DURABLE_LINE = rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
 
 
 class _DurableState:
@@ -6005,8 +6024,8 @@ class _DurableState:
     def _read(self) -> None:
         """Read what earlier programs have handled."""
         lines, changed = self._file.read()
-        head = _DURABLE_HEAD.fullmatch(lines[0]) if lines else None
-        entries = [_DURABLE_LINE.fullmatch(line) for line in lines[1:]]
+        head = re.fullmatch(_DURABLE_HEAD, lines[0]) if lines else None
+        entries = [re.fullmatch(_DURABLE_LINE, line) for line in lines[1:]]
         if head is None or None in entries:
             if changed is not None:
                 text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
@@ -7512,6 +7531,8 @@ class ListenerContainer:
         durable: str | None = None,
     ) -> None:
         self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
+        import queue
+
         self.output_queue: queue.Queue[Message] = queue.Queue()
         self.listener: Listener
         self.thread: threading.Thread | None = None
@@ -8636,6 +8657,8 @@ class _PublishingEnd:
 
 def _run_publishing_end(options: argparse.Namespace) -> int:
     """Send what stdin tells, until its end; say on stdout when it is done, and how many messages were lost."""
+    import signal
+
     for number in (signal.SIGINT, signal.SIGTERM):  # which everybody in a terminal or a service gets
         signal.signal(number, signal.SIG_IGN)
     source, report = sys.stdin.buffer, sys.stdout.buffer
@@ -8743,6 +8766,8 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
 
 def _check_publishers(addresses: Sequence[str], timeout: float = math.inf) -> dict[str, bool]:
     """Return which of the addresses are answered, within *timeout*, by a ZeroMQ socket; all are asked at once."""
+    import queue
+
     deadline = time.monotonic() + timeout
     waiting, answers = deque(addresses), dict.fromkeys(addresses, False)
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
