@@ -108,10 +108,15 @@ class Option:
 
     def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
         self.default = default
-        self.kind = kind  # "int", "port", "number", "str", "path", "list", "hosts", or the choices as "a|b|c"
+        # "number" (of seconds), "str", "path", "list", "hosts", whole numbers as "LOW..HIGH", or choices as "a|b|c".
+        self.kind = kind
         self.meaning = meaning
         self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
+
+_PORT = "1..65535"
+_COUNT = f"0..{2**31 - 1}"  # what ZeroMQ can take
+_BYTES = f"0..{2**63 - 1}"
 
 OPTIONS: dict[str, Option] = {
     "backend": Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
@@ -121,32 +126,32 @@ OPTIONS: dict[str, Option] = {
     "announced_address": Option(
         None, "str", "host or host:port that publishers announce in place of the address of this host"
     ),
-    "nameserver_port": Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
-    "secure_zmq_nameserver_port": Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
-    "address_publish_port": Option(16543, "port", "where the nameserver publishes new and lost addresses"),
-    "broadcast_port": Option(21200, "port", "announcements: UDP multicast, or TCP to listed nameservers"),
+    "nameserver_port": Option(5557, _PORT, "where the nameserver answers lookups", "NAMESERVER_PORT"),
+    "secure_zmq_nameserver_port": Option(None, _PORT, "lookups with CURVE (nameserver: 5558 if unset)"),
+    "address_publish_port": Option(16543, _PORT, "where the nameserver publishes new and lost addresses"),
+    "broadcast_port": Option(21200, _PORT, "announcements: UDP multicast, or TCP to listed nameservers"),
     "mc_group": Option("225.0.0.212", "str", "multicast group of the announcements", "PYTROLL_MC_GROUP"),
     "multicast_interface": Option(None, "str", "address or name of the interface for multicast"),
-    "mc_ttl": Option(31, "int", "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
-    "pub_min_port": Option(49152, "port", "lowest port that a publisher picks"),
-    "pub_max_port": Option(65536, "int", "end of the range that a publisher picks from (not included)"),
-    "tcp_keepalive": Option(None, "int", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
-    "tcp_keepalive_cnt": Option(None, "int", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
-    "tcp_keepalive_idle": Option(None, "int", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
-    "tcp_keepalive_intvl": Option(None, "int", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
+    "mc_ttl": Option(31, _COUNT, "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
+    "pub_min_port": Option(49152, _PORT, "lowest port that a publisher picks"),
+    "pub_max_port": Option(65536, "2..65536", "end of the range that a publisher picks from (not included)"),
+    "tcp_keepalive": Option(None, "-1..1", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
+    "tcp_keepalive_cnt": Option(None, "-1..127", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
+    "tcp_keepalive_idle": Option(None, "-1..32767", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
+    "tcp_keepalive_intvl": Option(None, "-1..32767", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
     "zmtp_heartbeat_interval": Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": Option(30, "number", "seconds without a sign of life until a connection is given up"),
-    "send_high_water_mark": Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_mark": Option(200000, _COUNT, "messages queued for a slow subscriber before they are dropped"),
     "send_high_water_bytes": Option(
-        None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
+        None, _BYTES, "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
     ),
     "receive_high_water_mark": Option(
         None,
-        "int",
+        _COUNT,
         "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
-    "history_messages": Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
-    "history_bytes": Option(4194304, "int", "bytes that they may take"),
+    "history_messages": Option(5000, _COUNT, "messages that a publisher keeps for subscribers that were away; 0 none"),
+    "history_bytes": Option(4194304, _BYTES, "bytes that they may take"),
     "history_seconds": Option(600, "number", "how old they may be"),
     "durable_directory": Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
@@ -155,7 +160,7 @@ OPTIONS: dict[str, Option] = {
         0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
     ),
     "discovery_seconds": Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
-    "max_services": Option(20000, "int", "publishers that the nameserver keeps at most"),
+    "max_services": Option(20000, _COUNT, "publishers that the nameserver keeps at most"),
     "client_secret_key_file": Option(None, "path", "CURVE: this host's secret key when it connects"),
     "server_public_key_file": Option(None, "path", "CURVE: the public key that servers prove to have"),
     "server_secret_key_file": Option(None, "path", "CURVE: the secret key of publishers and nameserver"),
@@ -212,17 +217,17 @@ def _as_kind(value: Any, kind: str) -> Any:
     if "|" in kind:
         if value not in kind.split("|"):
             raise ValueError(f"one of {', '.join(kind.split('|'))}")
-    elif kind in ("int", "port", "number"):
+    elif kind == "number" or ".." in kind:
+        convert, what, limits = (float, "a number", "0..1000000") if kind == "number" else (int, "a whole number", kind)
+        low, high = map(int, limits.split(".."))
         try:
-            number = float(value) if kind == "number" else int(value)
+            number = convert(value)
             if number != float(value):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            raise ValueError("a number" if kind == "number" else "a whole number") from None
-        if kind == "port" and not 0 < number < 65536:
-            raise ValueError("a port from 1 to 65535")
-        if kind == "number" and not 0 <= number < 1e6:
-            raise ValueError("a number of seconds that is not negative")
+            raise ValueError(what) from None
+        if not low <= number <= high:
+            raise ValueError(f"{what} from {low} to {high}")
         return number
     elif kind == "hosts" and (value is False or str(value).strip().lower() in ("none", "false", "")):
         return []
@@ -1893,11 +1898,12 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     be handed to another thread: closing *sock* does not close it.
     """
     endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
-    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
     monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
     monitor.linger = 0
     monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
     monitor.connect(endpoint)
+    # Only now: had no descriptor been left for this end, whoever told the other one of an event would wait for ever.
+    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
     return monitor
 
 
@@ -2700,8 +2706,10 @@ def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenti
 def get_tcp_keepalive_options() -> dict[int, int]:
     """Return the configured ``tcp_keepalive`` options, as ZeroMQ socket options with their values."""
     names = ("tcp_keepalive", "tcp_keepalive_cnt", "tcp_keepalive_idle", "tcp_keepalive_intvl")
-    values = {getattr(zmq, name.upper()): config.get(name) for name in names}
-    return {option: value for option, value in values.items() if value is not None}
+    values = {name: config.get(name) for name in names}
+    # No system takes zero seconds or probes, and nobody could connect: it is left the choice.
+    given = {name: value for name, value in values.items() if value or (value == 0 and name == "tcp_keepalive")}
+    return {getattr(zmq, name.upper()): value for name, value in given.items()}
 
 
 @cache
@@ -2737,13 +2745,13 @@ def _liveness_options(is_limited: bool) -> dict[int, int]:
     if not interval:
         return {}
     if is_limited:
-        seconds = max(int(interval), 1)
-        probes = max(int(timeout / interval), 1)
+        # What Linux takes; with more, nobody could connect: 32,767 seconds, 127 probes.
+        seconds = min(max(int(interval), math.ceil(timeout / 127), 1), 32767)
         return {
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: seconds,
             zmq.TCP_KEEPALIVE_INTVL: seconds,
-            zmq.TCP_KEEPALIVE_CNT: probes,
+            zmq.TCP_KEEPALIVE_CNT: max(int(timeout / seconds), 1),
             zmq.TCP_MAXRT: int(1000 * timeout),  # the same while something sent is not acknowledged
         }
     milliseconds = int(1000 * timeout)
@@ -2886,6 +2894,8 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
     is_for_both = address.startswith("tcp://*")
     sock.setsockopt(zmq.IPV6, int(is_for_both or "[" in address))
     try:
+        if os.name == "posix":  # for the names of the interfaces libzmq needs a descriptor, without one it aborts
+            os.close(os.dup(cast(int, sock.get(zmq.FD))))
         try:
             sock.bind(address)
         except zmq.ZMQError as error:
@@ -2893,7 +2903,7 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
                 raise
             sock.setsockopt(zmq.IPV6, 0)  # this host may not use IPv6
             sock.bind(address)
-    except zmq.ZMQError as error:
+    except (OSError, zmq.ZMQError) as error:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
 

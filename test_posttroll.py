@@ -870,19 +870,25 @@ class TestConfigOldNamesAndWrongValues:
         [
             ("nameserver_port", "x", "a whole number"),
             ("nameserver_port", 1.5, "a whole number"),
-            ("nameserver_port", 70000, "a port from 1 to 65535"),
-            ("broadcast_port", 0, "a port from 1 to 65535"),
+            ("nameserver_port", 70000, "a whole number from 1 to 65535"),
+            ("broadcast_port", 0, "a whole number from 1 to 65535"),
             ("address_publish_port", None, "a whole number"),
             ("pub_min_port", [], "a whole number"),
             ("pub_max_port", float("inf"), "a whole number"),
             ("tcp_keepalive", "yes", "a whole number"),
+            ("tcp_keepalive", 2, "a whole number from -1 to 1"),
+            ("tcp_keepalive_cnt", 128, "a whole number from -1 to 127"),
+            ("tcp_keepalive_idle", 32768, "a whole number from -1 to 32767"),
+            ("send_high_water_mark", -1, "a whole number from 0 to 2147483647"),
+            ("history_messages", -1, "a whole number from 0 to 2147483647"),
+            ("history_bytes", -1, "a whole number from 0 to 9223372036854775807"),
             ("mc_ttl", {}, "a whole number"),
             ("mc_group", 4, "a text"),
             ("mc_group", None, "a text"),
             ("multicast_interface", 1, "a text"),
             ("message_version", "v7", "one of v1.2, v1.01, auto"),
             ("message_version", [], "one of v1.2, v1.01, auto"),
-            ("zmtp_heartbeat_interval", -1, "a number of seconds that is not negative"),
+            ("zmtp_heartbeat_interval", -1, "a number from 0 to 1000000"),
             ("zmtp_heartbeat_interval", float("nan"), "a number"),
             ("zmtp_heartbeat_timeout", "soon", "a number"),
             ("authorized_client_addresses", 3, "a list of strings"),
@@ -2140,6 +2146,28 @@ class TestSocketOptions:
         with config.set(zmtp_heartbeat_interval=0), posttroll.Publisher("tcp://*:0") as pub:
             assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"zmtp_heartbeat_timeout": 3600},
+            {"zmtp_heartbeat_interval": 1, "zmtp_heartbeat_timeout": 128},
+            {"zmtp_heartbeat_interval": 1e6, "zmtp_heartbeat_timeout": 1e6},
+            {"zmtp_heartbeat_interval": 0.05, "zmtp_heartbeat_timeout": 0},
+            {"tcp_keepalive": 1, "tcp_keepalive_cnt": 127, "tcp_keepalive_idle": 32767, "tcp_keepalive_intvl": 32767},
+            {"tcp_keepalive": 1, "tcp_keepalive_cnt": 0, "tcp_keepalive_idle": 0, "tcp_keepalive_intvl": 0},
+        ],
+    )
+    def test_whatever_the_times_are_it_connects(self, settings):
+        """The system refuses a socket with more than 127 probes or 32,767 seconds, and libzmq says nothing of it."""
+        with config.set(settings), posttroll.Publisher("tcp://127.0.0.1:0") as pub:
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                if "tcp_keepalive" not in settings:
+                    options = zmq.TCP_KEEPALIVE_CNT, zmq.TCP_KEEPALIVE_INTVL
+                    probes, seconds = map(sub.subscribers[0].getsockopt, options)
+                    timeout = settings["zmtp_heartbeat_timeout"]
+                    assert timeout / 2 < probes * seconds <= max(timeout, 1)
+
     def test_a_connection_that_is_silent_is_given_up(self):
         """A host that has lost its power says nothing any more: the subscriber connects anew."""
         times = {"zmtp_heartbeat_interval": 0.05, "zmtp_heartbeat_timeout": 0.2}
@@ -2261,6 +2289,53 @@ class TestServerAndClientSockets:
         receiver.unregister(clients[0])
         for sock in (server, *clients):
             posttroll.close_socket(sock)
+
+    @pytest.mark.skipif(os.name != "posix", reason="descriptors are of POSIX")
+    @pytest.mark.parametrize(
+        "make",
+        [
+            "posttroll.Publisher('tcp://127.0.0.1:0').start()",
+            "posttroll.Subscriber([address])",
+            "posttroll.NSSubscriber('a', addr_listener=True, addresses=[address], timeout=0).start()",
+        ],
+    )
+    def test_descriptors_run_out_half_way(self, keys, make):
+        """However few are left: an error, and all else that the process has goes on."""
+        code = f"""
+            import os, resource, zmq, posttroll
+            steady = posttroll.Publisher("tcp://127.0.0.1:0").start()
+            address = f"tcp://127.0.0.1:{{steady.port_number}}"
+            reader = posttroll.Subscriber([address])
+            assert steady.wait_for_subscribers(1, {DEADLINE})
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            outcomes = []
+            for left in range(12):
+                taken = []
+                try:
+                    while True:
+                        taken.append(os.dup(0))
+                except OSError:
+                    pass
+                for _ in range(left):
+                    os.close(taken.pop())
+                try:
+                    {make}.close()
+                    outcomes.append("made")
+                except (OSError, posttroll.ConfigurationError, zmq.ZMQError) as error:
+                    assert "Too many open files" in str(error), error
+                    outcomes.append("error")
+                for descriptor in taken:
+                    os.close(descriptor)
+                steady.send(posttroll.Message("/a", "info", left))
+                assert next(reader.recv({DEADLINE})).data == left
+            reader.close()
+            steady.stop()
+            print(*outcomes)
+        """
+        with python(inspect.cleandoc(code)) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        assert (out.split()[0], out.split()[-1]) == ("error", "made")
 
 
 class TestPortRanges:
