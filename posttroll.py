@@ -171,8 +171,12 @@ OPTIONS: dict[str, Option] = {
 _UNSET: Any = object()
 
 
+@cache
 def _log(path: str) -> logging.Logger:
-    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``."""
+    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``.
+
+    It is remembered: to ask for it takes a lock, which whoever sets up logging holds as it closes a `PytrollHandler`.
+    """
     return logging.getLogger(f"{__name__}.{path}")
 
 
@@ -1572,6 +1576,8 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
         yield
         return
 
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
     def handle(number: int, frame: Any) -> None:
         restore()
         callback()
@@ -1580,8 +1586,9 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in previous:
+            signal.signal(number, handle)
         yield
     finally:
         restore()
@@ -7402,6 +7409,16 @@ class PytrollHandler(logging.Handler):
         self._publisher.start()
         self.setFormatter(PytrollFormatter())
 
+    def handle(self, record: logging.LogRecord) -> Any:
+        """Publish *record*, unless a filter refuses it.
+
+        Without the lock of other handlers: it is held around `close`, which waits for a thread that may log, too.
+        """
+        passed = self.filter(record)
+        if passed:
+            self.emit(passed if isinstance(passed, logging.LogRecord) else record)
+        return passed
+
     def emit(self, record: logging.LogRecord) -> None:
         """Publish *record*."""
         try:
@@ -7411,6 +7428,7 @@ class PytrollHandler(logging.Handler):
 
     def close(self) -> None:
         """Stop the publisher."""
+        self.setLevel(sys.maxsize)  # what is logged from now on, by the publisher itself too, is not for it any more
         self._publisher.stop()
         super().close()
 

@@ -5246,6 +5246,36 @@ class TestHandlerAndLogger:
         handler.handle(log_record("too late"))
         assert "is not started" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        "end", ["logging.shutdown()", "logging.config.dictConfig({'version': 1})", "handler.close()"]
+    )
+    def test_it_is_closed_while_the_loop_logs(self, end):
+        """Everything is logged over messages, of the library too, and its thread is in the midst of it."""
+        code = f"""
+            import logging, logging.config, time, posttroll
+            handler = posttroll.PytrollHandler("a_program")
+            handler.flush = lambda: time.sleep(0.05)  # so the loop logs just before it is closed, too
+            logging.getLogger().addHandler(handler)
+            logging.getLogger().setLevel(logging.DEBUG)
+            others = [posttroll.Publisher("tcp://127.0.0.1:0", name=name).start() for name in "abc"]
+            loop = posttroll._background.join("test")
+
+            log = logging.getLogger("chat")
+
+            def chat():
+                log.info("x")
+                posttroll._log("publisher").info("x")
+                loop.at(time.monotonic(), chat)
+
+            loop.call(chat)
+            time.sleep(0.1)
+            {end}
+            posttroll._background.leave("test", loop)
+            print("ended")
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "ended\n", "")
+
     def test_levels_of_all_kinds(self, caplog):
         """Levels without a name, and with a name of the program's own, travel with their number."""
         caplog.set_level(1)
@@ -11321,6 +11351,29 @@ class TestEnds:
                 assert "KeyboardInterrupt" in err
             else:
                 assert status == -signal.SIGTERM
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_while_they_are_taken_over(self, number):
+        """It may come when only one of the two handlers is there."""
+        code = f"""
+            import os, signal, posttroll
+            take_over, calls, sent = signal.signal, [], []
+            before = signal.getsignal({number})
+
+            def interrupted(number, handler):
+                previous = take_over(number, handler)
+                if number == {number} and not sent:
+                    sent.append(number)
+                    os.kill(os.getpid(), number)
+                return previous
+
+            signal.signal = interrupted
+            with posttroll.call_on_signals(lambda: calls.append("called")):
+                print(*calls)
+            assert signal.getsignal({number}) == before
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "called\n", "")
 
     def test_a_signal_that_does_not_end_the_poll(self):
         """One that another thread gets, or that comes just before the poll."""
