@@ -6773,18 +6773,23 @@ class _Follower:
         patience = self.PATIENCE * max(self._interval, self.SELDOM)
         for host, resolution in self._resolutions.items():
             endpoint = resolution.check()
-            if endpoint is None:
+            is_open = host in self._sockets and endpoint == self._endpoints[host]
+            if endpoint is None or (is_open and now - self._last_answer[host] <= patience):
                 continue
-            if host in self._sockets:
-                if endpoint == self._endpoints[host] and now - self._last_answer[host] <= patience:
-                    continue
-                for sock in self._sockets.pop(host):  # what is unread is asked for again
-                    self._loop.unwatch(sock)
-                    close_socket(sock)
+            self._close(host)
             self._last_answer[host] = now
             self._endpoints[host] = endpoint
-            news = self._open_news(host, endpoint) if self._listen else []
-            self._sockets[host] = [self._open_lookups(host, endpoint), *news]
+            try:
+                self._connect(host, endpoint)
+            except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
+                self._log.warning("open", "Cannot ask the nameserver at %s (trying again): %s", host, error)
+                self._close(host)
+
+    def _close(self, host: str) -> None:
+        """Close the sockets to *host*; what is unread is asked for again."""
+        for sock in self._sockets.pop(host, ()):
+            self._loop.unwatch(sock)
+            close_socket(sock)
 
     def _resolution(self, host: str) -> _Resolution:
         return _Resolution(lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
@@ -6793,21 +6798,22 @@ class _Follower:
         self._open()
         self._look_up(self._services)
 
-    def _open_lookups(self, host: str, endpoint: str) -> zmq.Socket[bytes]:
-        """Return a socket for lookups at *host*."""
-        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
-        self._loop.watch(lookups, partial(_take_frames, lookups, partial(self._take_answer, host)))
-        return lookups
+    def _connect(self, host: str, endpoint: str) -> None:
+        """Open a socket for lookups at *host*, and listen to its address port, and to whether there is a connection."""
+        sockets = self._sockets[host] = []
 
-    def _open_news(self, host: str, endpoint: str) -> list[zmq.Socket[bytes]]:
-        """Return sockets that listen to the address port of *host*, and to whether there is a connection."""
-        news = set_up_client_socket(zmq.SUB, "")
-        news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
-        monitor = _open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._loop.watch(news, partial(_take_frames, news, partial(self._take_news, host)))
-        self._loop.watch(monitor, partial(_take_frames, monitor, self._catch_up))
-        connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
-        return [news, monitor]
+        def take(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object]) -> None:
+            sockets.append(sock)
+            self._loop.watch(sock, partial(_take_frames, sock, handle))
+
+        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
+        take(lookups, partial(self._take_answer, host))
+        if self._listen:
+            news = set_up_client_socket(zmq.SUB, "")
+            take(news, partial(self._take_news, host))
+            news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
+            take(_open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED), self._catch_up)
+            connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
 
     def _catch_up(self, frames: list[bytes]) -> None:
         """After a connection to an address port: learn by lookups what was published before.
@@ -6820,16 +6826,18 @@ class _Follower:
 
     def _run(self) -> None:
         """Look up what is missing or may have changed, again and again."""
-        missing = self.missing
-        is_in_doubt = any(publisher.denials for publisher in self._known.values())
-        self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
-        self._loop.at(time.monotonic() + self._interval, self._run)
-        self._open()
-        if missing and not self._has_warned and self._interval == self.SOON:
+        missing, wants_all = self.missing, "" in self._services
+        try:
+            if missing or self._listen or not wants_all:
+                self._open()
+                self._look_up(missing if wants_all and not self._listen else self._services)
+        finally:
+            is_cut_off = len(self._sockets) < len(self._resolutions)
+            is_in_doubt = is_cut_off or any(publisher.denials for publisher in self._known.values())
+            self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
+            self._loop.at(time.monotonic() + self._interval, self._run)
+        if missing and not self._has_warned:
             self.warn_of_missing()
-        wants_all = "" in self._services
-        if missing or self._listen or not wants_all:
-            self._look_up(missing if wants_all and not self._listen else self._services)
         self._let_go_of_lost()
 
     def warn_of_missing(self) -> None:
@@ -6863,7 +6871,7 @@ class _Follower:
             self.add(host, entry, service)
         found = {entry["URI"] for entry in entries}
         for address, publisher in self._known.items():
-            if host in publisher.hosts and service in publisher.services and address not in found:
+            if host in self._informants(publisher) and service in publisher.services and address not in found:
                 self._note_denial(publisher, host)
         self._let_go_of_lost()
 
@@ -6883,13 +6891,17 @@ class _Follower:
             wanted = [service for service in self._services if service in ("", *entry["service"])]
             for service in wanted:
                 self.add(host, entry, service)
-        elif publisher is not None and host in publisher.hosts:
+        elif publisher is not None and host in self._informants(publisher):
             publisher.denials[host] = [float("-inf"), self.PATIENCE]  # it is sure
             self._loop.at(time.monotonic() + 1.2, self._let_go_of_lost)  # its last messages have come by then
             self._let_go_of_lost()
 
-    def add(self, host: str, entry: Mapping[str, Any], service: str) -> None:
-        """Connect the subscriber to a publisher of *service* that *host* told of."""
+    def _informants(self, publisher: _Publisher) -> Iterable[str]:
+        """Return the nameservers that know *publisher*; all, as long as that is not known."""
+        return publisher.hosts or self._resolutions
+
+    def add(self, host: str | None, entry: Mapping[str, Any], service: str) -> None:
+        """Connect the subscriber to a publisher of *service* that *host*, or one of several (None), told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
         if not is_connectable(address) or backend_towards(backend) is None:
@@ -6914,8 +6926,11 @@ class _Follower:
         announced = entry.get("service")
         services = announced if isinstance(announced, list) else []
         publisher.services.update([service], (each for each in self._services if each in services))
-        publisher.hosts.add(host)
-        publisher.denials.pop(host, None)
+        if host is not None:
+            if not publisher.hosts:
+                publisher.denials.clear()
+            publisher.hosts.add(host)
+            publisher.denials.pop(host, None)
 
     def _note_denial(self, publisher: _Publisher, host: str) -> None:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
@@ -6936,7 +6951,7 @@ class _Follower:
         """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
-            denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
+            denials = [publisher.denials.get(host, [0.0, 0]) for host in self._informants(publisher)]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
             if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
                 continue
@@ -7034,7 +7049,7 @@ class NSSubscriber:
                 try:
                     left = max(deadline - time.monotonic(), 0.001)
                     for entry in get_pub_addresses([service], left, hosts):
-                        follower.add(hosts[0], entry, service)
+                        follower.add(hosts[0] if len(hosts) == 1 else None, entry, service)
                 except TimeoutError as error:
                     _log("subscriber").warning("%s", error)
                     break

@@ -4830,6 +4830,61 @@ class TestFollowing:
             broadcaster.stop()
             wait_for(lambda: sub.addresses == [])
 
+    def test_one_nameserver_knows_it_and_is_down(self, impatient, monkeypatch):
+        """That the other one does not know it says nothing: it is connected again when it is back."""
+        monkeypatch.setattr(posttroll._Follower, "SOON", 100)  # after the start, when nobody knows who told of it
+        monkeypatch.setattr(posttroll._Follower, "PATIENCE", 2)
+        port, others_port = free_port(), free_port()
+        ports = {"POSTTROLL_NAMESERVER_PORT": others_port, "POSTTROLL_ADDRESS_PUBLISH_PORT": free_port()}
+        environment = {**os.environ, **{name: str(value) for name, value in ports.items()}}
+        environment["POSTTROLL_BROADCAST_PORT"] = str(broadcast_port := free_port())
+        address = f"tcp://127.0.0.1:{port}"
+        announcement = Message("/address/a", "info", {"URI": address, "service": ["a"]}).encode().encode()
+        with nameserver(), contextlib.ExitStack() as stack:
+            with nameserver_process("--no-multicast", env=environment):
+                assert raw_request(broadcast_port, announcement) == [b"ok"]
+                sub = stack.enter_context(
+                    posttroll.Subscribe("a", nameserver=["localhost", f"localhost:{others_port}"])
+                )
+            monkeypatch.setattr(posttroll._Follower, "SOON", 0.1)
+            [follower] = [timer.callback.__self__ for timer in sub._loop._timers if timer.callback.__name__ == "_run"]
+            data = stack.enter_context(serving(sub))
+            sub._change(follower._run)
+            [publisher] = follower._known.values()
+            wait_for(lambda: [times >= 5 for _, times in publisher.denials.values()] == [True] or not follower._known)
+            with posttroll.Publisher(f"tcp://*:{port}") as pub:
+                self.check(pub, data, "it is back")
+
+    @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
+    @pytest.mark.parametrize("what", ["lookups", "news", "their monitor"])
+    def test_nameservers_that_cannot_be_asked_for_a_while(self, impatient, monkeypatch, what, fault):
+        """Of the tries nothing is left, and what is published meanwhile comes."""
+        arguments = {
+            "lookups": lambda args: args[0] == zmq.DEALER,
+            "news": lambda args: args == (zmq.SUB, ""),
+            "their monitor": lambda args: args[-1] == zmq.EVENT_HANDSHAKE_SUCCEEDED,
+        }[what]
+        failures: list[Any] = []
+        made: list[Any] = []
+
+        def failing(make: Any, *args: Any) -> Any:
+            if arguments(args) and len(failures) < 5:
+                failures.append(args)
+                raise fault
+            sock = make(*args)
+            if args[0] == zmq.DEALER or args == (zmq.SUB, "") or args[1:] == (zmq.EVENT_HANDSHAKE_SUCCEEDED,):
+                made.append(sock)
+            return sock
+
+        for name in ("set_up_client_socket", "_open_monitor"):
+            monkeypatch.setattr(posttroll, name, partial(failing, getattr(posttroll, name)))
+        hosts = ["localhost", f"127.0.0.1:{config.get('nameserver_port')}"]
+        with nameserver(), posttroll.Subscribe("a_service", addr_listener=True, timeout=0, nameserver=hosts) as sub:
+            with serving(sub) as data, announced(nameservers=["localhost"]) as pub:
+                self.check(pub, data, "first")
+                wait_for(lambda: len(failures) == 5)
+                wait_for(lambda: [sock in sub._loop._callbacks for sock in made if not sock.closed] == [True] * 6)
+
     def test_a_vanished_publisher_is_removed_without_listening(self, impatient, monkeypatch):
         monkeypatch.setattr(posttroll._Follower, "PATIENCE", 2)
         with nameserver(max_age=0.3), posttroll.Subscribe("a", timeout=0) as sub, serving(sub):
