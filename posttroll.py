@@ -7240,7 +7240,9 @@ class Listener:
         self.subscriber: Subscriber | None = None
         self.running = False
         self._lock = threading.RLock()
+        self._run_lock = threading.RLock()
         self._is_stopped = False
+        self._stops = 0
         self.logger = logging.getLogger(f"{__name__}.listener.Listener")
 
     def create_subscriber(self) -> None:
@@ -7258,9 +7260,10 @@ class Listener:
             }
             subscriber = create_subscriber_from_dict_config(settings)
             with self._lock:
-                self.subscriber = subscriber
-                if self._is_stopped:
-                    self._close()
+                if not self._is_stopped:
+                    self.subscriber = subscriber
+                    return
+            subscriber.close()
 
     def add_to_queue(self, msg: Message) -> None:
         """Put a message into the queue."""
@@ -7268,31 +7271,32 @@ class Listener:
 
     def run(self) -> None:
         """Receive messages, until `stop` is called."""
-        self.logger.debug("Starting to listen to %s", self.topics)
-        self.running = True
-        try:
-            self.create_subscriber()
-            subscriber = self.subscriber
-            for message in subscriber.recv() if subscriber is not None else ():
-                if message is not None:
-                    self.add_to_queue(message)
-        finally:
-            self.running = False
-            with self._lock:
-                self._close()
+        stops = self._stops
+        with self._run_lock:  # one after the other: that of before a `restart` may not have ended yet
+            self.logger.debug("Starting to listen to %s", self.topics)
+            self.running = True
+            try:
+                self.create_subscriber()
+                subscriber = self.subscriber if self._stops == stops else None
+                for message in subscriber.recv() if subscriber is not None else ():
+                    if message is not None:
+                        self.add_to_queue(message)
+            finally:
+                self.running = False
+                if self._stops == stops:
+                    self._close()
 
     def _close(self) -> None:
-        subscriber, self.subscriber = self.subscriber, None
+        with self._lock:
+            subscriber, self.subscriber = self.subscriber, None
         if subscriber is not None:
-            subscriber.close()
+            subscriber.close()  # for good: run() may be about to receive
 
     def stop(self) -> None:
         """End `run`."""
-        with self._lock:
-            self._is_stopped = True
-            subscriber = self.subscriber
-        if subscriber is not None:
-            subscriber.close()  # for good: run() may be about to receive
+        self._is_stopped = True
+        self._stops += 1
+        self._close()
 
     def restart(self) -> None:
         """Stop it; `run` may be called again after that."""

@@ -5048,6 +5048,50 @@ class TestListener:
                 listener.restart()
         listener.stop()
 
+    def test_run_again_before_it_has_ended(self):
+        """It still has a message in hand, for which there is no room, when it is to listen anew."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            listener = self.make(f"tcp://127.0.0.1:{pub.port_number}")
+            listener.queue = queue.Queue(maxsize=1)
+            with in_thread(listener.run):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                for number in range(2):
+                    pub.send(text_message(str(number)))
+                wait_for(listener.queue.full)
+                wait_for(lambda: listener.subscriber._inbox.last_heard and not listener.subscriber._inbox.accepted)
+                listener.restart()
+                with in_thread(listener.run):
+                    assert [listener.queue.get(timeout=DEADLINE).data for _ in range(2)] == ["0", "1"]
+                    wait_for(lambda: pub._use(lambda audience: audience.reached) == 2)  # the new one
+                    pub.send(text_message("again"))
+                    assert listener.queue.get(timeout=DEADLINE).data == "again"
+                    listener.stop()
+            assert not listener.running
+
+    def test_stopped_and_started_while_it_looks_for_its_publishers(self, monkeypatch):
+        """That takes its time; of two runs only the last one listens, and it can be stopped."""
+        make, may_go_on, is_there = posttroll.create_subscriber_from_dict_config, threading.Event(), threading.Event()
+
+        def slowly(settings: Any) -> Any:
+            is_there.set()
+            assert may_go_on.wait(DEADLINE)
+            return make(settings)
+
+        monkeypatch.setattr(posttroll, "create_subscriber_from_dict_config", slowly)
+        with posttroll.Publisher("tcp://*:0") as pub:
+            listener = self.make(f"tcp://127.0.0.1:{pub.port_number}")
+            with in_thread(listener.run) as first:
+                assert is_there.wait(DEADLINE)
+                listener.restart()
+                with in_thread(listener.run):
+                    may_go_on.set()
+                    wait_for(lambda: not first.is_alive())
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(text_message("once"))
+                    assert listener.queue.get(timeout=DEADLINE).data == "once"
+                    listener.stop()
+            assert listener.queue.empty()
+
     def test_what_goes_into_the_queue_can_be_changed(self):
         class Doubling(posttroll.Listener):
             def add_to_queue(self, msg: Any) -> None:
