@@ -102,10 +102,15 @@ class Option:
 
     def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
         self.default = default
-        self.kind = kind  # "int", "port", "number", "str", "path", "list", "hosts", or the choices as "a|b|c"
+        # "number" (of seconds), "str", "path", "list", "hosts", whole numbers as "LOW..HIGH", or choices as "a|b|c".
+        self.kind = kind
         self.meaning = meaning
         self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
+
+_PORT = "1..65535"
+_COUNT = f"0..{2**31 - 1}"  # what ZeroMQ can take
+_BYTES = f"0..{2**63 - 1}"
 
 OPTIONS: dict[str, Option] = {
     "backend": Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
@@ -115,32 +120,32 @@ OPTIONS: dict[str, Option] = {
     "announced_address": Option(
         None, "str", "host or host:port that publishers announce in place of the address of this host"
     ),
-    "nameserver_port": Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
-    "secure_zmq_nameserver_port": Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
-    "address_publish_port": Option(16543, "port", "where the nameserver publishes new and lost addresses"),
-    "broadcast_port": Option(21200, "port", "announcements: UDP multicast, or TCP to listed nameservers"),
+    "nameserver_port": Option(5557, _PORT, "where the nameserver answers lookups", "NAMESERVER_PORT"),
+    "secure_zmq_nameserver_port": Option(None, _PORT, "lookups with CURVE (nameserver: 5558 if unset)"),
+    "address_publish_port": Option(16543, _PORT, "where the nameserver publishes new and lost addresses"),
+    "broadcast_port": Option(21200, _PORT, "announcements: UDP multicast, or TCP to listed nameservers"),
     "mc_group": Option("225.0.0.212", "str", "multicast group of the announcements", "PYTROLL_MC_GROUP"),
     "multicast_interface": Option(None, "str", "address or name of the interface for multicast"),
-    "mc_ttl": Option(31, "int", "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
-    "pub_min_port": Option(49152, "port", "lowest port that a publisher picks"),
-    "pub_max_port": Option(65536, "int", "end of the range that a publisher picks from (not included)"),
-    "tcp_keepalive": Option(None, "int", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
-    "tcp_keepalive_cnt": Option(None, "int", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
-    "tcp_keepalive_idle": Option(None, "int", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
-    "tcp_keepalive_intvl": Option(None, "int", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
+    "mc_ttl": Option(31, _COUNT, "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
+    "pub_min_port": Option(49152, _PORT, "lowest port that a publisher picks"),
+    "pub_max_port": Option(65536, "2..65536", "end of the range that a publisher picks from (not included)"),
+    "tcp_keepalive": Option(None, "-1..1", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
+    "tcp_keepalive_cnt": Option(None, "-1..127", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
+    "tcp_keepalive_idle": Option(None, "-1..32767", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
+    "tcp_keepalive_intvl": Option(None, "-1..32767", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
     "zmtp_heartbeat_interval": Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": Option(30, "number", "seconds without a sign of life until a connection is given up"),
-    "send_high_water_mark": Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_mark": Option(200000, _COUNT, "messages queued for a slow subscriber before they are dropped"),
     "send_high_water_bytes": Option(
-        None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
+        None, _BYTES, "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
     ),
     "receive_high_water_mark": Option(
         None,
-        "int",
+        _COUNT,
         "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
-    "history_messages": Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
-    "history_bytes": Option(4194304, "int", "bytes that they may take"),
+    "history_messages": Option(5000, _COUNT, "messages that a publisher keeps for subscribers that were away; 0 none"),
+    "history_bytes": Option(4194304, _BYTES, "bytes that they may take"),
     "history_seconds": Option(600, "number", "how old they may be"),
     "durable_directory": Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
@@ -149,7 +154,7 @@ OPTIONS: dict[str, Option] = {
         0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
     ),
     "discovery_seconds": Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
-    "max_services": Option(20000, "int", "publishers that the nameserver keeps at most"),
+    "max_services": Option(20000, _COUNT, "publishers that the nameserver keeps at most"),
     "client_secret_key_file": Option(None, "path", "CURVE: this host's secret key when it connects"),
     "server_public_key_file": Option(None, "path", "CURVE: the public key that servers prove to have"),
     "server_secret_key_file": Option(None, "path", "CURVE: the secret key of publishers and nameserver"),
@@ -160,8 +165,12 @@ OPTIONS: dict[str, Option] = {
 _UNSET: Any = object()
 
 
+@cache
 def _log(path: str) -> logging.Logger:
-    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``."""
+    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``.
+
+    It is remembered: to ask for it takes a lock, which whoever sets up logging holds as it closes a `PytrollHandler`.
+    """
     return logging.getLogger(f"{__name__}.{path}")
 
 
@@ -206,17 +215,17 @@ def _as_kind(value: Any, kind: str) -> Any:
     if "|" in kind:
         if value not in kind.split("|"):
             raise ValueError(f"one of {', '.join(kind.split('|'))}")
-    elif kind in ("int", "port", "number"):
+    elif kind == "number" or ".." in kind:
+        convert, what, limits = (float, "a number", "0..1000000") if kind == "number" else (int, "a whole number", kind)
+        low, high = map(int, limits.split(".."))
         try:
-            number = float(value) if kind == "number" else int(value)
+            number = convert(value)
             if number != float(value):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            raise ValueError("a number" if kind == "number" else "a whole number") from None
-        if kind == "port" and not 0 < number < 65536:
-            raise ValueError("a port from 1 to 65535")
-        if kind == "number" and not 0 <= number < 1e6:
-            raise ValueError("a number of seconds that is not negative")
+            raise ValueError(what) from None
+        if not low <= number <= high:
+            raise ValueError(f"{what} from {low} to {high}")
         return number
     elif kind == "hosts" and (value is False or str(value).strip().lower() in ("none", "false", "")):
         return []
@@ -1574,6 +1583,8 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
         return
     import signal
 
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
     def handle(number: int, frame: Any) -> None:
         restore()
         callback()
@@ -1582,8 +1593,9 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in previous:
+            signal.signal(number, handle)
         yield
     finally:
         restore()
@@ -1921,11 +1933,12 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     be handed to another thread: closing *sock* does not close it.
     """
     endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
-    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
     monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
     monitor.linger = 0
     monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
     monitor.connect(endpoint)
+    # Only now: had no descriptor been left for this end, whoever told the other one of an event would wait for ever.
+    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
     return monitor
 
 
@@ -2728,8 +2741,10 @@ def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenti
 def get_tcp_keepalive_options() -> dict[int, int]:
     """Return the configured ``tcp_keepalive`` options, as ZeroMQ socket options with their values."""
     names = ("tcp_keepalive", "tcp_keepalive_cnt", "tcp_keepalive_idle", "tcp_keepalive_intvl")
-    values = {getattr(zmq, name.upper()): config.get(name) for name in names}
-    return {option: value for option, value in values.items() if value is not None}
+    values = {name: config.get(name) for name in names}
+    # No system takes zero seconds or probes, and nobody could connect: it is left the choice.
+    given = {name: value for name, value in values.items() if value or (value == 0 and name == "tcp_keepalive")}
+    return {getattr(zmq, name.upper()): value for name, value in given.items()}
 
 
 @cache
@@ -2765,13 +2780,13 @@ def _liveness_options(is_limited: bool) -> dict[int, int]:
     if not interval:
         return {}
     if is_limited:
-        seconds = max(int(interval), 1)
-        probes = max(int(timeout / interval), 1)
+        # What Linux takes; with more, nobody could connect: 32,767 seconds, 127 probes.
+        seconds = min(max(int(interval), math.ceil(timeout / 127), 1), 32767)
         return {
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: seconds,
             zmq.TCP_KEEPALIVE_INTVL: seconds,
-            zmq.TCP_KEEPALIVE_CNT: probes,
+            zmq.TCP_KEEPALIVE_CNT: max(int(timeout / seconds), 1),
             zmq.TCP_MAXRT: int(1000 * timeout),  # the same while something sent is not acknowledged
         }
     milliseconds = int(1000 * timeout)
@@ -2914,6 +2929,8 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
     is_for_both = address.startswith("tcp://*")
     sock.setsockopt(zmq.IPV6, int(is_for_both or "[" in address))
     try:
+        if os.name == "posix":  # for the names of the interfaces libzmq needs a descriptor, without one it aborts
+            os.close(os.dup(cast(int, sock.get(zmq.FD))))
         try:
             sock.bind(address)
         except zmq.ZMQError as error:
@@ -2921,7 +2938,7 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
                 raise
             sock.setsockopt(zmq.IPV6, 0)  # this host may not use IPv6
             sock.bind(address)
-    except zmq.ZMQError as error:
+    except (OSError, zmq.ZMQError) as error:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
 
@@ -6988,18 +7005,23 @@ class _Follower:
         patience = self.PATIENCE * max(self._interval, self.SELDOM)
         for host, resolution in self._resolutions.items():
             endpoint = resolution.check()
-            if endpoint is None:
+            is_open = host in self._sockets and endpoint == self._endpoints[host]
+            if endpoint is None or (is_open and now - self._last_answer[host] <= patience):
                 continue
-            if host in self._sockets:
-                if endpoint == self._endpoints[host] and now - self._last_answer[host] <= patience:
-                    continue
-                for sock in self._sockets.pop(host):  # what is unread is asked for again
-                    self._loop.unwatch(sock)
-                    close_socket(sock)
+            self._close(host)
             self._last_answer[host] = now
             self._endpoints[host] = endpoint
-            news = self._open_news(host, endpoint) if self._listen else []
-            self._sockets[host] = [self._open_lookups(host, endpoint), *news]
+            try:
+                self._connect(host, endpoint)
+            except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
+                self._log.warning("open", "Cannot ask the nameserver at %s (trying again): %s", host, error)
+                self._close(host)
+
+    def _close(self, host: str) -> None:
+        """Close the sockets to *host*; what is unread is asked for again."""
+        for sock in self._sockets.pop(host, ()):
+            self._loop.unwatch(sock)
+            close_socket(sock)
 
     def _resolution(self, host: str) -> _Resolution:
         return _Resolution(lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
@@ -7008,21 +7030,22 @@ class _Follower:
         self._open()
         self._look_up(self._services)
 
-    def _open_lookups(self, host: str, endpoint: str) -> zmq.Socket[bytes]:
-        """Return a socket for lookups at *host*."""
-        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
-        self._loop.watch(lookups, partial(_take_frames, lookups, partial(self._take_answer, host)))
-        return lookups
+    def _connect(self, host: str, endpoint: str) -> None:
+        """Open a socket for lookups at *host*, and listen to its address port, and to whether there is a connection."""
+        sockets = self._sockets[host] = []
 
-    def _open_news(self, host: str, endpoint: str) -> list[zmq.Socket[bytes]]:
-        """Return sockets that listen to the address port of *host*, and to whether there is a connection."""
-        news = set_up_client_socket(zmq.SUB, "")
-        news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
-        monitor = _open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._loop.watch(news, partial(_take_frames, news, partial(self._take_news, host)))
-        self._loop.watch(monitor, partial(_take_frames, monitor, self._catch_up))
-        connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
-        return [news, monitor]
+        def take(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object]) -> None:
+            sockets.append(sock)
+            self._loop.watch(sock, partial(_take_frames, sock, handle))
+
+        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
+        take(lookups, partial(self._take_answer, host))
+        if self._listen:
+            news = set_up_client_socket(zmq.SUB, "")
+            take(news, partial(self._take_news, host))
+            news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
+            take(_open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED), self._catch_up)
+            connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
 
     def _catch_up(self, frames: list[bytes]) -> None:
         """After a connection to an address port: learn by lookups what was published before.
@@ -7035,16 +7058,18 @@ class _Follower:
 
     def _run(self) -> None:
         """Look up what is missing or may have changed, again and again."""
-        missing = self.missing
-        is_in_doubt = any(publisher.denials for publisher in self._known.values())
-        self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
-        self._loop.at(time.monotonic() + self._interval, self._run)
-        self._open()
-        if missing and not self._has_warned and self._interval == self.SOON:
+        missing, wants_all = self.missing, "" in self._services
+        try:
+            if missing or self._listen or not wants_all:
+                self._open()
+                self._look_up(missing if wants_all and not self._listen else self._services)
+        finally:
+            is_cut_off = len(self._sockets) < len(self._resolutions)
+            is_in_doubt = is_cut_off or any(publisher.denials for publisher in self._known.values())
+            self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
+            self._loop.at(time.monotonic() + self._interval, self._run)
+        if missing and not self._has_warned:
             self.warn_of_missing()
-        wants_all = "" in self._services
-        if missing or self._listen or not wants_all:
-            self._look_up(missing if wants_all and not self._listen else self._services)
         self._let_go_of_lost()
 
     def warn_of_missing(self) -> None:
@@ -7078,7 +7103,7 @@ class _Follower:
             self.add(host, entry, service)
         found = {entry["URI"] for entry in entries}
         for address, publisher in self._known.items():
-            if host in publisher.hosts and service in publisher.services and address not in found:
+            if host in self._informants(publisher) and service in publisher.services and address not in found:
                 self._note_denial(publisher, host)
         self._let_go_of_lost()
 
@@ -7098,13 +7123,17 @@ class _Follower:
             wanted = [service for service in self._services if service in ("", *entry["service"])]
             for service in wanted:
                 self.add(host, entry, service)
-        elif publisher is not None and host in publisher.hosts:
+        elif publisher is not None and host in self._informants(publisher):
             publisher.denials[host] = [float("-inf"), self.PATIENCE]  # it is sure
             self._loop.at(time.monotonic() + 1.2, self._let_go_of_lost)  # its last messages have come by then
             self._let_go_of_lost()
 
-    def add(self, host: str, entry: Mapping[str, Any], service: str) -> None:
-        """Connect the subscriber to a publisher of *service* that *host* told of."""
+    def _informants(self, publisher: _Publisher) -> Iterable[str]:
+        """Return the nameservers that know *publisher*; all, as long as that is not known."""
+        return publisher.hosts or self._resolutions
+
+    def add(self, host: str | None, entry: Mapping[str, Any], service: str) -> None:
+        """Connect the subscriber to a publisher of *service* that *host*, or one of several (None), told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
         if not is_connectable(address) or backend_towards(backend) is None:
@@ -7129,8 +7158,11 @@ class _Follower:
         announced = entry.get("service")
         services = announced if isinstance(announced, list) else []
         publisher.services.update([service], (each for each in self._services if each in services))
-        publisher.hosts.add(host)
-        publisher.denials.pop(host, None)
+        if host is not None:
+            if not publisher.hosts:
+                publisher.denials.clear()
+            publisher.hosts.add(host)
+            publisher.denials.pop(host, None)
 
     def _note_denial(self, publisher: _Publisher, host: str) -> None:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
@@ -7151,7 +7183,7 @@ class _Follower:
         """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
-            denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
+            denials = [publisher.denials.get(host, [0.0, 0]) for host in self._informants(publisher)]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
             if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
                 continue
@@ -7249,7 +7281,7 @@ class NSSubscriber:
                 try:
                     left = max(deadline - time.monotonic(), 0.001)
                     for entry in get_pub_addresses([service], left, hosts):
-                        follower.add(hosts[0], entry, service)
+                        follower.add(hosts[0] if len(hosts) == 1 else None, entry, service)
                 except TimeoutError as error:
                     _log("subscriber").warning("%s", error)
                     break
@@ -7440,7 +7472,9 @@ class Listener:
         self.subscriber: Subscriber | None = None
         self.running = False
         self._lock = threading.RLock()
+        self._run_lock = threading.RLock()
         self._is_stopped = False
+        self._stops = 0
         self.logger = logging.getLogger(f"{__name__}.listener.Listener")
 
     def create_subscriber(self) -> None:
@@ -7458,9 +7492,10 @@ class Listener:
             }
             subscriber = create_subscriber_from_dict_config(settings)
             with self._lock:
-                self.subscriber = subscriber
-                if self._is_stopped:
-                    self._close()
+                if not self._is_stopped:
+                    self.subscriber = subscriber
+                    return
+            subscriber.close()
 
     def add_to_queue(self, msg: Message) -> None:
         """Put a message into the queue."""
@@ -7468,31 +7503,32 @@ class Listener:
 
     def run(self) -> None:
         """Receive messages, until `stop` is called."""
-        self.logger.debug("Starting to listen to %s", self.topics)
-        self.running = True
-        try:
-            self.create_subscriber()
-            subscriber = self.subscriber
-            for message in subscriber.recv() if subscriber is not None else ():
-                if message is not None:
-                    self.add_to_queue(message)
-        finally:
-            self.running = False
-            with self._lock:
-                self._close()
+        stops = self._stops
+        with self._run_lock:  # one after the other: that of before a `restart` may not have ended yet
+            self.logger.debug("Starting to listen to %s", self.topics)
+            self.running = True
+            try:
+                self.create_subscriber()
+                subscriber = self.subscriber if self._stops == stops else None
+                for message in subscriber.recv() if subscriber is not None else ():
+                    if message is not None:
+                        self.add_to_queue(message)
+            finally:
+                self.running = False
+                if self._stops == stops:
+                    self._close()
 
     def _close(self) -> None:
-        subscriber, self.subscriber = self.subscriber, None
+        with self._lock:
+            subscriber, self.subscriber = self.subscriber, None
         if subscriber is not None:
-            subscriber.close()
+            subscriber.close()  # for good: run() may be about to receive
 
     def stop(self) -> None:
         """End `run`."""
-        with self._lock:
-            self._is_stopped = True
-            subscriber = self.subscriber
-        if subscriber is not None:
-            subscriber.close()  # for good: run() may be about to receive
+        self._is_stopped = True
+        self._stops += 1
+        self._close()
 
     def restart(self) -> None:
         """Stop it; `run` may be called again after that."""
@@ -7626,6 +7662,16 @@ class PytrollHandler(logging.Handler):
         self._publisher.start()
         self.setFormatter(PytrollFormatter())
 
+    def handle(self, record: logging.LogRecord) -> Any:
+        """Publish *record*, unless a filter refuses it.
+
+        Without the lock of other handlers: it is held around `close`, which waits for a thread that may log, too.
+        """
+        passed = self.filter(record)
+        if passed:
+            self.emit(passed if isinstance(passed, logging.LogRecord) else record)
+        return passed
+
     def emit(self, record: logging.LogRecord) -> None:
         """Publish *record*."""
         try:
@@ -7635,6 +7681,7 @@ class PytrollHandler(logging.Handler):
 
     def close(self) -> None:
         """Stop the publisher."""
+        self.setLevel(sys.maxsize)  # what is logged from now on, by the publisher itself too, is not for it any more
         self._publisher.stop()
         super().close()
 

@@ -870,19 +870,25 @@ class TestConfigOldNamesAndWrongValues:
         [
             ("nameserver_port", "x", "a whole number"),
             ("nameserver_port", 1.5, "a whole number"),
-            ("nameserver_port", 70000, "a port from 1 to 65535"),
-            ("broadcast_port", 0, "a port from 1 to 65535"),
+            ("nameserver_port", 70000, "a whole number from 1 to 65535"),
+            ("broadcast_port", 0, "a whole number from 1 to 65535"),
             ("address_publish_port", None, "a whole number"),
             ("pub_min_port", [], "a whole number"),
             ("pub_max_port", float("inf"), "a whole number"),
             ("tcp_keepalive", "yes", "a whole number"),
+            ("tcp_keepalive", 2, "a whole number from -1 to 1"),
+            ("tcp_keepalive_cnt", 128, "a whole number from -1 to 127"),
+            ("tcp_keepalive_idle", 32768, "a whole number from -1 to 32767"),
+            ("send_high_water_mark", -1, "a whole number from 0 to 2147483647"),
+            ("history_messages", -1, "a whole number from 0 to 2147483647"),
+            ("history_bytes", -1, "a whole number from 0 to 9223372036854775807"),
             ("mc_ttl", {}, "a whole number"),
             ("mc_group", 4, "a text"),
             ("mc_group", None, "a text"),
             ("multicast_interface", 1, "a text"),
             ("message_version", "v7", "one of v1.2, v1.01, auto"),
             ("message_version", [], "one of v1.2, v1.01, auto"),
-            ("zmtp_heartbeat_interval", -1, "a number of seconds that is not negative"),
+            ("zmtp_heartbeat_interval", -1, "a number from 0 to 1000000"),
             ("zmtp_heartbeat_interval", float("nan"), "a number"),
             ("zmtp_heartbeat_timeout", "soon", "a number"),
             ("authorized_client_addresses", 3, "a list of strings"),
@@ -2144,6 +2150,28 @@ class TestSocketOptions:
         with config.set(zmtp_heartbeat_interval=0), posttroll.Publisher("tcp://*:0") as pub:
             assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"zmtp_heartbeat_timeout": 3600},
+            {"zmtp_heartbeat_interval": 1, "zmtp_heartbeat_timeout": 128},
+            {"zmtp_heartbeat_interval": 1e6, "zmtp_heartbeat_timeout": 1e6},
+            {"zmtp_heartbeat_interval": 0.05, "zmtp_heartbeat_timeout": 0},
+            {"tcp_keepalive": 1, "tcp_keepalive_cnt": 127, "tcp_keepalive_idle": 32767, "tcp_keepalive_intvl": 32767},
+            {"tcp_keepalive": 1, "tcp_keepalive_cnt": 0, "tcp_keepalive_idle": 0, "tcp_keepalive_intvl": 0},
+        ],
+    )
+    def test_whatever_the_times_are_it_connects(self, settings):
+        """The system refuses a socket with more than 127 probes or 32,767 seconds, and libzmq says nothing of it."""
+        with config.set(settings), posttroll.Publisher("tcp://127.0.0.1:0") as pub:
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                if "tcp_keepalive" not in settings:
+                    options = zmq.TCP_KEEPALIVE_CNT, zmq.TCP_KEEPALIVE_INTVL
+                    probes, seconds = map(sub.subscribers[0].getsockopt, options)
+                    timeout = settings["zmtp_heartbeat_timeout"]
+                    assert timeout / 2 < probes * seconds <= max(timeout, 1)
+
     def test_a_connection_that_is_silent_is_given_up(self):
         """A host that has lost its power says nothing any more: the subscriber connects anew."""
         times = {"zmtp_heartbeat_interval": 0.05, "zmtp_heartbeat_timeout": 0.2}
@@ -2265,6 +2293,53 @@ class TestServerAndClientSockets:
         receiver.unregister(clients[0])
         for sock in (server, *clients):
             posttroll.close_socket(sock)
+
+    @pytest.mark.skipif(os.name != "posix", reason="descriptors are of POSIX")
+    @pytest.mark.parametrize(
+        "make",
+        [
+            "posttroll.Publisher('tcp://127.0.0.1:0').start()",
+            "posttroll.Subscriber([address])",
+            "posttroll.NSSubscriber('a', addr_listener=True, addresses=[address], timeout=0).start()",
+        ],
+    )
+    def test_descriptors_run_out_half_way(self, keys, make):
+        """However few are left: an error, and all else that the process has goes on."""
+        code = f"""
+            import os, resource, zmq, posttroll
+            steady = posttroll.Publisher("tcp://127.0.0.1:0").start()
+            address = f"tcp://127.0.0.1:{{steady.port_number}}"
+            reader = posttroll.Subscriber([address])
+            assert steady.wait_for_subscribers(1, {DEADLINE})
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            outcomes = []
+            for left in range(12):
+                taken = []
+                try:
+                    while True:
+                        taken.append(os.dup(0))
+                except OSError:
+                    pass
+                for _ in range(left):
+                    os.close(taken.pop())
+                try:
+                    {make}.close()
+                    outcomes.append("made")
+                except (OSError, posttroll.ConfigurationError, zmq.ZMQError) as error:
+                    assert "Too many open files" in str(error), error
+                    outcomes.append("error")
+                for descriptor in taken:
+                    os.close(descriptor)
+                steady.send(posttroll.Message("/a", "info", left))
+                assert next(reader.recv({DEADLINE})).data == left
+            reader.close()
+            steady.stop()
+            print(*outcomes)
+        """
+        with python(inspect.cleandoc(code)) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        assert (out.split()[0], out.split()[-1]) == ("error", "made")
 
 
 class TestPortRanges:
@@ -4759,6 +4834,61 @@ class TestFollowing:
             broadcaster.stop()
             wait_for(lambda: sub.addresses == [])
 
+    def test_one_nameserver_knows_it_and_is_down(self, impatient, monkeypatch):
+        """That the other one does not know it says nothing: it is connected again when it is back."""
+        monkeypatch.setattr(posttroll._Follower, "SOON", 100)  # after the start, when nobody knows who told of it
+        monkeypatch.setattr(posttroll._Follower, "PATIENCE", 2)
+        port, others_port = free_port(), free_port()
+        ports = {"POSTTROLL_NAMESERVER_PORT": others_port, "POSTTROLL_ADDRESS_PUBLISH_PORT": free_port()}
+        environment = {**os.environ, **{name: str(value) for name, value in ports.items()}}
+        environment["POSTTROLL_BROADCAST_PORT"] = str(broadcast_port := free_port())
+        address = f"tcp://127.0.0.1:{port}"
+        announcement = Message("/address/a", "info", {"URI": address, "service": ["a"]}).encode().encode()
+        with nameserver(), contextlib.ExitStack() as stack:
+            with nameserver_process("--no-multicast", env=environment):
+                assert raw_request(broadcast_port, announcement) == [b"ok"]
+                sub = stack.enter_context(
+                    posttroll.Subscribe("a", nameserver=["localhost", f"localhost:{others_port}"])
+                )
+            monkeypatch.setattr(posttroll._Follower, "SOON", 0.1)
+            [follower] = [timer.callback.__self__ for timer in sub._loop._timers if timer.callback.__name__ == "_run"]
+            data = stack.enter_context(serving(sub))
+            sub._change(follower._run)
+            [publisher] = follower._known.values()
+            wait_for(lambda: [times >= 5 for _, times in publisher.denials.values()] == [True] or not follower._known)
+            with posttroll.Publisher(f"tcp://*:{port}") as pub:
+                self.check(pub, data, "it is back")
+
+    @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
+    @pytest.mark.parametrize("what", ["lookups", "news", "their monitor"])
+    def test_nameservers_that_cannot_be_asked_for_a_while(self, impatient, monkeypatch, what, fault):
+        """Of the tries nothing is left, and what is published meanwhile comes."""
+        arguments = {
+            "lookups": lambda args: args[0] == zmq.DEALER,
+            "news": lambda args: args == (zmq.SUB, ""),
+            "their monitor": lambda args: args[-1] == zmq.EVENT_HANDSHAKE_SUCCEEDED,
+        }[what]
+        failures: list[Any] = []
+        made: list[Any] = []
+
+        def failing(make: Any, *args: Any) -> Any:
+            if arguments(args) and len(failures) < 5:
+                failures.append(args)
+                raise fault
+            sock = make(*args)
+            if args[0] == zmq.DEALER or args == (zmq.SUB, "") or args[1:] == (zmq.EVENT_HANDSHAKE_SUCCEEDED,):
+                made.append(sock)
+            return sock
+
+        for name in ("set_up_client_socket", "_open_monitor"):
+            monkeypatch.setattr(posttroll, name, partial(failing, getattr(posttroll, name)))
+        hosts = ["localhost", f"127.0.0.1:{config.get('nameserver_port')}"]
+        with nameserver(), posttroll.Subscribe("a_service", addr_listener=True, timeout=0, nameserver=hosts) as sub:
+            with serving(sub) as data, announced(nameservers=["localhost"]) as pub:
+                self.check(pub, data, "first")
+                wait_for(lambda: len(failures) == 5)
+                wait_for(lambda: [sock in sub._loop._callbacks for sock in made if not sock.closed] == [True] * 6)
+
     def test_a_vanished_publisher_is_removed_without_listening(self, impatient, monkeypatch):
         monkeypatch.setattr(posttroll._Follower, "PATIENCE", 2)
         with nameserver(max_age=0.3), posttroll.Subscribe("a", timeout=0) as sub, serving(sub):
@@ -4921,6 +5051,50 @@ class TestListener:
                 wait_for(lambda: listener.subscriber is not None and listener.subscriber.running)
                 listener.restart()
         listener.stop()
+
+    def test_run_again_before_it_has_ended(self):
+        """It still has a message in hand, for which there is no room, when it is to listen anew."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            listener = self.make(f"tcp://127.0.0.1:{pub.port_number}")
+            listener.queue = queue.Queue(maxsize=1)
+            with in_thread(listener.run):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                for number in range(2):
+                    pub.send(text_message(str(number)))
+                wait_for(listener.queue.full)
+                wait_for(lambda: listener.subscriber._inbox.last_heard and not listener.subscriber._inbox.accepted)
+                listener.restart()
+                with in_thread(listener.run):
+                    assert [listener.queue.get(timeout=DEADLINE).data for _ in range(2)] == ["0", "1"]
+                    wait_for(lambda: pub._use(lambda audience: audience.reached) == 2)  # the new one
+                    pub.send(text_message("again"))
+                    assert listener.queue.get(timeout=DEADLINE).data == "again"
+                    listener.stop()
+            assert not listener.running
+
+    def test_stopped_and_started_while_it_looks_for_its_publishers(self, monkeypatch):
+        """That takes its time; of two runs only the last one listens, and it can be stopped."""
+        make, may_go_on, is_there = posttroll.create_subscriber_from_dict_config, threading.Event(), threading.Event()
+
+        def slowly(settings: Any) -> Any:
+            is_there.set()
+            assert may_go_on.wait(DEADLINE)
+            return make(settings)
+
+        monkeypatch.setattr(posttroll, "create_subscriber_from_dict_config", slowly)
+        with posttroll.Publisher("tcp://*:0") as pub:
+            listener = self.make(f"tcp://127.0.0.1:{pub.port_number}")
+            with in_thread(listener.run) as first:
+                assert is_there.wait(DEADLINE)
+                listener.restart()
+                with in_thread(listener.run):
+                    may_go_on.set()
+                    wait_for(lambda: not first.is_alive())
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(text_message("once"))
+                    assert listener.queue.get(timeout=DEADLINE).data == "once"
+                    listener.stop()
+            assert listener.queue.empty()
 
     def test_what_goes_into_the_queue_can_be_changed(self):
         class Doubling(posttroll.Listener):
@@ -5174,6 +5348,36 @@ class TestHandlerAndLogger:
         handler.close()
         handler.handle(log_record("too late"))
         assert "is not started" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "end", ["logging.shutdown()", "logging.config.dictConfig({'version': 1})", "handler.close()"]
+    )
+    def test_it_is_closed_while_the_loop_logs(self, end):
+        """Everything is logged over messages, of the library too, and its thread is in the midst of it."""
+        code = f"""
+            import logging, logging.config, time, posttroll
+            handler = posttroll.PytrollHandler("a_program")
+            handler.flush = lambda: time.sleep(0.05)  # so the loop logs just before it is closed, too
+            logging.getLogger().addHandler(handler)
+            logging.getLogger().setLevel(logging.DEBUG)
+            others = [posttroll.Publisher("tcp://127.0.0.1:0", name=name).start() for name in "abc"]
+            loop = posttroll._background.join("test")
+
+            log = logging.getLogger("chat")
+
+            def chat():
+                log.info("x")
+                posttroll._log("publisher").info("x")
+                loop.at(time.monotonic(), chat)
+
+            loop.call(chat)
+            time.sleep(0.1)
+            {end}
+            posttroll._background.leave("test", loop)
+            print("ended")
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "ended\n", "")
 
     def test_levels_of_all_kinds(self, caplog):
         """Levels without a name, and with a name of the program's own, travel with their number."""
@@ -11260,6 +11464,29 @@ class TestEnds:
                 assert "KeyboardInterrupt" in err
             else:
                 assert status == -signal.SIGTERM
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_while_they_are_taken_over(self, number):
+        """It may come when only one of the two handlers is there."""
+        code = f"""
+            import os, signal, posttroll
+            take_over, calls, sent = signal.signal, [], []
+            before = signal.getsignal({number})
+
+            def interrupted(number, handler):
+                previous = take_over(number, handler)
+                if number == {number} and not sent:
+                    sent.append(number)
+                    os.kill(os.getpid(), number)
+                return previous
+
+            signal.signal = interrupted
+            with posttroll.call_on_signals(lambda: calls.append("called")):
+                print(*calls)
+            assert signal.getsignal({number}) == before
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "called\n", "")
 
     def test_a_signal_that_does_not_end_the_poll(self):
         """One that another thread gets, or that comes just before the poll."""
