@@ -39,21 +39,16 @@ from __future__ import annotations
 import argparse
 import ast
 import atexit
-import base64
-import binascii
 import errno
 import importlib
 import io
-import ipaddress
 import json
 import logging
 import math
 import operator
 import os
-import queue
 import random
 import re
-import signal
 import socket
 import string
 import struct
@@ -76,10 +71,9 @@ from itertools import accumulate, chain, count, islice, takewhile
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 import zmq
-from zmq.utils import z85
 
 # What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
-# asyncio, glob, hashlib, shutil, subprocess.
+# asyncio, base64, glob, hashlib, ipaddress, queue, shutil, signal, subprocess, z85.
 if TYPE_CHECKING:
     import subprocess
 if sys.platform == "win32":
@@ -108,10 +102,15 @@ class Option:
 
     def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
         self.default = default
-        self.kind = kind  # "int", "port", "number", "str", "path", "list", "hosts", or the choices as "a|b|c"
+        # "number" (of seconds), "str", "path", "list", "hosts", whole numbers as "LOW..HIGH", or choices as "a|b|c".
+        self.kind = kind
         self.meaning = meaning
         self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
+
+_PORT = "1..65535"
+_COUNT = f"0..{2**31 - 1}"  # what ZeroMQ can take
+_BYTES = f"0..{2**63 - 1}"
 
 OPTIONS: dict[str, Option] = {
     "backend": Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
@@ -121,32 +120,32 @@ OPTIONS: dict[str, Option] = {
     "announced_address": Option(
         None, "str", "host or host:port that publishers announce in place of the address of this host"
     ),
-    "nameserver_port": Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
-    "secure_zmq_nameserver_port": Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
-    "address_publish_port": Option(16543, "port", "where the nameserver publishes new and lost addresses"),
-    "broadcast_port": Option(21200, "port", "announcements: UDP multicast, or TCP to listed nameservers"),
+    "nameserver_port": Option(5557, _PORT, "where the nameserver answers lookups", "NAMESERVER_PORT"),
+    "secure_zmq_nameserver_port": Option(None, _PORT, "lookups with CURVE (nameserver: 5558 if unset)"),
+    "address_publish_port": Option(16543, _PORT, "where the nameserver publishes new and lost addresses"),
+    "broadcast_port": Option(21200, _PORT, "announcements: UDP multicast, or TCP to listed nameservers"),
     "mc_group": Option("225.0.0.212", "str", "multicast group of the announcements", "PYTROLL_MC_GROUP"),
     "multicast_interface": Option(None, "str", "address or name of the interface for multicast"),
-    "mc_ttl": Option(31, "int", "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
-    "pub_min_port": Option(49152, "port", "lowest port that a publisher picks"),
-    "pub_max_port": Option(65536, "int", "end of the range that a publisher picks from (not included)"),
-    "tcp_keepalive": Option(None, "int", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
-    "tcp_keepalive_cnt": Option(None, "int", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
-    "tcp_keepalive_idle": Option(None, "int", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
-    "tcp_keepalive_intvl": Option(None, "int", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
+    "mc_ttl": Option(31, _COUNT, "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
+    "pub_min_port": Option(49152, _PORT, "lowest port that a publisher picks"),
+    "pub_max_port": Option(65536, "2..65536", "end of the range that a publisher picks from (not included)"),
+    "tcp_keepalive": Option(None, "-1..1", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
+    "tcp_keepalive_cnt": Option(None, "-1..127", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
+    "tcp_keepalive_idle": Option(None, "-1..32767", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
+    "tcp_keepalive_intvl": Option(None, "-1..32767", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
     "zmtp_heartbeat_interval": Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": Option(30, "number", "seconds without a sign of life until a connection is given up"),
-    "send_high_water_mark": Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_mark": Option(200000, _COUNT, "messages queued for a slow subscriber before they are dropped"),
     "send_high_water_bytes": Option(
-        None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
+        None, _BYTES, "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
     ),
     "receive_high_water_mark": Option(
         None,
-        "int",
+        _COUNT,
         "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
-    "history_messages": Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
-    "history_bytes": Option(4194304, "int", "bytes that they may take"),
+    "history_messages": Option(5000, _COUNT, "messages that a publisher keeps for subscribers that were away; 0 none"),
+    "history_bytes": Option(4194304, _BYTES, "bytes that they may take"),
     "history_seconds": Option(600, "number", "how old they may be"),
     "durable_directory": Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
@@ -155,7 +154,7 @@ OPTIONS: dict[str, Option] = {
         0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
     ),
     "discovery_seconds": Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
-    "max_services": Option(20000, "int", "publishers that the nameserver keeps at most"),
+    "max_services": Option(20000, _COUNT, "publishers that the nameserver keeps at most"),
     "client_secret_key_file": Option(None, "path", "CURVE: this host's secret key when it connects"),
     "server_public_key_file": Option(None, "path", "CURVE: the public key that servers prove to have"),
     "server_secret_key_file": Option(None, "path", "CURVE: the secret key of publishers and nameserver"),
@@ -166,8 +165,12 @@ OPTIONS: dict[str, Option] = {
 _UNSET: Any = object()
 
 
+@cache
 def _log(path: str) -> logging.Logger:
-    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``."""
+    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``.
+
+    It is remembered: to ask for it takes a lock, which whoever sets up logging holds as it closes a `PytrollHandler`.
+    """
     return logging.getLogger(f"{__name__}.{path}")
 
 
@@ -212,17 +215,17 @@ def _as_kind(value: Any, kind: str) -> Any:
     if "|" in kind:
         if value not in kind.split("|"):
             raise ValueError(f"one of {', '.join(kind.split('|'))}")
-    elif kind in ("int", "port", "number"):
+    elif kind == "number" or ".." in kind:
+        convert, what, limits = (float, "a number", "0..1000000") if kind == "number" else (int, "a whole number", kind)
+        low, high = map(int, limits.split(".."))
         try:
-            number = float(value) if kind == "number" else int(value)
+            number = convert(value)
             if number != float(value):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            raise ValueError("a number" if kind == "number" else "a whole number") from None
-        if kind == "port" and not 0 < number < 65536:
-            raise ValueError("a port from 1 to 65535")
-        if kind == "number" and not 0 <= number < 1e6:
-            raise ValueError("a number of seconds that is not negative")
+            raise ValueError(what) from None
+        if not low <= number <= high:
+            raise ValueError(f"{what} from {low} to {high}")
         return number
     elif kind == "hosts" and (value is False or str(value).strip().lower() in ("none", "false", "")):
         return []
@@ -644,7 +647,10 @@ class MessageError(Exception):
 # ISO 8601: date and time of day down to minutes, seconds or fractions, with or without zone, in extended or basic form
 # with T or a blank between them; or a date alone in extended form.  The first pattern is what datetime.isoformat()
 # writes, which every Python reads alike; in the second, what is separated in the date is separated in the time too.
-_ISO_FORMAT = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
+_is_iso_format = re.compile(
+    r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII
+).fullmatch
+_from_iso_format = datetime.fromisoformat
 _DATETIME = re.compile(
     r"(\d{4})(?P<dash>-)?(\d\d)(?(dash)-)(\d\d)"
     r"(?:[T ]([01]\d|2[0-3])(?(dash):)(\d\d)(?:(?(dash):)(\d\d)(?:[.,](\d+))?)?"
@@ -656,7 +662,7 @@ _JSON_DATE = re.compile(r'"\d\d\d\d-?\d\d-?\d\d["T ]', re.ASCII)  # what may be 
 
 def parse_datetime(text: str) -> datetime | None:
     """Return the datetime that *text* is in ISO 8601, None if it is none."""
-    if _ISO_FORMAT.fullmatch(text) is None:
+    if _is_iso_format(text) is None:
         match = _DATETIME.fullmatch(text)
         if match is None:
             return None
@@ -671,7 +677,7 @@ def parse_datetime(text: str) -> datetime | None:
         if is_utc or zone:
             text += f"{zone or '+00'}:{zone_minutes or '00'}" + (f":{zone_seconds}" if zone_seconds else "")
     try:
-        return datetime.fromisoformat(text)
+        return _from_iso_format(text)
     except ValueError:  # the 31st of February, an offset of 99 hours
         return None
 
@@ -772,7 +778,7 @@ _to_json = {
     True: json.JSONEncoder(check_circular=False, default=_isoformat).encode,
     False: json.JSONEncoder(check_circular=False, default=_isoformat_without_timezone).encode,
 }
-_from_json = json.JSONDecoder().decode
+_read_json = json.JSONDecoder().raw_decode
 
 
 class _DatetimeFoundError(Exception):
@@ -854,17 +860,21 @@ def _travels_as_it_is(text: str) -> bool:
 
 def encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str]:
     """Return the text that stands for binary *data*: a data URL's beginning (or nothing), and the rest."""
-    if not isinstance(data, str):
-        return _BYTES_URL, binascii.b2a_base64(data, newline=False).decode("ascii")
-    if data and _travels_as_it_is(data) and not data.startswith((_BYTES_URL, _TEXT_URL)):
+    if isinstance(data, str) and data and _travels_as_it_is(data) and not data.startswith((_BYTES_URL, _TEXT_URL)):
         return "", data
-    return _TEXT_URL, binascii.b2a_base64(data.encode("utf-8", "surrogatepass"), newline=False).decode("ascii")
+    import base64
+
+    if isinstance(data, str):
+        return _TEXT_URL, base64.b64encode(data.encode("utf-8", "surrogatepass")).decode("ascii")
+    return _BYTES_URL, base64.b64encode(data).decode("ascii")
 
 
 def _decode_binary(text: str) -> str | bytes:
     """Return the data that `encode_binary` made the URL *text* of; another sender's is returned as it is."""
     if not text.startswith((_BYTES_URL, _TEXT_URL)):
         return text
+    import base64
+
     try:
         content = base64.b64decode(text[text.index(",") + 1 :], validate=True)
         return content if text.startswith(_BYTES_URL) else content.decode("utf-8", "surrogatepass")
@@ -1124,7 +1134,7 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
     if not message.subject:
         raise MessageError(f"Invalid subject: '' in {raw[:80]!r}")
     try:
-        message.time = datetime.fromisoformat(stamp)
+        message.time = _from_iso_format(stamp)
     except ValueError:
         message.time = _parse_timestamp(stamp)
     message.version = version
@@ -1161,8 +1171,11 @@ def _text_with_blanks(raw: str, start: int, mime: str) -> str:
 
 def _decode_json(text: str) -> Any:
     """Return the data in *text*; raises MessageError if it is no JSON."""
+    text = text.strip(" \t\n\r")
     try:
-        data = _from_json(text)
+        data, end = _read_json(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"Invalid JSON data: {str(error)[:200]}") from None
     if _JSON_DATE.search(text) is None:
@@ -1540,6 +1553,8 @@ def signals_wake(loop: Loop) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import signal
+
     previous = signal.set_wakeup_fd(loop._waker.write_fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -1566,6 +1581,9 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import signal
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: Any) -> None:
         restore()
@@ -1575,8 +1593,9 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in previous:
+            signal.signal(number, handle)
         yield
     finally:
         restore()
@@ -1593,7 +1612,27 @@ SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL, _IPV6_MULTICAST_ALL = 49, 29  # of Linux, see ip(7) and ipv6(7)
 _NO_ADDRESS = ("0.0.0.0", "::")  # of an interface that has none
+_MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv6 address begins with that stands for one of IPv4
 _BROADCAST_GROUPS = ("0.0.0.0", "255.255.255.255", "<broadcast>")
+
+
+def plain_number(number: str) -> str:
+    """Return an IP address as ZeroMQ would write it; one of IPv4 in the clothes of IPv6 as what it is.
+
+    Raises:
+        ValueError: It is no IP address, but perhaps a name.
+    """
+    family = socket.AF_INET6 if ":" in number else socket.AF_INET
+    host, percent, zone = number.partition("%")
+    try:
+        packed = socket.inet_pton(family, host)
+    except OSError:
+        raise ValueError(f"{number!r} is no IP address") from None
+    if percent and (len(packed) == 4 or not zone or "%" in zone):
+        raise ValueError(f"{number!r} has a zone that cannot be")
+    if len(packed) == 16 and packed.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(family, packed) + percent + zone
 
 
 def multicast_group(mcgroup: str | None) -> str:
@@ -1602,7 +1641,7 @@ def multicast_group(mcgroup: str | None) -> str:
     if group in _BROADCAST_GROUPS:
         return "<broadcast>"
     with suppress(ValueError):
-        if ipaddress.IPv6Address(group).is_multicast:
+        if re.match("ff[0-9a-f]{2}:", plain_number(group)):
             return cast(str, group)
     try:
         packed = socket.inet_aton(socket.gethostbyname(group))
@@ -1846,7 +1885,8 @@ def loopback_address() -> str:
 
 def is_loopback(address: str) -> bool:
     """Whether *address*, a number, is one by which only this host itself can be reached."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    number = plain_number(address)
+    return number.startswith("127.") or number.partition("%")[0] == "::1"
 
 
 def get_local_ips() -> list[str]:
@@ -1870,7 +1910,7 @@ def _local_ipv6() -> list[tuple[str, int]]:
         return []
     found = []
     for packed, index, _, scope, _, name in sorted(rows, key=lambda row: row[3]):
-        address = str(ipaddress.IPv6Address(bytes.fromhex(packed)))
+        address = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(packed))
         found.append((f"{address}%{name}" if scope == "20" else address, int(index, 16)))
     return found
 
@@ -1893,11 +1933,12 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     be handed to another thread: closing *sock* does not close it.
     """
     endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
-    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
     monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
     monitor.linger = 0
     monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
     monitor.connect(endpoint)
+    # Only now: had no descriptor been left for this end, whoever told the other one of an event would wait for ever.
+    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
     return monitor
 
 
@@ -2025,15 +2066,15 @@ _idle_sockets = _IdleSockets()
 # -- addresses --
 
 _TCP_ADDRESS = re.compile(r"tcp://(\*|\[[0-9A-Za-z:.%_-]{1,253}\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
-_LOCAL_ADDRESS = re.compile(r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}")  # ipc: see unix(7)
+_LOCAL_ADDRESS = r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}"  # ipc: see unix(7)
 
 
 def _is_number(host: str) -> bool:
     """Whether *host* is an IPv4 address, or an IPv6 address in brackets, and no name that would have to be resolved."""
-    try:
-        return bool(ipaddress.IPv6Address(host[1:-1]) if host.startswith("[") else ipaddress.IPv4Address(host))
-    except ValueError:
-        return False
+    is_bracketed = host.startswith("[")
+    with suppress(ValueError):
+        return bool(plain_number(host[1:-1] if is_bracketed else host)) and (":" in host) == is_bracketed
+    return False
 
 
 def tcp_address(number: str, port: int) -> str:
@@ -2070,7 +2111,7 @@ def is_connectable(address: Any) -> bool:
 
 def _check_connectable(address: Any) -> str:
     """Return *address*; raises ValueError if no client socket could connect to it."""
-    if not (is_connectable(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
+    if not (is_connectable(address) or (isinstance(address, str) and re.fullmatch(_LOCAL_ADDRESS, address))):
         raise ValueError(f"Cannot connect to {address!r}: an address looks like 'tcp://hostname:9000'.")
     return cast(str, address)
 
@@ -2102,7 +2143,7 @@ class _Resolution:
         elif tcp is None:
             self.endpoint = address
         elif _is_number(self._host):
-            self._host, self.endpoint = "", tcp_address(_plain_number(self._host.strip("[]")), self._port)
+            self._host, self.endpoint = "", tcp_address(plain_number(self._host.strip("[]")), self._port)
         self.endpoints: tuple[str, ...] = () if self.endpoint is None else (self.endpoint,)
         self.is_name = self.endpoint is None
 
@@ -2149,14 +2190,6 @@ class _Resolution:
 
 
 _resolution_log = LimitedLogger("backends.zmq")
-
-
-def _plain_number(number: str) -> str:
-    """Return an address as ZeroMQ would write it; one of IPv4 in the clothes of IPv6 as what it is."""
-    if ":" not in number:
-        return number
-    mapped = ipaddress.IPv6Address(number).ipv4_mapped
-    return str(mapped or ipaddress.IPv6Address(number))
 
 
 def _numbers_of(name: str) -> list[str]:
@@ -2250,14 +2283,16 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
     return public_path, secret_path
 
 
-_KEY_LINE = re.compile(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE)
+_KEY_LINE = rb'(?m)^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$'
 
 
 def _read_keys(path: str) -> dict[str, bytes]:
     """Return the keys ``public`` and ``secret`` of a certificate; raises ValueError or OSError."""
     with open(path, "rb") as stream:
         text = stream.read(65536)
-    keys = {kind.decode(): key for kind, key in _KEY_LINE.findall(text)}
+    from zmq.utils import z85
+
+    keys = {kind.decode(): key for kind, key in re.findall(_KEY_LINE, text)}
     for key in keys.values():
         try:
             if len(z85.decode(key)) != 32:
@@ -2403,16 +2438,16 @@ def _file_state(status: os.stat_result) -> tuple[int, int, int]:
 # -- who may connect --
 
 
-_IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
+_IPC_PEER = r"(?a)[^:]*:\d+:\d+:\d+"  # "localhost" (or nothing), user, group, process
 
 
 def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
     address = address.removeprefix("::ffff:")  # an IPv4 client of a socket for both
-    if not address or _IPC_PEER.fullmatch(address):
+    if not address or re.fullmatch(_IPC_PEER, address):
         return True
     try:
-        if ipaddress.ip_address(address).is_loopback:
+        if is_loopback(address):
             return True
     except ValueError:
         return False
@@ -2445,6 +2480,8 @@ class _AddressList:
     @staticmethod
     def _network(text: str) -> Any:
         """Return the network that *text* is, one of IPv4 in the clothes of IPv6 as what it is."""
+        import ipaddress
+
         network = ipaddress.ip_network(text, strict=False)
         mapped = getattr(network.network_address, "ipv4_mapped", None)
         return network if mapped is None else ipaddress.ip_network(f"{mapped}/{max(network.prefixlen - 96, 0)}")
@@ -2452,6 +2489,8 @@ class _AddressList:
     def __contains__(self, address: str) -> bool:
         if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
             self._resolve_in_background()
+        import ipaddress
+
         text, _, zone = address.partition("%")
         try:
             number = ipaddress.ip_address(text)
@@ -2509,6 +2548,8 @@ class AccessRules:
             return ""
         if mechanism != b"CURVE" or len(credentials) != 1 or len(credentials[0]) != 32:
             return "it does not use CURVE"
+        from zmq.utils import z85
+
         key = z85.encode(credentials[0])
         return "" if key in self._keys else f"its public key {key.decode()} is not in {self._keys.directory}"
 
@@ -2700,8 +2741,10 @@ def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenti
 def get_tcp_keepalive_options() -> dict[int, int]:
     """Return the configured ``tcp_keepalive`` options, as ZeroMQ socket options with their values."""
     names = ("tcp_keepalive", "tcp_keepalive_cnt", "tcp_keepalive_idle", "tcp_keepalive_intvl")
-    values = {getattr(zmq, name.upper()): config.get(name) for name in names}
-    return {option: value for option, value in values.items() if value is not None}
+    values = {name: config.get(name) for name in names}
+    # No system takes zero seconds or probes, and nobody could connect: it is left the choice.
+    given = {name: value for name, value in values.items() if value or (value == 0 and name == "tcp_keepalive")}
+    return {getattr(zmq, name.upper()): value for name, value in given.items()}
 
 
 @cache
@@ -2737,13 +2780,13 @@ def _liveness_options(is_limited: bool) -> dict[int, int]:
     if not interval:
         return {}
     if is_limited:
-        seconds = max(int(interval), 1)
-        probes = max(int(timeout / interval), 1)
+        # What Linux takes; with more, nobody could connect: 32,767 seconds, 127 probes.
+        seconds = min(max(int(interval), math.ceil(timeout / 127), 1), 32767)
         return {
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: seconds,
             zmq.TCP_KEEPALIVE_INTVL: seconds,
-            zmq.TCP_KEEPALIVE_CNT: probes,
+            zmq.TCP_KEEPALIVE_CNT: max(int(timeout / seconds), 1),
             zmq.TCP_MAXRT: int(1000 * timeout),  # the same while something sent is not acknowledged
         }
     milliseconds = int(1000 * timeout)
@@ -2886,6 +2929,8 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
     is_for_both = address.startswith("tcp://*")
     sock.setsockopt(zmq.IPV6, int(is_for_both or "[" in address))
     try:
+        if os.name == "posix":  # for the names of the interfaces libzmq needs a descriptor, without one it aborts
+            os.close(os.dup(cast(int, sock.get(zmq.FD))))
         try:
             sock.bind(address)
         except zmq.ZMQError as error:
@@ -2893,7 +2938,7 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
                 raise
             sock.setsockopt(zmq.IPV6, 0)  # this host may not use IPv6
             sock.bind(address)
-    except zmq.ZMQError as error:
+    except (OSError, zmq.ZMQError) as error:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
 
@@ -3523,15 +3568,16 @@ sendaddressservice = AddressServiceBroadcaster
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <port> <name>  the mark is here, all after number will come
+#     hello      H <instance> <number> <ends> <port> <before> <name>  the mark is here, all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone> <answer>  what was missed up to number has come
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP.  So a
-# subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
+# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP; before:
+# what was sent up to that number cannot have come over the connection.  So a subscriber knows what it has, and asks for
+# what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
 #
@@ -3550,12 +3596,11 @@ sendaddressservice = AddressServiceBroadcaster
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
 _EARLY_MARK = b"!" + _MARK[1:]  # before all topics
-_MARK_PATTERN = re.compile(
+_MARK_PATTERN = (
     _MARK + rb"([0-9a-f]{16})/(\d{1,6})"
-    rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
-    re.DOTALL,
+    rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?"
 )
-_QUESTION_PATTERN = re.compile(_MARK + rb"[0-9a-f]{16}/\?")
+_QUESTION_PATTERN = _MARK + rb"[0-9a-f]{16}/\?"
 
 
 class PublisherStoppedError(RuntimeError, zmq.ZMQError):
@@ -3671,8 +3716,9 @@ class _QueueLimit:
 class _Peer:
     """A subscriber of ours, as its publisher sees it."""
 
-    def __init__(self, mark: bytes, topics: int, host: str) -> None:
+    def __init__(self, mark: bytes, topics: int, host: str, before: int) -> None:
         self.mark = mark
+        self.before = before  # the number of the last message that was sent before it was here
         self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
@@ -3793,7 +3839,7 @@ class _Listeners:
 
     def _take_subscriptions(self) -> None:
         """Apply the subscriptions and the ends of subscriptions that have come."""
-        sock = self.socket
+        sock, arrived = self.socket, 0
         while True:
             try:
                 frame = sock.recv(_NOBLOCK, copy=False)
@@ -3805,19 +3851,22 @@ class _Listeners:
                 continue  # a message of an XSUB socket
             option = zmq.SUBSCRIBE if sign == b"\1" else zmq.UNSUBSCRIBE
             if topic.startswith(_MARK):
-                match = _MARK_PATTERN.fullmatch(topic)
+                match = re.fullmatch(_MARK_PATTERN, topic)
                 if match is not None and match[3] is None:
-                    self._take_mark(topic, int(match[2]), option, frame)
+                    self._take_mark(topic, int(match[2]), option, frame, arrived)
+                    arrived = 0
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
-                elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
+                elif sign == b"\1" and re.fullmatch(_QUESTION_PATTERN, topic):
                     self._answer(topic)
                 continue
             if topic.startswith(_EARLY_MARK):
-                match = _MARK_PATTERN.fullmatch(_MARK[:1] + topic[1:])
+                match = re.fullmatch(_MARK_PATTERN, _MARK[:1] + topic[1:])
                 if match is not None and match[3] is None:
                     self._take_early_mark(topic, option)
+                    arrived = 0
                 continue
+            arrived += sign == b"\1"
             self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
@@ -3867,8 +3916,8 @@ class _Listeners:
                         self.socket.send(content, _NOBLOCK)
                     self._untold.discard(mark)
 
-    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
-        """Take note that a subscriber of ours has come (again), or gone."""
+    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame, arrived: int) -> None:
+        """Take note that a subscriber of ours has come (again), or gone; *arrived*: how many topics did just before."""
         peer = self.peers.get(mark)
         if option == zmq.UNSUBSCRIBE:
             if peer is not None:
@@ -3884,7 +3933,9 @@ class _Listeners:
                 host = str(frame.get("Peer-Address")).removeprefix("::ffff:")
             except zmq.ZMQError:  # not a TCP connection
                 host = ""
-            peer = self.peers[mark] = _Peer(mark, topics, host)
+            # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.
+            before = self.history.number if arrived == topics else 0
+            peer = self.peers[mark] = _Peer(mark, topics, host, before)
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1
@@ -4034,8 +4085,8 @@ class _Audience(_Listeners):
         """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
         peer.greeted, peer.has_asked = time.monotonic(), False
         peer.hello, number = None, self.history.number
-        fields = (self.instance, number, peer.ends, self._port, self._name)
-        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %s" % fields):
+        fields = (self.instance, number, peer.ends, self._port, peer.before, self._name)
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %d %s" % fields):
             peer.hello = peer.told = number
         else:
             self._catch_up_soon(self.LONGEST_PAUSE)
@@ -4707,7 +4758,7 @@ def _bind_address(address: str) -> str:
     if tcp is not None and tcp[1] < 65536:
         host = loopback_address() if tcp[0].lower() == "localhost" else tcp[0].strip("[]")
         return tcp_address(host if is_own_address(host) else "*", tcp[1])
-    if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
+    if isinstance(address, str) and re.fullmatch(_LOCAL_ADDRESS, address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
 
@@ -5337,6 +5388,7 @@ class _Source:
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
         self.since: Any = None  # since when its messages are wanted
         self.found = 0  # the number of the first hello
+        self.before = 0  # that of the last message that cannot have come live
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
         self.known: set[int] = set()  # numbers behind the position that came under the mark
@@ -5662,10 +5714,12 @@ class _CatchUp:
             self._close(old)
         return source
 
-    def _take_hello(self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int) -> None:
+    def _take_hello(
+        self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int
+    ) -> None:
         source.name = name
         if source.since is None:
-            source.found = number
+            source.found, source.before = number, before
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
@@ -5709,18 +5763,23 @@ class _CatchUp:
             return content
         if source.was_handled is not None and source.was_handled(number, content):
             return None
+        if number > source.before and self._has_come_live(source, number, _digest(content)):
+            return None
+        self._on_past()
+        return content
+
+    def _has_come_live(self, source: _Source, number: int, digest: int) -> bool:
+        """Whether a message of the past has come live before, as far as can be told: from any publisher."""
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
             if source.live is None:
                 source.live = self._live(max(source.index, source.hello_index if source.is_asked else 0))
                 self._open.append(source)
             seen = source.live
-        digest = _digest(content)
-        if seen[digest] > 0:
-            seen[digest] -= 1
-            return None
-        self._on_past()
-        return content
+        if seen[digest] <= 0:
+            return False
+        seen[digest] -= 1
+        return True
 
     def _take_end(
         self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, is_answer: int
@@ -5780,7 +5839,7 @@ def get_blake2b() -> Any:
     return blake2b
 
 
-_DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_DURABLE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 
 
 def _try_to_lock(file: io.FileIO) -> bool:
@@ -5813,7 +5872,7 @@ class _StateFile:
     PAUSE = 1.0  # seconds after a failure until the next attempt
 
     def __init__(self, name: str) -> None:
-        if not isinstance(name, str) or _DURABLE_NAME.fullmatch(name) is None:
+        if not isinstance(name, str) or re.fullmatch(_DURABLE_NAME, name) is None:
             raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
         self._name = name
         self._log = LimitedLogger("subscriber")
@@ -5926,10 +5985,8 @@ def _current_owner() -> Any:
     return task or threading.current_thread()
 
 
-_DURABLE_HEAD = re.compile(rb"posttroll-durable 1 (\d{1,15})\n")
-_DURABLE_LINE = re.compile(
-    rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
-)
+_DURABLE_HEAD = rb"posttroll-durable 1 (\d{1,15})\n"
+_DURABLE_LINE = rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
 
 
 class _DurableState:
@@ -5984,8 +6041,8 @@ class _DurableState:
     def _read(self) -> None:
         """Read what earlier programs have handled."""
         lines, changed = self._file.read()
-        head = _DURABLE_HEAD.fullmatch(lines[0]) if lines else None
-        entries = [_DURABLE_LINE.fullmatch(line) for line in lines[1:]]
+        head = re.fullmatch(_DURABLE_HEAD, lines[0]) if lines else None
+        entries = [re.fullmatch(_DURABLE_LINE, line) for line in lines[1:]]
         if head is None or None in entries:
             if changed is not None:
                 text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
@@ -6948,18 +7005,23 @@ class _Follower:
         patience = self.PATIENCE * max(self._interval, self.SELDOM)
         for host, resolution in self._resolutions.items():
             endpoint = resolution.check()
-            if endpoint is None:
+            is_open = host in self._sockets and endpoint == self._endpoints[host]
+            if endpoint is None or (is_open and now - self._last_answer[host] <= patience):
                 continue
-            if host in self._sockets:
-                if endpoint == self._endpoints[host] and now - self._last_answer[host] <= patience:
-                    continue
-                for sock in self._sockets.pop(host):  # what is unread is asked for again
-                    self._loop.unwatch(sock)
-                    close_socket(sock)
+            self._close(host)
             self._last_answer[host] = now
             self._endpoints[host] = endpoint
-            news = self._open_news(host, endpoint) if self._listen else []
-            self._sockets[host] = [self._open_lookups(host, endpoint), *news]
+            try:
+                self._connect(host, endpoint)
+            except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
+                self._log.warning("open", "Cannot ask the nameserver at %s (trying again): %s", host, error)
+                self._close(host)
+
+    def _close(self, host: str) -> None:
+        """Close the sockets to *host*; what is unread is asked for again."""
+        for sock in self._sockets.pop(host, ()):
+            self._loop.unwatch(sock)
+            close_socket(sock)
 
     def _resolution(self, host: str) -> _Resolution:
         return _Resolution(lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
@@ -6968,21 +7030,22 @@ class _Follower:
         self._open()
         self._look_up(self._services)
 
-    def _open_lookups(self, host: str, endpoint: str) -> zmq.Socket[bytes]:
-        """Return a socket for lookups at *host*."""
-        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
-        self._loop.watch(lookups, partial(_take_frames, lookups, partial(self._take_answer, host)))
-        return lookups
+    def _connect(self, host: str, endpoint: str) -> None:
+        """Open a socket for lookups at *host*, and listen to its address port, and to whether there is a connection."""
+        sockets = self._sockets[host] = []
 
-    def _open_news(self, host: str, endpoint: str) -> list[zmq.Socket[bytes]]:
-        """Return sockets that listen to the address port of *host*, and to whether there is a connection."""
-        news = set_up_client_socket(zmq.SUB, "")
-        news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
-        monitor = _open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._loop.watch(news, partial(_take_frames, news, partial(self._take_news, host)))
-        self._loop.watch(monitor, partial(_take_frames, monitor, self._catch_up))
-        connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
-        return [news, monitor]
+        def take(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object]) -> None:
+            sockets.append(sock)
+            self._loop.watch(sock, partial(_take_frames, sock, handle))
+
+        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
+        take(lookups, partial(self._take_answer, host))
+        if self._listen:
+            news = set_up_client_socket(zmq.SUB, "")
+            take(news, partial(self._take_news, host))
+            news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
+            take(_open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED), self._catch_up)
+            connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
 
     def _catch_up(self, frames: list[bytes]) -> None:
         """After a connection to an address port: learn by lookups what was published before.
@@ -6995,16 +7058,18 @@ class _Follower:
 
     def _run(self) -> None:
         """Look up what is missing or may have changed, again and again."""
-        missing = self.missing
-        is_in_doubt = any(publisher.denials for publisher in self._known.values())
-        self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
-        self._loop.at(time.monotonic() + self._interval, self._run)
-        self._open()
-        if missing and not self._has_warned and self._interval == self.SOON:
+        missing, wants_all = self.missing, "" in self._services
+        try:
+            if missing or self._listen or not wants_all:
+                self._open()
+                self._look_up(missing if wants_all and not self._listen else self._services)
+        finally:
+            is_cut_off = len(self._sockets) < len(self._resolutions)
+            is_in_doubt = is_cut_off or any(publisher.denials for publisher in self._known.values())
+            self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
+            self._loop.at(time.monotonic() + self._interval, self._run)
+        if missing and not self._has_warned:
             self.warn_of_missing()
-        wants_all = "" in self._services
-        if missing or self._listen or not wants_all:
-            self._look_up(missing if wants_all and not self._listen else self._services)
         self._let_go_of_lost()
 
     def warn_of_missing(self) -> None:
@@ -7038,7 +7103,7 @@ class _Follower:
             self.add(host, entry, service)
         found = {entry["URI"] for entry in entries}
         for address, publisher in self._known.items():
-            if host in publisher.hosts and service in publisher.services and address not in found:
+            if host in self._informants(publisher) and service in publisher.services and address not in found:
                 self._note_denial(publisher, host)
         self._let_go_of_lost()
 
@@ -7058,13 +7123,17 @@ class _Follower:
             wanted = [service for service in self._services if service in ("", *entry["service"])]
             for service in wanted:
                 self.add(host, entry, service)
-        elif publisher is not None and host in publisher.hosts:
+        elif publisher is not None and host in self._informants(publisher):
             publisher.denials[host] = [float("-inf"), self.PATIENCE]  # it is sure
             self._loop.at(time.monotonic() + 1.2, self._let_go_of_lost)  # its last messages have come by then
             self._let_go_of_lost()
 
-    def add(self, host: str, entry: Mapping[str, Any], service: str) -> None:
-        """Connect the subscriber to a publisher of *service* that *host* told of."""
+    def _informants(self, publisher: _Publisher) -> Iterable[str]:
+        """Return the nameservers that know *publisher*; all, as long as that is not known."""
+        return publisher.hosts or self._resolutions
+
+    def add(self, host: str | None, entry: Mapping[str, Any], service: str) -> None:
+        """Connect the subscriber to a publisher of *service* that *host*, or one of several (None), told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
         if not is_connectable(address) or backend_towards(backend) is None:
@@ -7089,8 +7158,11 @@ class _Follower:
         announced = entry.get("service")
         services = announced if isinstance(announced, list) else []
         publisher.services.update([service], (each for each in self._services if each in services))
-        publisher.hosts.add(host)
-        publisher.denials.pop(host, None)
+        if host is not None:
+            if not publisher.hosts:
+                publisher.denials.clear()
+            publisher.hosts.add(host)
+            publisher.denials.pop(host, None)
 
     def _note_denial(self, publisher: _Publisher, host: str) -> None:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
@@ -7111,7 +7183,7 @@ class _Follower:
         """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
-            denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
+            denials = [publisher.denials.get(host, [0.0, 0]) for host in self._informants(publisher)]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
             if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
                 continue
@@ -7209,7 +7281,7 @@ class NSSubscriber:
                 try:
                     left = max(deadline - time.monotonic(), 0.001)
                     for entry in get_pub_addresses([service], left, hosts):
-                        follower.add(hosts[0], entry, service)
+                        follower.add(hosts[0] if len(hosts) == 1 else None, entry, service)
                 except TimeoutError as error:
                     _log("subscriber").warning("%s", error)
                     break
@@ -7400,7 +7472,9 @@ class Listener:
         self.subscriber: Subscriber | None = None
         self.running = False
         self._lock = threading.RLock()
+        self._run_lock = threading.RLock()
         self._is_stopped = False
+        self._stops = 0
         self.logger = logging.getLogger(f"{__name__}.listener.Listener")
 
     def create_subscriber(self) -> None:
@@ -7418,9 +7492,10 @@ class Listener:
             }
             subscriber = create_subscriber_from_dict_config(settings)
             with self._lock:
-                self.subscriber = subscriber
-                if self._is_stopped:
-                    self._close()
+                if not self._is_stopped:
+                    self.subscriber = subscriber
+                    return
+            subscriber.close()
 
     def add_to_queue(self, msg: Message) -> None:
         """Put a message into the queue."""
@@ -7428,31 +7503,32 @@ class Listener:
 
     def run(self) -> None:
         """Receive messages, until `stop` is called."""
-        self.logger.debug("Starting to listen to %s", self.topics)
-        self.running = True
-        try:
-            self.create_subscriber()
-            subscriber = self.subscriber
-            for message in subscriber.recv() if subscriber is not None else ():
-                if message is not None:
-                    self.add_to_queue(message)
-        finally:
-            self.running = False
-            with self._lock:
-                self._close()
+        stops = self._stops
+        with self._run_lock:  # one after the other: that of before a `restart` may not have ended yet
+            self.logger.debug("Starting to listen to %s", self.topics)
+            self.running = True
+            try:
+                self.create_subscriber()
+                subscriber = self.subscriber if self._stops == stops else None
+                for message in subscriber.recv() if subscriber is not None else ():
+                    if message is not None:
+                        self.add_to_queue(message)
+            finally:
+                self.running = False
+                if self._stops == stops:
+                    self._close()
 
     def _close(self) -> None:
-        subscriber, self.subscriber = self.subscriber, None
+        with self._lock:
+            subscriber, self.subscriber = self.subscriber, None
         if subscriber is not None:
-            subscriber.close()
+            subscriber.close()  # for good: run() may be about to receive
 
     def stop(self) -> None:
         """End `run`."""
-        with self._lock:
-            self._is_stopped = True
-            subscriber = self.subscriber
-        if subscriber is not None:
-            subscriber.close()  # for good: run() may be about to receive
+        self._is_stopped = True
+        self._stops += 1
+        self._close()
 
     def restart(self) -> None:
         """Stop it; `run` may be called again after that."""
@@ -7491,6 +7567,8 @@ class ListenerContainer:
         durable: str | None = None,
     ) -> None:
         self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
+        import queue
+
         self.output_queue: queue.Queue[Message] = queue.Queue()
         self.listener: Listener
         self.thread: threading.Thread | None = None
@@ -7584,6 +7662,16 @@ class PytrollHandler(logging.Handler):
         self._publisher.start()
         self.setFormatter(PytrollFormatter())
 
+    def handle(self, record: logging.LogRecord) -> Any:
+        """Publish *record*, unless a filter refuses it.
+
+        Without the lock of other handlers: it is held around `close`, which waits for a thread that may log, too.
+        """
+        passed = self.filter(record)
+        if passed:
+            self.emit(passed if isinstance(passed, logging.LogRecord) else record)
+        return passed
+
     def emit(self, record: logging.LogRecord) -> None:
         """Publish *record*."""
         try:
@@ -7593,6 +7681,7 @@ class PytrollHandler(logging.Handler):
 
     def close(self) -> None:
         """Stop the publisher."""
+        self.setLevel(sys.maxsize)  # what is logged from now on, by the publisher itself too, is not for it any more
         self._publisher.stop()
         super().close()
 
@@ -8615,6 +8704,8 @@ class _PublishingEnd:
 
 def _run_publishing_end(options: argparse.Namespace) -> int:
     """Send what stdin tells, until its end; say on stdout when it is done, and how many messages were lost."""
+    import signal
+
     for number in (signal.SIGINT, signal.SIGTERM):  # which everybody in a terminal or a service gets
         signal.signal(number, signal.SIG_IGN)
     source, report = sys.stdin.buffer, sys.stdout.buffer
@@ -8722,6 +8813,8 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
 
 def _check_publishers(addresses: Sequence[str], timeout: float = math.inf) -> dict[str, bool]:
     """Return which of the addresses are answered, within *timeout*, by a ZeroMQ socket; all are asked at once."""
+    import queue
+
     deadline = time.monotonic() + timeout
     waiting, answers = deque(addresses), dict.fromkeys(addresses, False)
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -9470,6 +9563,10 @@ class _Check:
         """How many seconds there are until the deadline."""
         return max(self._deadline - time.monotonic(), 0.01)
 
+    def share(self, others: int) -> float:
+        """Return how many seconds something may take if as many *others* are still to be done after it."""
+        return self.left / (1 + others)
+
     def run(self) -> None:
         """Check everything."""
         names = self._options.names
@@ -9479,7 +9576,9 @@ class _Check:
             if name not in services:
                 found[name] = [{"URI": name}]
         if names:  # if no nameserver has answered, nothing is known of services
-            found = {name: self._reachable(name, entries) for name, entries in found.items()}
+            addresses = dict.fromkeys(entry["URI"] for entry in chain.from_iterable(found.values()))
+            answers = _check_publishers(list(addresses), self.share(self._options.silent is not None))
+            found = {name: self._reachable(name, entries, answers) for name, entries in found.items()}
         if self._options.silent is not None:
             self._listen({name: entries for name, entries in found.items() if entries})
 
@@ -9493,7 +9592,7 @@ class _Check:
         for index, host in enumerate(hosts):
             try:
                 for name in wanted:
-                    patience = self.left / (len(hosts) - index)
+                    patience = self.share(len(hosts) - index - 1 + bool(self._options.names) + silent)
                     found[name].update((entry["URI"], entry) for entry in get_pub_address(name, patience, host))
             except TimeoutError:
                 down.append(host)
@@ -9509,13 +9608,14 @@ class _Check:
             self.find(2, "no publisher is registered")
         return {name: list(entries.values()) for name, entries in found.items()}
 
-    def _reachable(self, name: str, entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return those publishers of *name* that answer."""
+    def _reachable(
+        self, name: str, entries: Sequence[Mapping[str, Any]], answers: Mapping[str, bool]
+    ) -> list[Mapping[str, Any]]:
+        """Return those publishers of *name* that answer; *answers*: which addresses do."""
         if not entries:
             self.find(2, f"{name} is not registered")
             return []
-        answers = _check_publishers([entry["URI"] for entry in entries], self.left)
-        silent = [address for address, answer in answers.items() if not answer]
+        silent = [entry["URI"] for entry in entries if not answers[entry["URI"]]]
         count = len(entries) - len(silent)
         if silent:
             where = "" if "://" in name else f" at {', '.join(silent)}"
@@ -9907,7 +10007,7 @@ def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the map in the language of Mermaid."""
 
     def quoted(*texts: str) -> str:
-        escaped = (re.sub('[#"<>&|]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
+        escaped = (re.sub('[#"<>&|`]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
         return '"' + "<br/>".join(escaped) + '"'
 
     nodes, edges = _edges(rows)

@@ -870,19 +870,25 @@ class TestConfigOldNamesAndWrongValues:
         [
             ("nameserver_port", "x", "a whole number"),
             ("nameserver_port", 1.5, "a whole number"),
-            ("nameserver_port", 70000, "a port from 1 to 65535"),
-            ("broadcast_port", 0, "a port from 1 to 65535"),
+            ("nameserver_port", 70000, "a whole number from 1 to 65535"),
+            ("broadcast_port", 0, "a whole number from 1 to 65535"),
             ("address_publish_port", None, "a whole number"),
             ("pub_min_port", [], "a whole number"),
             ("pub_max_port", float("inf"), "a whole number"),
             ("tcp_keepalive", "yes", "a whole number"),
+            ("tcp_keepalive", 2, "a whole number from -1 to 1"),
+            ("tcp_keepalive_cnt", 128, "a whole number from -1 to 127"),
+            ("tcp_keepalive_idle", 32768, "a whole number from -1 to 32767"),
+            ("send_high_water_mark", -1, "a whole number from 0 to 2147483647"),
+            ("history_messages", -1, "a whole number from 0 to 2147483647"),
+            ("history_bytes", -1, "a whole number from 0 to 9223372036854775807"),
             ("mc_ttl", {}, "a whole number"),
             ("mc_group", 4, "a text"),
             ("mc_group", None, "a text"),
             ("multicast_interface", 1, "a text"),
             ("message_version", "v7", "one of v1.2, v1.01, auto"),
             ("message_version", [], "one of v1.2, v1.01, auto"),
-            ("zmtp_heartbeat_interval", -1, "a number of seconds that is not negative"),
+            ("zmtp_heartbeat_interval", -1, "a number from 0 to 1000000"),
             ("zmtp_heartbeat_interval", float("nan"), "a number"),
             ("zmtp_heartbeat_timeout", "soon", "a number"),
             ("authorized_client_addresses", 3, "a list of strings"),
@@ -1278,6 +1284,7 @@ class TestBrokenMessages:
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json ",
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json {",
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json {} x",
+            "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json {}\u00a0",
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + "[" * 100_000,
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + '{"a":' * 100_000,
             "pytroll://a b c@d 2020-01-01T00:00:00 v1.01 application/json " + "[" * 900 + "]" * 900,
@@ -1297,6 +1304,9 @@ class TestBrokenMessages:
     def test_refused(self, raw):
         with pytest.raises(MessageError):
             Message.decode(raw)
+
+    def test_json_with_blanks_around_it_is_none_of_these(self):
+        assert Message.decode(HEADER + " v1.01 application/json \t\r\n {} \t\r\n ").data == {}
 
     def test_the_error_does_not_repeat_a_long_message(self):
         with pytest.raises(MessageError) as raised:
@@ -2140,6 +2150,28 @@ class TestSocketOptions:
         with config.set(zmtp_heartbeat_interval=0), posttroll.Publisher("tcp://*:0") as pub:
             assert pub._audience.socket.getsockopt(zmq.HEARTBEAT_IVL) == 0
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"zmtp_heartbeat_timeout": 3600},
+            {"zmtp_heartbeat_interval": 1, "zmtp_heartbeat_timeout": 128},
+            {"zmtp_heartbeat_interval": 1e6, "zmtp_heartbeat_timeout": 1e6},
+            {"zmtp_heartbeat_interval": 0.05, "zmtp_heartbeat_timeout": 0},
+            {"tcp_keepalive": 1, "tcp_keepalive_cnt": 127, "tcp_keepalive_idle": 32767, "tcp_keepalive_intvl": 32767},
+            {"tcp_keepalive": 1, "tcp_keepalive_cnt": 0, "tcp_keepalive_idle": 0, "tcp_keepalive_intvl": 0},
+        ],
+    )
+    def test_whatever_the_times_are_it_connects(self, settings):
+        """The system refuses a socket with more than 127 probes or 32,767 seconds, and libzmq says nothing of it."""
+        with config.set(settings), posttroll.Publisher("tcp://127.0.0.1:0") as pub:
+            with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                if "tcp_keepalive" not in settings:
+                    options = zmq.TCP_KEEPALIVE_CNT, zmq.TCP_KEEPALIVE_INTVL
+                    probes, seconds = map(sub.subscribers[0].getsockopt, options)
+                    timeout = settings["zmtp_heartbeat_timeout"]
+                    assert timeout / 2 < probes * seconds <= max(timeout, 1)
+
     def test_a_connection_that_is_silent_is_given_up(self):
         """A host that has lost its power says nothing any more: the subscriber connects anew."""
         times = {"zmtp_heartbeat_interval": 0.05, "zmtp_heartbeat_timeout": 0.2}
@@ -2261,6 +2293,53 @@ class TestServerAndClientSockets:
         receiver.unregister(clients[0])
         for sock in (server, *clients):
             posttroll.close_socket(sock)
+
+    @pytest.mark.skipif(os.name != "posix", reason="descriptors are of POSIX")
+    @pytest.mark.parametrize(
+        "make",
+        [
+            "posttroll.Publisher('tcp://127.0.0.1:0').start()",
+            "posttroll.Subscriber([address])",
+            "posttroll.NSSubscriber('a', addr_listener=True, addresses=[address], timeout=0).start()",
+        ],
+    )
+    def test_descriptors_run_out_half_way(self, keys, make):
+        """However few are left: an error, and all else that the process has goes on."""
+        code = f"""
+            import os, resource, zmq, posttroll
+            steady = posttroll.Publisher("tcp://127.0.0.1:0").start()
+            address = f"tcp://127.0.0.1:{{steady.port_number}}"
+            reader = posttroll.Subscriber([address])
+            assert steady.wait_for_subscribers(1, {DEADLINE})
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            outcomes = []
+            for left in range(12):
+                taken = []
+                try:
+                    while True:
+                        taken.append(os.dup(0))
+                except OSError:
+                    pass
+                for _ in range(left):
+                    os.close(taken.pop())
+                try:
+                    {make}.close()
+                    outcomes.append("made")
+                except (OSError, posttroll.ConfigurationError, zmq.ZMQError) as error:
+                    assert "Too many open files" in str(error), error
+                    outcomes.append("error")
+                for descriptor in taken:
+                    os.close(descriptor)
+                steady.send(posttroll.Message("/a", "info", left))
+                assert next(reader.recv({DEADLINE})).data == left
+            reader.close()
+            steady.stop()
+            print(*outcomes)
+        """
+        with python(inspect.cleandoc(code)) as running:
+            status, out, err = finish(running)
+        assert status == 0, err
+        assert (out.split()[0], out.split()[-1]) == ("error", "made")
 
 
 class TestPortRanges:
@@ -3874,7 +3953,7 @@ class TestSubscriber:
                 mark = wait_for(lambda: next(sub.recv(0.01)) or (sock.poll(0) and sock.recv()[1:]))
                 while not mark.startswith(posttroll._MARK):
                     mark = sock.recv()[1:]
-                sock.send(mark + b"\0H 0123456789abcdef 0 0 0 a_publisher")
+                sock.send(mark + b"\0H 0123456789abcdef 0 0 0 0 a_publisher")
                 wait_for(lambda: next(sub.recv(0.01)) or sock.poll(0))  # it asks
                 assert sub.up_to_date == 0
                 sock.send(mark + b"\0E 0123456789abcdef 0 1 0 0 1")
@@ -4755,6 +4834,61 @@ class TestFollowing:
             broadcaster.stop()
             wait_for(lambda: sub.addresses == [])
 
+    def test_one_nameserver_knows_it_and_is_down(self, impatient, monkeypatch):
+        """That the other one does not know it says nothing: it is connected again when it is back."""
+        monkeypatch.setattr(posttroll._Follower, "SOON", 100)  # after the start, when nobody knows who told of it
+        monkeypatch.setattr(posttroll._Follower, "PATIENCE", 2)
+        port, others_port = free_port(), free_port()
+        ports = {"POSTTROLL_NAMESERVER_PORT": others_port, "POSTTROLL_ADDRESS_PUBLISH_PORT": free_port()}
+        environment = {**os.environ, **{name: str(value) for name, value in ports.items()}}
+        environment["POSTTROLL_BROADCAST_PORT"] = str(broadcast_port := free_port())
+        address = f"tcp://127.0.0.1:{port}"
+        announcement = Message("/address/a", "info", {"URI": address, "service": ["a"]}).encode().encode()
+        with nameserver(), contextlib.ExitStack() as stack:
+            with nameserver_process("--no-multicast", env=environment):
+                assert raw_request(broadcast_port, announcement) == [b"ok"]
+                sub = stack.enter_context(
+                    posttroll.Subscribe("a", nameserver=["localhost", f"localhost:{others_port}"])
+                )
+            monkeypatch.setattr(posttroll._Follower, "SOON", 0.1)
+            [follower] = [timer.callback.__self__ for timer in sub._loop._timers if timer.callback.__name__ == "_run"]
+            data = stack.enter_context(serving(sub))
+            sub._change(follower._run)
+            [publisher] = follower._known.values()
+            wait_for(lambda: [times >= 5 for _, times in publisher.denials.values()] == [True] or not follower._known)
+            with posttroll.Publisher(f"tcp://*:{port}") as pub:
+                self.check(pub, data, "it is back")
+
+    @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
+    @pytest.mark.parametrize("what", ["lookups", "news", "their monitor"])
+    def test_nameservers_that_cannot_be_asked_for_a_while(self, impatient, monkeypatch, what, fault):
+        """Of the tries nothing is left, and what is published meanwhile comes."""
+        arguments = {
+            "lookups": lambda args: args[0] == zmq.DEALER,
+            "news": lambda args: args == (zmq.SUB, ""),
+            "their monitor": lambda args: args[-1] == zmq.EVENT_HANDSHAKE_SUCCEEDED,
+        }[what]
+        failures: list[Any] = []
+        made: list[Any] = []
+
+        def failing(make: Any, *args: Any) -> Any:
+            if arguments(args) and len(failures) < 5:
+                failures.append(args)
+                raise fault
+            sock = make(*args)
+            if args[0] == zmq.DEALER or args == (zmq.SUB, "") or args[1:] == (zmq.EVENT_HANDSHAKE_SUCCEEDED,):
+                made.append(sock)
+            return sock
+
+        for name in ("set_up_client_socket", "_open_monitor"):
+            monkeypatch.setattr(posttroll, name, partial(failing, getattr(posttroll, name)))
+        hosts = ["localhost", f"127.0.0.1:{config.get('nameserver_port')}"]
+        with nameserver(), posttroll.Subscribe("a_service", addr_listener=True, timeout=0, nameserver=hosts) as sub:
+            with serving(sub) as data, announced(nameservers=["localhost"]) as pub:
+                self.check(pub, data, "first")
+                wait_for(lambda: len(failures) == 5)
+                wait_for(lambda: [sock in sub._loop._callbacks for sock in made if not sock.closed] == [True] * 6)
+
     def test_a_vanished_publisher_is_removed_without_listening(self, impatient, monkeypatch):
         monkeypatch.setattr(posttroll._Follower, "PATIENCE", 2)
         with nameserver(max_age=0.3), posttroll.Subscribe("a", timeout=0) as sub, serving(sub):
@@ -4917,6 +5051,50 @@ class TestListener:
                 wait_for(lambda: listener.subscriber is not None and listener.subscriber.running)
                 listener.restart()
         listener.stop()
+
+    def test_run_again_before_it_has_ended(self):
+        """It still has a message in hand, for which there is no room, when it is to listen anew."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            listener = self.make(f"tcp://127.0.0.1:{pub.port_number}")
+            listener.queue = queue.Queue(maxsize=1)
+            with in_thread(listener.run):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                for number in range(2):
+                    pub.send(text_message(str(number)))
+                wait_for(listener.queue.full)
+                wait_for(lambda: listener.subscriber._inbox.last_heard and not listener.subscriber._inbox.accepted)
+                listener.restart()
+                with in_thread(listener.run):
+                    assert [listener.queue.get(timeout=DEADLINE).data for _ in range(2)] == ["0", "1"]
+                    wait_for(lambda: pub._use(lambda audience: audience.reached) == 2)  # the new one
+                    pub.send(text_message("again"))
+                    assert listener.queue.get(timeout=DEADLINE).data == "again"
+                    listener.stop()
+            assert not listener.running
+
+    def test_stopped_and_started_while_it_looks_for_its_publishers(self, monkeypatch):
+        """That takes its time; of two runs only the last one listens, and it can be stopped."""
+        make, may_go_on, is_there = posttroll.create_subscriber_from_dict_config, threading.Event(), threading.Event()
+
+        def slowly(settings: Any) -> Any:
+            is_there.set()
+            assert may_go_on.wait(DEADLINE)
+            return make(settings)
+
+        monkeypatch.setattr(posttroll, "create_subscriber_from_dict_config", slowly)
+        with posttroll.Publisher("tcp://*:0") as pub:
+            listener = self.make(f"tcp://127.0.0.1:{pub.port_number}")
+            with in_thread(listener.run) as first:
+                assert is_there.wait(DEADLINE)
+                listener.restart()
+                with in_thread(listener.run):
+                    may_go_on.set()
+                    wait_for(lambda: not first.is_alive())
+                    assert pub.wait_for_subscribers(1, DEADLINE)
+                    pub.send(text_message("once"))
+                    assert listener.queue.get(timeout=DEADLINE).data == "once"
+                    listener.stop()
+            assert listener.queue.empty()
 
     def test_what_goes_into_the_queue_can_be_changed(self):
         class Doubling(posttroll.Listener):
@@ -5170,6 +5348,36 @@ class TestHandlerAndLogger:
         handler.close()
         handler.handle(log_record("too late"))
         assert "is not started" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "end", ["logging.shutdown()", "logging.config.dictConfig({'version': 1})", "handler.close()"]
+    )
+    def test_it_is_closed_while_the_loop_logs(self, end):
+        """Everything is logged over messages, of the library too, and its thread is in the midst of it."""
+        code = f"""
+            import logging, logging.config, time, posttroll
+            handler = posttroll.PytrollHandler("a_program")
+            handler.flush = lambda: time.sleep(0.05)  # so the loop logs just before it is closed, too
+            logging.getLogger().addHandler(handler)
+            logging.getLogger().setLevel(logging.DEBUG)
+            others = [posttroll.Publisher("tcp://127.0.0.1:0", name=name).start() for name in "abc"]
+            loop = posttroll._background.join("test")
+
+            log = logging.getLogger("chat")
+
+            def chat():
+                log.info("x")
+                posttroll._log("publisher").info("x")
+                loop.at(time.monotonic(), chat)
+
+            loop.call(chat)
+            time.sleep(0.1)
+            {end}
+            posttroll._background.leave("test", loop)
+            print("ended")
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "ended\n", "")
 
     def test_levels_of_all_kinds(self, caplog):
         """Levels without a name, and with a name of the program's own, travel with their number."""
@@ -6960,14 +7168,23 @@ class TestCheck:
                 assert (status, text) == (expected, text)
                 wrong = text.split("; ")[: len(reasons)]
                 assert all(found.startswith(reason) or reason in found for found, reason in zip(wrong, reasons)), text
-            down = ["--nameserver", f"127.0.0.1:{free_port()}", "--timeout", "1"]
+            down = ["--nameserver", f"127.0.0.1:{free_port()}", "--timeout", "1.5"]
             assert self.check(capsys, *down)[0] == 2
-            status, text, _ = self.check(capsys, "--nameserver", "localhost", *down, "alive")
-            assert status == 1
-            assert text.startswith("no answer from the nameserver on 127.0.0.1:")
             assert self.check(capsys, "--local", *down, "alive")[0] == 0
         status, text, data = self.check(capsys, "alive", "--timeout", 0.5)
         assert (status, text, data) == (2, "no answer from the nameserver on localhost", {})
+
+    def test_one_of_the_nameservers_is_down(self, capsys):
+        """That takes no time from the rest."""
+        hosts = ["--nameserver", "localhost", "--nameserver", f"127.0.0.1:{free_port()}"]
+        with nameserver(), posttroll.Publish("alive", nameservers=["localhost"]) as alive:
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            alive.send(text_message("sent"))
+            status, text, data = self.check(capsys, "alive", "--silent", 60, *hosts, "--timeout", 4)
+            assert status == 1
+            assert text.startswith("no answer from the nameserver on 127.0.0.1:")
+            assert data["alive"] == "1;1:;1:"
+            assert data["alive_silent"] != "U;;60"
 
     def test_odd_names(self, capsys):
         """They break neither the line nor the performance data."""
@@ -7345,7 +7562,7 @@ class TestMap:
         """Two publishers of ours, one that is not, and who listens to them."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(nameserver())
-            names = ['a"b', "b<c"]
+            names = ['a"b', "b`<c"]
             pubs = [stack.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in names]
             other, address = stack.enter_context(raw_publisher())
             register(registration_of(URI=address, service=["other"]))
@@ -7386,7 +7603,7 @@ class TestMap:
             "  to     somebody  /a/x",
             "  to     127.0.0.1  everything (2 times)",
             "  to     127.0.0.1  /a, /b",
-            f"b<c  {second}",
+            f"b`<c  {second}",
             "  sends  nothing while we listened",
             "  to     127.0.0.1  everything (2 times)",
             f"pub  {other}",
@@ -7399,7 +7616,7 @@ class TestMap:
             "digraph posttroll {",
             "  rankdir=LR;",
             f'  publisher0 [shape=box, label="a\\"b\\n{first}\\n/z"];',
-            f'  publisher1 [shape=box, label="b<c\\n{second}"];',
+            f'  publisher1 [shape=box, label="b`<c\\n{second}"];',
             f'  publisher2 [shape=box, label="pub\\n{other}"];',
             '  listener0 [label="somebody"];',
             '  listener1 [label="127.0.0.1"];',
@@ -7414,7 +7631,7 @@ class TestMap:
         assert out.splitlines() == [
             "graph LR",
             f'  publisher0["a#34;b<br/>{first}<br/>/z"]',
-            f'  publisher1["b#60;c<br/>{second}"]',
+            f'  publisher1["b#96;#60;c<br/>{second}"]',
             f'  publisher2["pub<br/>{other}"]',
             '  listener0(["somebody"])',
             '  listener1(["127.0.0.1"])',
@@ -7426,7 +7643,7 @@ class TestMap:
         status, out, err = run_command("map", "--seconds", 0.1, "--json")
         assert (status, err) == (0, "")
         rows = json.loads(out)
-        assert [row["name"] for row in rows] == ['a"b', "b<c", "pub"]
+        assert [row["name"] for row in rows] == ['a"b', "b`<c", "pub"]
         assert rows[2]["listeners"] is None
         assert {"host": "", "topics": ["/a/x"], "count": 1} in rows[0]["listeners"]
 
@@ -8980,9 +9197,10 @@ class TestAddressBook:
 
     def test_what_it_describes(self):
         book = posttroll_ns.AddressBook(10)
+        begin = datetime.now(timezone.utc)
         self.add(book, supported_message_version="v1.2", backend="unsecure_zmq", nonsense="left out")
-        description = book.find("a")[0].describe()
-        assert description.pop("receive_time").tzinfo is not None
+        description = book.find("a")[0].describe(time.time() - time.monotonic())
+        assert abs(description.pop("receive_time") - begin) < timedelta(seconds=DEADLINE)
         assert description == {
             "URI": "tcp://h:1",
             "service": ["a"],
@@ -11246,6 +11464,29 @@ class TestEnds:
                 assert "KeyboardInterrupt" in err
             else:
                 assert status == -signal.SIGTERM
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_while_they_are_taken_over(self, number):
+        """It may come when only one of the two handlers is there."""
+        code = f"""
+            import os, signal, posttroll
+            take_over, calls, sent = signal.signal, [], []
+            before = signal.getsignal({number})
+
+            def interrupted(number, handler):
+                previous = take_over(number, handler)
+                if number == {number} and not sent:
+                    sent.append(number)
+                    os.kill(os.getpid(), number)
+                return previous
+
+            signal.signal = interrupted
+            with posttroll.call_on_signals(lambda: calls.append("called")):
+                print(*calls)
+            assert signal.getsignal({number}) == before
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "called\n", "")
 
     def test_a_signal_that_does_not_end_the_poll(self):
         """One that another thread gets, or that comes just before the poll."""
@@ -15762,6 +16003,39 @@ with posttroll.Publish("first", nameservers={way}) as pub:
             request.getfixturevalue("keys")
         self.run_processes(way, 10, 5)
 
+    def test_the_same_as_another_publisher_sends_meanwhile(self):
+        """It is live, while the other, which sent it before, is connected, but has not said hello."""
+        text = text_message("the same to the byte")
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Publisher("tcp://*:0") as other:
+            pub.send(text)
+            addresses = [local_address(each.port_number) for each in (pub, other)]
+            with contextlib.ExitStack() as stack:
+                with pub._lock:
+                    sub = stack.enter_context(posttroll.Subscriber(addresses, since=60))
+                    data = stack.enter_context(serving(sub))
+                    wait_for(lambda: all(link.is_up for link in sub._connections._links.values()))
+                    wait_for(lambda: other.subscriber_count)
+                    other.send(text)
+                    wait_for(lambda: data)
+                wait_for(lambda: len(data) == 2)
+
+    @pytest.mark.parametrize(("topics", "before"), [((b"pytroll",), 1), ((), 0), ((b"pytroll", b"other"), 0)])
+    def test_what_is_told_to_have_been_sent_before(self, topics, before):
+        """Everything, but if messages may have come by topics that were here before the mark."""
+        mark = posttroll._MARK + b"0123456789abcdef/1"
+
+        def told() -> int:
+            with raw_socket(zmq.SUB) as sub:
+                for topic in (*topics, mark):
+                    sub.setsockopt(zmq.SUBSCRIBE, topic)
+                sub.connect(local_address(pub.port_number))
+                assert sub.poll(DEADLINE * 1000)
+                return int(sub.recv().split(b"\0H ")[1].split()[-2])
+
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("first"))
+            wait_for(lambda: told() == before)  # once they come together
+
     def test_nobody_is_waited_for_when_nothing_was_sent(self):
         config.set(discovery_seconds=1000)
         with posttroll.Publish("first", nameservers=["localhost"]):
@@ -16146,8 +16420,8 @@ class TestMarks:
                         b"C \0" + text,
                         b"C " + own + b" 1\0" + text,  # no hello of it
                         b"L " + own + b" 1\0" + text,
-                        b"H " + own + b" x y z name",
-                        b"H " + own + b" 0 0 0 fake",
+                        b"H " + own + b" w x y z name",
+                        b"H " + own + b" 0 0 0 0 fake",
                         b"C " + own + b" 1\0" + other,
                         b"L " + own + b" 2\0" + other,
                         b"C " + own + b" 3\0pytroll",
@@ -16172,7 +16446,7 @@ class TestMarks:
                         fake.send(early + content)
                     for number in range(20_000):
                         fake.send(early + b"D %016x 1 2" % number)
-                        fake.send(mark + b"\0H %016x 0 0 0 n" % number)
+                        fake.send(mark + b"\0H %016x 0 0 0 0 n" % number)
                     fake.send(early + b"N")
                     fake.send(text_message("sent as any publisher can", "/numbers").encode())
                     wait_for(lambda: "sent as any publisher can" in data)
@@ -17121,9 +17395,9 @@ class Oracle:
         unfound = self.connected(begin)
         was_there_too_shortly = not self._got and publisher.ended < unfound
         spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
-        for start, end in self._cuts:  # nobody catches up with a publisher that has ended
+        for start, end in self._cuts:  # nobody catches up once one of both has ended
             back = self.connected(end, NOTICED)
-            if not CAUGHT_UP or publisher.ended < back:
+            if not CAUGHT_UP or min(publisher.ended, subscriber.ended) < back:
                 spans.append((self.under_way(start, throttled), back))
         if publisher.ending == signal.SIGKILL:
             spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
