@@ -3573,6 +3573,7 @@ sendaddressservice = AddressServiceBroadcaster
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone> <answer>  what was missed up to number has come
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
+#     intact     I <instance> <number>                       all from the hello up to number was sent live
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
 # are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP; before:
@@ -3727,7 +3728,9 @@ class _Peer:
         self.hello: int | None = None  # the number that the last hello has told, None: a hello is still to be sent
         self.prefixes: tuple[bytes, ...] = (b"",)
         self.told = 0  # the number that it was told last
+        self.intact = 0  # the number up to which it was told last that all has come since the hello
         self.is_heard = True  # False: what is sent to it may be dropped in silence
+        self.is_intact = True  # since the hello its queue was not full
         self.begin()
         self.ends = 0
 
@@ -3743,6 +3746,7 @@ class _Peer:
         if self.after is None or after < self.after:
             self.after, self.gone = after, 0
         self.until = None if until is None or self.until is None else max(self.until, until)
+        self.is_intact = self.is_intact and until is not None
 
 
 class _Listeners:
@@ -4087,7 +4091,8 @@ class _Audience(_Listeners):
         peer.hello, number = None, self.history.number
         fields = (self.instance, number, peer.ends, self._port, peer.before, self._name)
         if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %d %s" % fields):
-            peer.hello = peer.told = number
+            peer.hello = peer.told = peer.intact = number
+            peer.is_intact = True
         else:
             self._catch_up_soon(self.LONGEST_PAUSE)
 
@@ -4104,9 +4109,14 @@ class _Audience(_Listeners):
     def _tell_positions(self) -> None:
         number = self.history.number
         for peer in self.peers.values():
-            if peer.told != number and peer.after is None and peer.hello is not None:
+            if peer.hello is None or number == peer.told:
+                continue
+            if peer.after is None:
                 if self._send_to(peer, b"P %s %d %d %d" % (self.instance, number, peer.ends, peer.sent)):
                     peer.told = number
+            elif peer.is_intact and peer.intact != number:  # it catches up, but has missed nothing meanwhile
+                if self._send_to(peer, b"I %s %d" % (self.instance, number)):
+                    peer.intact = number
 
     def _look_again(self) -> None:
         left = self._next_look - time.monotonic()
@@ -5392,6 +5402,9 @@ class _Source:
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
         self.known: set[int] = set()  # numbers behind the position that came under the mark
+        self.intact: list[tuple[int, int, int]] = []  # what came live behind it: after a number, up to one, its index
+        self.unconfirmed: Counter[int] = Counter()  # digests of what else came live between the position and the hello
+        self.checked = 0  # the index up to which they are
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
 
@@ -5404,15 +5417,23 @@ class _Source:
         self.asked = time.monotonic()
         self.came: set[int] = set()  # numbers that came under the mark since the last end
         self.counted = 0  # those before the last position
-        self.unconfirmed: Counter[int] = Counter()  # digests of what came live between the position and the hello
         self.live: Counter[int] | None = None  # of what came live since, while it matters
 
     def advance(self, number: int, index: int) -> None:
         """Take note that all messages up to *number* are here, *index* messages having come live."""
         self.position = max(number, self.position or 0)
-        self.was_handled = None
         self.index = index
+        for after, until, end in self.intact:
+            if after <= self.position < until:
+                self.position, self.index = until, end
+        self.intact = []
+        self.unconfirmed = Counter()  # it may have been large
+        self.was_handled = None
         self.known = {other for other in self.known if other > self.position}
+
+    def came_live(self, number: int) -> bool:
+        """Whether it is known that the message with this *number* came live."""
+        return any(after < number <= until for after, until, _ in self.intact)
 
 
 class _Merge:
@@ -5684,7 +5705,7 @@ class _CatchUp:
                 self._take_connections(raw)
                 return None
             kind, instance, *fields = head.split(b" ")
-            if len(instance) == 16 and kind in (b"H", b"L", b"C", b"E", b"P"):
+            if len(instance) == 16 and kind in (b"H", b"L", b"C", b"E", b"P", b"I"):
                 name = fields.pop().decode("utf-8", "replace") if kind == b"H" else ""
                 numbers = [int(field) for field in fields]
                 source = self._source(instance) if kind == b"H" else self._sources.get(instance)
@@ -5695,6 +5716,8 @@ class _CatchUp:
                     return self._take_past(source, number, content, kind == b"L")
                 if kind == b"H":
                     self._take_hello(instance, source, name, *numbers)
+                elif kind == b"I":
+                    self._take_intact(source, *numbers)
                 else:
                     (self._take_end if kind == b"E" else self._take_position)(instance, source, *numbers)
         except (ValueError, TypeError) as error:
@@ -5728,8 +5751,9 @@ class _CatchUp:
         self._ask(instance, source)
 
     def _begin(self, source: _Source, number: int, ends: int) -> None:
-        source.begin(number, ends, self._index)
-        if self._durable is not None:
+        is_later = number > source.hello
+        source.begin(number, ends, self._index if is_later else source.hello_index)
+        if self._durable is not None and is_later:
             source.hello_lines = self._durable.lines
 
     def _ask(self, instance: bytes, source: _Source) -> None:
@@ -5742,7 +5766,8 @@ class _CatchUp:
             what = b"%d+%d@%d" % (source.found, age, time.time() * 1000)
         else:
             what = b"%d+0@0" % source.position
-        source.unconfirmed = self._live(source.index, source.hello_index)
+        source.unconfirmed += self._live(max(source.index, source.checked), source.hello_index)
+        source.checked = max(source.hello_index, source.checked)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
@@ -5756,7 +5781,9 @@ class _CatchUp:
         if len(source.came) >= self.PAST:
             raise ValueError(f"more than {self.PAST} messages without an end")
         source.came.add(number)
-        if number <= (source.position or 0) or number in source.known or not content.startswith(self._prefixes):
+        if number <= (source.position or 0) or number in source.known or source.came_live(number):
+            return None
+        if not content.startswith(self._prefixes):
             return None
         source.known.add(number)
         if is_live:
@@ -5802,16 +5829,24 @@ class _CatchUp:
             self._ask(instance, source)
             return
         source.is_asked = False
-        source.unconfirmed = Counter()  # it may have been large
         self._cancel_request(instance)
         if gone > 0:
             self._on_gone(source.name, gone)
 
+    def _take_intact(self, source: _Source, number: int) -> None:
+        if source.is_asked and number > source.hello:
+            source.intact = [place for place in source.intact if place[0] != source.hello]
+            source.intact.append((source.hello, number, self._index))
+            source.checked = self._index
+
     def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
+        is_whole = ends == source.ends and sent == source.counted + len(source.came)
         if not number or (source.is_asked and time.monotonic() - source.asked < 5):
+            if is_whole:
+                self._take_intact(source, number)
             return
         self._close(source)
-        if not source.is_asked and ends == source.ends and sent == source.counted + len(source.came):
+        if not source.is_asked and is_whole:
             source.advance(number, self._index)
             if self._durable is not None:
                 self._durable.advance(instance, source, number, self._durable.lines)

@@ -14818,6 +14818,33 @@ class TestCatchingUp:
             numbers.check(data)
             assert numbers.count > 1000
 
+    def test_much_that_comes_before_all_is_caught_up(self, short_heartbeats, monkeypatch):
+        """More live messages than are remembered, and the connection fails before the end, again and again."""
+        monkeypatch.setattr(posttroll._CatchUp, "RECENT", 100)
+        monkeypatch.setattr(posttroll._Audience, "CHUNK", 1)
+        monkeypatch.setattr(posttroll._Audience, "LOOK_SECONDS", 0.01)
+        config.set(history_messages=100_000, history_bytes=10**8)
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            numbers.send(10)
+            wait_for(lambda: len(data) == 10)
+            relay.cut()
+            wait_for(lambda: not pub.subscriber_count)
+            numbers.send(5000)
+            were_behind = []
+            for _ in range(3):
+                relay.mend()
+                (peer,) = wait_for(lambda: list(pub._audience.peers.values()))
+                wait_for(lambda peer=peer: peer.has_asked)
+                numbers.send(300, 0.0003)
+                were_behind.append(peer.after is not None)
+                relay.cut()
+                wait_for(lambda: not pub.subscriber_count)
+            relay.mend()
+            numbers.check(data)
+            assert any(were_behind)
+            assert sub.missed == pub.dropped == 0
+
     def test_those_that_are_caught_up_come_in_order(self, short_heartbeats):
         with behind_relay() as (pub, relay, sub), serving(sub) as data:
             numbers = Numbers(pub)
