@@ -5136,6 +5136,7 @@ class _Connections:
         self._wanted: dict[str, tuple[Any, float]] = {}
         self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
+        self._new: dict[Any, OrderedDict[str, _Link]] = {}  # by socket and port, and all of a socket; oldest first
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
@@ -5174,16 +5175,24 @@ class _Connections:
         can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
         """
         self.take_pending_events(sock)
-        new = [
-            (not endpoint.endswith(f":{port}"), link.changed, link)
-            for (other, endpoint), link in self._links.items()
-            if other is sock and link.is_up and not link.is_greeted and time.monotonic() - link.changed < 5
-        ]
-        if not new:
-            return begin, index
-        link = min(new, key=lambda item: item[:2])[2]
-        link.is_greeted = True
-        return link.begin, link.index
+        for place in ((sock, str(port)), (sock, "")):
+            while self._new.get(place):
+                endpoint, link = next(iter(self._new[place].items()))
+                link.is_greeted = True
+                self._note_new(sock, endpoint, link)
+                if time.monotonic() - link.changed < 5:
+                    return link.begin, link.index
+        return begin, index
+
+    def _note_new(self, sock: zmq.Socket[bytes], endpoint: str, link: _Link) -> None:
+        """Keep *link* among those that are new if it is up and its publisher may still greet us, else not."""
+        for place in ((sock, endpoint.rpartition(":")[2]), (sock, "")):
+            links = self._new.setdefault(place, OrderedDict())
+            links.pop(endpoint, None)
+            if link.is_up and not link.is_greeted:
+                links[endpoint] = link
+            elif not links:
+                del self._new[place]
 
     def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
         """Take note of what has happened to the connections of *sock* until now."""
@@ -5237,6 +5246,8 @@ class _Connections:
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
             link = self._links.pop((sock, endpoint))
+            link.is_up = False
+            self._note_new(sock, endpoint, link)
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
@@ -5303,6 +5314,7 @@ class _Connections:
                     self._take_event(link, event, endpoint.decode("utf-8", "replace"))
                 if was_up != link.is_up:
                     link.index = self._on_change(sock, link.descriptor)
+                    self._note_new(sock, endpoint.decode("utf-8", "replace"), link)
         return True
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:

@@ -14877,6 +14877,26 @@ class TestCatchingUp:
                     sub.add(addresses[0])
                     assert one.wait_for_subscribers(1, DEADLINE)
 
+    def test_by_which_connection_a_publisher_has_greeted(self):
+        """By the oldest with its port that has come up lately, or of a forwarded port the oldest of all; each once."""
+        ports = [free_port() for _ in range(3)]
+        with contextlib.ExitStack() as stack, posttroll.Subscriber([]) as sub:
+            hosts = [f"tcp://127.0.0.{number}:{port}" for port in ports for number in (1, 2)]
+            for host in hosts:
+                stack.enter_context(raw_socket(zmq.XPUB)).bind(host)
+            for begin, host in enumerate(hosts):
+                sub._add(host, None, begin)
+            (sock,) = sub._streams
+            links = sub._connections._links
+            wait_for(lambda: next(sub.recv(0.01)) is None and all(link.is_up for link in links.values()))
+            found = sorted(range(6), key=lambda begin: links[sock, hosts[begin]].changed)
+            expected = [next(begin for begin in found if begin // 2 == 1)]
+            expected += [begin for begin in found if begin not in expected]
+            sub.remove(hosts[expected.pop()])
+            links[sock, hosts[expected.pop()]].changed -= 5
+            greeted = [sub._connections.greet(sock, -1, port, 0)[0] for port in (ports[1], *[1] * 4)]
+            assert greeted == [*expected, -1]
+
     @pytest.mark.parametrize("is_announced", [True, False])
     def test_a_publisher_behind_a_forwarded_port(self, is_announced):
         """It is found by the address that is forwarded, announced or fixed; the forwarding may fail for a while."""
