@@ -3723,6 +3723,7 @@ class _Peer:
         self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
+        self.newest = b""  # what is sent under this goes over the newest connection alone; empty: over all
         self.greeted = 0.0  # when
         self.has_asked = False  # since then, for what it has not
         self.hello: int | None = None  # the number that the last hello has told, None: a hello is still to be sent
@@ -3926,6 +3927,7 @@ class _Listeners:
         if option == zmq.UNSUBSCRIBE:
             if peer is not None:
                 peer.connections -= 1
+                peer.newest = b""  # it may be this that has ended
                 if peer.connections <= 0:
                     del self.peers[mark]
             return
@@ -3944,16 +3946,23 @@ class _Listeners:
             self._seen.add(mark)
         peer.connections += 1
         peer.begin()  # it will ask for what it has not
-        self.socket.setsockopt(option, mark)
+        self.socket.setsockopt(option, mark + b"\0")
+        if peer.connections > 1:
+            self._turn += 1
+            peer.newest = b"%s/%d" % (mark, self._turn)
+            self.socket.setsockopt(option, peer.newest + b"\0")
         self._greet(peer)
 
     def _send_to(self, peer: _Peer, content: bytes) -> bool:
-        """Send to one subscriber of ours alone; return False if its queue is full."""
-        try:
-            self.socket.send(peer.mark + b"\0" + content, _NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
+        """Send to one subscriber of ours alone; return False if its queue is full.
+
+        If it has several connections, and one of them cannot take it, that may be dead: then only by the newest.
+        """
+        for topic in filter(None, (peer.mark, peer.newest)):
+            with suppress(zmq.Again):
+                self.socket.send(topic + b"\0" + content, _NOBLOCK)
+                return True
+        return False
 
     def later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Have *callback* called by the loop under the lock in some seconds, unless it is to be already."""
@@ -4086,7 +4095,7 @@ class _Audience(_Listeners):
         return peer.is_heard
 
     def _greet(self, peer: _Peer) -> None:
-        """Say hello; not now if another connection of *peer* is not yet known to be dead, and its queue is full."""
+        """Say hello; later if the queue of *peer* is full."""
         peer.greeted, peer.has_asked = time.monotonic(), False
         peer.hello, number = None, self.history.number
         fields = (self.instance, number, peer.ends, self._port, peer.before, self._name)
@@ -5711,7 +5720,7 @@ class _CatchUp:
         """Take what came under a mark, or nothing; return the message in it, if it is one that is not here yet."""
         if not raw:
             return None
-        head, _, content = raw.removeprefix(self._mark + b"\0").partition(b"\0")
+        head, _, content = raw.partition(b"\0")[2].partition(b"\0")
         try:
             if raw[:1] == _EARLY_MARK[:1]:
                 self._take_connections(raw)

@@ -15166,6 +15166,26 @@ class TestCatchingUp:
                 numbers.check(data)
                 wait_for(lambda: all(stream._merge is None for stream in sub._streams.values()))
 
+    @pytest.mark.parametrize("others", [False, True])
+    def test_a_second_connection_while_the_first_is_dead_and_its_queue_full(self, others):
+        """As after a cut cable: the publisher does not know it for long, and sends by the second meanwhile."""
+        config.set(send_high_water_mark=20, history_messages=100_000, history_bytes=10**9)
+        with behind_relay() as (pub, relay, sub), serving(sub) as data, contextlib.ExitStack() as stack:
+            if others:
+                plain = stack.enter_context(raw_socket(zmq.SUB, pub.port_number))
+                plain.subscribe("pytroll:/")
+                assert pub.wait_for_subscribers(2, DEADLINE)
+            numbers = Numbers(pub, padding="x" * 100_000)
+            relay.silence()
+            while not pub.dropped:
+                numbers.send(10)
+            sub.add(local_address(pub.port_number))
+            (peer,) = pub._audience.peers.values()
+            wait_for(lambda: peer.connections == 2)
+            numbers.send(10, 0.01)
+            numbers.check(data)
+            assert sub.missed == 0
+
     @pytest.mark.parametrize("end", ["patience", "removed"])
     def test_a_second_connection_while_the_first_is_silent(self, end, monkeypatch):
         """What comes by the second waits for the first, but not for ever, and is not lost with a socket."""
