@@ -3750,6 +3750,61 @@ class _Peer:
         self.is_intact = self.is_intact and until is not None
 
 
+def _send_once(sock: zmq.Socket[bytes], topic: bytes, content: bytes) -> None:
+    """Send something under a topic to whoever has just subscribed to something, and to nobody else."""
+    sock.setsockopt(zmq.SUBSCRIBE, topic)
+    with suppress(zmq.Again):
+        sock.send(topic + content, _NOBLOCK)
+    sock.setsockopt(zmq.UNSUBSCRIBE, topic)
+
+
+class _EarlyMarks:
+    """How many connections subscribers of ours have; they are told when that changes.
+
+    Args:
+        sock: The socket of the publisher.
+        instance: Its instance.
+        is_heard: Called with an early mark; returns whether what is sent under it arrives, or is refused.
+        most: How many marks are taken note of.
+    """
+
+    def __init__(self, sock: zmq.Socket[bytes], instance: bytes, is_heard: Callable[[bytes], bool], most: int) -> None:
+        self._socket = sock
+        self._instance = instance
+        self._is_heard = is_heard
+        self._most = most
+        self._turns = count(1)
+        self._untold: set[bytes] = set()  # those of which the number has changed, and was not told yet
+        self.connections: Counter[bytes] = Counter()
+
+    def take(self, mark: bytes, option: int) -> None:
+        """Take note that a connection has begun or ended."""
+        if option == zmq.SUBSCRIBE:
+            if mark not in self.connections and len(self.connections) >= self._most:
+                return
+            self._socket.setsockopt(option, mark + b"\0D")
+        self.connections[mark] += 1 if option == zmq.SUBSCRIBE else -1
+        if self.connections[mark] > 0:
+            self._untold.add(mark)
+            self.tell()
+            if option == zmq.SUBSCRIBE and self.connections[mark] > 1 and mark not in self._untold:
+                _send_once(self._socket, mark + b"\0N", b"")
+        else:
+            del self.connections[mark]
+            self._untold.discard(mark)
+
+    def tell(self) -> None:
+        """Tell subscribers what is still to be told; once there is room, if a queue is full."""
+        for mark in list(self._untold):
+            if self._is_heard(mark):
+                number = self.connections[mark]
+                content = b"%s\0D %s %d %d" % (mark, self._instance, next(self._turns), number)
+                with suppress(zmq.Again):
+                    for _ in range(min(number, 2)):
+                        self._socket.send(content, _NOBLOCK)
+                    self._untold.discard(mark)
+
+
 class _Listeners:
     """The socket of a publisher and those who listen to it.
 
@@ -3770,9 +3825,8 @@ class _Listeners:
         self.dropped = 0
         self.peers: dict[bytes, _Peer] = {}
         self._seen: set[bytes] = set()  # the marks of all that there have been
-        self._connected: Counter[bytes] = Counter()  # how many connections have begun, by early mark
-        self._untold: set[bytes] = set()  # those of which the number has changed, and was not told yet
-        self._turn = 0
+        self._early_marks = _EarlyMarks(sock, self.instance, self._is_heard, self.PEERS)
+        self._serials = count(1)  # of connections
         self._topics = 0
         self._by_topic: Counter[bytes] = Counter()
         self._answering = 0.0  # since when answers are counted
@@ -3868,7 +3922,7 @@ class _Listeners:
             if topic.startswith(_EARLY_MARK):
                 match = re.fullmatch(_MARK_PATTERN, _MARK[:1] + topic[1:])
                 if match is not None and match[3] is None:
-                    self._take_early_mark(topic, option)
+                    self._early_marks.take(topic, option)
                     arrived = 0
                 continue
             arrived += sign == b"\1"
@@ -3884,42 +3938,6 @@ class _Listeners:
             self._by_topic[topic] += difference
             if self._by_topic[topic] <= 0:
                 del self._by_topic[topic]
-
-    def _take_early_mark(self, mark: bytes, option: int) -> None:
-        """Take note that a connection of a subscriber of ours has begun or ended, and tell it how many there are."""
-        if option == zmq.SUBSCRIBE:
-            if mark not in self._connected and len(self._connected) >= self.PEERS:
-                return
-            self.socket.setsockopt(option, mark + b"\0D")
-        self._connected[mark] += 1 if option == zmq.SUBSCRIBE else -1
-        if self._connected[mark] > 0:
-            self._untold.add(mark)
-            self._tell_connections()
-            if option == zmq.SUBSCRIBE and self._connected[mark] > 1 and mark not in self._untold:
-                self._send_once(mark + b"\0N", b"")
-        else:
-            del self._connected[mark]
-            self._untold.discard(mark)
-
-    def _send_once(self, topic: bytes, content: bytes) -> None:
-        """Send something under a topic to whoever has just subscribed to something, and to nobody else."""
-        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
-        with suppress(zmq.Again):
-            self.socket.send(topic + content, _NOBLOCK)
-        self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
-
-    def _tell_connections(self) -> None:
-        """Tell subscribers of ours how many connections they have; once there is room, if a queue is full."""
-        for mark in list(self._untold):
-            peer = self.peers.get(_MARK[:1] + mark[1:])
-            if peer is None or peer.is_heard:
-                self._turn += 1
-                number = self._connected[mark]
-                content = b"%s\0D %s %d %d" % (mark, self.instance, self._turn, number)
-                with suppress(zmq.Again):
-                    for _ in range(min(number, 2)):
-                        self.socket.send(content, _NOBLOCK)
-                    self._untold.discard(mark)
 
     def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame, arrived: int) -> None:
         """Take note that a subscriber of ours has come (again), or gone; *arrived*: how many topics did just before."""
@@ -3948,10 +3966,13 @@ class _Listeners:
         peer.begin()  # it will ask for what it has not
         self.socket.setsockopt(option, mark + b"\0")
         if peer.connections > 1:
-            self._turn += 1
-            peer.newest = b"%s/%d" % (mark, self._turn)
+            peer.newest = b"%s/%d" % (mark, next(self._serials))
             self.socket.setsockopt(option, peer.newest + b"\0")
         self._greet(peer)
+
+    def _is_heard(self, early_mark: bytes) -> bool:
+        peer = self.peers.get(_MARK[:1] + early_mark[1:])
+        return peer is None or peer.is_heard
 
     def _send_to(self, peer: _Peer, content: bytes) -> bool:
         """Send to one subscriber of ours alone; return False if its queue is full.
@@ -4110,7 +4131,7 @@ class _Audience(_Listeners):
         self._next_look = now + self.LOOK_SECONDS
         self._queue_limit.adapt(self.history.number, self.history.total)
         self._take_subscriptions()
-        self._tell_connections()
+        self._early_marks.tell()
         self._tell_positions()
         if self._look_again not in self._timers:
             self.later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
@@ -4187,7 +4208,7 @@ class _Audience(_Listeners):
             "sent": self.history.number,
             "kept": len(self.history),
         }
-        self._send_once(question, b"\0" + json.dumps(about).encode())
+        _send_once(self.socket, question, b"\0" + json.dumps(about).encode())
 
     def _catch_up_soon(self, seconds: float) -> None:
         self.later(seconds, self._catch_up)
@@ -5106,6 +5127,34 @@ def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
     return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
 
 
+class _NewLinks:
+    """Connections that are up, and of which the publisher has not greeted us yet."""
+
+    def __init__(self) -> None:
+        self._links: dict[Any, OrderedDict[str, _Link]] = {}  # by socket and port, and all of a socket; oldest first
+
+    def note(self, sock: zmq.Socket[bytes], endpoint: str, link: _Link) -> None:
+        """Take note of what has happened to *link*."""
+        for place in ((sock, endpoint.rpartition(":")[2]), (sock, "")):
+            links = self._links.setdefault(place, OrderedDict())
+            links.pop(endpoint, None)
+            if link.is_up and not link.is_greeted:
+                links[endpoint] = link
+            elif not links:
+                del self._links[place]
+
+    def take(self, sock: zmq.Socket[bytes], port: int) -> _Link | None:
+        """Return the oldest, but of the last 5 s, with this port, else the oldest of all: it is greeted now."""
+        for place in ((sock, str(port)), (sock, "")):
+            while self._links.get(place):
+                endpoint, link = next(iter(self._links[place].items()))
+                link.is_greeted = True
+                self.note(sock, endpoint, link)
+                if time.monotonic() - link.changed < 5:
+                    return link
+        return None
+
+
 class _Connections:
     """Keeps connected what is wanted.
 
@@ -5145,7 +5194,7 @@ class _Connections:
         self._wanted: dict[str, tuple[Any, float]] = {}
         self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
-        self._new: dict[Any, OrderedDict[str, _Link]] = {}  # by socket and port, and all of a socket; oldest first
+        self._new = _NewLinks()
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
@@ -5184,24 +5233,8 @@ class _Connections:
         can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
         """
         self.take_pending_events(sock)
-        for place in ((sock, str(port)), (sock, "")):
-            while self._new.get(place):
-                endpoint, link = next(iter(self._new[place].items()))
-                link.is_greeted = True
-                self._note_new(sock, endpoint, link)
-                if time.monotonic() - link.changed < 5:
-                    return link.begin, link.index
-        return begin, index
-
-    def _note_new(self, sock: zmq.Socket[bytes], endpoint: str, link: _Link) -> None:
-        """Keep *link* among those that are new if it is up and its publisher may still greet us, else not."""
-        for place in ((sock, endpoint.rpartition(":")[2]), (sock, "")):
-            links = self._new.setdefault(place, OrderedDict())
-            links.pop(endpoint, None)
-            if link.is_up and not link.is_greeted:
-                links[endpoint] = link
-            elif not links:
-                del self._new[place]
+        link = self._new.take(sock, port)
+        return (begin, index) if link is None else (link.begin, link.index)
 
     def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
         """Take note of what has happened to the connections of *sock* until now."""
@@ -5256,7 +5289,7 @@ class _Connections:
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
             link = self._links.pop((sock, endpoint))
             link.is_up = False
-            self._note_new(sock, endpoint, link)
+            self._new.note(sock, endpoint, link)
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
@@ -5323,7 +5356,7 @@ class _Connections:
                     self._take_event(link, event, endpoint.decode("utf-8", "replace"))
                 if was_up != link.is_up:
                     link.index = self._on_change(sock, link.descriptor)
-                    self._note_new(sock, endpoint.decode("utf-8", "replace"), link)
+                    self._new.note(sock, endpoint.decode("utf-8", "replace"), link)
         return True
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
@@ -5451,6 +5484,13 @@ class _Source:
         self.unconfirmed = Counter()  # it may have been large
         self.was_handled = None
         self.known = {other for other in self.known if other > self.position}
+
+    def note_intact(self, number: int, index: int) -> None:
+        """Take note that all from the hello up to *number* has come live, and nothing behind it."""
+        if self.is_asked and number > self.hello:
+            self.intact = [place for place in self.intact if place[0] != self.hello]
+            self.intact.append((self.hello, number, index))
+            self.checked = index
 
     def came_live(self, number: int) -> bool:
         """Whether it is known that the message with this *number* came live."""
@@ -5738,7 +5778,8 @@ class _CatchUp:
                 if kind == b"H":
                     self._take_hello(instance, source, name, *numbers)
                 elif kind == b"I":
-                    self._take_intact(source, *numbers)
+                    (number,) = numbers
+                    source.note_intact(number, self._index)
                 else:
                     (self._take_end if kind == b"E" else self._take_position)(instance, source, *numbers)
         except (ValueError, TypeError) as error:
@@ -5854,17 +5895,11 @@ class _CatchUp:
         if gone > 0:
             self._on_gone(source.name, gone)
 
-    def _take_intact(self, source: _Source, number: int) -> None:
-        if source.is_asked and number > source.hello:
-            source.intact = [place for place in source.intact if place[0] != source.hello]
-            source.intact.append((source.hello, number, self._index))
-            source.checked = self._index
-
     def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
         is_whole = ends == source.ends and sent == source.counted + len(source.came)
         if not number or (source.is_asked and time.monotonic() - source.asked < 5):
             if is_whole:
-                self._take_intact(source, number)
+                source.note_intact(number, self._index)
             return
         self._close(source)
         if not source.is_asked and is_whole:

@@ -15216,15 +15216,15 @@ class TestCatchingUp:
             addresses = [local_address(pub.port_number), local_address(port)]
             numbers = Numbers(pub)
             with posttroll.Subscriber(addresses) as sub, serving(sub) as data:
-                (mark,) = wait_for(lambda: pub._audience._connected)
-                wait_for(lambda: pub._audience._connected[mark] == 2)
+                (mark,) = wait_for(lambda: pub._audience._early_marks.connections)
+                wait_for(lambda: pub._audience._early_marks.connections[mark] == 2)
                 for ended in addresses:
                     numbers.send(500)
                     sub.remove(ended)
-                    wait_for(lambda: pub._audience._connected[mark] == 1)
+                    wait_for(lambda: pub._audience._early_marks.connections[mark] == 1)
                     numbers.send(500)
                     sub.add(ended)
-                    wait_for(lambda: pub._audience._connected[mark] == 2)
+                    wait_for(lambda: pub._audience._early_marks.connections[mark] == 2)
                 numbers.check(data)
 
     def test_two_connections_of_which_one_fails_again_and_again(self, short_heartbeats):
@@ -16402,7 +16402,7 @@ class TestMarks:
             numbers.send(10)
             numbers.check(data)
             assert len(pub._audience.peers) < 10
-            assert len(pub._audience._connected) == 2
+            assert len(pub._audience._early_marks.connections) == 2
             assert pub.dropped == 0
 
     def test_what_is_asked_of_another_publisher(self):
@@ -16426,7 +16426,7 @@ class TestMarks:
                 sock.send(b"\1" + self.mark(number))
                 if not number % 50:
                     numbers.send(1)
-            wait_for(lambda: len(pub._audience.peers) == len(pub._audience._connected) == 2000)
+            wait_for(lambda: len(pub._audience.peers) == len(pub._audience._early_marks.connections) == 2000)
             numbers.send(10)
             numbers.check(data)
             assert memory_of() < before + 100
