@@ -3690,6 +3690,13 @@ class _Peer:
             self.after, self.gone = after, 0
         self.until = None if until is None or self.until is None else max(self.until, until)
 
+    def miss(self) -> None:
+        """Take note that it misses the newest message: that is behind all else to be caught up.
+
+        From what it was told on: so it can tell copies from messages that were sent several times.
+        """
+        self.fall_behind(self.told if self.after is None else self.after, None)
+
 
 class _Listeners:
     """The socket of a publisher and those who listen to it.
@@ -3946,7 +3953,7 @@ class _Audience(_Listeners):
             for peer in self.peers.values():
                 has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
                 if not has_room:  # it may be dropped for this one too, and what follows it
-                    peer.fall_behind(peer.told, None)
+                    peer.miss()
                     peer.is_heard = False
             self.socket.setsockopt(zmq.SNDHWM, limit)
             self.socket.setsockopt(zmq.XPUB_NODROP, 0)
@@ -3960,8 +3967,8 @@ class _Audience(_Listeners):
                     continue
                 if peer.after is None and self._send_to(peer, content):
                     peer.sent += 1
-                else:  # from what it was told on: so it can tell copies from messages that were sent several times
-                    peer.fall_behind(peer.told, None)
+                else:
+                    peer.miss()
                     missed += 1
         self._catch_up_soon(0.02)
         if missed:

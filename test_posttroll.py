@@ -15529,6 +15529,35 @@ class TestFullQueues:
                 await_count(data, 500)
                 wait_for(lambda: not pub._audience.unserved() and not pub._audience._pause)
 
+    def test_who_catches_up_while_more_is_sent(self):
+        """What finds the queue full of the past does not make it begin again."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 1) as ([sub], _):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            audience = pub._audience
+            [peer] = audience.peers.values()
+            numbers.send(1)
+            assert len(received_data(sub)) == 1
+            wait_for(lambda: next(sub.recv(0)) is None and not audience.unserved())
+            while not pub.dropped:
+                numbers.send(100)
+            room = numbers.count  # in the system's buffers
+            numbers.send(room + 600)
+            dropped = pub.dropped
+            read = [number for number, _ in received_data(sub, room - 100)]
+            reached = wait_for(lambda: peer.after > peer.told and peer.after)
+
+            def finds_it_full() -> bool:
+                nonlocal reached
+                numbers.send(1)
+                assert peer.after >= reached
+                reached = peer.after
+                return pub.dropped > dropped
+
+            wait_for(finds_it_full)
+            with serving(sub) as data:
+                await_count(data, numbers.count - 1 - len(read))
+                assert sorted([*read, *(number for number, _ in data)]) == list(range(1, numbers.count))
+
     def test_the_same_text_while_a_queue_is_full(self):
         text = text_message("x" * 20_000)
         with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 2) as (subs, _):
