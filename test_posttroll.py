@@ -15558,6 +15558,28 @@ class TestFullQueues:
                 await_count(data, numbers.count - 1 - len(read))
                 assert sorted([*read, *(number for number, _ in data)]) == list(range(1, numbers.count))
 
+    def test_who_falls_behind_as_others_have_is_sent_the_past_once(self):
+        """Also what it had got alone, as the queue of another was full, before its own was."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 2) as (subs, _):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            with serving(subs[1]) as data:
+                while not pub.dropped:
+                    numbers.send(10, 0.001)
+                    await_count(data, numbers.count)
+            peer = next(peer for peer in pub._audience.peers.values() if peer.after is None)
+            ends = peer.ends
+            while peer.after is None:
+                numbers.send(10, 0.0001)
+            numbers.send(100)
+            with serving(subs[1]) as more:
+                await_count(more, numbers.count - len(data))
+                wait_for(lambda: peer.after is None)
+                assert peer.ends == ends + 1
+                numbers.send(1)
+                await_count(more, numbers.count - len(data))
+                wait_for(lambda: peer.told == numbers.count)
+                assert (peer.ends, peer.after) == (ends + 1, None)
+
     def test_the_same_text_while_a_queue_is_full(self):
         text = text_message("x" * 20_000)
         with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 2) as (subs, _):
