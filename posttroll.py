@@ -39,21 +39,16 @@ from __future__ import annotations
 import argparse
 import ast
 import atexit
-import base64
-import binascii
 import errno
 import importlib
 import io
-import ipaddress
 import json
 import logging
 import math
 import operator
 import os
-import queue
 import random
 import re
-import signal
 import socket
 import string
 import struct
@@ -76,10 +71,9 @@ from itertools import accumulate, chain, count, islice, takewhile
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 import zmq
-from zmq.utils import z85
 
 # What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
-# asyncio, glob, hashlib, shutil, subprocess.
+# asyncio, base64, glob, hashlib, ipaddress, queue, shutil, signal, subprocess, z85.
 if TYPE_CHECKING:
     import subprocess
 if sys.platform == "win32":
@@ -108,10 +102,15 @@ class Option:
 
     def __init__(self, default: Any, kind: str, meaning: str, old_name: str | None = None) -> None:
         self.default = default
-        self.kind = kind  # "int", "port", "number", "str", "path", "list", "hosts", or the choices as "a|b|c"
+        # "number" (of seconds), "str", "path", "list", "hosts", whole numbers as "LOW..HIGH", or choices as "a|b|c".
+        self.kind = kind
         self.meaning = meaning
         self.old_name = old_name  # the environment variable of before POSTTROLL_*
 
+
+_PORT = "1..65535"
+_COUNT = f"0..{2**31 - 1}"  # what ZeroMQ can take
+_BYTES = f"0..{2**63 - 1}"
 
 OPTIONS: dict[str, Option] = {
     "backend": Option("unsecure_zmq", "unsecure_zmq|secure_zmq", "plain ZeroMQ, or CURVE on every connection"),
@@ -121,32 +120,32 @@ OPTIONS: dict[str, Option] = {
     "announced_address": Option(
         None, "str", "host or host:port that publishers announce in place of the address of this host"
     ),
-    "nameserver_port": Option(5557, "port", "where the nameserver answers lookups", "NAMESERVER_PORT"),
-    "secure_zmq_nameserver_port": Option(None, "port", "lookups with CURVE (nameserver: 5558 if unset)"),
-    "address_publish_port": Option(16543, "port", "where the nameserver publishes new and lost addresses"),
-    "broadcast_port": Option(21200, "port", "announcements: UDP multicast, or TCP to listed nameservers"),
+    "nameserver_port": Option(5557, _PORT, "where the nameserver answers lookups", "NAMESERVER_PORT"),
+    "secure_zmq_nameserver_port": Option(None, _PORT, "lookups with CURVE (nameserver: 5558 if unset)"),
+    "address_publish_port": Option(16543, _PORT, "where the nameserver publishes new and lost addresses"),
+    "broadcast_port": Option(21200, _PORT, "announcements: UDP multicast, or TCP to listed nameservers"),
     "mc_group": Option("225.0.0.212", "str", "multicast group of the announcements", "PYTROLL_MC_GROUP"),
     "multicast_interface": Option(None, "str", "address or name of the interface for multicast"),
-    "mc_ttl": Option(31, "int", "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
-    "pub_min_port": Option(49152, "port", "lowest port that a publisher picks"),
-    "pub_max_port": Option(65536, "int", "end of the range that a publisher picks from (not included)"),
-    "tcp_keepalive": Option(None, "int", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
-    "tcp_keepalive_cnt": Option(None, "int", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
-    "tcp_keepalive_idle": Option(None, "int", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
-    "tcp_keepalive_intvl": Option(None, "int", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
+    "mc_ttl": Option(31, _COUNT, "how many routers an announcement may pass", "PYTROLL_MC_TTL"),
+    "pub_min_port": Option(49152, _PORT, "lowest port that a publisher picks"),
+    "pub_max_port": Option(65536, "2..65536", "end of the range that a publisher picks from (not included)"),
+    "tcp_keepalive": Option(None, "-1..1", "ZMQ_TCP_KEEPALIVE: 1 on, 0 off, -1 the system's choice"),
+    "tcp_keepalive_cnt": Option(None, "-1..127", "ZMQ_TCP_KEEPALIVE_CNT: lost probes until the end"),
+    "tcp_keepalive_idle": Option(None, "-1..32767", "ZMQ_TCP_KEEPALIVE_IDLE: seconds of silence until a probe"),
+    "tcp_keepalive_intvl": Option(None, "-1..32767", "ZMQ_TCP_KEEPALIVE_INTVL: seconds between probes"),
     "zmtp_heartbeat_interval": Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": Option(30, "number", "seconds without a sign of life until a connection is given up"),
-    "send_high_water_mark": Option(200000, "int", "messages queued for a slow subscriber before they are dropped"),
+    "send_high_water_mark": Option(200000, _COUNT, "messages queued for a slow subscriber before they are dropped"),
     "send_high_water_bytes": Option(
-        None, "int", "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
+        None, _BYTES, "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
     ),
     "receive_high_water_mark": Option(
         None,
-        "int",
+        _COUNT,
         "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
     ),
-    "history_messages": Option(5000, "int", "messages that a publisher keeps for subscribers that were away; 0 none"),
-    "history_bytes": Option(4194304, "int", "bytes that they may take"),
+    "history_messages": Option(5000, _COUNT, "messages that a publisher keeps for subscribers that were away; 0 none"),
+    "history_bytes": Option(4194304, _BYTES, "bytes that they may take"),
     "history_seconds": Option(600, "number", "how old they may be"),
     "durable_directory": Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
@@ -155,7 +154,7 @@ OPTIONS: dict[str, Option] = {
         0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
     ),
     "discovery_seconds": Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
-    "max_services": Option(20000, "int", "publishers that the nameserver keeps at most"),
+    "max_services": Option(20000, _COUNT, "publishers that the nameserver keeps at most"),
     "client_secret_key_file": Option(None, "path", "CURVE: this host's secret key when it connects"),
     "server_public_key_file": Option(None, "path", "CURVE: the public key that servers prove to have"),
     "server_secret_key_file": Option(None, "path", "CURVE: the secret key of publishers and nameserver"),
@@ -166,8 +165,12 @@ OPTIONS: dict[str, Option] = {
 _UNSET: Any = object()
 
 
+@cache
 def _log(path: str) -> logging.Logger:
-    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``."""
+    """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``.
+
+    It is remembered: to ask for it takes a lock, which whoever sets up logging holds as it closes a `PytrollHandler`.
+    """
     return logging.getLogger(f"{__name__}.{path}")
 
 
@@ -212,17 +215,17 @@ def _as_kind(value: Any, kind: str) -> Any:
     if "|" in kind:
         if value not in kind.split("|"):
             raise ValueError(f"one of {', '.join(kind.split('|'))}")
-    elif kind in ("int", "port", "number"):
+    elif kind == "number" or ".." in kind:
+        convert, what, limits = (float, "a number", "0..1000000") if kind == "number" else (int, "a whole number", kind)
+        low, high = map(int, limits.split(".."))
         try:
-            number = float(value) if kind == "number" else int(value)
+            number = convert(value)
             if number != float(value):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            raise ValueError("a number" if kind == "number" else "a whole number") from None
-        if kind == "port" and not 0 < number < 65536:
-            raise ValueError("a port from 1 to 65535")
-        if kind == "number" and not 0 <= number < 1e6:
-            raise ValueError("a number of seconds that is not negative")
+            raise ValueError(what) from None
+        if not low <= number <= high:
+            raise ValueError(f"{what} from {low} to {high}")
         return number
     elif kind == "hosts" and (value is False or str(value).strip().lower() in ("none", "false", "")):
         return []
@@ -644,7 +647,10 @@ class MessageError(Exception):
 # ISO 8601: date and time of day down to minutes, seconds or fractions, with or without zone, in extended or basic form
 # with T or a blank between them; or a date alone in extended form.  The first pattern is what datetime.isoformat()
 # writes, which every Python reads alike; in the second, what is separated in the date is separated in the time too.
-_ISO_FORMAT = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII)
+_is_iso_format = re.compile(
+    r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{6})?(?:[+-]\d\d:\d\d)?", re.ASCII
+).fullmatch
+_from_iso_format = datetime.fromisoformat
 _DATETIME = re.compile(
     r"(\d{4})(?P<dash>-)?(\d\d)(?(dash)-)(\d\d)"
     r"(?:[T ]([01]\d|2[0-3])(?(dash):)(\d\d)(?:(?(dash):)(\d\d)(?:[.,](\d+))?)?"
@@ -656,7 +662,7 @@ _JSON_DATE = re.compile(r'"\d\d\d\d-?\d\d-?\d\d["T ]', re.ASCII)  # what may be 
 
 def parse_datetime(text: str) -> datetime | None:
     """Return the datetime that *text* is in ISO 8601, None if it is none."""
-    if _ISO_FORMAT.fullmatch(text) is None:
+    if _is_iso_format(text) is None:
         match = _DATETIME.fullmatch(text)
         if match is None:
             return None
@@ -671,7 +677,7 @@ def parse_datetime(text: str) -> datetime | None:
         if is_utc or zone:
             text += f"{zone or '+00'}:{zone_minutes or '00'}" + (f":{zone_seconds}" if zone_seconds else "")
     try:
-        return datetime.fromisoformat(text)
+        return _from_iso_format(text)
     except ValueError:  # the 31st of February, an offset of 99 hours
         return None
 
@@ -772,7 +778,7 @@ _to_json = {
     True: json.JSONEncoder(check_circular=False, default=_isoformat).encode,
     False: json.JSONEncoder(check_circular=False, default=_isoformat_without_timezone).encode,
 }
-_from_json = json.JSONDecoder().decode
+_read_json = json.JSONDecoder().raw_decode
 
 
 class _DatetimeFoundError(Exception):
@@ -854,17 +860,21 @@ def _travels_as_it_is(text: str) -> bool:
 
 def encode_binary(data: str | bytes | bytearray | memoryview) -> tuple[str, str]:
     """Return the text that stands for binary *data*: a data URL's beginning (or nothing), and the rest."""
-    if not isinstance(data, str):
-        return _BYTES_URL, binascii.b2a_base64(data, newline=False).decode("ascii")
-    if data and _travels_as_it_is(data) and not data.startswith((_BYTES_URL, _TEXT_URL)):
+    if isinstance(data, str) and data and _travels_as_it_is(data) and not data.startswith((_BYTES_URL, _TEXT_URL)):
         return "", data
-    return _TEXT_URL, binascii.b2a_base64(data.encode("utf-8", "surrogatepass"), newline=False).decode("ascii")
+    import base64
+
+    if isinstance(data, str):
+        return _TEXT_URL, base64.b64encode(data.encode("utf-8", "surrogatepass")).decode("ascii")
+    return _BYTES_URL, base64.b64encode(data).decode("ascii")
 
 
 def _decode_binary(text: str) -> str | bytes:
     """Return the data that `encode_binary` made the URL *text* of; another sender's is returned as it is."""
     if not text.startswith((_BYTES_URL, _TEXT_URL)):
         return text
+    import base64
+
     try:
         content = base64.b64decode(text[text.index(",") + 1 :], validate=True)
         return content if text.startswith(_BYTES_URL) else content.decode("utf-8", "surrogatepass")
@@ -1124,7 +1134,7 @@ def _decode_into(message: Message, raw: str | bytes) -> None:
     if not message.subject:
         raise MessageError(f"Invalid subject: '' in {raw[:80]!r}")
     try:
-        message.time = datetime.fromisoformat(stamp)
+        message.time = _from_iso_format(stamp)
     except ValueError:
         message.time = _parse_timestamp(stamp)
     message.version = version
@@ -1161,8 +1171,11 @@ def _text_with_blanks(raw: str, start: int, mime: str) -> str:
 
 def _decode_json(text: str) -> Any:
     """Return the data in *text*; raises MessageError if it is no JSON."""
+    text = text.strip(" \t\n\r")
     try:
-        data = _from_json(text)
+        data, end = _read_json(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"Invalid JSON data: {str(error)[:200]}") from None
     if _JSON_DATE.search(text) is None:
@@ -1540,6 +1553,8 @@ def signals_wake(loop: Loop) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import signal
+
     previous = signal.set_wakeup_fd(loop._waker.write_fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -1566,6 +1581,9 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import signal
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: Any) -> None:
         restore()
@@ -1575,8 +1593,9 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in previous:
+            signal.signal(number, handle)
         yield
     finally:
         restore()
@@ -1593,7 +1612,27 @@ SocketTimeout = socket.timeout  # TimeoutError itself from Python 3.10 on
 DATAGRAM_SIZE = 65535
 _IP_MULTICAST_ALL, _IPV6_MULTICAST_ALL = 49, 29  # of Linux, see ip(7) and ipv6(7)
 _NO_ADDRESS = ("0.0.0.0", "::")  # of an interface that has none
+_MAPPED = b"\0" * 10 + b"\xff\xff"  # what an IPv6 address begins with that stands for one of IPv4
 _BROADCAST_GROUPS = ("0.0.0.0", "255.255.255.255", "<broadcast>")
+
+
+def plain_number(number: str) -> str:
+    """Return an IP address as ZeroMQ would write it; one of IPv4 in the clothes of IPv6 as what it is.
+
+    Raises:
+        ValueError: It is no IP address, but perhaps a name.
+    """
+    family = socket.AF_INET6 if ":" in number else socket.AF_INET
+    host, percent, zone = number.partition("%")
+    try:
+        packed = socket.inet_pton(family, host)
+    except OSError:
+        raise ValueError(f"{number!r} is no IP address") from None
+    if percent and (len(packed) == 4 or not zone or "%" in zone):
+        raise ValueError(f"{number!r} has a zone that cannot be")
+    if len(packed) == 16 and packed.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(family, packed) + percent + zone
 
 
 def multicast_group(mcgroup: str | None) -> str:
@@ -1602,7 +1641,7 @@ def multicast_group(mcgroup: str | None) -> str:
     if group in _BROADCAST_GROUPS:
         return "<broadcast>"
     with suppress(ValueError):
-        if ipaddress.IPv6Address(group).is_multicast:
+        if re.match("ff[0-9a-f]{2}:", plain_number(group)):
             return cast(str, group)
     try:
         packed = socket.inet_aton(socket.gethostbyname(group))
@@ -1846,7 +1885,8 @@ def loopback_address() -> str:
 
 def is_loopback(address: str) -> bool:
     """Whether *address*, a number, is one by which only this host itself can be reached."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    number = plain_number(address)
+    return number.startswith("127.") or number.partition("%")[0] == "::1"
 
 
 def get_local_ips() -> list[str]:
@@ -1870,7 +1910,7 @@ def _local_ipv6() -> list[tuple[str, int]]:
         return []
     found = []
     for packed, index, _, scope, _, name in sorted(rows, key=lambda row: row[3]):
-        address = str(ipaddress.IPv6Address(bytes.fromhex(packed)))
+        address = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(packed))
         found.append((f"{address}%{name}" if scope == "20" else address, int(index, 16)))
     return found
 
@@ -1893,11 +1933,12 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     be handed to another thread: closing *sock* does not close it.
     """
     endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
-    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
     monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
     monitor.linger = 0
     monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
     monitor.connect(endpoint)
+    # Only now: had no descriptor been left for this end, whoever told the other one of an event would wait for ever.
+    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
     return monitor
 
 
@@ -2025,15 +2066,15 @@ _idle_sockets = _IdleSockets()
 # -- addresses --
 
 _TCP_ADDRESS = re.compile(r"tcp://(\*|\[[0-9A-Za-z:.%_-]{1,253}\]|[0-9A-Za-z_.-]{1,253}):(\d{1,5})", re.ASCII)
-_LOCAL_ADDRESS = re.compile(r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}")  # ipc: see unix(7)
+_LOCAL_ADDRESS = r"ipc://[^\s\x00-\x1f]{1,107}|inproc://[^\s\x00-\x1f]{1,200}"  # ipc: see unix(7)
 
 
 def _is_number(host: str) -> bool:
     """Whether *host* is an IPv4 address, or an IPv6 address in brackets, and no name that would have to be resolved."""
-    try:
-        return bool(ipaddress.IPv6Address(host[1:-1]) if host.startswith("[") else ipaddress.IPv4Address(host))
-    except ValueError:
-        return False
+    is_bracketed = host.startswith("[")
+    with suppress(ValueError):
+        return bool(plain_number(host[1:-1] if is_bracketed else host)) and (":" in host) == is_bracketed
+    return False
 
 
 def tcp_address(number: str, port: int) -> str:
@@ -2070,7 +2111,7 @@ def is_connectable(address: Any) -> bool:
 
 def _check_connectable(address: Any) -> str:
     """Return *address*; raises ValueError if no client socket could connect to it."""
-    if not (is_connectable(address) or (isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address))):
+    if not (is_connectable(address) or (isinstance(address, str) and re.fullmatch(_LOCAL_ADDRESS, address))):
         raise ValueError(f"Cannot connect to {address!r}: an address looks like 'tcp://hostname:9000'.")
     return cast(str, address)
 
@@ -2102,7 +2143,7 @@ class _Resolution:
         elif tcp is None:
             self.endpoint = address
         elif _is_number(self._host):
-            self._host, self.endpoint = "", tcp_address(_plain_number(self._host.strip("[]")), self._port)
+            self._host, self.endpoint = "", tcp_address(plain_number(self._host.strip("[]")), self._port)
         self.endpoints: tuple[str, ...] = () if self.endpoint is None else (self.endpoint,)
         self.is_name = self.endpoint is None
 
@@ -2149,14 +2190,6 @@ class _Resolution:
 
 
 _resolution_log = LimitedLogger("backends.zmq")
-
-
-def _plain_number(number: str) -> str:
-    """Return an address as ZeroMQ would write it; one of IPv4 in the clothes of IPv6 as what it is."""
-    if ":" not in number:
-        return number
-    mapped = ipaddress.IPv6Address(number).ipv4_mapped
-    return str(mapped or ipaddress.IPv6Address(number))
 
 
 def _numbers_of(name: str) -> list[str]:
@@ -2250,14 +2283,16 @@ def write_key_pair(name: str, directory: str | os.PathLike[str] = ".", force: bo
     return public_path, secret_path
 
 
-_KEY_LINE = re.compile(rb'^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$', re.MULTILINE)
+_KEY_LINE = rb'(?m)^[ \t]*(public|secret)-key[ \t]*=[ \t]*"([^"\s]{40})"[ \t\r]*$'
 
 
 def _read_keys(path: str) -> dict[str, bytes]:
     """Return the keys ``public`` and ``secret`` of a certificate; raises ValueError or OSError."""
     with open(path, "rb") as stream:
         text = stream.read(65536)
-    keys = {kind.decode(): key for kind, key in _KEY_LINE.findall(text)}
+    from zmq.utils import z85
+
+    keys = {kind.decode(): key for kind, key in re.findall(_KEY_LINE, text)}
     for key in keys.values():
         try:
             if len(z85.decode(key)) != 32:
@@ -2403,16 +2438,16 @@ def _file_state(status: os.stat_result) -> tuple[int, int, int]:
 # -- who may connect --
 
 
-_IPC_PEER = re.compile(r"[^:]*:\d+:\d+:\d+", re.ASCII)  # "localhost" (or nothing), user, group, process
+_IPC_PEER = r"(?a)[^:]*:\d+:\d+:\d+"  # "localhost" (or nothing), user, group, process
 
 
 def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
     address = address.removeprefix("::ffff:")  # an IPv4 client of a socket for both
-    if not address or _IPC_PEER.fullmatch(address):
+    if not address or re.fullmatch(_IPC_PEER, address):
         return True
     try:
-        if ipaddress.ip_address(address).is_loopback:
+        if is_loopback(address):
             return True
     except ValueError:
         return False
@@ -2445,6 +2480,8 @@ class _AddressList:
     @staticmethod
     def _network(text: str) -> Any:
         """Return the network that *text* is, one of IPv4 in the clothes of IPv6 as what it is."""
+        import ipaddress
+
         network = ipaddress.ip_network(text, strict=False)
         mapped = getattr(network.network_address, "ipv4_mapped", None)
         return network if mapped is None else ipaddress.ip_network(f"{mapped}/{max(network.prefixlen - 96, 0)}")
@@ -2452,6 +2489,8 @@ class _AddressList:
     def __contains__(self, address: str) -> bool:
         if self._names and not self._thread.is_alive() and time.monotonic() - self._asked > self.REFRESH:
             self._resolve_in_background()
+        import ipaddress
+
         text, _, zone = address.partition("%")
         try:
             number = ipaddress.ip_address(text)
@@ -2509,6 +2548,8 @@ class AccessRules:
             return ""
         if mechanism != b"CURVE" or len(credentials) != 1 or len(credentials[0]) != 32:
             return "it does not use CURVE"
+        from zmq.utils import z85
+
         key = z85.encode(credentials[0])
         return "" if key in self._keys else f"its public key {key.decode()} is not in {self._keys.directory}"
 
@@ -2700,8 +2741,10 @@ def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenti
 def get_tcp_keepalive_options() -> dict[int, int]:
     """Return the configured ``tcp_keepalive`` options, as ZeroMQ socket options with their values."""
     names = ("tcp_keepalive", "tcp_keepalive_cnt", "tcp_keepalive_idle", "tcp_keepalive_intvl")
-    values = {getattr(zmq, name.upper()): config.get(name) for name in names}
-    return {option: value for option, value in values.items() if value is not None}
+    values = {name: config.get(name) for name in names}
+    # No system takes zero seconds or probes, and nobody could connect: it is left the choice.
+    given = {name: value for name, value in values.items() if value or (value == 0 and name == "tcp_keepalive")}
+    return {getattr(zmq, name.upper()): value for name, value in given.items()}
 
 
 @cache
@@ -2737,13 +2780,13 @@ def _liveness_options(is_limited: bool) -> dict[int, int]:
     if not interval:
         return {}
     if is_limited:
-        seconds = max(int(interval), 1)
-        probes = max(int(timeout / interval), 1)
+        # What Linux takes; with more, nobody could connect: 32,767 seconds, 127 probes.
+        seconds = min(max(int(interval), math.ceil(timeout / 127), 1), 32767)
         return {
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: seconds,
             zmq.TCP_KEEPALIVE_INTVL: seconds,
-            zmq.TCP_KEEPALIVE_CNT: probes,
+            zmq.TCP_KEEPALIVE_CNT: max(int(timeout / seconds), 1),
             zmq.TCP_MAXRT: int(1000 * timeout),  # the same while something sent is not acknowledged
         }
     milliseconds = int(1000 * timeout)
@@ -2886,6 +2929,8 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
     is_for_both = address.startswith("tcp://*")
     sock.setsockopt(zmq.IPV6, int(is_for_both or "[" in address))
     try:
+        if os.name == "posix":  # for the names of the interfaces libzmq needs a descriptor, without one it aborts
+            os.close(os.dup(cast(int, sock.get(zmq.FD))))
         try:
             sock.bind(address)
         except zmq.ZMQError as error:
@@ -2893,7 +2938,7 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
                 raise
             sock.setsockopt(zmq.IPV6, 0)  # this host may not use IPv6
             sock.bind(address)
-    except zmq.ZMQError as error:
+    except (OSError, zmq.ZMQError) as error:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
 
@@ -3536,17 +3581,26 @@ sendaddressservice = AddressServiceBroadcaster
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
 #
+# It may be connected more than once over one socket (by two addresses), and then all comes as often.  So there is a
+# second mark, the same but for its first character, which comes before the topics; each time that such a connection has
+# begun or ended, all of them are told at the same place between the messages, behind which all is sent over each:
+#
+#     connections  D <instance> <turn> <number>    so many there are now; the turn is another one each time
+#     new          N                               this one is new, when there are several
+#
+# If there are several the first is sent twice: it makes a subscriber look over which connection each message comes.
+#
 # Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
 # one message under it, <mark>/?\0<JSON>.
 # ======================================================================================================================
 
 _MARK = b"~posttroll-subscriber/"  # in alphabetical order behind all topics: so ZeroMQ sends it behind them
-_MARK_PATTERN = re.compile(
+_EARLY_MARK = b"!" + _MARK[1:]  # before all topics
+_MARK_PATTERN = (
     _MARK + rb"([0-9a-f]{16})/(\d{1,6})"
-    rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?",
-    re.DOTALL,
+    rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?"
 )
-_QUESTION_PATTERN = re.compile(_MARK + rb"[0-9a-f]{16}/\?")
+_QUESTION_PATTERN = _MARK + rb"[0-9a-f]{16}/\?"
 
 
 class PublisherStoppedError(RuntimeError, zmq.ZMQError):
@@ -3724,6 +3778,9 @@ class _Listeners:
         self.dropped = 0
         self.peers: dict[bytes, _Peer] = {}
         self._seen: set[bytes] = set()  # the marks of all that there have been
+        self._connected: Counter[bytes] = Counter()  # how many connections have begun, by early mark
+        self._untold: set[bytes] = set()  # those of which the number has changed, and was not told yet
+        self._turn = 0
         self._topics = 0
         self._by_topic: Counter[bytes] = Counter()
         self._answering = 0.0  # since when answers are counted
@@ -3807,20 +3864,26 @@ class _Listeners:
                 continue  # a message of an XSUB socket
             option = zmq.SUBSCRIBE if sign == b"\1" else zmq.UNSUBSCRIBE
             if topic.startswith(_MARK):
-                match = _MARK_PATTERN.fullmatch(topic)
+                match = re.fullmatch(_MARK_PATTERN, topic)
                 if match is not None and match[3] is None:
                     self._take_mark(topic, int(match[2]), option, frame, arrived)
                     arrived = 0
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
-                elif sign == b"\1" and _QUESTION_PATTERN.fullmatch(topic):
+                elif sign == b"\1" and re.fullmatch(_QUESTION_PATTERN, topic):
                     self._answer(topic)
+                continue
+            if topic.startswith(_EARLY_MARK):
+                match = re.fullmatch(_MARK_PATTERN, _MARK[:1] + topic[1:])
+                if match is not None and match[3] is None:
+                    self._take_early_mark(topic, option)
+                    arrived = 0
                 continue
             arrived += sign == b"\1"
             self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK.encode())
-            elif not _MARK.startswith(topic):
+            elif not _MARK.startswith(topic) and not _EARLY_MARK.startswith(topic):
                 sock.setsockopt(option, topic)
 
     def _count_topic(self, topic: bytes, difference: int) -> None:
@@ -3829,6 +3892,42 @@ class _Listeners:
             self._by_topic[topic] += difference
             if self._by_topic[topic] <= 0:
                 del self._by_topic[topic]
+
+    def _take_early_mark(self, mark: bytes, option: int) -> None:
+        """Take note that a connection of a subscriber of ours has begun or ended, and tell it how many there are."""
+        if option == zmq.SUBSCRIBE:
+            if mark not in self._connected and len(self._connected) >= self.PEERS:
+                return
+            self.socket.setsockopt(option, mark + b"\0D")
+        self._connected[mark] += 1 if option == zmq.SUBSCRIBE else -1
+        if self._connected[mark] > 0:
+            self._untold.add(mark)
+            self._tell_connections()
+            if option == zmq.SUBSCRIBE and self._connected[mark] > 1 and mark not in self._untold:
+                self._send_once(mark + b"\0N", b"")
+        else:
+            del self._connected[mark]
+            self._untold.discard(mark)
+
+    def _send_once(self, topic: bytes, content: bytes) -> None:
+        """Send something under a topic to whoever has just subscribed to something, and to nobody else."""
+        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+        with suppress(zmq.Again):
+            self.socket.send(topic + content, _NOBLOCK)
+        self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+
+    def _tell_connections(self) -> None:
+        """Tell subscribers of ours how many connections they have; once there is room, if a queue is full."""
+        for mark in list(self._untold):
+            peer = self.peers.get(_MARK[:1] + mark[1:])
+            if peer is None or peer.is_heard:
+                self._turn += 1
+                number = self._connected[mark]
+                content = b"%s\0D %s %d %d" % (mark, self.instance, self._turn, number)
+                with suppress(zmq.Again):
+                    for _ in range(min(number, 2)):
+                        self.socket.send(content, _NOBLOCK)
+                    self._untold.discard(mark)
 
     def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame, arrived: int) -> None:
         """Take note that a subscriber of ours has come (again), or gone; *arrived*: how many topics did just before."""
@@ -4011,6 +4110,7 @@ class _Audience(_Listeners):
         self._next_look = now + self.LOOK_SECONDS
         self._queue_limit.adapt(self.history.number, self.history.total)
         self._take_subscriptions()
+        self._tell_connections()
         self._tell_positions()
         if self._look_again not in self._timers:
             self.later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
@@ -4082,10 +4182,7 @@ class _Audience(_Listeners):
             "sent": self.history.number,
             "kept": len(self.history),
         }
-        self.socket.setsockopt(zmq.SUBSCRIBE, question)  # of the one who has asked
-        with suppress(zmq.Again):
-            self.socket.send(question + b"\0" + json.dumps(about).encode(), _NOBLOCK)
-        self.socket.setsockopt(zmq.UNSUBSCRIBE, question)
+        self._send_once(question, b"\0" + json.dumps(about).encode())
 
     def _catch_up_soon(self, seconds: float) -> None:
         self.later(seconds, self._catch_up)
@@ -4675,7 +4772,7 @@ def _bind_address(address: str) -> str:
     if tcp is not None and tcp[1] < 65536:
         host = loopback_address() if tcp[0].lower() == "localhost" else tcp[0].strip("[]")
         return tcp_address(host if is_own_address(host) else "*", tcp[1])
-    if isinstance(address, str) and _LOCAL_ADDRESS.fullmatch(address):
+    if isinstance(address, str) and re.fullmatch(_LOCAL_ADDRESS, address):
         return address
     raise ValueError(f"Cannot publish on {address!r}: an address looks like 'tcp://*:9000'.")
 
@@ -4955,6 +5052,7 @@ class _Link:
         self.begin = begin
         self.is_greeted = False
         self.index = 0  # of the first message after it has come up
+        self.descriptor = -1  # of the file, once it is connected
 
 
 class _OwnSocket(NamedTuple):
@@ -4966,23 +5064,33 @@ class _OwnSocket(NamedTuple):
 
 
 class _Twins:
-    """What has come over the endpoints of single names: if they are all of one publisher, a message counts once."""
+    """What has come over several streams of one publisher, each with the same messages: each of them counts once.
+
+    The messages of a stream are in order, so the second that looks the same is the second in all: it is not the copy of
+    the first, whichever stream is ahead, and wherever a stream ends.
+
+    Args:
+        streams: How many there are, 0 if that is not known.
+    """
 
     LIMIT = 16384  # messages that are recognised when they come once more
 
-    def __init__(self) -> None:
-        self._counts: dict[
-            int, dict[Any, int]
-        ] = {}  # by message, oldest first: how many times it came over which stream
+    def __init__(self, streams: int = 0) -> None:
+        self.streams = streams
+        # By message, oldest first: how many times it came over which stream.
+        self._counts: OrderedDict[int, dict[Any, int]] = OrderedDict()
 
     def is_new(self, raw: bytes, stream: Any) -> bool:
         """Whether *raw*, which came over *stream*, has not come as many times over another."""
-        counts = self._counts.setdefault(_digest(raw), {})
+        digest = _digest(raw)
+        counts = self._counts.setdefault(digest, {})
         most = max(counts.values(), default=0)
-        counts[stream] = counts.get(stream, 0) + 1
-        if len(self._counts) > self.LIMIT:
-            del self._counts[next(iter(self._counts))]
-        return counts[stream] > most
+        counts[stream] = times = counts.get(stream, 0) + 1
+        if len(counts) == self.streams and all(other == times for other in counts.values()):
+            del self._counts[digest]  # all have it
+        elif len(self._counts) > self.LIMIT:
+            self._counts.popitem(last=False)
+        return times > most
 
 
 def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
@@ -4993,31 +5101,6 @@ def _without_own_twins(endpoints: Sequence[str]) -> Sequence[str]:
     return [endpoint for endpoint in endpoints if endpoint not in own[1:]]
 
 
-class _PortCounts:
-    """How many connections of a socket to a port are up, and how many times one has gone down."""
-
-    def __init__(self) -> None:
-        self._ups: Counter[tuple[zmq.Socket[bytes], int]] = Counter()
-        self._ends: Counter[tuple[zmq.Socket[bytes], int]] = Counter()
-
-    def note(self, sock: zmq.Socket[bytes], endpoint: str, is_up: bool) -> None:
-        """Take note that a connection has come up, or gone down."""
-        tcp = split_tcp_address(endpoint)
-        if tcp is not None:
-            self._ups[sock, tcp[1]] += 1 if is_up else -1
-            self._ends[sock, tcp[1]] += not is_up
-
-    def of(self, sock: zmq.Socket[bytes], port: int) -> tuple[int, int]:
-        """Return both numbers."""
-        return self._ups[sock, port], self._ends[sock, port]
-
-    def forget(self, sock: zmq.Socket[bytes]) -> None:
-        """Forget a socket that is closed."""
-        for counts in (self._ups, self._ends):
-            for key in [key for key in counts if key[0] is sock]:
-                del counts[key]
-
-
 class _Connections:
     """Keeps connected what is wanted.
 
@@ -5025,8 +5108,8 @@ class _Connections:
         loop: The loop to use; whoever runs it is the only one to call the methods.
         open_socket: Called with the key of a group of addresses; returns a new SUB socket for them.
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
-        on_change: Called with a socket of which a connection has come up, or gone down; returns the index of the next
-            message of that socket.
+        on_change: Called with a socket of which a connection begins, has come up, or gone down, and its descriptor;
+            returns the index of the next message of that socket.
         on_close: Called with a socket that is closed.
         on_several: Called with the sockets that are connected to what a single name stands for.
 
@@ -5044,7 +5127,7 @@ class _Connections:
         loop: Loop,
         open_socket: Callable[[Any], Any],
         read_all: Callable[[Any], None],
-        on_change: Callable[[Any], int],
+        on_change: Callable[[Any, int], int],
         on_close: Callable[[Any], object],
         on_several: Callable[[Iterable[Any]], object],
     ) -> None:
@@ -5060,7 +5143,6 @@ class _Connections:
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
-        self._counts = _PortCounts()
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
@@ -5095,7 +5177,7 @@ class _Connections:
         And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
         can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
         """
-        self._take_pending_events(sock)
+        self.take_pending_events(sock)
         new = [
             (not endpoint.endswith(f":{port}"), link.changed, link)
             for (other, endpoint), link in self._links.items()
@@ -5107,14 +5189,11 @@ class _Connections:
         link.is_greeted = True
         return link.begin, link.index
 
-    def _take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
-        if sock in self._monitors:  # else it is closed, and this is of what it had received before
-            self._take_events(sock, self._monitors[sock])
-
-    def count(self, sock: zmq.Socket[bytes], port: int) -> tuple[int, int]:
-        """Return how many connections of *sock* to this *port* are up, and how many times one has gone down."""
-        self._take_pending_events(sock)
-        return self._counts.of(sock, port)
+    def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
+        """Take note of what has happened to the connections of *sock* until now."""
+        while sock in self._monitors:  # else it is closed, and this is of what it had received before
+            if not self._take_events(sock, self._monitors[sock]):
+                return
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -5161,11 +5240,11 @@ class _Connections:
         """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
-            if self._links.pop((sock, endpoint)).is_up:
-                self._counts.note(sock, endpoint, False)
+            link = self._links.pop((sock, endpoint))
             self._read_all(sock)
             with suppress(zmq.ZMQError):  # it may be gone already (inproc)
                 sock.disconnect(endpoint)
+            self._on_change(sock, link.descriptor)
         _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
 
     def _disconnect_all(self, address: str) -> None:
@@ -5179,7 +5258,6 @@ class _Connections:
         for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
             sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
-            self._counts.forget(sock)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
@@ -5192,7 +5270,8 @@ class _Connections:
 
     def _new_socket(self, slot: Any, key: Any) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(key))
-        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
+        events |= zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         try:
             monitor = _open_monitor(sock, events | failures)
@@ -5206,25 +5285,29 @@ class _Connections:
         self._monitors[sock] = monitor
         return sock
 
-    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
-        """Take note of which connections of *sock* go down and come up."""
+    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> bool:
+        """Take note of which connections of *sock* go down and come up; return whether there may be more."""
         for _ in range(100):
             try:
                 data, endpoint = monitor.recv_multipart(_NOBLOCK)
             except zmq.Again:
-                return
-            event = struct.unpack("=HI", data)[0]
+                return False
+            event, value = struct.unpack("=HI", data)
             if event == zmq.EVENT_MONITOR_STOPPED:
                 self._loop.unwatch(monitor)
                 monitor.close(0)
-                return
+                return False
             link = self._links.get((sock, endpoint.decode("utf-8", "replace")))
             if link is not None:
                 was_up = link.is_up
-                self._take_event(link, event, endpoint.decode("utf-8", "replace"))
+                if event == zmq.EVENT_CONNECTED:
+                    link.descriptor = value
+                    self._on_change(sock, value)
+                else:
+                    self._take_event(link, event, endpoint.decode("utf-8", "replace"))
                 if was_up != link.is_up:
-                    self._counts.note(sock, endpoint.decode("utf-8", "replace"), link.is_up)
-                    link.index = self._on_change(sock)
+                    link.index = self._on_change(sock, link.descriptor)
+        return True
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
         if event == zmq.EVENT_CONNECT_RETRIED:
@@ -5322,7 +5405,6 @@ class _Source:
         self.before = 0  # that of the last message that cannot have come live
         self.was_handled: Callable[[int, bytes], bool] | None = None  # what an earlier program had behind the position
         self.hello_lines = 0  # of the durable state
-        self.ended: int | None = None  # how many connections to its port had ended when its last hello came
         self.known: set[int] = set()  # numbers behind the position that came under the mark
         self.index = 0  # how many messages had come live when the position was told
         self.begin(0, 0, 0)
@@ -5347,6 +5429,159 @@ class _Source:
         self.known = {other for other in self.known if other > self.position}
 
 
+class _Merge:
+    """Reads a SUB socket that is connected to a publisher more than once, so that each message comes once (see 9).
+
+    ZeroMQ does not tell which connection a message has come by; but the frame of it does, which takes longer to get.
+
+    A new connection begins with a hello, which is about what was sent before it; some of that may still come by another
+    connection.  So what comes by the new one waits until the same hello has come by another.
+
+    Args:
+        sock: The socket.
+        mark: Its mark.
+        take_events: Called to take note of connections that have begun, or ended.
+        wake_at: Called with a time when `recv` is to be called, even if there is nothing in the socket.
+        on_end: Called when no publisher is connected more than once any more.
+    """
+
+    PATIENCE = 0.3  # seconds for the others, which may only be believed to be there by the publisher
+    LONGEST_PATIENCE = 5.0  # more seconds, if there is always something to be read
+    KEPT = 64  # what is behind by more connections that began or ended may come twice
+
+    def __init__(
+        self,
+        sock: zmq.Socket[bytes],
+        mark: bytes,
+        take_events: Callable[[], None],
+        wake_at: Callable[[float], object],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._socket = sock
+        self._hello = mark + b"\0H "
+        self._take_events = take_events
+        self._wake_at = wake_at
+        self._on_end = on_end
+        self._twins: OrderedDict[bytes, _Twins] = OrderedDict()  # by what has told the connections
+        self._lines: dict[Any, _Twins] = {}  # by connection; None: that which has told it first
+        self._stale: set[str] = set()  # the descriptors of those that are not the same any more, once all is read
+        self._is_changed = False
+        self._paused: dict[Any, tuple[float, list[bytes]]] = {}  # the new ones: until when, and what waits
+        self._hellos: deque[bytes] = deque(maxlen=self.KEPT)  # that have come by others
+        self._ready: deque[bytes] = deque()
+
+    def begin_line(self, raw: bytes, line: Any = None) -> None:
+        """Compare what comes by *line* from here on with what comes by others behind the same *raw*.
+
+        Raises:
+            ValueError: *raw* does not tell how many connections there are.
+        """
+        number = number_of_connections(raw)
+        if number:
+            self._lines[line] = self._twins.setdefault(raw, _Twins(number))
+            if len(self._twins) > self.KEPT:
+                self._twins.popitem(last=False)
+        elif line in self._lines:
+            until = time.monotonic() + self.PATIENCE
+            self._paused[line] = until, []
+            self._wake_at(until)
+
+    def note_change(self, descriptor: int) -> None:
+        """Take note that a connection with this descriptor has begun or ended: the next one by it is another one."""
+        self._stale.add(str(descriptor))
+        self._is_changed = True
+
+    def recv(self, flags: int) -> bytes:
+        """Receive a message, something empty if it does not count; raises zmq.Again if there is none."""
+        if self._paused:
+            self._resume_until(time.monotonic() - self.LONGEST_PATIENCE)
+        if not self._ready:
+            try:
+                frame = self._socket.recv(flags, copy=False)
+            except zmq.Again:
+                self._resume_until(time.monotonic())
+                self._forget_stale()
+                if not self._ready:
+                    raise
+            else:
+                self._take_frame(frame)
+        return self._ready.popleft() if self._ready else b""
+
+    def _take_frame(self, frame: zmq.Frame) -> None:
+        raw = frame.bytes
+        try:
+            line = frame.get("Peer-Address"), frame.get("__fd")
+        except zmq.ZMQError:  # it comes from this process
+            self._ready.append(raw)
+            return
+        if raw[:1] == _EARLY_MARK[:1]:
+            self._take_events()
+            self._stale.discard(line[1])
+            self._lines.pop(None, None)
+            self._is_changed = True
+        self._take(raw, line)
+
+    def _take(self, raw: bytes, line: Any) -> None:
+        """Have *raw*, which has come by *line*, returned if it is new; but later if *line* is to wait."""
+        if line in self._paused:
+            self._paused[line][1].append(raw)
+            if raw in self._hellos:
+                self._resume(line)
+        elif raw[:1] == _EARLY_MARK[:1]:
+            try:
+                self.begin_line(raw, line)
+            except ValueError:
+                self._ready.append(raw)  # whoever takes it will complain
+        else:
+            twins = self._lines.get(line)
+            if twins is None or twins.is_new(raw, line):
+                self._ready.append(raw)
+            if twins is not None and raw.startswith(self._hello):
+                self._hellos.append(raw)
+                for other in [other for other, (_, waiting) in self._paused.items() if raw in waiting]:
+                    self._resume(other)
+
+    def _resume(self, line: Any) -> None:
+        _, waiting = self._paused.pop(line, (0, []))
+        for raw in waiting:
+            self._take(raw, line)
+
+    def _resume_until(self, when: float) -> None:
+        for line in [line for line, (until, _) in self._paused.items() if until <= when]:
+            self._resume(line)
+
+    def release(self) -> bool:
+        """Have what waits returned next; return whether there is something."""
+        self._resume_until(math.inf)
+        return bool(self._ready)
+
+    def _forget_stale(self) -> None:
+        """Forget connections that have ended, as all is read; and end if there are not several to any publisher."""
+        if self._is_changed:
+            for line in [line for line in self._lines if line and line[1] in self._stale]:
+                self._resume(line)
+                del self._lines[line]
+            self._stale.clear()
+            self._is_changed = bool(self._paused or self._ready)
+            if not self._is_changed and all(twins.streams < 2 for twins in self._lines.values()):
+                self._on_end()
+
+
+def number_of_connections(raw: bytes) -> int:
+    """Return how many connections there are, as *raw* tells; 0: it tells that one is new.
+
+    Raises:
+        ValueError: It does not tell that.
+    """
+    content = raw.partition(b"\0")[2]
+    if content == b"N":
+        return 0
+    kind, instance, turn, number = content.split(b" ")
+    if kind != b"D" or len(instance) != 16 or int(turn) < 0 or int(number) < 1:
+        raise ValueError("not about connections")
+    return int(number)
+
+
 class _CatchUp:
     """What one SUB socket has of the publishers of ours that it hears, and what it asks them for (see 9).
 
@@ -5356,8 +5591,8 @@ class _CatchUp:
         since: Called for a publisher that has just been found, with its port and the index of the next message; returns
             since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
-        connections: Called with the port of a publisher that greets us; returns how many connections to such a port are
-            up, and how many times one has gone down.
+        take_events: Called to take note of connections of the socket that have begun, or ended.
+        wake_at: Called with a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -5365,7 +5600,6 @@ class _CatchUp:
     RECENT = 16384  # live messages that are recognised when they come once more
     SOURCES = 20000
     PAST = 1000000  # messages that come under the mark until there is an end
-    APART = 60.0  # seconds between two copies that come by two connections, at most
 
     def __init__(
         self,
@@ -5373,22 +5607,24 @@ class _CatchUp:
         prefixes: Sequence[bytes],
         since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
-        connections: Callable[[int], tuple[int, int]],
+        take_events: Callable[[], None],
+        wake_at: Callable[[float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
-        self.recv = sock.recv
+        self.recv: Callable[[int], bytes] = sock.recv
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
         self._socket = sock
         self._prefixes = tuple(prefixes)
         self._since = since
         self._on_gone = on_gone
-        self._connections = connections
+        self._take_events = take_events
+        self._wake_at = wake_at
         self._on_past = on_past
         self._durable = durable
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
-        for topic in (*prefixes, self._mark):
+        for topic in (_EARLY_MARK[:1] + self._mark[1:], *prefixes, self._mark):
             sock.setsockopt(zmq.SUBSCRIBE, topic)
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
@@ -5397,58 +5633,47 @@ class _CatchUp:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
         self._open: list[_Source] = []  # those of which messages come live and under the mark
-        self._copies: dict[int, float] | None = None  # what has come once, and when, while some of it comes twice
-        self._doubled: dict[int, int] = {}  # ports of publishers with two connections, and how many had ended then
-        self._next_look = 0.0
+        self._merge: _Merge | None = None  # while it is connected to a publisher more than once
 
-    def note(self, raw: bytes) -> bool:
-        """Take note of a message that came live; return whether it is new, no second copy by another connection."""
+    def note(self, raw: bytes) -> None:
+        """Take note of a message that came live."""
         self._index += 1
         digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
         self._recent.append(digest)
         if self._open:
             for source in self._open:
                 source.live[digest] += 1  # type: ignore[index]
-        return self._copies is None or self._is_first_copy(digest)
 
-    def _begin_copies(self, port: int, ended: int) -> None:
-        """Take note that a publisher is connected by two of its addresses: from now on what it sends comes twice."""
-        self._copies = dict.fromkeys(self._recent, time.monotonic())  # of the newest the second copy is still to come
-        self._doubled[port] = ended
-        self._next_look = time.monotonic() + 5
+    def note_change(self, descriptor: int) -> int:
+        """Take note that a connection has begun, come up or gone down; return the index of what comes next."""
+        if self._merge is not None:
+            self._merge.note_change(descriptor)
+        self._freeze()
+        return self._index
 
-    def _is_first_copy(self, digest: int) -> bool:
-        copies, now = cast("dict[int, float]", self._copies), time.monotonic()
-        before = copies.pop(digest, None)
-        is_first = before is None or now - before > self.APART
-        if is_first:
-            copies[digest] = now
-        if now > self._next_look or len(copies) > 4 * self.RECENT:
-            self._next_look = now + 5
-            self._copies = dict(islice(copies.items(), max(len(copies) - 2 * self.RECENT, 0), None))
-            self._doubled = {
-                port: ended
-                for port, ended in self._doubled.items()
-                if self._connections(port)[0] > 1 and self._connections(port)[1] == ended
-            }
-            if not self._doubled:
-                self._copies = None
-        return is_first
+    def _take_connections(self, raw: bytes) -> None:
+        """Take what tells how many connections to a publisher there are."""
+        if number_of_connections(raw) > 1 and self._merge is None:
+            merge = _Merge(self._socket, self._mark, self._take_events, self._wake_at, self._end_merge)
+            merge.begin_line(raw)
+            self._merge, self.recv = merge, merge.recv
 
-    def freeze(self) -> int:
-        """Remember what came until now, as a connection is down: its end may not have been confirmed.
+    def _end_merge(self) -> None:
+        self._merge, self.recv = None, self._socket.recv
 
-        Returns:
-            The index of what comes next.
-        """
+    def release(self) -> bool:
+        """Have what waits for something received next; return whether there is something."""
+        return self._merge is not None and self._merge.release()
+
+    def _freeze(self) -> None:
+        """Remember what came until now, as a connection is down: its end may not have been confirmed."""
         first = self._index - len(self._recent)
         start = max(self._frozen[-1][0] + 1 - first, 0) if self._frozen else 0
         self._frozen.extend((first + start + i, digest) for i, digest in enumerate(islice(self._recent, start, None)))
-        return self._index
 
     def _live(self, since: int, until: int | None = None) -> Counter[int]:
         """Return the digests of what came live, from one index to another."""
-        self.freeze()
+        self._freeze()
         end = self._index if until is None else until
         return Counter(digest for index, digest in self._frozen if since <= index < end)
 
@@ -5464,9 +5689,14 @@ class _CatchUp:
         source.live = None
 
     def take(self, raw: bytes) -> bytes | None:
-        """Take what came under the mark; return the message in it, if it is one that is not here yet."""
+        """Take what came under a mark, or nothing; return the message in it, if it is one that is not here yet."""
+        if not raw:
+            return None
         head, _, content = raw.removeprefix(self._mark + b"\0").partition(b"\0")
         try:
+            if raw[:1] == _EARLY_MARK[:1]:
+                self._take_connections(raw)
+                return None
             kind, instance, *fields = head.split(b" ")
             if len(instance) == 16 and kind in (b"H", b"L", b"C", b"E", b"P"):
                 name = fields.pop().decode("utf-8", "replace") if kind == b"H" else ""
@@ -5507,10 +5737,6 @@ class _CatchUp:
             source.since, source.index = self._since(port, self._index)
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._index - source.index)
-        connections, ended = self._connections(port)
-        if connections > 1 and ended == source.ended:  # none has ended, so there is one more
-            self._begin_copies(port, ended)
-        source.ended = ended
         self._close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -5627,7 +5853,7 @@ def get_blake2b() -> Any:
     return blake2b
 
 
-_DURABLE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_DURABLE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 
 
 def _try_to_lock(file: io.FileIO) -> bool:
@@ -5660,7 +5886,7 @@ class _StateFile:
     PAUSE = 1.0  # seconds after a failure until the next attempt
 
     def __init__(self, name: str) -> None:
-        if not isinstance(name, str) or _DURABLE_NAME.fullmatch(name) is None:
+        if not isinstance(name, str) or re.fullmatch(_DURABLE_NAME, name) is None:
             raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
         self._name = name
         self._log = LimitedLogger("subscriber")
@@ -5773,10 +5999,8 @@ def _current_owner() -> Any:
     return task or threading.current_thread()
 
 
-_DURABLE_HEAD = re.compile(rb"posttroll-durable 1 (\d{1,15})\n")
-_DURABLE_LINE = re.compile(
-    rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
-)
+_DURABLE_HEAD = rb"posttroll-durable 1 (\d{1,15})\n"
+_DURABLE_LINE = rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
 
 
 class _DurableState:
@@ -5831,8 +6055,8 @@ class _DurableState:
     def _read(self) -> None:
         """Read what earlier programs have handled."""
         lines, changed = self._file.read()
-        head = _DURABLE_HEAD.fullmatch(lines[0]) if lines else None
-        entries = [_DURABLE_LINE.fullmatch(line) for line in lines[1:]]
+        head = re.fullmatch(_DURABLE_HEAD, lines[0]) if lines else None
+        entries = [re.fullmatch(_DURABLE_LINE, line) for line in lines[1:]]
         if head is None or None in entries:
             if changed is not None:
                 text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
@@ -6168,9 +6392,16 @@ class _Inbox:
 
     def read_all(self, stream: _CatchUp) -> None:
         """Read what lies unread in the socket of *stream*, to be handed out later."""
-        with suppress(zmq.Again):
-            while True:
-                self._unread.append((stream.recv(_NOBLOCK), stream))
+        is_all = False
+        while not is_all:
+            with suppress(zmq.Again):
+                while True:
+                    raw = stream.recv(_NOBLOCK)
+                    if raw[:1] == _EARLY_MARK[:1]:
+                        stream.take(raw)  # at once: it is about what comes next
+                    elif raw:
+                        self._unread.append((raw, stream))
+            is_all = not stream.release()
 
     def begin_batch(self) -> None:
         """Take note that all else has had its turn."""
@@ -6205,9 +6436,9 @@ class _Inbox:
                         continue
                 else:
                     return
-                content = raw if raw[:1] != b"~" else stream.take(raw)
-                if content is raw and not stream.note(raw):
-                    content = None
+                content = raw if raw[:1] == b"p" else stream.take(raw)
+                if content is raw:
+                    stream.note(raw)
                 if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
                     content = None
                 message = None if content is None else self._accept(content, stream)
@@ -6405,16 +6636,20 @@ class _SubscriberSockets:
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
         topics = [prefix.encode() for prefix in prefixes]
         since = partial(self._connections.greet, sock, self._begin)
-        connections = partial(self._connections.count, sock)
+        take_events = partial(self._connections.take_pending_events, sock)
+
+        def wake_at(when: float) -> None:
+            self._loop.at(when, partial(self._inbox.note_ready, stream))
+
         self._streams[sock] = stream = _CatchUp(
-            sock, topics, since, self._note_missed, connections, self._note_past, self._durable
+            sock, topics, since, self._note_missed, take_events, wake_at, self._note_past, self._durable
         )
         stream.origin = origin or ""
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
 
-    def _note_change(self, sock: zmq.Socket[bytes]) -> int:
-        return self._streams[sock].freeze()
+    def _note_change(self, sock: zmq.Socket[bytes], descriptor: int) -> int:
+        return self._streams[sock].note_change(descriptor)
 
     def _note_several(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
         for sock in sockets:
@@ -6784,18 +7019,23 @@ class _Follower:
         patience = self.PATIENCE * max(self._interval, self.SELDOM)
         for host, resolution in self._resolutions.items():
             endpoint = resolution.check()
-            if endpoint is None:
+            is_open = host in self._sockets and endpoint == self._endpoints[host]
+            if endpoint is None or (is_open and now - self._last_answer[host] <= patience):
                 continue
-            if host in self._sockets:
-                if endpoint == self._endpoints[host] and now - self._last_answer[host] <= patience:
-                    continue
-                for sock in self._sockets.pop(host):  # what is unread is asked for again
-                    self._loop.unwatch(sock)
-                    close_socket(sock)
+            self._close(host)
             self._last_answer[host] = now
             self._endpoints[host] = endpoint
-            news = self._open_news(host, endpoint) if self._listen else []
-            self._sockets[host] = [self._open_lookups(host, endpoint), *news]
+            try:
+                self._connect(host, endpoint)
+            except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
+                self._log.warning("open", "Cannot ask the nameserver at %s (trying again): %s", host, error)
+                self._close(host)
+
+    def _close(self, host: str) -> None:
+        """Close the sockets to *host*; what is unread is asked for again."""
+        for sock in self._sockets.pop(host, ()):
+            self._loop.unwatch(sock)
+            close_socket(sock)
 
     def _resolution(self, host: str) -> _Resolution:
         return _Resolution(lookup_endpoint(host), lambda: self._loop.call(self._open_and_look_up))
@@ -6804,21 +7044,22 @@ class _Follower:
         self._open()
         self._look_up(self._services)
 
-    def _open_lookups(self, host: str, endpoint: str) -> zmq.Socket[bytes]:
-        """Return a socket for lookups at *host*."""
-        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
-        self._loop.watch(lookups, partial(_take_frames, lookups, partial(self._take_answer, host)))
-        return lookups
+    def _connect(self, host: str, endpoint: str) -> None:
+        """Open a socket for lookups at *host*, and listen to its address port, and to whether there is a connection."""
+        sockets = self._sockets[host] = []
 
-    def _open_news(self, host: str, endpoint: str) -> list[zmq.Socket[bytes]]:
-        """Return sockets that listen to the address port of *host*, and to whether there is a connection."""
-        news = set_up_client_socket(zmq.SUB, "")
-        news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
-        monitor = _open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._loop.watch(news, partial(_take_frames, news, partial(self._take_news, host)))
-        self._loop.watch(monitor, partial(_take_frames, monitor, self._catch_up))
-        connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
-        return [news, monitor]
+        def take(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object]) -> None:
+            sockets.append(sock)
+            self._loop.watch(sock, partial(_take_frames, sock, handle))
+
+        lookups = set_up_client_socket(zmq.DEALER, endpoint, {zmq.SNDHWM: 2 * len(self._services) + 10})
+        take(lookups, partial(self._take_answer, host))
+        if self._listen:
+            news = set_up_client_socket(zmq.SUB, "")
+            take(news, partial(self._take_news, host))
+            news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
+            take(_open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED), self._catch_up)
+            connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
 
     def _catch_up(self, frames: list[bytes]) -> None:
         """After a connection to an address port: learn by lookups what was published before.
@@ -6831,16 +7072,18 @@ class _Follower:
 
     def _run(self) -> None:
         """Look up what is missing or may have changed, again and again."""
-        missing = self.missing
-        is_in_doubt = any(publisher.denials for publisher in self._known.values())
-        self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
-        self._loop.at(time.monotonic() + self._interval, self._run)
-        self._open()
-        if missing and not self._has_warned and self._interval == self.SOON:
+        missing, wants_all = self.missing, "" in self._services
+        try:
+            if missing or self._listen or not wants_all:
+                self._open()
+                self._look_up(missing if wants_all and not self._listen else self._services)
+        finally:
+            is_cut_off = len(self._sockets) < len(self._resolutions)
+            is_in_doubt = is_cut_off or any(publisher.denials for publisher in self._known.values())
+            self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
+            self._loop.at(time.monotonic() + self._interval, self._run)
+        if missing and not self._has_warned:
             self.warn_of_missing()
-        wants_all = "" in self._services
-        if missing or self._listen or not wants_all:
-            self._look_up(missing if wants_all and not self._listen else self._services)
         self._let_go_of_lost()
 
     def warn_of_missing(self) -> None:
@@ -6874,7 +7117,7 @@ class _Follower:
             self.add(host, entry, service)
         found = {entry["URI"] for entry in entries}
         for address, publisher in self._known.items():
-            if host in publisher.hosts and service in publisher.services and address not in found:
+            if host in self._informants(publisher) and service in publisher.services and address not in found:
                 self._note_denial(publisher, host)
         self._let_go_of_lost()
 
@@ -6894,13 +7137,17 @@ class _Follower:
             wanted = [service for service in self._services if service in ("", *entry["service"])]
             for service in wanted:
                 self.add(host, entry, service)
-        elif publisher is not None and host in publisher.hosts:
+        elif publisher is not None and host in self._informants(publisher):
             publisher.denials[host] = [float("-inf"), self.PATIENCE]  # it is sure
             self._loop.at(time.monotonic() + 1.2, self._let_go_of_lost)  # its last messages have come by then
             self._let_go_of_lost()
 
-    def add(self, host: str, entry: Mapping[str, Any], service: str) -> None:
-        """Connect the subscriber to a publisher of *service* that *host* told of."""
+    def _informants(self, publisher: _Publisher) -> Iterable[str]:
+        """Return the nameservers that know *publisher*; all, as long as that is not known."""
+        return publisher.hosts or self._resolutions
+
+    def add(self, host: str | None, entry: Mapping[str, Any], service: str) -> None:
+        """Connect the subscriber to a publisher of *service* that *host*, or one of several (None), told of."""
         address = entry.get("URI")
         backend = entry.get("backend")
         if not is_connectable(address) or backend_towards(backend) is None:
@@ -6925,8 +7172,11 @@ class _Follower:
         announced = entry.get("service")
         services = announced if isinstance(announced, list) else []
         publisher.services.update([service], (each for each in self._services if each in services))
-        publisher.hosts.add(host)
-        publisher.denials.pop(host, None)
+        if host is not None:
+            if not publisher.hosts:
+                publisher.denials.clear()
+            publisher.hosts.add(host)
+            publisher.denials.pop(host, None)
 
     def _note_denial(self, publisher: _Publisher, host: str) -> None:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
@@ -6947,7 +7197,7 @@ class _Follower:
         """
         long_ago = time.monotonic() - self.PATIENCE * self.SELDOM * 0.6
         for address, publisher in list(self._known.items()):
-            denials = [publisher.denials.get(host, [0.0, 0]) for host in publisher.hosts]
+            denials = [publisher.denials.get(host, [0.0, 0]) for host in self._informants(publisher)]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
             if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
                 continue
@@ -7045,7 +7295,7 @@ class NSSubscriber:
                 try:
                     left = max(deadline - time.monotonic(), 0.001)
                     for entry in get_pub_addresses([service], left, hosts):
-                        follower.add(hosts[0], entry, service)
+                        follower.add(hosts[0] if len(hosts) == 1 else None, entry, service)
                 except TimeoutError as error:
                     _log("subscriber").warning("%s", error)
                     break
@@ -7236,7 +7486,9 @@ class Listener:
         self.subscriber: Subscriber | None = None
         self.running = False
         self._lock = threading.RLock()
+        self._run_lock = threading.RLock()
         self._is_stopped = False
+        self._stops = 0
         self.logger = logging.getLogger(f"{__name__}.listener.Listener")
 
     def create_subscriber(self) -> None:
@@ -7254,9 +7506,10 @@ class Listener:
             }
             subscriber = create_subscriber_from_dict_config(settings)
             with self._lock:
-                self.subscriber = subscriber
-                if self._is_stopped:
-                    self._close()
+                if not self._is_stopped:
+                    self.subscriber = subscriber
+                    return
+            subscriber.close()
 
     def add_to_queue(self, msg: Message) -> None:
         """Put a message into the queue."""
@@ -7264,31 +7517,32 @@ class Listener:
 
     def run(self) -> None:
         """Receive messages, until `stop` is called."""
-        self.logger.debug("Starting to listen to %s", self.topics)
-        self.running = True
-        try:
-            self.create_subscriber()
-            subscriber = self.subscriber
-            for message in subscriber.recv() if subscriber is not None else ():
-                if message is not None:
-                    self.add_to_queue(message)
-        finally:
-            self.running = False
-            with self._lock:
-                self._close()
+        stops = self._stops
+        with self._run_lock:  # one after the other: that of before a `restart` may not have ended yet
+            self.logger.debug("Starting to listen to %s", self.topics)
+            self.running = True
+            try:
+                self.create_subscriber()
+                subscriber = self.subscriber if self._stops == stops else None
+                for message in subscriber.recv() if subscriber is not None else ():
+                    if message is not None:
+                        self.add_to_queue(message)
+            finally:
+                self.running = False
+                if self._stops == stops:
+                    self._close()
 
     def _close(self) -> None:
-        subscriber, self.subscriber = self.subscriber, None
+        with self._lock:
+            subscriber, self.subscriber = self.subscriber, None
         if subscriber is not None:
-            subscriber.close()
+            subscriber.close()  # for good: run() may be about to receive
 
     def stop(self) -> None:
         """End `run`."""
-        with self._lock:
-            self._is_stopped = True
-            subscriber = self.subscriber
-        if subscriber is not None:
-            subscriber.close()  # for good: run() may be about to receive
+        self._is_stopped = True
+        self._stops += 1
+        self._close()
 
     def restart(self) -> None:
         """Stop it; `run` may be called again after that."""
@@ -7327,6 +7581,8 @@ class ListenerContainer:
         durable: str | None = None,
     ) -> None:
         self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
+        import queue
+
         self.output_queue: queue.Queue[Message] = queue.Queue()
         self.listener: Listener
         self.thread: threading.Thread | None = None
@@ -7420,6 +7676,16 @@ class PytrollHandler(logging.Handler):
         self._publisher.start()
         self.setFormatter(PytrollFormatter())
 
+    def handle(self, record: logging.LogRecord) -> Any:
+        """Publish *record*, unless a filter refuses it.
+
+        Without the lock of other handlers: it is held around `close`, which waits for a thread that may log, too.
+        """
+        passed = self.filter(record)
+        if passed:
+            self.emit(passed if isinstance(passed, logging.LogRecord) else record)
+        return passed
+
     def emit(self, record: logging.LogRecord) -> None:
         """Publish *record*."""
         try:
@@ -7429,6 +7695,7 @@ class PytrollHandler(logging.Handler):
 
     def close(self) -> None:
         """Stop the publisher."""
+        self.setLevel(sys.maxsize)  # what is logged from now on, by the publisher itself too, is not for it any more
         self._publisher.stop()
         super().close()
 
@@ -8451,6 +8718,8 @@ class _PublishingEnd:
 
 def _run_publishing_end(options: argparse.Namespace) -> int:
     """Send what stdin tells, until its end; say on stdout when it is done, and how many messages were lost."""
+    import signal
+
     for number in (signal.SIGINT, signal.SIGTERM):  # which everybody in a terminal or a service gets
         signal.signal(number, signal.SIG_IGN)
     source, report = sys.stdin.buffer, sys.stdout.buffer
@@ -8558,6 +8827,8 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
 
 def _check_publishers(addresses: Sequence[str], timeout: float = math.inf) -> dict[str, bool]:
     """Return which of the addresses are answered, within *timeout*, by a ZeroMQ socket; all are asked at once."""
+    import queue
+
     deadline = time.monotonic() + timeout
     waiting, answers = deque(addresses), dict.fromkeys(addresses, False)
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -9750,7 +10021,7 @@ def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the map in the language of Mermaid."""
 
     def quoted(*texts: str) -> str:
-        escaped = (re.sub('[#"<>&|]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
+        escaped = (re.sub('[#"<>&|`]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
         return '"' + "<br/>".join(escaped) + '"'
 
     nodes, edges = _edges(rows)

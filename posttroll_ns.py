@@ -31,8 +31,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import partial
-from logging.handlers import TimedRotatingFileHandler
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Callable, cast
 
 import zmq
@@ -63,7 +62,7 @@ class AnnouncementError(ValueError):
 class _Entry:
     """A publisher: what it announced, and when."""
 
-    __slots__ = ("address", "extras", "heard", "name", "received", "services")
+    __slots__ = ("address", "extras", "heard", "name", "services")
 
     def __init__(self, address: str, name: str, services: tuple[str, ...], extras: dict[str, str]) -> None:
         self.address = address
@@ -71,18 +70,28 @@ class _Entry:
         self.services = services
         self.extras = extras
         self.heard = 0.0
-        self.received = 0.0
 
-    def describe(self) -> dict[str, Any]:
-        """Return the entry as it goes into an answer."""
+    def describe(self, clock: float) -> dict[str, Any]:
+        """Return the entry as it goes into an answer.
+
+        Args:
+            clock: How far `time.time` is ahead of `time.monotonic`.
+        """
         return {
             "URI": self.address,
             "service": list(self.services),
             **self.extras,
             "status": True,
             "name": self.name,
-            "receive_time": dt.datetime.fromtimestamp(self.received, _UTC),
+            "receive_time": dt.datetime.fromtimestamp(self.heard + clock, _UTC),
         }
+
+
+@lru_cache(maxsize=64)
+def _extras(version: str | None, backend: str | None) -> dict[str, str]:
+    """Return what else a publisher announced; most announce the same, which then takes memory once."""
+    extras = {"supported_message_version": version, "backend": backend}
+    return {key: value for key, value in extras.items() if value is not None}
 
 
 class AddressBook:
@@ -129,19 +138,14 @@ class AddressBook:
             raise AnnouncementError(f"it has more than {self.MAX_SERVICES} services")
         if not self._is_text(name):
             raise AnnouncementError("its name is too long")
-        extras = {}
         version = data.get("supported_message_version")
-        if version is not None:
-            if not self._is_text(version) or not version.startswith("v"):
-                raise AnnouncementError("its supported_message_version is no version")
-            extras["supported_message_version"] = version
+        if version is not None and not (self._is_text(version) and version.startswith("v")):
+            raise AnnouncementError("its supported_message_version is no version")
         backend = data.get("backend")
-        if backend is not None:
-            if backend not in ("unsecure_zmq", "secure_zmq"):
-                raise AnnouncementError(f"its backend {str(backend)[:80]!r} is not known")
-            extras["backend"] = backend
-        interned = tuple(map(sys.intern, services))
-        return _Entry(cast(str, address), name, interned, {key: sys.intern(value) for key, value in extras.items()})
+        if backend not in (None, "unsecure_zmq", "secure_zmq"):
+            raise AnnouncementError(f"its backend {str(backend)[:80]!r} is not known")
+        interned = tuple(map(sys.intern, services))  # as the name, which in general is one of them
+        return _Entry(cast(str, address), sys.intern(name), interned, _extras(version, backend))
 
     def _is_text(self, value: Any) -> bool:
         return isinstance(value, str) and 0 < len(value) <= self.MAX_TEXT
@@ -155,7 +159,7 @@ class AddressBook:
         Raises:
             AnnouncementError: There are too many publishers.
         """
-        entry.heard, entry.received = time.monotonic(), time.time()
+        entry.heard = time.monotonic()
         known = self._entries.get(entry.address)
         if known is None and len(self._entries) >= self.limit:
             self._make_room()
@@ -164,7 +168,7 @@ class AddressBook:
             entry.extras,
             entry.name,
         ):
-            known.heard, known.received = entry.heard, entry.received
+            known.heard = entry.heard
             self._entries.move_to_end(entry.address)
             return False
         if known is not None:
@@ -468,7 +472,8 @@ class AddressReceiver:
     def get(self, name: str = "") -> list[dict[str, Any]]:
         """Return the addresses of the publishers of the service *name*, of all with ``""``."""
         with self._lock:
-            return [entry.describe() for entry in self._book.find(name)]
+            clock = time.time() - time.monotonic()
+            return [entry.describe(clock) for entry in self._book.find(name)]
 
     @property
     def changes(self) -> int:
@@ -499,7 +504,7 @@ class AddressReceiver:
         is_first = not self._news
         self.process_address_message(data, self._news)
         if self._news and is_first:
-            self.loop.call(self._publish_news)
+            self.loop.at(time.monotonic(), self._publish_news)
         if self._expiry is None:
             self._plan_expiry()
 
@@ -770,6 +775,8 @@ def setup_logging(opts: Any) -> logging.Logger:
     """
     handler: logging.Handler = logging.StreamHandler(sys.stdout)
     if opts.log:
+        from logging.handlers import TimedRotatingFileHandler
+
         handler = TimedRotatingFileHandler(opts.log, when="midnight", backupCount=7)
     text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
     handler.setFormatter(logging.Formatter(text, "%Y-%m-%d %H:%M:%S"))
