@@ -16995,6 +16995,11 @@ class Outage:
         """Return how many messages a subscriber says are gone."""
         return sum(map(int, REPORTED_LOSS.findall((self.directory / f"{subscriber}.log").read_text())))
 
+    def has_connections(self) -> bool:
+        """Whether a subscriber has a connection to a publisher, as far as its host knows."""
+        rows = Path(f"/proc/{self.subscribers[0].pid}/net/tcp").read_text().splitlines()[1:]
+        return any(row.split()[3] == "01" for row in rows)
+
     def tell(self, count: str) -> None:
         """Have all publishers send so many messages at once."""
         for publisher in self.publishers.values():
@@ -17056,25 +17061,26 @@ class TestOutages:
 
             yield start
 
-    def cut(self, world: Outage) -> None:
+    @contextlib.contextmanager
+    def cut(self, world: Outage) -> Iterator[None]:
         name, link = world.hosts.names[1], world.hosts.links[1]
         world.hosts.ip("-n", name, "link", "set", link, "down")
-        time.sleep(world.seconds)  # the duration of the outage
+        yield
         world.hosts.ip("-n", name, "link", "set", link, "up")
 
     @pytest.mark.parametrize("seconds", [SECONDS, LONG / 2])
     def test_the_link_is_cut(self, world, seconds):
         running = world(seconds)
-        self.cut(running)
+        with self.cut(running):
+            time.sleep(running.seconds)  # the duration of the outage
         running.hear_all()
         running.finish()  # what is queued for a dead connection, which its publisher has not noticed, counts as dropped
 
     def test_the_link_is_cut_for_longer_than_the_history_reaches(self, world):
         running = world(POSTTROLL_HISTORY_MESSAGES="50")
-        telling = threading.Timer(running.seconds * 0.8, lambda: running.tell("400"))
-        telling.start()  # by then it has been noticed that the link is dead
-        self.cut(running)
-        telling.join()
+        with self.cut(running):
+            wait_for(lambda: not running.has_connections(), what="subscribers to notice that the link is dead")
+            running.tell("400")
         running.finish()
         for number, wishes in enumerate(Outage.WISHES):
             missing = running.missing(number)
