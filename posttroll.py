@@ -3728,11 +3728,11 @@ class _Peer:
         self.has_asked = False  # since then, for what it has not
         self.hello: int | None = None  # the number that the last hello has told, None: a hello is still to be sent
         self.prefixes: tuple[bytes, ...] = (b"",)
-        self.told = 0  # the number that it was told last
         self.intact = 0  # the number up to which it was told last that all has come since the hello
         self.is_heard = True  # False: what is sent to it may be dropped in silence
         self.is_intact = True  # since the hello its queue was not full
         self.begin()
+        self.tell(0)
         self.ends = 0
 
     def begin(self) -> None:
@@ -3741,6 +3741,10 @@ class _Peer:
         self.until: int | None = 0  # the last number to catch up, None: as many as there are by then
         self.sent = self.gone = 0
         self.is_answer = False  # to a request of its own, not only to a full queue
+
+    def tell(self, number: int) -> None:
+        """Take note that it was told that all up to *number* has been sent."""
+        self.told, self._told_sent = number, self.sent
 
     def fall_behind(self, after: int, until: int | None) -> None:
         """Take note of what is to be caught up."""
@@ -3803,6 +3807,15 @@ class _EarlyMarks:
                     for _ in range(min(number, 2)):
                         self._socket.send(content, _NOBLOCK)
                     self._untold.discard(mark)
+
+    def miss(self) -> None:
+        """Take note that it misses the newest message: that is behind all else to be caught up.
+
+        It catches up from what it was told on: so it can tell copies from messages that were sent several times.
+        """
+        if self.after is None:
+            self.sent = self._told_sent  # what was since comes once more, and counts once
+        self.fall_behind(self.told if self.after is None else self.after, None)
 
 
 class _Listeners:
@@ -4079,7 +4092,7 @@ class _Audience(_Listeners):
             for peer in self.peers.values():
                 has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
                 if not has_room:  # it may be dropped for this one too, and what follows it
-                    peer.fall_behind(peer.told, None)
+                    peer.miss()
                     peer.is_heard = False
             self.socket.setsockopt(zmq.SNDHWM, limit)
             self.socket.setsockopt(zmq.XPUB_NODROP, 0)
@@ -4093,8 +4106,8 @@ class _Audience(_Listeners):
                     continue
                 if peer.after is None and self._send_to(peer, content):
                     peer.sent += 1
-                else:  # from what it was told on: so it can tell copies from messages that were sent several times
-                    peer.fall_behind(peer.told, None)
+                else:
+                    peer.miss()
                     missed += 1
         self._catch_up_soon(0.02)
         if missed:
@@ -4121,8 +4134,9 @@ class _Audience(_Listeners):
         peer.hello, number = None, self.history.number
         fields = (self.instance, number, peer.ends, self._port, peer.before, self._name)
         if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %d %s" % fields):
-            peer.hello = peer.told = peer.intact = number
+            peer.hello = peer.intact = number
             peer.is_intact = True
+            peer.tell(number)
         else:
             self._catch_up_soon(self.LONGEST_PAUSE)
 
@@ -4143,7 +4157,7 @@ class _Audience(_Listeners):
                 continue
             if peer.after is None:
                 if self._send_to(peer, b"P %s %d %d %d" % (self.instance, number, peer.ends, peer.sent)):
-                    peer.told = number
+                    peer.tell(number)
             elif peer.is_intact and peer.intact != number:  # it catches up, but has missed nothing meanwhile
                 if self._send_to(peer, b"I %s %d" % (self.instance, number)):
                     peer.intact = number
@@ -4226,8 +4240,8 @@ class _Audience(_Listeners):
             self._catch_up_soon(self._pause)
 
     def _send_past(self, peer: _Peer) -> bool:
-        """Send a part of what *peer* has to catch up; return False if its queue is full."""
-        history = self.history
+        """Send a part of what *peer* has to catch up; return False if there was no room for any of it."""
+        history, sent = self.history, peer.sent
         after = cast(int, peer.after)
         until = history.number if peer.until is None else peer.until
         lost = max(min(history.first - 1, until) - after, 0)
@@ -4238,17 +4252,17 @@ class _Audience(_Listeners):
                 break
             if data.startswith(peer.prefixes):
                 if not self._send_to(peer, b"C %s %d\0%s" % (self.instance, number, data)):
-                    return False
+                    return peer.sent > sent
                 peer.sent += 1
             peer.after = number
         if peer.after < until:
             return True
         fields = (self.instance, until, peer.ends + 1, peer.sent, peer.gone, peer.is_answer)
         if not self._send_to(peer, b"E %s %d %d %d %d %d" % fields):
-            return False
+            return peer.sent > sent
         peer.ends += 1
-        peer.told = until
         peer.begin()
+        peer.tell(until)
         return True
 
     def unserved(self) -> list[tuple[bytes, int | None]]:

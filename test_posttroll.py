@@ -15937,6 +15937,57 @@ class TestFullQueues:
                 await_count(data, 500)
                 wait_for(lambda: not pub._audience.unserved() and not pub._audience._pause)
 
+    def test_who_catches_up_while_more_is_sent(self):
+        """What finds the queue full of the past does not make it begin again."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 1) as ([sub], _):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            audience = pub._audience
+            [peer] = audience.peers.values()
+            numbers.send(1)
+            assert len(received_data(sub)) == 1
+            wait_for(lambda: next(sub.recv(0)) is None and not audience.unserved())
+            while not pub.dropped:
+                numbers.send(100)
+            room = numbers.count  # in the system's buffers
+            numbers.send(room + 600)
+            dropped = pub.dropped
+            read = [number for number, _ in received_data(sub, room - 100)]
+            reached = wait_for(lambda: peer.after > peer.told and peer.after)
+
+            def finds_it_full() -> bool:
+                nonlocal reached
+                numbers.send(1)
+                assert peer.after >= reached
+                reached = peer.after
+                return pub.dropped > dropped
+
+            wait_for(finds_it_full)
+            with serving(sub) as data:
+                await_count(data, numbers.count - 1 - len(read))
+                assert sorted([*read, *(number for number, _ in data)]) == list(range(1, numbers.count))
+
+    def test_who_falls_behind_as_others_have_is_sent_the_past_once(self):
+        """Also what it had got alone, as the queue of another was full, before its own was."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 2) as (subs, _):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            with serving(subs[1]) as data:
+                while not pub.dropped:
+                    numbers.send(10, 0.001)
+                    await_count(data, numbers.count)
+            peer = next(peer for peer in pub._audience.peers.values() if peer.after is None)
+            ends = peer.ends
+            while peer.after is None:
+                numbers.send(10, 0.0001)
+            numbers.send(100)
+            with serving(subs[1]) as more:
+                await_count(more, numbers.count - len(data))
+                wait_for(lambda: peer.after is None)
+                assert peer.ends == ends + 1
+                numbers.send(1)
+                await_count(more, numbers.count - len(data))
+                wait_for(lambda: peer.told == numbers.count)
+                assert (peer.ends, peer.after) == (ends + 1, None)
+
     def test_the_same_text_while_a_queue_is_full(self):
         text = text_message("x" * 20_000)
         with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 2) as (subs, _):
@@ -17035,6 +17086,11 @@ class Outage:
         """Return how many messages a subscriber says are gone."""
         return sum(map(int, REPORTED_LOSS.findall((self.directory / f"{subscriber}.log").read_text())))
 
+    def has_connections(self) -> bool:
+        """Whether a subscriber has a connection to a publisher, as far as its host knows."""
+        rows = Path(f"/proc/{self.subscribers[0].pid}/net/tcp").read_text().splitlines()[1:]
+        return any(row.split()[3] == "01" for row in rows)
+
     def tell(self, count: str) -> None:
         """Have all publishers send so many messages at once."""
         for publisher in self.publishers.values():
@@ -17096,25 +17152,26 @@ class TestOutages:
 
             yield start
 
-    def cut(self, world: Outage) -> None:
+    @contextlib.contextmanager
+    def cut(self, world: Outage) -> Iterator[None]:
         name, link = world.hosts.names[1], world.hosts.links[1]
         world.hosts.ip("-n", name, "link", "set", link, "down")
-        time.sleep(world.seconds)  # the duration of the outage
+        yield
         world.hosts.ip("-n", name, "link", "set", link, "up")
 
     @pytest.mark.parametrize("seconds", [SECONDS, LONG / 2])
     def test_the_link_is_cut(self, world, seconds):
         running = world(seconds)
-        self.cut(running)
+        with self.cut(running):
+            time.sleep(running.seconds)  # the duration of the outage
         running.hear_all()
         running.finish()  # what is queued for a dead connection, which its publisher has not noticed, counts as dropped
 
     def test_the_link_is_cut_for_longer_than_the_history_reaches(self, world):
         running = world(POSTTROLL_HISTORY_MESSAGES="50")
-        telling = threading.Timer(running.seconds * 0.8, lambda: running.tell("400"))
-        telling.start()  # by then it has been noticed that the link is dead
-        self.cut(running)
-        telling.join()
+        with self.cut(running):
+            wait_for(lambda: not running.has_connections(), what="subscribers to notice that the link is dead")
+            running.tell("400")
         running.finish()
         for number, wishes in enumerate(Outage.WISHES):
             missing = running.missing(number)
