@@ -1337,6 +1337,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._callbacks: dict[Any, Callable[[], object]] = {}
+        self._quiet: dict[zmq.Socket[bytes], int] = {}  # their descriptors
         self._poller = zmq.Poller()
         self._timers: list[Timer] = []
         self._calls: deque[Callable[[], object]] = deque()
@@ -1350,8 +1351,19 @@ class Loop:
         self._callbacks[item] = callback
         self._poller.register(item, events)
 
+    def watch_quiet(self, sock: zmq.Socket[bytes], callback: Callable[[], object]) -> None:
+        """Have *callback* called now, and whenever something has come on *sock*, of which it must leave nothing.
+
+        For a socket of which one only receives, and seldom.  To ask ZeroMQ at each turn whether it has something would
+        take as long as to receive a message; its descriptor tells, but only once.
+        """
+        self._quiet[sock] = descriptor = int(cast(int, sock.get(zmq.FD)))
+        self.watch(descriptor, callback)
+        self._guard(callback)
+
     def unwatch(self, item: Any) -> None:
         """Watch *item* no longer; one that is not watched is ignored."""
+        item = self._quiet.pop(item, item)
         if self._callbacks.pop(item, None) is not None:
             self._poller.unregister(item)
 
@@ -1420,10 +1432,12 @@ class Loop:
                 self._guard(callback)
         if self._calls or self.is_stopped:
             return 0
-        due = [when for when in (deadline, self._timers[0].when if self._timers else None) if when is not None]
+        if self._timers and (deadline is None or self._timers[0].when < deadline):
+            deadline = self._timers[0].when
+        if deadline is None:
+            return None
         # One millisecond more: poll rounds down, and would return just before it is due.
-        wait = max(int((min(due) - time.monotonic()) * 1000) + 1, 0) if due else None
-        return None if wait is None else min(wait, self.LONGEST_POLL)
+        return min(max(int((deadline - time.monotonic()) * 1000) + 1, 0), self.LONGEST_POLL)
 
     def _dispatch(self, ready: Iterable[tuple[Any, int]]) -> None:
         for item, _ in ready:
@@ -1444,10 +1458,10 @@ class Loop:
     def close(self) -> None:
         """Let go of everything, and close the sockets that are watched."""
         self.is_stopped = True
-        for item in self._callbacks:
+        for item in (*self._callbacks, *self._quiet):
             if isinstance(item, zmq.Socket):
                 close_socket(item)
-        self._callbacks, self._timers = {}, []
+        self._callbacks, self._quiet, self._timers = {}, {}, []
         self._calls.clear()
         self._waker.close()
 
@@ -3753,6 +3767,15 @@ class _Peer:
         self.until = None if until is None or self.until is None else max(self.until, until)
         self.is_intact = self.is_intact and until is not None
 
+    def miss(self) -> None:
+        """Take note that it misses the newest message: that is behind all else to be caught up.
+
+        It catches up from what it was told on: so it can tell copies from messages that were sent several times.
+        """
+        if self.after is None:
+            self.sent = self._told_sent  # what was since comes once more, and counts once
+        self.fall_behind(self.told if self.after is None else self.after, None)
+
 
 def _send_once(sock: zmq.Socket[bytes], topic: bytes, content: bytes) -> None:
     """Send something under a topic to whoever has just subscribed to something, and to nobody else."""
@@ -3808,14 +3831,10 @@ class _EarlyMarks:
                         self._socket.send(content, _NOBLOCK)
                     self._untold.discard(mark)
 
-    def miss(self) -> None:
-        """Take note that it misses the newest message: that is behind all else to be caught up.
 
-        It catches up from what it was told on: so it can tell copies from messages that were sent several times.
-        """
-        if self.after is None:
-            self.sent = self._told_sent  # what was since comes once more, and counts once
-        self.fall_behind(self.told if self.after is None else self.after, None)
+def _plain_send(sock: zmq.Socket[bytes]) -> Callable[[bytes, int], object]:
+    """Return the send of a socket, without what pyzmq adds for other types of sockets: that is half of its time."""
+    return super(zmq.Socket, sock).send if type(sock) is zmq.Socket else sock.send
 
 
 class _Listeners:
@@ -3832,7 +3851,7 @@ class _Listeners:
         self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
         self.socket = sock
-        self._send = sock.send
+        self._send = _plain_send(sock)
         self.instance = os.urandom(8).hex().encode()
         self.started = time.monotonic()
         self.dropped = 0
@@ -3846,7 +3865,7 @@ class _Listeners:
         self._answers = 0
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
-        self._next_look = 0.0
+        self._looked = self._next_look = 0.0
         self._queue_limit = _QueueLimit(sock)
         self._patience = max(config.get("discovery_seconds"), 0.5)  # seconds that a busy subscriber has to ask
         self._timers: dict[Callable[[], None], Timer | None] = {}
@@ -4013,7 +4032,10 @@ class _Listeners:
 
         if callback not in self._timers:
             self._timers[callback] = None
-            self.loop.call(schedule)
+            if _background.is_here:
+                schedule()
+            else:
+                self.loop.call(schedule)
 
     def close(self, linger: int) -> None:
         """Close the socket; what is queued may still take *linger* milliseconds."""
@@ -4066,15 +4088,15 @@ class _Audience(_Listeners):
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
         now = time.monotonic()
-        if now > self._next_look:
-            self.look(now)
-        elif len(data) > 16384:  # a few of them are a lot
+        if len(data) > 16384:  # a few of them are a lot
             self._queue_limit.adapt(self.history.number, self.history.total)
         self.history.append(data, now)
         try:
             self._send(data, _NOBLOCK)
         except zmq.Again:
             self._send_around_full_queues(data)
+        if now > self._next_look:
+            self._see_to_look(now)
 
     def _send_around_full_queues(self, data: bytes) -> None:
         """Send to those whose queue is not full, and count the others.
@@ -4140,35 +4162,52 @@ class _Audience(_Listeners):
         else:
             self._catch_up_soon(self.LONGEST_PAUSE)
 
-    def look(self, now: float) -> None:
+    def _see_to_look(self, now: float) -> None:
+        """Look now, if the last time was long ago, so that the loop has nothing to do; else have it look soon."""
+        if now > self._looked + self.LOOK_SECONDS:
+            self._look(now)
+            if self._are_told:
+                return
+        self._look_later()
+
+    def _look_later(self) -> None:
+        self._next_look = math.inf  # what is sent until then does not look
+        self.later(self.LOOK_SECONDS, self._look_again)
+
+    def _look(self, now: float) -> None:
         """Take note of who has come, and tell subscribers of ours up to which message they should have all."""
-        self._next_look = now + self.LOOK_SECONDS
+        self._looked = now
         self._queue_limit.adapt(self.history.number, self.history.total)
         self._take_subscriptions()
         self._early_marks.tell()
-        self._tell_positions()
-        if self._look_again not in self._timers:
-            self.later(self.LOOK_SECONDS, self._look_again)  # after the last message, too
+        self._tell_positions(now)
+        self._expire()
 
-    def _tell_positions(self) -> None:
+    def _tell_positions(self, now: float) -> None:
         number = self.history.number
         for peer in self.peers.values():
             if peer.hello is None or number == peer.told:
                 continue
             if peer.after is None:
+                if not peer.has_asked and now - peer.greeted < self.LOOK_SECONDS:
+                    continue  # its request is on its way, and it does not listen to this before that is answered
                 if self._send_to(peer, b"P %s %d %d %d" % (self.instance, number, peer.ends, peer.sent)):
                     peer.tell(number)
             elif peer.is_intact and peer.intact != number:  # it catches up, but has missed nothing meanwhile
                 if self._send_to(peer, b"I %s %d" % (self.instance, number)):
                     peer.intact = number
 
+    @property
+    def _are_told(self) -> bool:
+        """Whether all subscribers of ours know up to which message they should have all."""
+        return all(peer.told == self.history.number for peer in self.peers.values())
+
     def _look_again(self) -> None:
-        left = self._next_look - time.monotonic()
-        if any(peer.told != self.history.number for peer in self.peers.values()):
-            self.look(time.monotonic())
-        elif left > 0:
-            self.later(left + 0.001, self._look_again)  # what is sent until then does not look
-        self._expire()
+        if self._are_told:
+            self._next_look = 0.0  # what is sent next sees to it
+        else:
+            self._look(time.monotonic())
+            self._look_later()
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -4263,6 +4302,7 @@ class _Audience(_Listeners):
         peer.ends += 1
         peer.begin()
         peer.tell(until)
+        self._look_later()  # if more was sent meanwhile, that is still to be told
         return True
 
     def unserved(self) -> list[tuple[bytes, int | None]]:
@@ -5252,9 +5292,8 @@ class _Connections:
 
     def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
         """Take note of what has happened to the connections of *sock* until now."""
-        while sock in self._monitors:  # else it is closed, and this is of what it had received before
-            if not self._take_events(sock, self._monitors[sock]):
-                return
+        if sock in self._monitors:  # else it is closed, and this is of what it had received before
+            self._take_events(sock, self._monitors[sock])
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -5344,22 +5383,22 @@ class _Connections:
             self._on_close(sock)
             raise
         self.sockets[slot] = sock
-        self._loop.watch(monitor, partial(self._take_events, sock, monitor))
+        self._loop.watch_quiet(monitor, partial(self._take_events, sock, monitor))
         self._monitors[sock] = monitor
         return sock
 
-    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> bool:
-        """Take note of which connections of *sock* go down and come up; return whether there may be more."""
-        for _ in range(100):
+    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        """Take note of which connections of *sock* go down and come up."""
+        while True:
             try:
                 data, endpoint = monitor.recv_multipart(_NOBLOCK)
             except zmq.Again:
-                return False
+                return
             event, value = struct.unpack("=HI", data)
             if event == zmq.EVENT_MONITOR_STOPPED:
                 self._loop.unwatch(monitor)
                 monitor.close(0)
-                return False
+                return
             link = self._links.get((sock, endpoint.decode("utf-8", "replace")))
             if link is not None:
                 was_up = link.is_up
@@ -5371,7 +5410,6 @@ class _Connections:
                 if was_up != link.is_up:
                     link.index = self._on_change(sock, link.descriptor)
                     self._new.note(sock, endpoint.decode("utf-8", "replace"), link)
-        return True
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
         if event == zmq.EVENT_CONNECT_RETRIED:
@@ -5742,6 +5780,11 @@ class _CatchUp:
 
     def _end_merge(self) -> None:
         self._merge, self.recv = None, self._socket.recv
+
+    @property
+    def is_merging(self) -> bool:
+        """Whether it may hold something that is not in its socket any more."""
+        return self._merge is not None
 
     def release(self) -> bool:
         """Have what waits for something received next; return whether there is something."""
@@ -6449,6 +6492,7 @@ class _Inbox:
 
     AHEAD = 16  # messages that are accepted at once
     BATCH_SECONDS = 0.05  # of receiving, until all else has its turn
+    SILENCE = 0.001  # seconds without a message, after which one that comes is mostly alone
 
     def __init__(
         self, message_filter: Callable[[Message], Any] | None, translate: bool | str, durable: _DurableState | None
@@ -6460,6 +6504,7 @@ class _Inbox:
         self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
         self.accepted: deque[Message] = deque()  # but not handed out
         self.batch_end = 0.0
+        self._is_alone = False  # the next message, most likely: look for more only after it has been handed out
         self._heard: float | None = None  # the end of the batch in which the last message came
         self.bad_log = LimitedLogger("subscriber")
         forget = getattr(message_filter, "forget", None)
@@ -6494,9 +6539,11 @@ class _Inbox:
                         self._unread.append((raw, stream))
             is_all = not stream.release()
 
-    def begin_batch(self) -> None:
-        """Take note that all else has had its turn."""
-        self.batch_end = time.monotonic() + self.BATCH_SECONDS
+    def begin_batch(self, since: float) -> None:
+        """Take note that all else has had its turn, for which one has waited *since* then."""
+        now = time.monotonic()
+        self.batch_end = now + self.BATCH_SECONDS
+        self._is_alone = now - since > self.SILENCE
 
     def take(self, owner: Any) -> Message | None:
         """Return the next message, for *owner* to handle; None also if all else is to have its turn."""
@@ -6512,8 +6559,9 @@ class _Inbox:
 
     def _accept_some(self, owner: Any) -> None:
         """Accept messages of those that are there; only one if it is then to be known who handles which."""
-        accepted, durable = self.accepted, self._durable
-        count = self.AHEAD if durable is None and self._filter is None else 1
+        accepted, durable, is_alone = self.accepted, self._durable, self._is_alone
+        self._is_alone = False
+        count = self.AHEAD if durable is None and self._filter is None and not is_alone else 1
         while time.monotonic() < self.batch_end:
             for _ in range(count):
                 if self._unread:
@@ -6525,14 +6573,17 @@ class _Inbox:
                     except zmq.ZMQError:  # nothing more, or closed meanwhile
                         self._streams = self._streams[:-1]
                         continue
+                    if is_alone and not stream.is_merging:
+                        # To find nothing takes as long as to receive several; if there is more, poll says so.
+                        self._streams = self._streams[:-1]
                 else:
                     return
-                content = raw if raw[:1] == b"p" else stream.take(raw)
+                content = stream.take(raw) if raw[:1] != b"p" else raw
                 if content is raw:
                     stream.note(raw)
-                if content is not None and stream.twins is not None and not stream.twins.is_new(content, stream):
-                    content = None
-                message = None if content is None else self._accept(content, stream)
+                if content is None or (stream.twins is not None and not stream.twins.is_new(content, stream)):
+                    continue
+                message = self._accept(content, stream)
                 if message is not None:
                     accepted.append(message)
             if accepted:
@@ -6881,10 +6932,11 @@ class Subscriber(_SubscriberSockets):
             self._owner = threading.get_ident()
             try:
                 while receiver.is_on:
-                    longest = time.monotonic() + self._LONGEST_WAIT
+                    now = time.monotonic()
+                    longest = now + self._LONGEST_WAIT
                     until = 0.0 if self._inbox.is_ready else longest if deadline is None else min(deadline, longest)
                     self._loop.turn(until)
-                    self._inbox.begin_batch()
+                    self._inbox.begin_batch(now)
                     message = self._inbox.take(receiver.owner)
                     if message is not None or (deadline is not None and time.monotonic() >= deadline):
                         return message
@@ -6942,7 +6994,7 @@ class Subscriber(_SubscriberSockets):
                     self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._inbox.is_ready else None))
                     self._turning.add_done_callback(self._end_turning)
             await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
-            self._inbox.begin_batch()
+            self._inbox.begin_batch(now)
             has_waited = True
         return None
 

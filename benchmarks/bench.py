@@ -406,6 +406,7 @@ class Worker:
         while not arrived.get():
             self.send_one("first")
             time.sleep(0.005)
+        time.sleep(0.1)  # what it had missed before has come by then
         self.send_one("last")
 
     # -- the nameserver --
