@@ -5919,7 +5919,8 @@ class _CatchUp:
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
             if source.live is None:
-                source.live = self._live(max(source.index, source.hello_index if source.is_asked else 0))
+                behind = max(source.hello_index, source.checked) if source.is_asked else 0
+                source.live = self._live(max(source.index, behind))
                 self._open.append(source)
             seen = source.live
         if seen[digest] <= 0:

@@ -16074,6 +16074,28 @@ class TestFullQueues:
                     wait_for(lambda: quick[-1] == slow[-1] == "end")
                     assert (len(quick), len(slow)) == (1001, 1001)
 
+    @pytest.mark.parametrize("kind", ["I %s 3", "P %s 3 0 0"])
+    def test_the_same_text_once_it_was_told_what_came_live(self, kind):
+        """What is known by number to have come live is no copy of what was missed after it."""
+        with raw_socket(zmq.XPUB) as pub:
+            port = pub.bind_to_random_port("tcp://127.0.0.1")
+            with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
+                mark = b""
+                while not mark.startswith(posttroll._MARK):
+                    assert pub.poll(DEADLINE * 1000)
+                    mark = pub.recv()[1:]
+                text, own = text_message("same").encode(), b"0123456789abcdef"
+                pub.send(mark + b"\0H " + own + b" 0 0 0 0 numbers")
+                for _ in range(3):
+                    pub.send(text)
+                pub.send(mark + b"\0" + kind.encode() % own)
+                for number in range(1, 6):
+                    pub.send(mark + b"\0C " + own + b" %d\0" % number + text)
+                pub.send(mark + b"\0E " + own + b" 5 1 5 0 1")
+                pub.send(text_message("end").encode())
+                wait_for(lambda: data[-1:] == ["end"])
+                assert data == ["same"] * 5 + ["end"]
+
     def test_a_queue_takes_only_so_many_bytes(self, monkeypatch):
         """Whatever the size of the messages; it is caught up, as far as the history reaches, or known to be missed."""
         monkeypatch.setenv("POSTTROLL_SEND_HIGH_WATER_MARK", "1000000")
