@@ -7007,6 +7007,12 @@ class Subscriber(_SubscriberSockets):
             self._close()
 
     @property
+    def _has_unread(self) -> bool:
+        """Whether there is something to receive without any waiting."""
+        sockets = self._connections.sockets.values()
+        return self._inbox.is_ready or any(cast(int, sock.get(zmq.EVENTS)) & zmq.POLLIN for sock in sockets)
+
+    @property
     def last_heard(self) -> float | None:
         """When a message came last, a heartbeat or another one on its topics; None before the first.
 
@@ -7345,7 +7351,7 @@ class _Follower:
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
             if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
                 continue
-            if self._subscriber._inbox.is_ready:
+            if self._subscriber._has_unread:
                 self._let_go_later()
             else:
                 del self._known[address]
