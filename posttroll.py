@@ -1348,6 +1348,8 @@ class Loop:
 
     def watch(self, item: Any, callback: Callable[[], object], events: int = _POLLIN) -> None:
         """Have *callback* called whenever *item*, a socket or a descriptor, is ready for *events*."""
+        if getattr(item, "closed", False):
+            return  # by whom Control-C interrupted, who had handed over this call
         self._callbacks[item] = callback
         self._poller.register(item, events)
 
@@ -1524,6 +1526,13 @@ class Background:
         if not done.is_set():
             call()
 
+    def dismiss(self, duty: object, loop: Loop, callback: Callable[[], object]) -> None:
+        """Have *callback* called as the last thing that *duty* does in *loop*, and wait until it has been."""
+        try:
+            self.finish(callback, loop)
+        finally:
+            self.leave(duty, loop)
+
     def shut_down(self) -> None:
         """End the loop, whatever duties it has."""
         with self._lock:
@@ -1569,8 +1578,9 @@ def signals_wake(loop: Loop) -> Iterator[None]:
         return
     import signal
 
-    previous = signal.set_wakeup_fd(loop._waker.write_fileno(), warn_on_full_buffer=False)
+    previous = -1
     try:
+        previous = signal.set_wakeup_fd(loop._waker.write_fileno(), warn_on_full_buffer=False)
         yield
     finally:
         signal.set_wakeup_fd(previous)
@@ -1586,7 +1596,8 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
             for message in subscriber.recv():
                 ...
 
-    A second such signal is treated as it was before: in general, it ends the program at once.
+    A second such signal is treated as it was before: in general, it ends the program at once.  So is the first one in a
+    child that was forked meanwhile.
 
     Args:
         callback: What to call; it must be safe to call in a signal handler, as `Subscriber.stop`, `Subscriber.close`
@@ -1598,14 +1609,20 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
     import signal
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    pid = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
         restore()
-        callback()
+        if os.getpid() == pid:
+            callback()
+        else:
+            os.kill(os.getpid(), number)
 
     def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        with ExitStack() as stack:  # all of them, even if one that comes just now raises
+            for number, handler in previous.items():
+                if signal.getsignal(number) is handle:  # else it is restored, or somebody else's by now
+                    stack.callback(signal.signal, number, signal.SIG_DFL if handler is None else handler)
 
     try:
         for number in previous:
@@ -1948,6 +1965,7 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     """
     endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
     monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
+    _keep_monitor(monitor)
     monitor.linger = 0
     monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
     monitor.connect(endpoint)
@@ -1956,12 +1974,28 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     return monitor
 
 
+_kept_monitors: deque[zmq.Socket[bytes]] = deque()
+
+
+def _keep_monitor(monitor: zmq.Socket[bytes]) -> None:
+    """Keep a monitor until somebody closes it: to be forgotten (by whom Control-C interrupts) would close it too early.
+
+    ZeroMQ's own thread, and whoever closes its socket, would wait for ever to tell it of an event.
+    """
+    for _ in range(min(len(_kept_monitors), 2)):  # so those that are closed do not pile up
+        with suppress(IndexError):  # another thread was faster
+            oldest = _kept_monitors.popleft()
+            if not oldest.closed:
+                _kept_monitors.append(oldest)
+    _kept_monitors.append(monitor)
+
+
 _lingering_monitors: list[zmq.Socket[bytes]] = []
 _lingering_lock = threading.RLock()  # a signal handler may stop a publisher in the middle of another's stop
 
 
 def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> bool:
-    """Close a monitor, but not before its socket is gone: ZeroMQ's own thread would wait for ever to tell it so.
+    """Close a monitor, but not before its socket is gone (see `_keep_monitor`).
 
     Waits up to *timeout* seconds for that, and returns whether it is; if not, the monitor is closed by a later call.
     """
@@ -2029,6 +2063,7 @@ def destroy_context(linger: int | None = None) -> None:
                 sock.monitor(None, 0)  # before those who listen to it are gone
         _background.shut_down()
         _lingering_monitors.clear()
+        _kept_monitors.clear()
         context.destroy(linger)
 
 
@@ -2332,12 +2367,12 @@ def load_key(setting: str, kind: str) -> bytes:
     path = os.path.expanduser(path)
     try:
         key = _read_keys(path)[kind]
+        mode = os.stat(path).st_mode & 0o777
     except KeyError:
         raise ConfigurationError(f"{setting}: there is no {kind} key in {path}.") from None
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{setting}: cannot read a key from {path}: {error}") from None
     if kind == "secret" and os.name == "posix":
-        mode = os.stat(path).st_mode & 0o777
         if mode & 0o077:
             _key_log.warning(
                 path, "%s: %s is readable by others (mode %o); run: chmod 600 %s", setting, path, mode, path
@@ -2597,15 +2632,15 @@ class _AccessControl:
         self._count = 0
         self._log = LimitedLogger("backends.zmq.socket")
         self._context = get_context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REP)
-        try:
+        with ExitStack() as undo:
+            self._loop = _background.join(self)
+            undo.callback(_background.leave, self, self._loop)
+            self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REP)
+            undo.callback(close_socket, self._socket)
             self._socket.linger = 0
             self._socket.bind(self.ENDPOINT)
-            self._loop = _background.join(self)
-        except BaseException:
-            self._socket.close()
-            raise
-        self._loop.call(partial(self._loop.watch, self._socket, self._take_requests))
+            self._loop.call(partial(self._loop.watch, self._socket, self._take_requests))
+            undo.pop_all()
 
     def add(self, rules: AccessRules) -> Authenticator:
         """Start to apply *rules* to the sockets of a new domain."""
@@ -2617,14 +2652,14 @@ class _AccessControl:
     def release(self, domain: bytes) -> None:
         """Stop to apply the rules of *domain*, and end with the last one."""
         global _access_control
-        with _access_lock:
+        with ExitStack() as stack, _access_lock:
             if self._rules.pop(domain, None) is None or self._rules:
                 return
             if _access_control is self:
                 _access_control = None
+            stack.callback(_background.leave, self, self._loop)
             # Still under the lock: the next one can bind the endpoint only when this one has let go of it.
             _background.finish(self._close, self._loop)
-        _background.leave(self, self._loop)
 
     @property
     def is_alive(self) -> bool:
@@ -2729,6 +2764,7 @@ def _renew_locks_in_child() -> None:
     _idle_sockets = _IdleSockets()
     _Resolution._free_threads = threading.Semaphore(8)
     _lingering_monitors.clear()
+    _kept_monitors.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -3467,13 +3503,14 @@ class MessageBroadcaster:
             loop, self._loop = self._loop, None
             if loop is None:
                 return self
-        if not loop.is_stopped and not _background.is_here:
-            done = [threading.Event() for _ in self._targets]
-            loop.call(partial(self._say_goodbye, done))
-            deadline = time.monotonic() + self._GOODBYE_SECONDS
-            all(event.wait(max(deadline - time.monotonic(), 0)) for event in done)
-        _background.finish(self._end, loop)
-        _background.leave(self, loop)
+        try:
+            if not loop.is_stopped and not _background.is_here:
+                done = [threading.Event() for _ in self._targets]
+                loop.call(partial(self._say_goodbye, done))
+                deadline = time.monotonic() + self._GOODBYE_SECONDS
+                all(event.wait(max(deadline - time.monotonic(), 0)) for event in done)
+        finally:  # also after Control-C: else it would be announced on and on
+            _background.dismiss(self, loop, self._end)
         return self
 
     def _end(self) -> None:
@@ -3873,7 +3910,11 @@ class _Listeners:
         self._log = LimitedLogger("publisher")
         self._descriptor = int(cast(int, sock.get(zmq.FD)))
         self.loop = _background.join(self)
-        self.loop.call(partial(self.loop.watch, self._descriptor, self._take_turn))
+        self.loop.call(self._begin)
+
+    def _begin(self) -> None:
+        if not self.socket.closed:
+            self.loop.watch(self._descriptor, self._take_turn)
 
     @property
     def strangers(self) -> int:
@@ -3924,9 +3965,11 @@ class _Listeners:
         Whatever uses the socket takes the news of the descriptor: so this follows all other uses, soon.
         """
         with self.lock:
-            if not self.socket.closed:
-                self._take_subscriptions()
-                self._tell_waiting()
+            if self.socket.closed:  # by whom Control-C interrupted as he started
+                self.loop.unwatch(self._descriptor)
+                return
+            self._take_subscriptions()
+            self._tell_waiting()
 
     def _take_subscriptions(self) -> None:
         """Apply the subscriptions and the ends of subscriptions that have come."""
@@ -4038,9 +4081,11 @@ class _Listeners:
                 self.loop.call(schedule)
 
     def close(self, linger: int) -> None:
-        """Close the socket; what is queued may still take *linger* milliseconds."""
-        _background.finish(partial(self._close, linger), self.loop)
-        _background.leave(self, self.loop)
+        """Close the socket, if it is not closed; what is queued may still take *linger* milliseconds."""
+        if self.socket.closed:
+            _background.leave(self, self.loop)
+        else:
+            _background.dismiss(self, self.loop, partial(self._close, linger))
 
     def abandon(self, linger: int, authenticator: Authenticator | None) -> None:
         """Do what `close` does, without waiting for it: this thread may hold the lock of another publisher."""
@@ -4054,12 +4099,12 @@ class _Listeners:
         self.loop.call(close)
 
     def _close(self, linger: int) -> None:
-        self.loop.unwatch(self._descriptor)
         with self.lock:
             for timer in self._timers.values():
                 if timer is not None:
                     timer.cancel()
-            if not self.socket.closed:
+            if not self.socket.closed:  # else its descriptor may be another one's by now
+                self.loop.unwatch(self._descriptor)
                 self.socket.close(linger)
 
     def _greet(self, peer: _Peer) -> None:
@@ -4624,18 +4669,28 @@ class Publisher(_Stoppable):
         with self._lock:
             if self._audience is None and self._inherited is None:
                 self._is_stopped = False
-                sock, self._port, self._authenticator = set_up_server_socket(
-                    zmq.XPUB, self._address, _publisher_options(), self._port_interval, local_only=self.local_only
-                )
-                name = self._name or self._address
-                self._audience = _Audience(sock, self._port, self._lock, name, self.keeps_history)
+                self._bind()
                 _live_publishers.add(self)
-                interval = self.heartbeat_interval
-                interval = config.get("heartbeat_interval") if interval is None else interval
-                if interval > 0:
-                    _Pulse(self, self._audience, interval)
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
+
+    def _bind(self) -> None:
+        """Bind the address, and let go of it again if anything else is wrong."""
+        with ExitStack() as undo:
+            interval = config.get("heartbeat_interval") if self.heartbeat_interval is None else self.heartbeat_interval
+            sock, port, authenticator = set_up_server_socket(
+                zmq.XPUB, self._address, _publisher_options(), self._port_interval, local_only=self.local_only
+            )
+            if authenticator is not None:
+                undo.callback(authenticator.stop)
+            undo.callback(close_socket, sock)
+            audience = _Audience(sock, port, self._lock, self._name or self._address, self.keeps_history)
+            undo.pop_all()
+            undo.callback(audience.abandon, 0, authenticator)
+            if interval > 0:
+                _Pulse(self, audience, interval)
+            self._audience, self._port, self._authenticator = audience, port, authenticator
+            undo.pop_all()
 
     def _open_audience(self) -> _Audience:
         """Return those who listen, after a start if there was none."""
@@ -4778,25 +4833,27 @@ class Publisher(_Stoppable):
         self._is_stopped = True
         if self._lock._is_owned():  # type: ignore[attr-defined]
             return  # in a signal handler, in the middle of something that stops it then
-        with self._lock:
-            audience, self._audience = self._audience, None
-            authenticator, self._authenticator = self._authenticator, None
-        _live_publishers.discard(self)
-        if audience is None:
-            return
+        with ExitStack() as stack:
+            with self._lock:
+                audience, self._audience = self._audience, None
+                authenticator, self._authenticator = self._authenticator, None
+                if authenticator is not None:
+                    stack.callback(authenticator.stop)
+                if audience is not None:
+                    stack.callback(audience.close, 0)  # at once, if it is not yet: Control-C, once more
+            _live_publishers.discard(self)
+            if audience is not None:
+                self._drain(audience)
+
+    def _drain(self, audience: _Audience) -> None:
+        """Wait until what was sent has arrived."""
         audience.release_waiting()
-        try:
-            is_findable = self._is_announced or not self._address.endswith(":0")
-            young = config.get("discovery_seconds") if is_findable else 0
-            ending = _Ending(audience, self._port, self._name or self._address, self.LINGER_SECONDS)
-            left = ending.drain(young)
-            self.reached = ending.reached
-        except BaseException:  # Control-C, once more
-            audience.close(0)
-            raise
+        is_findable = self._is_announced or not self._address.endswith(":0")
+        young = config.get("discovery_seconds") if is_findable else 0
+        ending = _Ending(audience, self._port, self._name or self._address, self.LINGER_SECONDS)
+        left = ending.drain(young)
+        self.reached = ending.reached
         self._dropped += audience.dropped + left
-        if authenticator is not None:
-            authenticator.stop()
         _log("publisher").debug("Publisher for %s stopped", self._address)
 
     def __del__(self) -> None:
@@ -4932,7 +4989,9 @@ class NoisyPublisher(_Stoppable):
                     )
                     self._broadcaster.start()
             except BaseException:
-                self._broadcaster = None
+                broadcaster, self._broadcaster = self._broadcaster, None
+                if broadcaster is not None:
+                    broadcaster.abandon()
                 publisher.stop()
                 raise
             self._publisher = publisher
@@ -5329,8 +5388,8 @@ class _Connections:
         slot = next(slot for slot in slots if self.sockets.get(slot) not in used)
         sock = self.sockets.get(slot) or self._new_socket(slot, key)
         connect(sock, endpoint)
-        connected[endpoint] = sock
         self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
+        connected[endpoint] = sock
         if used:
             self._on_several(connected.values())
         _warn_of_descriptors(len(self._links))
@@ -5377,7 +5436,7 @@ class _Connections:
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         try:
             monitor = _open_monitor(sock, events | failures)
-        except zmq.ZMQError:  # no descriptors left
+        except BaseException:  # no descriptors left, or Control-C
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
@@ -6637,7 +6696,6 @@ class _SubscriberSockets:
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._loop = Loop()
         self._turning: Any = None  # the asyncio task that waits for all who await
-        self._is_closed = False
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._connections = _Connections(
             self._loop,
@@ -6652,6 +6710,7 @@ class _SubscriberSockets:
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
         self.caught_up = 0
+        self._is_closed = False  # last: there is something to be closed
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
         """Add an address.
@@ -6861,12 +6920,12 @@ class Subscriber(_SubscriberSockets):
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        super().__init__(topics, message_filter, translate, since, durable)
         self._owner = 0  # the thread that receives just now
         self._receivers: list[_Receiver] = []
         self._failure: BaseException | None = None  # of that task
         self._stops = 0
         self._pid = os.getpid()
+        super().__init__(topics, message_filter, translate, since, durable)
         try:
             self.update(addresses)
         except BaseException:
@@ -7078,7 +7137,7 @@ class Subscriber(_SubscriberSockets):
 
     def __del__(self) -> None:
         # Not left to chance: a socket must be closed before its monitor.
-        if hasattr(self, "_is_closed") and not self._is_closed:
+        if hasattr(self, "_is_closed"):  # also if it is closed: that may have been interrupted
             self._close()
 
 
@@ -7749,7 +7808,11 @@ class ListenerContainer:
         self.listener = Listener(topics=topics, queue=self.output_queue, **cast(Any, self._settings))
         self.listener.create_subscriber()  # here, so that a wrong argument is an error of this call
         self.thread = threading.Thread(target=self.listener.run, name="posttroll listener", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except BaseException:
+            self.listener.stop()
+            raise
 
     def restart_listener(self, topics: str | Sequence[str] | None) -> None:
         """Listen to other topics; the queue stays."""
@@ -7821,9 +7884,9 @@ class PytrollHandler(logging.Handler):
     """
 
     def __init__(self, name: str, port: int = 0) -> None:
-        super().__init__()
         self._publisher = NoisyPublisher(name, port)
         self._publisher.start()
+        super().__init__()  # now: at the end of the program, logging closes all handlers that have begun
         self.setFormatter(PytrollFormatter())
 
     def handle(self, record: logging.LogRecord) -> Any:

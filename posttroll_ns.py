@@ -31,6 +31,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Callable, cast
 
@@ -249,6 +250,7 @@ class _MulticastSource:
         self._rules = rules
         self._log = log
         self._receiver: posttroll.MulticastReceiver | None = None
+        self._loop: posttroll.Loop | None = None
         self._group = posttroll.multicast_group(None)  # a wrong group is an error now, a missing network is not
         self._try_to_open()
 
@@ -270,6 +272,7 @@ class _MulticastSource:
             loop.watch(self._receiver.fileno(), self._receive)
 
     def _retry(self) -> None:
+        assert self._loop is not None
         try:
             self._try_to_open()
         finally:
@@ -277,6 +280,7 @@ class _MulticastSource:
 
     def _receive(self) -> None:
         assert self._receiver is not None
+        assert self._loop is not None
         for _ in range(100):
             try:
                 data, sender = self._receiver.socket.recvfrom(posttroll.DATAGRAM_SIZE)
@@ -299,7 +303,8 @@ class _MulticastSource:
     def close(self) -> None:
         """Close the socket."""
         if self._receiver is not None:
-            self._loop.unwatch(self._receiver.fileno())
+            if self._loop is not None:
+                self._loop.unwatch(self._receiver.fileno())
             self._receiver.close()
             self._receiver = None
 
@@ -367,9 +372,11 @@ class _Server:
         """Close the socket."""
         if self._loop is not None:
             self._loop.unwatch(self.socket)
-        posttroll.close_flushed(self.socket, 0.1)  # the last answers should still arrive
-        if self._authenticator is not None:
-            self._authenticator.stop()
+        try:
+            posttroll.close_flushed(self.socket, 0.1)  # the last answers should still arrive
+        finally:
+            if self._authenticator is not None:
+                self._authenticator.stop()
 
 
 class AddressReceiver:
@@ -686,10 +693,12 @@ class NameServer:
         self._has_ended = False
         self._loop = loop = posttroll.Loop()
         servers: list[_Server] = []
-        receiver = None
-        try:
+        with ExitStack() as stack:
+            stack.callback(loop.close)
+            stack.callback(self._end)
             for address, backend in self._addresses(nameserver_address):
                 servers.append(_Server(address, self._local_only, backend))
+                stack.callback(servers[-1].close)
             if address_receiver is None:
                 address_receiver = receiver = AddressReceiver(
                     max_age=self._max_age,
@@ -697,6 +706,7 @@ class NameServer:
                     restrict_to_localhost=self._local_only,
                 )
                 receiver.loop = loop
+                stack.callback(receiver.stop)
                 receiver.start()
             for server in servers:
                 server.watch(loop, partial(self._answer, address_receiver))
@@ -705,15 +715,11 @@ class NameServer:
             if not self._is_stopping:
                 with posttroll.signals_wake(loop):
                     loop.run()
-        finally:
-            if receiver is not None:
-                receiver.stop()
-            for server in servers:
-                server.close()
-            self._has_ended = True
-            self._is_stopping = False
-            self._loop = None
-            loop.close()
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self._is_stopping = False
+        self._loop = None
 
     def _addresses(self, nameserver_address: str | None) -> Iterator[tuple[str, str]]:
         """Yield the addresses to answer on, each with its backend."""
