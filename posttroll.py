@@ -1484,7 +1484,11 @@ class Background:
                 self._duties = []
                 self._loop = loop = Loop()
                 self._thread = threading.Thread(target=self._run, args=(loop,), name="posttroll loop", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except BaseException:  # no more threads, or Control-C
+                    loop.stop()
+                    raise
             self._duties.append(duty)
             return self._loop
 
@@ -1970,7 +1974,12 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
     monitor.connect(endpoint)
     # Only now: had no descriptor been left for this end, whoever told the other one of an event would wait for ever.
-    sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
+    try:
+        sock.monitor(endpoint, events | zmq.EVENT_MONITOR_STOPPED)
+    except BaseException:
+        sock.monitor(None, 0)  # first, as it may have begun to tell
+        monitor.close(0)
+        raise
     return monitor
 
 
@@ -1999,16 +2008,18 @@ def _close_monitor(monitor: zmq.Socket[bytes], timeout: float = 0) -> bool:
 
     Waits up to *timeout* seconds for that, and returns whether it is; if not, the monitor is closed by a later call.
     """
-    is_over = _is_over(monitor, timeout)
-    if is_over:
-        monitor.close(0)
-    with _lingering_lock:
-        for other in [other for other in _lingering_monitors if _is_over(other, 0)]:
-            other.close(0)
-            _lingering_monitors.remove(other)
-        if not monitor.closed:
-            _lingering_monitors.append(monitor)
-    return is_over
+    try:
+        is_over = _is_over(monitor, timeout)
+        if is_over:
+            monitor.close(0)
+        return is_over
+    finally:
+        with _lingering_lock:
+            for other in [other for other in _lingering_monitors if _is_over(other, 0)]:
+                other.close(0)
+                _lingering_monitors.remove(other)
+            if not monitor.closed:
+                _lingering_monitors.append(monitor)
 
 
 def _is_over(monitor: zmq.Socket[bytes], timeout: float) -> bool:
@@ -4835,12 +4846,12 @@ class Publisher(_Stoppable):
             return  # in a signal handler, in the middle of something that stops it then
         with ExitStack() as stack:
             with self._lock:
-                audience, self._audience = self._audience, None
-                authenticator, self._authenticator = self._authenticator, None
-                if authenticator is not None:
-                    stack.callback(authenticator.stop)
+                audience = self._audience
+                if self._authenticator is not None:
+                    stack.callback(self._authenticator.stop)
                 if audience is not None:
                     stack.callback(audience.close, 0)  # at once, if it is not yet: Control-C, once more
+                self._audience = self._authenticator = None
             _live_publishers.discard(self)
             if audience is not None:
                 self._drain(audience)

@@ -438,19 +438,22 @@ class AddressReceiver:
             self._source.close()
             raise
         self._is_running = True
-        if self.loop is None:
-            self.loop = loop = posttroll.Loop()
-            self._thread = threading.Thread(target=loop.run, name="posttroll addresses", daemon=True)
-            self._begin(loop)
-            self._thread.start()
-        else:
-            self._begin(self.loop)
+        try:
+            self._begin()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
-    def _begin(self, loop: posttroll.Loop) -> None:
-        self._source.watch(loop, self._take)
+    def _begin(self) -> None:
+        if self.loop is None:
+            self.loop = posttroll.Loop()
+            self._thread = threading.Thread(target=self.loop.run, name="posttroll addresses", daemon=True)
+        self._source.watch(self.loop, self._take)
         if self._do_heartbeat:
-            self._beat(loop)
+            self._beat(self.loop)
+        if self._thread is not None:
+            self._thread.start()
 
     def stop(self) -> None:
         """Stop the receiver, and wait until it has ended; of a loop of others, only its thread may call it."""
@@ -461,16 +464,18 @@ class AddressReceiver:
         assert loop is not None
         if thread is not None:
             loop.stop()
-            if thread is not threading.current_thread():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(5)
         for timer in (*self._timers, self._expiry):
             if timer is not None:
                 timer.cancel()
-        self._publisher.stop()
-        self._source.close()
-        if thread is not None:
-            loop.close()
-            self.loop, self._thread = None, None
+        try:
+            self._publisher.stop()
+        finally:
+            self._source.close()
+            if thread is not None:
+                loop.close()
+                self.loop, self._thread = None, None
 
     def is_running(self) -> bool:
         """Whether the receiver runs."""
