@@ -2644,10 +2644,10 @@ class _AccessControl:
         self._log = LimitedLogger("backends.zmq.socket")
         self._context = get_context()
         with ExitStack() as undo:
-            self._loop = _background.join(self)
-            undo.callback(_background.leave, self, self._loop)
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REP)
             undo.callback(close_socket, self._socket)
+            self._loop = _background.join(self)
+            undo.callback(_background.dismiss, self, self._loop, self._close)
             self._socket.linger = 0
             self._socket.bind(self.ENDPOINT)
             self._loop.call(partial(self._loop.watch, self._socket, self._take_requests))

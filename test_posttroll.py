@@ -9565,14 +9565,23 @@ class TestNameServer:
             [answer] = raw_request(config.get("nameserver_port"), request.encode().encode())
             assert posttroll.Message.decode(answer).version == version
 
-    @pytest.mark.parametrize("taken", ["nameserver_port", "broadcast_port", "address_publish_port"])
-    def test_a_port_in_use(self, taken):
+    @pytest.mark.parametrize(
+        ("multicast", "taken"),
+        [
+            (False, "nameserver_port"),
+            (False, "broadcast_port"),
+            (False, "address_publish_port"),
+            (True, "nameserver_port"),
+            (True, "address_publish_port"),
+        ],
+    )
+    def test_a_port_in_use(self, multicast, taken):
         """An exception that names it; no thread and no socket is left (the fixture looks)."""
         with socket.socket() as other:
             other.bind(("", config.get(taken)))
             other.listen()
             with pytest.raises(zmq.ZMQError, match=f"in use.*{config.get(taken)}"):
-                posttroll_ns.NameServer(multicast_enabled=False).run()
+                posttroll_ns.NameServer(multicast_enabled=multicast).run()
 
     def test_max_age_as_a_time_difference(self):
         with nameserver(max_age=dt.timedelta(seconds=0.2)):
@@ -11557,6 +11566,64 @@ class TestEnds:
         with python(inspect.cleandoc(code)) as running:
             assert finish(running) == (0, "called\n", "")
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_nested_in_each_other(self, number):
+        """Each takes one signal; what comes then is treated as before the first."""
+        previous = signal.getsignal(number)
+        calls, before = [], mock.Mock()
+        signal.signal(number, before)
+        try:
+            with posttroll.call_on_signals(lambda: calls.append("outer")):
+                with posttroll.call_on_signals(lambda: calls.append("inner")):
+                    signal.raise_signal(number)
+                    signal.raise_signal(number)
+                assert calls == ["inner", "outer"]
+                assert not before.called
+                signal.raise_signal(number)
+                assert before.called
+            assert (calls, signal.getsignal(number)) == (["inner", "outer"], before)
+        finally:
+            signal.signal(number, previous)
+
+    def test_a_handler_that_the_program_sets_meanwhile_stays(self):
+        previous, own = signal.getsignal(signal.SIGTERM), mock.Mock()
+        try:
+            with posttroll.call_on_signals(lambda: None):
+                signal.signal(signal.SIGTERM, own)
+            assert signal.getsignal(signal.SIGTERM) is own
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def test_control_c_while_they_are_given_back(self, monkeypatch):
+        """It comes as soon as it is as before, and none of the two is kept."""
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        give_back = signal.signal
+
+        def interrupted(number: int, handler: Any) -> Any:
+            given = give_back(number, handler)
+            if handler is signal.default_int_handler:
+                signal.raise_signal(signal.SIGINT)
+            return given
+
+        with pytest.raises(KeyboardInterrupt), posttroll.call_on_signals(pytest.fail):
+            monkeypatch.setattr(signal, "signal", interrupted)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_forked_child_ends_as_ever(self):
+        """What its parent does on signals is not for the child, as of `multiprocessing`."""
+        code = """
+import os, signal, time, posttroll
+with posttroll.call_on_signals(lambda: print("called")):
+    child = os.fork()
+    if not child:
+        time.sleep(3600)
+    os.kill(child, signal.SIGTERM)
+    print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+"""
+        with python(code) as running:
+            assert finish(running) == (0, f"{int(signal.SIGTERM)}\n", "")
+
     def test_a_signal_that_does_not_end_the_poll(self):
         """One that another thread gets, or that comes just before the poll."""
         code = """
@@ -11689,6 +11756,205 @@ print("done")
             start = time.monotonic()
             publisher.stop()
             assert time.monotonic() - start < 10  # not the half minute that the rest may take
+
+
+def interrupted(function: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
+    """Return a function that does what *function* does, and then has Control-C come, the first time or a later one."""
+    calls = itertools.count(1)
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if next(calls) == at:
+            del result
+            raise KeyboardInterrupt
+        return result
+
+    return interrupt
+
+
+class TestControlC:
+    """Wherever it comes, no thread, no socket and no announcement is left (the fixture looks), and all can be used."""
+
+    @staticmethod
+    def talk(publisher: Any) -> None:
+        """Let *publisher* send something to a new subscriber."""
+        with publisher, posttroll.Subscriber([local_address(publisher.start().port_number)]) as subscriber:
+            assert publisher.wait_for_subscribers(1, DEADLINE)
+            publisher.send(posttroll.Message("/a", "info", "again"))
+            assert receive(subscriber, 1)[0].data == "again"
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "posttroll.Subscriber([address])",
+            "posttroll.NSSubscriber('a', addr_listener=True, timeout=0).start()",
+            "publisher.stop()",
+            "posttroll.close_flushed(posttroll.set_up_server_socket(zmq.REP, 'tcp://127.0.0.1:0')[0], 1)",
+            "posttroll.config.set(backend='secure_zmq'); posttroll.Publisher('tcp://*:0').start()",
+        ],
+    )
+    def test_as_a_monitor_has_been_opened(self, keys, code, monkeypatch):
+        """Were it closed before its socket, ZeroMQ would wait for ever."""
+        program = f"""
+            import gc, posttroll, zmq
+
+            def interrupted(*args):
+                posttroll._open_monitor = real
+                real(*args)
+                raise KeyboardInterrupt
+
+            publisher = posttroll.Publisher("tcp://127.0.0.1:0").start()
+            address = f"tcp://127.0.0.1:{{publisher.port_number}}"
+            listening = posttroll.Subscriber([address])
+            assert publisher.wait_for_subscribers(1, {DEADLINE})
+            real, posttroll._open_monitor = posttroll._open_monitor, interrupted
+            try:
+                {code}
+            except KeyboardInterrupt:
+                print("interrupted")
+            gc.collect()
+            for _ in range(2):
+                with posttroll.Publisher("tcp://127.0.0.1:0") as other:
+                    with posttroll.Subscriber([f"tcp://127.0.0.1:{{other.port_number}}"]):
+                        assert other.wait_for_subscribers(1, {DEADLINE})
+                        other.send("x")
+            listening.close()
+            publisher.stop()
+            print("done")
+        """
+        monkeypatch.setenv("POSTTROLL_BACKEND", "unsecure_zmq")
+        with python(inspect.cleandoc(program)) as running:
+            status, out, err = finish(running)
+            assert (status, out) == (0, "interrupted\ndone\n"), err
+
+    @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the pipe by which it would have been woken
+    @pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO")
+    def test_while_a_subscriber_is_made(self, monkeypatch):
+        """What is half made can be forgotten."""
+        monkeypatch.setattr(posttroll, "_Inbox", interrupted(posttroll._Inbox))
+        with pytest.raises(KeyboardInterrupt):
+            posttroll.Subscriber([local_address(9)])
+        gc.collect()
+        monkeypatch.setattr(posttroll, "_Link", interrupted(posttroll._Link))
+        with pytest.raises(KeyboardInterrupt):
+            posttroll.Subscriber([local_address(9)])
+
+    def test_while_a_subscriber_is_closed(self, monkeypatch):
+        """The rest is closed when it is forgotten."""
+        subscriber = posttroll.Subscriber([local_address(9)])
+        monkeypatch.setattr(subscriber._connections, "close", interrupted(lambda: None))
+        with pytest.raises(KeyboardInterrupt):
+            subscriber.close()
+        monkeypatch.undo()
+        del subscriber
+        gc.collect()
+
+    def test_while_access_control_starts(self, monkeypatch):
+        config.set(authorized_client_addresses=["127.0.0.1"])
+        call = posttroll.Loop.call
+        monkeypatch.setattr(posttroll.Loop, "call", interrupted(call))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            posttroll.Publisher("tcp://127.0.0.1:0").start()
+        self.talk(posttroll.Publisher("tcp://127.0.0.1:0"))
+        del caught
+
+    @pytest.mark.parametrize("name", ["_Pulse", "_Audience"])
+    def test_while_a_publisher_starts(self, name, monkeypatch):
+        """The port is free for the next attempt."""
+        config.set(authorized_client_addresses=["127.0.0.1"], heartbeat_interval=3600)
+        publisher = posttroll.Publisher(f"tcp://127.0.0.1:{free_port()}")
+        monkeypatch.setattr(posttroll, name, mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            publisher.start()
+        monkeypatch.undo()
+        wait_for(lambda: posttroll._access_control is None)
+        self.talk(publisher)
+
+    @pytest.mark.parametrize("key", ["history_messages", "heartbeat_interval", "discovery_seconds"])
+    def test_a_setting_that_is_found_to_be_wrong_late(self, key):
+        """The same goes for another exception than Control-C."""
+        publisher = posttroll.Publisher(f"tcp://127.0.0.1:{free_port()}")
+        with config.set({key: "nonsense"}, authorized_client_addresses=["127.0.0.1"]):
+            for _ in range(2):
+                with pytest.raises(ConfigurationError, match=key):
+                    publisher.start()
+        self.talk(publisher)
+
+    def test_while_a_publisher_stops(self, monkeypatch):
+        config.set(authorized_client_addresses=["127.0.0.1"])
+        publisher = posttroll.Publisher("tcp://127.0.0.1:0").start()
+        publisher.send("x")
+        monkeypatch.setattr(posttroll._Ending, "_wait", interrupted(lambda *_: True))
+        with pytest.raises(KeyboardInterrupt):
+            publisher.stop()
+        wait_for(lambda: posttroll._access_control is None)
+
+    def test_while_the_last_messages_go_out(self, monkeypatch):
+        publisher = posttroll.Publisher("tcp://127.0.0.1:0").start()
+        publisher.send("x")
+        monkeypatch.setattr(posttroll, "_is_over", mock.Mock(side_effect=[KeyboardInterrupt, False]))
+        with pytest.raises(KeyboardInterrupt):
+            publisher.stop()
+        assert len(posttroll._lingering_monitors) == 1
+        monkeypatch.undo()
+        self.talk(publisher)
+        assert posttroll._lingering_monitors == []
+
+    def test_while_a_publisher_begins_to_announce_itself(self, monkeypatch):
+        start = posttroll.AddressServiceBroadcaster.start
+        monkeypatch.setattr(posttroll.AddressServiceBroadcaster, "start", interrupted(start))
+        with pytest.raises(KeyboardInterrupt):
+            posttroll.NoisyPublisher("pub", nameservers=["localhost"]).start()
+
+    def test_while_a_publisher_says_goodbye(self, monkeypatch):
+        """It is not announced any more."""
+        publisher = posttroll.NoisyPublisher("pub", nameservers=["localhost"]).start()
+        monkeypatch.setattr(posttroll.AddressServiceBroadcaster, "_say_goodbye", lambda *_: None)
+        wait = threading.Event.wait
+
+        def interrupted_wait(self: Any, timeout: Any = None) -> bool:
+            monkeypatch.setattr(threading.Event, "wait", wait)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(publisher._broadcaster, "_GOODBYE_SECONDS", DEADLINE)
+        publisher._publisher.stop()
+        monkeypatch.setattr(threading.Event, "wait", interrupted_wait)
+        with pytest.raises(KeyboardInterrupt):
+            publisher.stop()
+
+    @pytest.mark.parametrize(
+        ("at", "make"),
+        [
+            (1, lambda: posttroll.Publisher("tcp://127.0.0.1:0").start()),
+            (1, lambda: posttroll.ListenerContainer(["/a"], addresses=[local_address(9)], nameserver=False)),
+            (2, lambda: posttroll_ns.AddressReceiver(multicast_enabled=False).start()),
+        ],
+        ids=["publisher", "listener", "address receiver"],
+    )
+    def test_while_a_thread_starts(self, at, make, monkeypatch):
+        monkeypatch.setattr(threading.Thread, "start", interrupted(threading.Thread.start, at))
+        with pytest.raises(KeyboardInterrupt):
+            make()
+
+    def test_while_an_address_receiver_stops(self, monkeypatch):
+        config.set(authorized_client_addresses=["127.0.0.1"])
+        receiver = posttroll_ns.AddressReceiver(multicast_enabled=False).start()
+        monkeypatch.setattr(posttroll._Ending, "drain", interrupted(lambda *_: 0))
+        with pytest.raises(KeyboardInterrupt):
+            receiver.stop()
+        wait_for(lambda: posttroll._access_control is None)
+
+    def test_a_log_handler_that_cannot_be_made(self):
+        """It is not one of those that are closed at the end of the program."""
+        code = """
+import sys, posttroll
+try:
+    posttroll.PytrollHandler("no name")
+except ValueError as error:
+    kept = error
+"""
+        with python(code) as running:
+            assert finish(running) == (0, "", "")
 
 
 # -- loss --
