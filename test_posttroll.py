@@ -11842,10 +11842,9 @@ class TestControlC:
     def test_while_a_subscriber_is_closed(self, monkeypatch):
         """The rest is closed when it is forgotten."""
         subscriber = posttroll.Subscriber([local_address(9)])
-        monkeypatch.setattr(subscriber._connections, "close", interrupted(lambda: None))
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(subscriber._connections, "close", interrupted(lambda: None))
             subscriber.close()
-        monkeypatch.undo()
         del subscriber
         gc.collect()
 
@@ -11863,10 +11862,9 @@ class TestControlC:
         """The port is free for the next attempt."""
         config.set(authorized_client_addresses=["127.0.0.1"], heartbeat_interval=3600)
         publisher = posttroll.Publisher(f"tcp://127.0.0.1:{free_port()}")
-        monkeypatch.setattr(posttroll, name, mock.Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(posttroll, name, mock.Mock(side_effect=KeyboardInterrupt))
             publisher.start()
-        monkeypatch.undo()
         wait_for(lambda: posttroll._access_control is None)
         self.talk(publisher)
 
@@ -11892,11 +11890,10 @@ class TestControlC:
     def test_while_the_last_messages_go_out(self, monkeypatch):
         publisher = posttroll.Publisher("tcp://127.0.0.1:0").start()
         publisher.send("x")
-        monkeypatch.setattr(posttroll, "_is_over", mock.Mock(side_effect=[KeyboardInterrupt, False]))
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(posttroll, "_is_over", mock.Mock(side_effect=KeyboardInterrupt))
             publisher.stop()
         assert len(posttroll._lingering_monitors) == 1
-        monkeypatch.undo()
         self.talk(publisher)
         assert posttroll._lingering_monitors == []
 
@@ -11918,8 +11915,8 @@ class TestControlC:
 
         monkeypatch.setattr(publisher._broadcaster, "_GOODBYE_SECONDS", DEADLINE)
         publisher._publisher.stop()
-        monkeypatch.setattr(threading.Event, "wait", interrupted_wait)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(threading.Event, "wait", interrupted_wait)
             publisher.stop()
 
     @pytest.mark.parametrize(
