@@ -14320,6 +14320,7 @@ class Life:
         self.part, self.host, self.number, self.running, self.log = part, part.host, number, running, log
         self.record, self._position = record, 0
         self.started, self.ended = time.monotonic(), float("inf")
+        self.signalled = float("inf")  # when it was told to end
         self.ending: int | None = None  # the signal that it got
         self.sent: dict[int, float] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
@@ -14409,7 +14410,7 @@ class Crowd:
             self.start(part)
 
     def send_signal(self, part: Part, number: int) -> None:
-        part.life.ending = number
+        part.life.ending, part.life.signalled = number, time.monotonic()
         part.life.running.send_signal(number)
 
     def has_ended(self, life: Life) -> bool:
@@ -17661,15 +17662,16 @@ class Oracle:
         known = publisher.started < subscriber.started or not CAUGHT_UP
         unfound = self.connected(begin)
         was_there_too_shortly = not self._got and publisher.ended < unfound
+        end = min(subscriber.signalled, subscriber.ended)  # of taking messages; that it has ended is noticed later
         spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
-        for start, end in self._cuts:  # nobody catches up once one of both has ended
-            back = self.connected(end, NOTICED)
-            if not CAUGHT_UP or min(publisher.ended, subscriber.ended) < back:
+        for start, mended in self._cuts:  # nobody catches up once one of both has ended
+            back = self.connected(mended, NOTICED)
+            if not CAUGHT_UP or min(publisher.ended, end) < back:
                 spans.append((self.under_way(start, throttled), back))
         if publisher.ending == signal.SIGKILL:
-            spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
+            spans.append((self.under_way(publisher.signalled, throttled), publisher.ended))
         if subscriber.ended < float("inf"):
-            spans.append((self.under_way(subscriber.ended, BACKLOG if subscriber.part.pace else LAG), float("inf")))
+            spans.append((self.under_way(end, BACKLOG if subscriber.part.pace else LAG), float("inf")))
         return spans
 
     def judge(self) -> tuple[list[str], list[int]]:
