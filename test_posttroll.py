@@ -11238,6 +11238,19 @@ class TestRegistrationsAndFailingNameservers:
         finally:
             context.destroy(0)
 
+    def test_nothing_follows_the_goodbye_while_it_is_not_answered(self, monkeypatch):
+        """It would be registered again, until it is too old."""
+        monkeypatch.setattr(posttroll.MessageBroadcaster, "_GOODBYE_SECONDS", 0.3)
+        with raw_socket(zmq.ROUTER) as server:
+            server.bind(local_address(config.get("broadcast_port")))
+            with posttroll.Publish("pub", nameservers=["localhost"], broadcast_interval=0.02):
+                assert server.poll(DEADLINE * 1000)
+            requests = []
+            while not requests or requests[-1].get("status", True):
+                assert server.poll(DEADLINE * 1000)
+                requests.append(Message.decode(server.recv_multipart()[-1]).data)
+            assert not server.poll(100)
+
     def test_one_that_never_answers_does_not_delay_another(self):
         faulty_hosts = ["localhost", "127.0.0.2", "192.0.2.1"]
         with posttroll.Publish("pub", nameservers=faulty_hosts, broadcast_interval=0.2), nameserver():
@@ -16782,6 +16795,27 @@ class TestNothingFallsBetween:
             assert got == list(range(1000))
             with serving(sub):
                 wait_for(lambda: sub.addresses == [])
+
+    def test_an_answer_from_before_a_goodbye_that_is_read_after_it(self, monkeypatch):
+        """Who read nothing for a while finds both: it asks soon again, not after a minute."""
+        monkeypatch.setattr(posttroll._Follower, "SELDOM", 0.2)
+        take_news, news = posttroll._Follower._take_news, []
+
+        def take_news_then_the_answer(self: Any, host: str, frames: list[bytes]) -> None:
+            take_news(self, host, frames)
+            entry = Message.decode(frames[0]).data
+            news.append(entry)
+            if not entry["status"]:
+                self.add(host, entry, "numbers")
+                self._run_in(self.RARELY)  # as it does while it knows of no doubt
+                self._look_up(["numbers"])
+
+        monkeypatch.setattr(posttroll._Follower, "_take_news", take_news_then_the_answer)
+        with nameserver(), posttroll.Subscribe("numbers", addr_listener=True, timeout=0) as sub, serving(sub):
+            with posttroll.Publish("numbers", nameservers=["localhost"], broadcast_interval=0.1) as pub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                wait_for(lambda: news)
+            wait_for(lambda: sub.addresses == [])
 
     def test_a_publisher_that_is_lost_while_much_is_unread(self, impatient, monkeypatch):
         """Its address is kept until all is read: else what comes meanwhile would wait behind all of it."""
