@@ -158,8 +158,10 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setenv("POSTTROLL_" + name, value)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     config.refresh()
-    threads = set(threading.enumerate())
+    threads, root = set(threading.enumerate()), logging.getLogger()
+    level = root.level
     yield
+    root.setLevel(level)  # commands that a test has run here set it
     config.refresh()
     posttroll._idle_sockets.clear()
     wait_for(lambda: set(threading.enumerate()) <= threads, what=f"the end of {set(threading.enumerate()) - threads}")
