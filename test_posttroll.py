@@ -11629,10 +11629,14 @@ class TestEnds:
         """What its parent does on signals is not for the child, as of `multiprocessing`."""
         code = """
 import os, signal, time, posttroll
+ready, is_ready = os.pipe()
 with posttroll.call_on_signals(lambda: print("called")):
     child = os.fork()
     if not child:
-        time.sleep(3600)
+        os.write(is_ready, b"!")
+        time.sleep(60)
+        os._exit(1)
+    os.read(ready, 1)
     os.kill(child, signal.SIGTERM)
     print(os.WTERMSIG(os.waitpid(child, 0)[1]))
 """
@@ -11774,12 +11778,12 @@ print("done")
 
 
 def interrupted(function: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
-    """Return a function that does what *function* does, and then has Control-C come, the first time or a later one."""
-    calls = itertools.count(1)
+    """Return a function that does what *function* does, and then, once in this thread, has Control-C come."""
+    calls, here = itertools.count(1), threading.get_ident()
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        if next(calls) == at:
+        if threading.get_ident() == here and next(calls) == at:
             del result
             raise KeyboardInterrupt
         return result
@@ -11921,17 +11925,9 @@ class TestControlC:
     def test_while_a_publisher_says_goodbye(self, monkeypatch):
         """It is not announced any more."""
         publisher = posttroll.NoisyPublisher("pub", nameservers=["localhost"]).start()
-        monkeypatch.setattr(posttroll.AddressServiceBroadcaster, "_say_goodbye", lambda *_: None)
-        wait = threading.Event.wait
-
-        def interrupted_wait(self: Any, timeout: Any = None) -> bool:
-            monkeypatch.setattr(threading.Event, "wait", wait)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(publisher._broadcaster, "_GOODBYE_SECONDS", DEADLINE)
-        publisher._publisher.stop()
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(threading.Event, "wait", interrupted_wait)
+        interrupt = mock.PropertyMock(side_effect=KeyboardInterrupt)
+        monkeypatch.setattr(posttroll.AddressServiceBroadcaster, "_GOODBYE_SECONDS", interrupt)
+        with pytest.raises(KeyboardInterrupt):
             publisher.stop()
 
     @pytest.mark.parametrize(
