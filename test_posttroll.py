@@ -13095,6 +13095,19 @@ class TestGenerateKeys:
             pass
         assert (f"server_secret_key_file: {path} is readable by others" in caplog.text) == is_warned_about
 
+    def test_a_key_that_goes_as_it_is_read(self, keys, monkeypatch):
+        """It is being replaced: the error is the same as just before and after."""
+        read = posttroll._read_keys
+
+        def read_and_remove(path: str) -> dict[str, bytes]:
+            found = read(path)
+            os.remove(path)
+            return found
+
+        monkeypatch.setattr(posttroll, "_read_keys", read_and_remove)
+        with pytest.raises(ConfigurationError, match=r"client_secret_key_file: cannot read a key from .*friend"):
+            posttroll.load_key("client_secret_key_file", "secret")
+
 
 def start_publisher() -> None:
     posttroll.Publisher("tcp://*:0").start().stop()
