@@ -16384,6 +16384,29 @@ class TestFullQueues:
                 wait_for(lambda: data[-1:] == ["end"])
                 assert data == ["same"] * 5 + ["end"]
 
+    def test_who_comes_and_has_no_room_for_the_greeting(self, monkeypatch):
+        """It gets what was sent since, but nothing of before that it has not asked for."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            audience, is_full = pub._audience, [True]
+            send, send_to = audience._send, audience._send_to
+
+            def send_if_there_is_room(data: bytes, flags: int) -> None:
+                if is_full:
+                    raise zmq.Again
+                send(data, flags)
+
+            monkeypatch.setattr(audience, "_send", send_if_there_is_room)
+            monkeypatch.setattr(audience, "_send_to", lambda *args: not is_full and send_to(*args))
+            numbers = Numbers(pub)
+            numbers.send(10)
+            wait_for(lambda: audience.history.last_before(time.monotonic() - 0.2) == 10)
+            with posttroll.Subscriber([local_address(pub.port_number)]) as sub, serving(sub) as data:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                numbers.send(10)
+                is_full.clear()
+                wait_for(lambda: data[-1:] == [19])
+                assert data == list(range(10, 20))
+
     def test_a_queue_takes_only_so_many_bytes(self, monkeypatch):
         """Whatever the size of the messages; it is caught up, as far as the history reaches, or known to be missed."""
         monkeypatch.setenv("POSTTROLL_SEND_HIGH_WATER_MARK", "1000000")
