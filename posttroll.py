@@ -4697,7 +4697,7 @@ class Publisher(_Stoppable):
             )
             if authenticator is not None:
                 undo.callback(authenticator.stop)
-            undo.callback(close_socket, sock)
+            undo.callback(close_flushed, sock, 1)  # so the port is free for the next attempt
             audience = _Audience(sock, port, self._lock, self._name or self._address, self.keeps_history)
             undo.pop_all()
             undo.callback(audience.abandon, 0, authenticator)

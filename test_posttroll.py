@@ -11791,6 +11791,11 @@ def interrupted(function: Callable[..., Any], at: int = 1) -> Callable[..., Any]
     return interrupt
 
 
+def _is_listening(address: str) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0
+
+
 class TestControlC:
     """Wherever it comes, no thread, no socket and no announcement is left (the fixture looks), and all can be used."""
 
@@ -11885,6 +11890,7 @@ class TestControlC:
             patch.setattr(posttroll, name, mock.Mock(side_effect=KeyboardInterrupt))
             publisher.start()
         wait_for(lambda: posttroll._access_control is None)
+        wait_for(lambda: not _is_listening(publisher.address))
         self.talk(publisher)
 
     @pytest.mark.parametrize("key", ["history_messages", "heartbeat_interval", "discovery_seconds"])
