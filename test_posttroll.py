@@ -9973,7 +9973,7 @@ class TestDemoAndKeys:
         """Tried with a copy whose publisher keeps the last message for itself."""
         text = LIBRARY.read_text()
         for before, after in (
-            ("_DEMO_SECONDS = 20", "_DEMO_SECONDS = 2"),
+            ("_DEMO_SECONDS = 20", "_DEMO_SECONDS = 6"),
             ("        for message in _demo_messages():\n", "        for message in _demo_messages()[:-1]:\n"),
         ):
             assert text.count(before) == 1
@@ -14915,7 +14915,7 @@ class TestCatchingUp:
             wait_for(lambda: len(data) == 10)
             relay.cut()
             wait_for(lambda: not pub.subscriber_count)
-            numbers.send(5000)
+            numbers.send(2000)
             were_behind = []
             for _ in range(3):
                 relay.mend()
@@ -15510,7 +15510,7 @@ class TestDurable:
             ("stop", [3]),
             ("close in the loop", [3]),
             ("close in a signal handler, then killed", [2, 3]),
-            ("forgotten", [2, 3]),
+            pytest.param("forgotten", [2, 3], marks=pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")),
         ],
     )
     def test_how_a_loop_is_left(self, numbers, kill, how, rest):
