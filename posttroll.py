@@ -2237,7 +2237,10 @@ def generate_keys(args: Sequence[str] | None = None) -> None:
         "files will be the one provided.",
     )
     add_key_arguments(parser)
-    run_generate_keys_command(parser.parse_args(args))
+    try:
+        run_generate_keys_command(parser.parse_args(args))
+    except OSError as error:
+        raise SystemExit(f"posttroll-generate-keys: {error}") from None
 
 
 def add_key_arguments(parser: argparse.ArgumentParser) -> None:
@@ -2248,12 +2251,12 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate_keys_command(options: argparse.Namespace) -> int:
-    """Write a pair of keys; return the exit status."""
-    try:
-        paths = write_key_pair(options.name, options.directory, options.force)
-    except OSError as error:
-        raise SystemExit(f"posttroll-generate-keys: {error}") from None
-    print("\n".join(paths))
+    """Make a pair of keys for the secure backend.
+
+    Examples:
+      posttroll generate-keys server -d ~/keys
+    """
+    print("\n".join(write_key_pair(options.name, options.directory, options.force)))
     return 0
 
 
@@ -8060,8 +8063,64 @@ def patched_publisher() -> Iterator[list[str]]:
 # 15. Command line
 #
 # Results go to stdout, talk goes to stderr, and the exit status is 0 only on success.  A command is a function in the
-# table of commands; what adds its arguments stands just above it.
+# table of commands, with its arguments.
 # ======================================================================================================================
+
+
+class _CommandError(Exception):
+    """What went wrong with a command, and what to do about it; ends it with its exit status for failures."""
+
+
+_AddTo = Callable[[Any], object]  # adds arguments to a parser, or to a group of one
+_Run = Callable[[argparse.Namespace], int]
+
+
+class _Command(NamedTuple):
+    """A command: what adds its arguments, what runs it, and its exit status if that fails."""
+
+    arguments: Sequence[_AddTo]
+    run: _Run
+    failure: int
+
+
+_commands: dict[str, _Command] = {}
+
+
+def _command(name: str, *arguments: _AddTo, failure: int = 1) -> Callable[[_Run], _Run]:
+    """Make the decorated function a command: it gets the options, returns the exit status; its docstring is the help.
+
+    Args:
+        name: The name of the command.
+        arguments: What adds its arguments.
+        failure: Its exit status if something fails; also for wrong arguments, if it is not 1.
+    """
+
+    def enter(run: _Run) -> _Run:
+        _commands[name] = _Command(arguments, run, failure)
+        return run
+
+    return enter
+
+
+def _option(*names: str, **settings: Any) -> _AddTo:
+    """Describe an argument, as `argparse.ArgumentParser.add_argument` does."""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+_flag = partial(_option, action="store_true")
+_repeated = partial(_option, action="append")
+_words = partial(_option, nargs="*")
+
+
+def _either(*options: _AddTo) -> _AddTo:
+    """Describe options of which only one can be given."""
+
+    def add_to(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for add in options:
+            add(group)
+
+    return add_to
 
 
 class _Parser(argparse.ArgumentParser):
@@ -8069,41 +8128,18 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(self.get_default("failure") or 2, f"{self.prog}: error: {message}\n")
+        self.exit(max(self.get_default("failure") or 0, 2), f"{self.prog}: error: {message}\n")
 
 
-class _CommandError(Exception):
-    """What went wrong with a command, and what to do about it; ends it with exit status 1."""
-
-
-_AddArguments = Callable[[argparse.ArgumentParser], None]
-_Run = Callable[[argparse.Namespace], int]
-_commands: dict[str, tuple[_AddArguments, _Run]] = {}
-
-
-def _command(name: str, add_arguments: _AddArguments) -> Callable[[_Run], _Run]:
-    """Make the decorated function a command: it gets the options, returns the exit status; its docstring is the help.
-
-    Args:
-        name: The name of the command.
-        add_arguments: Adds its arguments to a parser; stands just above it.
-    """
-
-    def enter(run: _Run) -> _Run:
-        _commands[name] = (add_arguments, run)
-        return run
-
-    return enter
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and those of the commands."""
     parser = _Parser(prog="posttroll", description="Messages between programs over ZeroMQ.")
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (add_arguments, run) in _commands.items():
-        first, _, rest = (run.__doc__ or ".").partition("\n")  # python -OO has none
+    for name, command in _commands.items():
+        first, _, rest = (command.run.__doc__ or ".").partition("\n")  # python -OO has none
         more, _, examples = textwrap.dedent(rest).partition("Examples:\n")
-        command = subparsers.add_parser(
+        subparser = subparsers.add_parser(
             name,
             help=first[0].lower() + first[1:].rstrip("."),
             description=f"{first}\n{more}".rstrip(),
@@ -8111,22 +8147,11 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             conflict_handler="resolve",  # what a command has of its own comes before what all have
         )
-        add = command.add_argument
-        add(
-            "--nameserver",
-            metavar="HOST",
-            action="append",
-            help="nameserver to use (as configured, else localhost); may be repeated",
-        )
-        add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
-        add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
-        loudness = command.add_mutually_exclusive_group()
-        loudness.add_argument("-q", "--quiet", action="store_true", help="tell nothing but results and errors")
-        loudness.add_argument("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged")
-        add_arguments(command)
-        command.set_defaults(run=run, parser=command)
+        for add_to in (*_FOR_ALL, *command.arguments):
+            add_to(subparser)
+        subparser.set_defaults(command=name, run=command.run, failure=command.failure)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
-    return parser
+    return parser, dict(subparsers.choices)
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -8152,6 +8177,34 @@ def _number(kind: type, least: float, most: float = 1e6) -> Callable[[str], Any]
     return read
 
 
+def _seconds(name: str, least: float, default: float | None, help: str, **settings: Any) -> _AddTo:
+    """Describe an option that takes a number of seconds."""
+    shown = "" if default is None else f" ({default:g})"
+    kind = {"metavar": "SECONDS", "type": _number(float, least), "default": default, "help": help + shown}
+    return _option(name, **{**kind, **settings})
+
+
+def _setting(name: str, of: str = "") -> _AddTo:
+    """Describe an option that sets configuration keys."""
+    form = {"metavar": "KEY=VALUE", "default": [], "type": assignment}
+    return _repeated(name, help=f"set a configuration key{of}", **form)
+
+
+_FOR_ALL = (
+    _repeated("--nameserver", metavar="HOST", help="nameserver to use (the configured, or localhost); may be repeated"),
+    _flag("--no-color", help="no colours (also with NO_COLOR set)"),
+    _setting("--set"),
+    _either(
+        _flag("-q", "--quiet", help="tell nothing but results and errors"),
+        _option("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged"),
+    ),
+)
+_TOPICS = _words("topics", metavar="TOPIC", help="beginning of the subjects (all)")
+_JSON = _flag("--json", help="as JSON")
+_PUBLISH_PORT = _option("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
+_PUBLISHER_ADDRESS = _repeated("--address", default=[], help="address of a publisher, no nameserver is asked")
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``posttroll COMMAND``.
 
@@ -8162,34 +8215,56 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if words[:1] == ["nameserver"]:
-        try:
-            nameserver = _nameserver_module()
-        except ImportError as error:
-            print(f"posttroll: the nameserver needs posttroll_ns.py beside this file: {error}", file=sys.stderr)
-            return 1
-        return cast(int, nameserver.main(words[1:]))
-    parser = _parser()
-    options, rest = parser.parse_known_args(words)
-    # argparse takes no more words of a list after an option between them.
-    lists = [action.dest for action in options.parser._actions if action.nargs == "*"]
-    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not lists):
-        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        getattr(options, lists[0]).extend(rest)
+    try:
+        status = _run_nameserver(words[1:]) if words[:1] == ["nameserver"] else _run(words)
+    except SystemExit as end:  # help was shown, or the arguments are wrong
+        status = cast(int, end.code)
+    except KeyboardInterrupt:
+        status = 130
+    error = _settle(sys.stdout)
+    if not (error is None or isinstance(error, BrokenPipeError)):  # whoever reads may have had enough
+        _talk(f"posttroll: {error}")
+        status = status or 1
+    _settle(sys.stderr)
+    return status
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run the command that the words on the command line tell."""
+    parser, commands = _parsers()
+    if not words or words[0] not in commands:
+        parser.parse_args(words)  # shows help, or what is wrong
+    options = commands[words[0]].parse_intermixed_args(words[1:])
     try:
         _prepare_output(options)
         _prepare_log(options)
         with config.set(dict(options.set)):
             return cast(int, options.run(options))
-    except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return 0
-    except KeyboardInterrupt:
-        return 130
     except (_CommandError, NotImplementedError, MessageError, zmq.ZMQError, OSError, ValueError) as error:
         _talk(f"posttroll {options.command}: {error}")
-    return cast(int, options.parser.get_default("failure") or 1)
+    return cast(int, options.failure)
+
+
+def _run_nameserver(words: list[str]) -> int:
+    try:
+        nameserver = _nameserver_module()
+    except ImportError as error:
+        _talk(f"posttroll: the nameserver needs posttroll_ns.py beside this file: {error}")
+        return 1
+    return cast(int, nameserver.main(words))
+
+
+def _settle(stream: Any) -> OSError | None:
+    """Write what *stream* still holds; what cannot be written is not tried again when Python ends, but returned."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
 
 
 def _prepare_output(options: argparse.Namespace) -> None:
@@ -8218,7 +8293,8 @@ def _nameserver_module() -> Any:
 def _talk(text: str, options: argparse.Namespace | None = None) -> None:
     """Tell something that is not a result; with *options*, it is no error either, and is not told if they say so."""
     if sys.stderr is not None and not (options and options.quiet):
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody is there to be told
+            print(text, file=sys.stderr, flush=True)
 
 
 def _nameservers(options: argparse.Namespace) -> list[str]:
@@ -8279,27 +8355,26 @@ def _shortened(text: str, width: int) -> str:
 # -- publish --
 
 
-def _add_publish_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
-    add("type", nargs="?", metavar="TYPE", help="for example file")
-    add("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="DATA is JSON")
-    form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
-    form.add_argument("--binary", action="store_true", help="the file or stdin is sent as bytes")
-    add("--file", metavar="FILE", help="read DATA from a file")
-    add("--lines", action="store_true", help="each line of the file or stdin is a message of its own")
-    add("--service", default="posttroll", help="name of the publisher (posttroll)")
-    add("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
-    add("--nameservers", dest="nameserver", action="append", help=argparse.SUPPRESS)  # its old name
-    add("--wait", metavar="SECONDS", type=_number(float, 0), default=10.0, help="for subscribers (10)")
-    add("--subscribers", metavar="N", type=_number(int, 0), default=1, help="how many to wait for at least (1)")
-    add("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)")
-    add("--speed", metavar="X", type=_number(float, 0), default=1.0, help="of the replay; 0 without pauses (1)")
-
-
-@_command("publish", _add_publish_arguments)
+@_command(
+    "publish",
+    _option("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit"),
+    _option("type", nargs="?", metavar="TYPE", help="for example file"),
+    _words("data", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin"),
+    _either(
+        _flag("--json", help="DATA is JSON"),
+        _flag("--text", help="DATA is text, even if it looks like KEY=VALUE"),
+        _flag("--binary", help="the file or stdin is sent as bytes"),
+    ),
+    _option("--file", metavar="FILE", help="read DATA from a file"),
+    _flag("--lines", help="each line of the file or stdin is a message of its own"),
+    _option("--service", default="posttroll", help="name of the publisher (posttroll)"),
+    _PUBLISH_PORT,
+    _repeated("--nameservers", dest="nameserver", help=argparse.SUPPRESS),  # its old name
+    _seconds("--wait", 0, 10, "for subscribers"),
+    _option("--subscribers", metavar="N", type=_number(int, 0), default=1, help="how many to wait for at least (1)"),
+    _option("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)"),
+    _option("--speed", metavar="X", type=_number(float, 0), default=1.0, help="of the replay; 0 without pauses (1)"),
+)
 def _run_publish(options: argparse.Namespace) -> int:
     """Publish messages.
 
@@ -8481,33 +8556,6 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
 # -- subscribe --
 
 
-def _add_source_arguments(command: argparse.ArgumentParser) -> None:
-    """Add what says which messages are wanted."""
-    add = command.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    add("--service", action="append", help="name of a publisher (all)")
-    add("--address", action="append", help="address of a publisher, no nameserver is asked")
-    add("--type", action="append", help="only messages of this type")
-    where = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
-    add("--where", metavar="KEY=VALUE", action="append", default=[], type=_condition, help=where)
-    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
-    add("--durable", metavar="NAME", help="also what was sent since the last time with this name")
-    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
-
-
-def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
-    _add_source_arguments(command)
-    add = command.add_argument
-    add("-n", "--count", type=_number(int, 1), help="end after so many messages")
-    add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
-    add("--sample", metavar="N", type=_number(int, 1), default=1, help="only one of N messages")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line")
-    form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
-    form.add_argument("--format", metavar="TEXT", type=_Format, help=f"a line of your own: {{{'}, {'.join(_FIELDS)}}}")
-    form.add_argument("--count-by", metavar="KEY", help="only how many messages there are, by type, subject, a.b ...")
-
-
 def _time(text: str) -> timedelta | datetime:
     """Read a time of the past, for argparse."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhd]?)", text, re.ASCII)
@@ -8612,7 +8660,32 @@ class _Format(string.Formatter):
             return str(value)
 
 
-@_command("subscribe", _add_subscribe_arguments)
+_WHERE = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
+_SOURCE = (  # what says which messages are wanted
+    _TOPICS,
+    _repeated("--service", help="name of a publisher (all)"),
+    _PUBLISHER_ADDRESS,
+    _repeated("--type", help="only messages of this type"),
+    _repeated("--where", metavar="KEY=VALUE", default=[], type=_condition, help=_WHERE),
+    _option("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date)"),
+    _option("--durable", metavar="NAME", help="also what was sent since the last time with this name"),
+    _option("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes"),
+)
+
+
+@_command(
+    "subscribe",
+    *_SOURCE,
+    _option("-n", "--count", type=_number(int, 1), help="end after so many messages"),
+    _seconds("--timeout", 0, None, "end after so long without a message"),
+    _option("--sample", metavar="N", type=_number(int, 1), default=1, help="only one of N messages"),
+    _either(
+        _flag("--json", help="one JSON object a line"),
+        _flag("--raw", help="one encoded message a line, for 'publish --replay'"),
+        _option("--format", metavar="TEXT", type=_Format, help=f"a line of your own: {{{'}, {'.join(_FIELDS)}}}"),
+        _option("--count-by", metavar="KEY", help="only how many messages there are, by type, subject, a.b ..."),
+    ),
+)
 def _run_subscribe(options: argparse.Namespace) -> int:
     """Print messages as they come.
 
@@ -8649,7 +8722,7 @@ def _run_subscribe(options: argparse.Namespace) -> int:
 
 
 def _following(options: argparse.Namespace, tells_origin: bool = False) -> Subscribe:
-    """Return what subscribes to what `_add_source_arguments` describe."""
+    """Return what subscribes to what `_SOURCE` describes."""
     if tells_origin:
         raise_descriptor_limit()  # it takes a connection and a socket for each publisher
     is_new = unique(options.unique) if options.unique else lambda message: True
@@ -8749,20 +8822,16 @@ def _span(seconds: float) -> str:
 # -- relay --
 
 
-def _add_relay_arguments(command: argparse.ArgumentParser) -> None:
-    _add_source_arguments(command)
-    add = command.add_argument
-    add("--name", default="relay", help="of its publisher (relay)")
-    add("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
-    out_nameserver = "where its publisher registers; may be repeated; none, with --port: nowhere (multicast)"
-    add("--out-nameserver", metavar="HOST", action="append", help=out_nameserver)
-    for end, what in (("in", "subscribes"), ("out", "publishes")):
-        text = f"set a configuration key for the end that {what}"
-        add(f"--{end}-set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help=text)
-    add("--role", choices=["publisher"], help=argparse.SUPPRESS)
-
-
-@_command("relay", _add_relay_arguments)
+@_command(
+    "relay",
+    *_SOURCE,
+    _option("--name", default="relay", help="of its publisher (relay)"),
+    _PUBLISH_PORT,
+    _repeated("--out-nameserver", metavar="HOST", help="where to register; may be repeated; none: nowhere (multicast)"),
+    _setting("--in-set", " for the end that subscribes"),
+    _setting("--out-set", " for the end that publishes"),
+    _option("--role", choices=["publisher"], help=argparse.SUPPRESS),
+)
 def _run_relay(options: argparse.Namespace) -> int:
     """Subscribe here, and publish the same there: between sites, networks, backends.
 
@@ -8893,15 +8962,13 @@ def _run_publishing_end(options: argparse.Namespace) -> int:
 # -- services --
 
 
-def _add_services_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("names", nargs="*", metavar="NAME", help="only these services; the status is 1 if one of them does not answer")
-    add("--json", action="store_true", help="as JSON")
-    add("--watch", nargs="?", const=2.0, type=_number(float, 0.1), metavar="SECONDS", help="again and again (2)")
-    add("--timeout", type=_number(float, 0), default=5.0, metavar="SECONDS", help="for the nameserver (5)")
-
-
-@_command("services", _add_services_arguments)
+@_command(
+    "services",
+    _words("names", metavar="NAME", help="only these services; the status is 1 if one of them does not answer"),
+    _JSON,
+    _seconds("--watch", 0.1, None, "again and again (2)", nargs="?", const=2.0),
+    _seconds("--timeout", 0, 5, "for the nameserver"),
+)
 def _run_services(options: argparse.Namespace) -> int:
     """List what the nameserver knows.
 
@@ -9113,16 +9180,14 @@ class _PingedPublisher(_Pinged):
         self._inquiry.close()
 
 
-def _add_ping_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("names", nargs="*", metavar="NAME", help="publishers to ask, besides the nameserver")
-    add("--address", action="append", default=[], help="address of a publisher, no nameserver is asked")
-    add("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)")
-    add("--interval", type=_number(float, 0.01), default=1.0, metavar="SECONDS", help="between two questions (1)")
-    add("--timeout", type=_number(float, 0.01), default=2.0, metavar="SECONDS", help="for an answer (2)")
-
-
-@_command("ping", _add_ping_arguments)
+@_command(
+    "ping",
+    _words("names", metavar="NAME", help="publishers to ask, besides the nameserver"),
+    _PUBLISHER_ADDRESS,
+    _option("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)"),
+    _seconds("--interval", 0.01, 1, "between two questions"),
+    _seconds("--timeout", 0.01, 2, "for an answer"),
+)
 def _run_ping(options: argparse.Namespace) -> int:
     """Measure how fast nameservers and publishers answer.
 
@@ -9554,15 +9619,13 @@ def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str,
     return [line[: width or None] for line in lines]
 
 
-def _add_top_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    add("--interval", type=_number(float, 0.1), default=2.0, metavar="SECONDS", help="between two views (2)")
-    add("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)")
-    add("--json", action="store_true", help="one JSON object a line, with the numbers of 'exporter'")
-
-
-@_command("top", _add_top_arguments)
+@_command(
+    "top",
+    _TOPICS,
+    _seconds("--interval", 0.1, 2, "between two views"),
+    _option("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)"),
+    _flag("--json", help="one JSON object a line, with the numbers of 'exporter'"),
+)
 def _run_top(options: argparse.Namespace) -> int:
     """Show who publishes how much, live; q quits.
 
@@ -9813,19 +9876,15 @@ class _Check:
                     self.find(1, f"{listener.name}: {listener.overdue} heartbeats are overdue")
 
 
-def _add_check_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("names", nargs="*", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked")
-    command.set_defaults(failure=3)
-    add(
-        "--silent", metavar="SECONDS", type=_number(float, 0.1), help="something has to come from each within that time"
-    )
-    add("--topic", default="", help="that is: a message whose subject begins so (also a heartbeat)")
-    add("--local", action="store_true", help="ask the nameserver of this host, whatever is configured")
-    add("--timeout", metavar="SECONDS", type=_number(float, 0.1), default=10.0, help="of all together (10)")
-
-
-@_command("check", _add_check_arguments)
+@_command(
+    "check",
+    _words("names", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked"),
+    _seconds("--silent", 0.1, None, "something has to come from each within that time"),
+    _option("--topic", default="", help="that is: a message whose subject begins so (also a heartbeat)"),
+    _flag("--local", help="ask the nameserver of this host, whatever is configured"),
+    _seconds("--timeout", 0.1, 10, "of all together"),
+    failure=3,
+)
 def _run_check(options: argparse.Namespace) -> int:
     """Tell monitors and probes whether all is well: exit status 0 if it is, 1 warning, 2 critical, 3 unknown.
 
@@ -9849,7 +9908,8 @@ def _run_check(options: argparse.Namespace) -> int:
     threading.Thread(target=run, daemon=True).start()  # a name server that is down could hold it up
     if not over.wait(options.timeout):
         check.find(2, f"no result after {options.timeout:g} s")
-    print(check.line(), flush=True)
+    with suppress(BrokenPipeError):  # who does not read it may see the status
+        print(check.line(), flush=True)
     return check.status
 
 
@@ -10002,24 +10062,12 @@ class _PageServer:
         self._socket.close()
 
 
-def _add_exporter_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    add(
-        "--port",
-        type=_number(int, 0, 65535),
-        default=EXPORTER_PORT,
-        help=f"to be asked on ({EXPORTER_PORT}; 0 a free one)",
-    )
-    add(
-        "--bind",
-        metavar="ADDRESS",
-        default="127.0.0.1",
-        help="of the interface to be asked on (127.0.0.1; 0.0.0.0 all)",
-    )
-
-
-@_command("exporter", _add_exporter_arguments)
+@_command(
+    "exporter",
+    _TOPICS,
+    _option("--port", type=_number(int, 0, 65535), default=EXPORTER_PORT, help=f"for HTTP ({EXPORTER_PORT}; 0 any)"),
+    _option("--bind", metavar="ADDRESS", default="127.0.0.1", help="to be asked on (127.0.0.1; 0.0.0.0 all)"),
+)
 def _run_exporter(options: argparse.Namespace) -> int:
     """Give Prometheus the numbers of 'top', at http://localhost:9077/metrics.
 
@@ -10046,17 +10094,12 @@ def _run_exporter(options: argparse.Namespace) -> int:
 # -- map --
 
 
-def _add_map_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    add("--seconds", type=_number(float, 0, 3600), default=5.0, help="how long to listen to what is sent (5)")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--dot", action="store_true", help="as input for Graphviz")
-    form.add_argument("--mermaid", action="store_true", help="as input for Mermaid")
-    form.add_argument("--json", action="store_true", help="as JSON")
-
-
-@_command("map", _add_map_arguments)
+@_command(
+    "map",
+    _TOPICS,
+    _seconds("--seconds", 0, 5, "how long to listen to what is sent"),
+    _either(_flag("--dot", help="as input for Graphviz"), _flag("--mermaid", help="as input for Mermaid"), _JSON),
+)
 def _run_map(options: argparse.Namespace) -> int:
     """Draw who publishes what for whom.
 
@@ -10184,12 +10227,7 @@ def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 # -- config --
 
 
-def _add_config_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("keys", nargs="*", metavar="KEY", help="only these keys")
-    command.add_argument("--json", action="store_true", help="as JSON")
-
-
-@_command("config", _add_config_arguments)
+@_command("config", _words("keys", metavar="KEY", help="only these keys"), _JSON)
 def _run_config(options: argparse.Namespace) -> int:
     """Show the configuration: value, source, default, meaning.
 
@@ -10445,11 +10483,7 @@ def _owner_of_port(port: int) -> str:
     return "another user's process"
 
 
-def _add_doctor_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--no-multicast", action="store_true", help="the nameserver here runs with --no-multicast")
-
-
-@_command("doctor", _add_doctor_arguments)
+@_command("doctor", _flag("--no-multicast", help="the nameserver here runs with --no-multicast"))
 def _run_doctor(options: argparse.Namespace) -> int:
     """Find out why programs do not hear each other.
 
@@ -10481,11 +10515,7 @@ def _demo_messages() -> list[Message]:
     ]
 
 
-def _add_demo_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--role", choices=["subscriber"], help=argparse.SUPPRESS)
-
-
-@_command("demo", _add_demo_arguments)
+@_command("demo", _option("--role", choices=["subscriber"], help=argparse.SUPPRESS))
 def _run_demo(options: argparse.Namespace) -> int:
     """Run a nameserver, a publisher and a subscriber on this machine.
 
@@ -10565,23 +10595,22 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _command_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of the commands."""
-    actions = _parser()._actions
-    parsers = dict(next(action.choices for action in actions if isinstance(action, argparse._SubParsersAction)))
+    """Return the parsers of the commands, that of the nameserver among them if it is there."""
+    parsers = _parsers()[1]
     with suppress(ImportError):
         parsers["nameserver"] = _nameserver_module()._parser()
     return parsers
-
-
-def _add_help_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("about", nargs="?", choices=[*_commands, "nameserver"], metavar="COMMAND", help="which one")
 
 
 _EXIT_STATUS = """\
 0 on success, 1 if something failed (stderr tells what, and what to do), 2 for wrong arguments, 130 after Control-C."""
 
 
-@_command("help", _add_help_arguments)
+def _add_about(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("about", nargs="?", choices=[*_commands, "nameserver"], metavar="COMMAND", help="which one")
+
+
+@_command("help", _add_about)
 def _run_help(options: argparse.Namespace) -> int:
     """Show all that is known of a command.
 
@@ -10590,7 +10619,7 @@ def _run_help(options: argparse.Namespace) -> int:
       posttroll help subscribe | less
     """
     if options.about is None:
-        _parser().print_help()
+        _parsers()[0].print_help()
         return 0
     command = _command_parsers()[options.about]
     text, _, examples = (command.epilog or "").partition("examples:\n")
@@ -10715,11 +10744,7 @@ if [ "$funcstack[1]" = _posttroll ]; then _posttroll "$@"; else compdef _posttro
 _COMPLETIONS = {"bash": _bash_completion, "zsh": _zsh_completion}
 
 
-def _add_completion_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("shell", choices=list(_COMPLETIONS), help="whose script to print")
-
-
-@_command("completion", _add_completion_arguments)
+@_command("completion", _option("shell", choices=list(_COMPLETIONS), help="whose script to print"))
 def _run_completion(options: argparse.Namespace) -> int:
     """Print a script by which a shell completes commands, options and keys.
 
@@ -10735,16 +10760,7 @@ def _run_completion(options: argparse.Namespace) -> int:
 # -- commands that are scripts of their own, too --
 
 
-@_command("generate-keys", add_key_arguments)
-def _generate_keys_command(options: argparse.Namespace) -> int:
-    """Make a pair of keys for the secure backend.
-
-    Examples:
-      posttroll generate-keys server -d ~/keys
-    """
-    return run_generate_keys_command(options)
-
-
+_command("generate-keys", add_key_arguments)(run_generate_keys_command)
 _command("logger", add_logger_arguments)(run_logger_command)
 
 
