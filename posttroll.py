@@ -7095,7 +7095,10 @@ def _take_frames(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object
 def _seconds_since(since: float | timedelta | datetime | None) -> float:
     """Return how many seconds ago *since* is; raises ValueError if it is no such time."""
     if isinstance(since, datetime):
-        return max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
+        with suppress(ValueError, OverflowError, OSError):  # at the ends of the calendar, local time is none
+            since = since if since.tzinfo else since.astimezone()
+            return max((datetime.now(timezone.utc) - since).total_seconds(), 0.0)
+        raise ValueError(f"since has no local time: {since}")
     seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
     if not 0 <= seconds < 1e9:
         raise ValueError(f"since is a number of seconds, a timedelta or a datetime of the past, not {since!r}.")
@@ -7154,10 +7157,8 @@ class _Follower:
         """Start to follow."""
         self._ask_for_names()
         self._open()
-        if self.missing:
-            self._run()
-        else:
-            self._loop.at(time.monotonic() + self.SOON, self._run)
+        self._look_up(self.missing)
+        self._loop.at(time.monotonic() + self.SOON, self._run)
 
     def _ask_for_names(self) -> None:
         """Ask again and again where nameservers are that have names."""
@@ -8577,7 +8578,11 @@ _FIELDS: dict[str, Callable[[Message], Any]] = {
 
 
 def _local_time(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone()
+    moment = moment.replace(tzinfo=moment.tzinfo or timezone.utc)
+    try:
+        return moment.astimezone()
+    except (ValueError, OverflowError, OSError):  # at the ends of the calendar
+        return moment
 
 
 def _field_of(message: Message, name: str) -> Any:
@@ -8600,18 +8605,26 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 
 def _condition(text: str) -> Callable[[Message], bool]:
     """Read a condition on messages, for argparse."""
-    match = re.fullmatch(r"([^=!<>]+)([=!]=|[<>]=?|=)(.*)", text, re.DOTALL)
+    match = re.fullmatch(r"\s*([^=!<>]*[^=!<>\s])\s*([=!]=|[<>]=?(?![<>])|=(?![<>]))\s*(.*?)\s*", text, re.DOTALL)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE (or with != < > <= >= in place of =)")
     name, sign, wanted = match.groups()
 
+    def compared(message: Message, compare: Callable[[Any, Any], Any]) -> Any:
+        return compare(*_comparable(_field_of(message, name), wanted))
+
     def holds(message: Message) -> bool:
-        value, other = _comparable(_field_of(message, name), wanted)
         try:
-            return bool(_COMPARISONS[sign](value, other))
+            return bool(compared(message, _COMPARISONS[sign]))
         except TypeError:  # neither is less than the other
             return False
 
+    if name in ("time", "age"):
+        try:
+            compared(Message("/any", "any"), operator.lt)
+        except TypeError:
+            what = "an ISO date-time" if name == "time" else "a number of seconds"
+            raise argparse.ArgumentTypeError(f"{text!r} can never hold: {wanted!r} is not {what}") from None
     return holds
 
 
@@ -8634,16 +8647,20 @@ class _Format(string.Formatter):
     def __init__(self, text: str) -> None:
         self._text = text
         try:
-            names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
+            self.names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
+            self(Message("/any", "any"))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
-        if not names <= set(_FIELDS):
-            unknown = ", ".join(sorted(names - set(_FIELDS)))
+        unknown = ", ".join(sorted(self.names - set(_FIELDS)))
+        if not self.names <= set(_FIELDS):
             raise argparse.ArgumentTypeError(f"there is no {{{unknown}}}, but {{{'}, {'.join(_FIELDS)}}}")
-        self.names = names
 
     def __call__(self, message: Message) -> str:
-        return self.vformat(self._text, (), {name: _FIELDS[name](message) for name in self.names})
+        return self.vformat(self._text, (), {"message": message})
+
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return a field of the message."""
+        return _FIELDS[cast(str, key)](kwargs["message"])
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what the message has under a name such as ``data[uri]``."""
@@ -8655,9 +8672,22 @@ class _Format(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         """Return a value in its format, or as it is if that is for another kind of value."""
         try:
-            return cast(str, super().format_field(value, format_spec))
+            return cast(str, super().format_field(_shown(value), format_spec))
         except (ValueError, TypeError):
             return str(value)
+
+
+def _as_json(value: Any) -> str:
+    """Return what can be in a message in JSON, which has neither infinities nor NaN: they become null."""
+    text = dump_data(value, "v1.2")[0]
+    if "NaN" in text or "Infinity" in text:
+        text = json.dumps(json.loads(text, parse_constant=lambda name: None))
+    return text
+
+
+def _shown(value: Any) -> Any:
+    """Return a value of a message as people read it: what holds others in JSON, its datetimes in ISO form."""
+    return _as_json(value) if isinstance(value, (dict, list)) else value
 
 
 _WHERE = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
@@ -8753,7 +8783,8 @@ class _Display:
     def __init__(self, options: argparse.Namespace) -> None:
         self._by = options.count_by
         self._counts: Counter[str] = Counter()
-        self._view_due = 0.0
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
         form: Callable[[Message], str] = options.format or (_as_json_line if options.json else _recorded)
         is_readable = sys.stdout.isatty() and not (options.json or options.raw or options.format)
         names = options.format.names if options.format else [self._by]
@@ -8763,6 +8794,8 @@ class _Display:
             self._form = partial(_as_readable, color=_colors(options))
         elif sys.stdout.isatty():
             self._form = lambda message: printable(form(message))
+        if self._by and sys.stdout.isatty():
+            threading.Thread(target=self._draw, daemon=True).start()
 
     def show(self, message: Message) -> None:
         """Show a message."""
@@ -8770,18 +8803,23 @@ class _Display:
             print(self._form(message), flush=True)
             return
         value = _field_of(message, self._by)
-        kind = "" if value is None else str(value)
-        self._counts[kind if kind in self._counts or len(self._counts) < self.KINDS else "(others)"] += 1
-        if sys.stdout.isatty() and time.monotonic() >= self._view_due:
-            self._view_due = time.monotonic() + 1
+        kind = "" if value is None else str(_shown(value))
+        with self._lock:
+            self._counts[kind if kind in self._counts or len(self._counts) < self.KINDS else "(others)"] += 1
+
+    def _draw(self) -> None:
+        """Show again and again how many there are, also when no more come."""
+        while not self._is_over.wait(1):
             _show(self._lines())
 
     def _lines(self) -> list[str]:
-        rows = [[str(count), printable(kind)] for kind, count in self._counts.most_common()]
+        with self._lock:
+            rows = [[str(count), printable(kind)] for kind, count in self._counts.most_common()]
         return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
 
     def finish(self) -> None:
         """Show what there is at the end."""
+        self._is_over.set()
         if self._by:
             _show(self._lines()) if sys.stdout.isatty() else print("\n".join(self._lines()), flush=True)
 
@@ -8791,7 +8829,7 @@ def _as_json_line(message: Message) -> str:
     data = "".join(encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
     more = {"age": _FIELDS["age"](message), "origin": message.origin} if message.origin else {}
-    return dump_data({**fields, "version": message.version, "data": data, **more}, "v1.2")[0]
+    return _as_json({**fields, "version": message.version, "data": data, **more})
 
 
 def _as_readable(message: Message, color: bool) -> str:
@@ -8807,8 +8845,9 @@ def _as_readable(message: Message, color: bool) -> str:
     if isinstance(data, dict):
         width = max(map(len, map(printable, data)), default=0)
         names = (paint(printable(name).ljust(width), CYAN) for name in data)
-        return "\n".join([head, *(f"    {name}  {printable(value)}" for name, value in zip(names, data.values()))])
-    return f"{head} {printable(data)}" if data != "" else head
+        lines = (f"    {name}  {printable(_shown(value))}" for name, value in zip(names, data.values()))
+        return "\n".join([head, *lines])
+    return f"{head} {printable(_shown(data))}" if data != "" else head
 
 
 def _span(seconds: float) -> str:
@@ -8986,7 +9025,7 @@ def _run_services(options: argparse.Namespace) -> int:
             if not options.watch:
                 raise
             problem = str(error)  # the nameserver may come back
-        lines = [dump_data(rows, "v1.2")[0]] if options.json else _services_table(rows, _colors(options))
+        lines = [_as_json(rows)] if options.json else _services_table(rows, _colors(options))
         if not options.watch:
             break
         _show(lines)
@@ -10126,7 +10165,7 @@ def _run_map(options: argparse.Namespace) -> int:
         rows.append({"name": name, "address": entry["URI"], "subjects": subjects, "listeners": _listeners(about)})
     rows.sort(key=lambda row: (row["name"], row["address"]))
     if options.json:
-        print(dump_data(rows, "v1.2")[0])
+        print(_as_json(rows))
     else:
         draw = _as_dot if options.dot else _as_mermaid if options.mermaid else partial(_as_map, color=_colors(options))
         print("\n".join(draw(rows)))

@@ -6466,6 +6466,9 @@ class TestLookingIn:
             (["subject=/b", "ok=true"], "c"),
             (["subject=/b", "ok=null"], "b"),
             (["age<60", "type=file"], "abc"),
+            (["time>2026-11-24", "time < 9999-12-31T23:59:59-23:59", "type=file"], "abc"),
+            (["size > 5"], "b"),
+            ([" uri = /data/a "], "a"),
         ],
     )
     def test_where(self, conditions, uris):
@@ -6477,13 +6480,20 @@ class TestLookingIn:
         [
             ("--where", "size", "not KEY=VALUE"),
             ("--where", "=5", "not KEY=VALUE"),
+            ("--where", " =5", "not KEY=VALUE"),
+            ("--where", "size=>5", "not KEY=VALUE"),
+            ("--where", "size<>5", "not KEY=VALUE"),
+            ("--where", "age<1m", "'1m' is not a number of seconds"),
+            ("--where", "time>12:00", "'12:00' is not an ISO date-time"),
             ("--format", "{data[uri}", "cannot be used"),
+            ("--format", "{data.}", "cannot be used"),
+            ("--format", "{data!x}", "cannot be used"),
             ("--format", "{uri}", "there is no {uri}, but {subject}"),
             ("--sample", "0", "no whole number"),
         ],
     )
     def test_wrong_words(self, option, text, reason):
-        status, out, err = run_command("subscribe", "--address", "tcp://localhost:1", option, text)
+        status, out, err = run_here("subscribe", "--address", "tcp://localhost:1", option, text, "--timeout", 0)
         assert (status, out) == (2, "")
         assert reason in err
 
@@ -6496,6 +6506,82 @@ class TestLookingIn:
             f"/b|/data/b|12.5|{year}|v1.2|{sender}||{{}}",
             f"/b|/data/c|12|{year}|v1.2|{sender}||{{}}",
         ]
+
+    def test_a_format_in_a_format_and_what_holds_others(self):
+        when = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)
+        messages = [("/a", "info", {"width": 6, "of": {"when": when, "list": [None, True]}})]
+        assert self.look("--format", "{type:>{data[width]}}|{data[of]}", messages=messages) == [
+            '  info|{"when": "2026-11-24T12:00:00+00:00", "list": [null, true]}'
+        ]
+        message = posttroll.Message(*messages[0])
+        assert '    of     {"when": "2026-11-24T12:00:00+00:00", ' in posttroll._as_readable(message, color=False)
+
+    @pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+    @pytest.mark.parametrize(
+        ("words", "count"),
+        [
+            (["--where", "time>2026-01-01"], 2),
+            (["--where", "when<2026-01-01"], 2),
+            (["--format", "{time}{data}"], 4),
+            (["--count-by", "time"], 5),
+            ([], 4),
+        ],
+    )
+    def test_times_at_the_ends_of_the_calendar_end_nothing(self, zone, words, count):
+        """Whatever a sender says."""
+        moments = (
+            "0001-01-01T00:00:00",
+            "9999-12-31T23:59:59",
+            "0001-01-01T00:00:00+23:59",
+            "9999-12-31T23:59:59-23:59",
+        )
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            for moment in moments:
+                head = f"pytroll://a info a@b {moment} v1.2 application/json "
+                publisher.send(f'{head}{{"when": "{moment}"}}')
+            address = local_address(publisher.port_number)
+            arguments = ("subscribe", "--address", address, "--since", "1m", "--timeout", 0.5, *words)
+            status, out, err = run_command(*arguments, env={**os.environ, "TZ": zone})
+        assert (status, err, out.count("\n")) == (0, "", count)
+
+    @pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+    @pytest.mark.parametrize("moment", ["0001-01-01", "9999-12-31", "0001-01-01T00:00+23:59", "9999-12-31T23:00-23:59"])
+    def test_since_the_ends_of_the_calendar(self, zone, moment):
+        arguments = ("subscribe", "--address", "tcp://localhost:1", "--timeout", 0, "--since", moment)
+        status, _, err = run_command(*arguments, env={**os.environ, "TZ": zone})
+        assert (status, err.count("\n")) == (1, 1)
+        assert re.search(r"0 of 1 messages came|since has no local time: ....-..-.. 00:00:00", err)
+
+    def test_infinities_are_null_in_json(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            publisher.send(
+                'pytroll://a info a@b 2026-01-01T00:00:00 v1.2 application/json {"a": [NaN, 1e999, 1.5], "n": "é"}'
+            )
+            publisher.send('pytroll://a info a@b 2026-01-01T00:00:00 v1.2 application/json ["NaN", -Infinity]')
+            words = ("--address", local_address(publisher.port_number), "--since", "1m", "-n", 2, "--json")
+            _, out, _ = run_command("subscribe", *words)
+        data = [json.loads(line, parse_constant=pytest.fail)["data"] for line in out.splitlines()]
+        assert data == [{"a": [None, None, 1.5], "n": "é"}, ["NaN", None]]
+
+    def test_there_is_no_warning_if_all_is_well(self):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as publisher:
+            with command("subscribe", "-n", 1) as running:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(text_message("x"))
+                status, out, err = finish(running)
+        assert (status, out.count("\n"), err) == (0, 1, "")
+
+    def test_the_last_count_is_seen_on_a_terminal(self):
+        """Also if nothing more comes."""
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            words = ("subscribe", "--address", local_address(publisher.port_number), "--count-by", "type")
+            with on_terminal(*words) as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                for number in range(7):
+                    publisher.send(text_message(number))
+                assert re.search(r"7 +info", read_to("7 "))
+                running.send_signal(signal.SIGTERM)
+                assert running.wait(DEADLINE) == 0
 
     def test_origin_and_age(self):
         """By two publishers, each is told of its own."""
