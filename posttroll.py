@@ -8178,6 +8178,16 @@ def _number(kind: type, least: float, most: float = 1e6) -> Callable[[str], Any]
     return read
 
 
+def _name(text: str) -> str:
+    """Read a name, for argparse: an empty one is a variable of a script that is not set, and would mean all."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is a name missing? it is empty")
+    return text
+
+
+_names = partial(_words, "names", metavar="NAME", type=_name)
+
+
 def _seconds(name: str, least: float, default: float | None, help: str, **settings: Any) -> _AddTo:
     """Describe an option that takes a number of seconds."""
     shown = "" if default is None else f" ({default:g})"
@@ -8323,7 +8333,7 @@ def _show(lines: Sequence[str]) -> None:
     """Print a view that is followed by others: on a terminal in place of the one before, as much as fits."""
     _, height = _view_size()
     if height:  # the last line is for what there is to say
-        print("\033[H\033[J" + "\n".join(lines[: height - 2]), flush=True)
+        print("\033[H\033[J" + "\n".join(lines[: max(height - 2, 1)]), flush=True)
     else:
         print("\n".join(lines) + "\n" * (len(lines) > 1), flush=True)
 
@@ -8342,9 +8352,9 @@ def _table(rows: Sequence[Sequence[str]], headings: Sequence[str], width: int = 
     surplus = sum(widths.values()) + 2 * (len(widths) - 1) - (width or sys.maxsize)
     for _ in range(surplus):
         widest = max(elastic.split(), key=widths.__getitem__)
-        widths[widest] = max(widths[widest] - 1, 12)
+        widths[widest] -= widths[widest] > 12
     padded = ([_shortened(cell, size).ljust(size) for cell, size in zip(line, widths.values())] for line in lines)
-    return ["  ".join(cells).rstrip()[: width or None] for cells in padded]
+    return ["  ".join(cells)[: width or None].rstrip() for cells in padded]
 
 
 def _shortened(text: str, width: int) -> str:
@@ -8443,10 +8453,14 @@ def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: arg
 def _messages_to_publish(options: argparse.Namespace, stream: Any) -> Iterable[Message]:
     """Return the messages that the command line describes; *stream* is where it says to read from."""
     if options.replay:
-        return _paced(_read_recording(stream, options.replay), options.speed)
+        if options.subject or options.file:
+            raise _CommandError("--replay takes neither SUBJECT nor --file: the messages are in the recording.")
+        return _paced(_read_recording(stream, options), options.speed)
     if options.subject is None or options.type is None:
         raise _CommandError("SUBJECT and TYPE are needed (or --replay FILE).")
     if stream is None:
+        if options.lines:
+            raise _CommandError("--lines needs a file or stdin.")
         return [Message(options.subject, options.type, _data_of_words(options))]
     Message(options.subject, options.type)  # what is wrong with them is an error now, not when subscribers have come
     parts = stream if options.lines else [stream.read()]
@@ -8517,12 +8531,13 @@ def _recorded(message: Message) -> str:
 _ESCAPES = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
 
 
-def _read_recording(stream: Any, path: str) -> Iterator[Message]:
+def _read_recording(stream: Any, options: argparse.Namespace) -> Iterator[Message]:
     """Yield the messages that were recorded, one a line, up to a broken one; show on a terminal how far it is."""
     total = 0
-    if sys.stderr is not None and sys.stderr.isatty() and stream.seekable():
+    if sys.stderr is not None and sys.stderr.isatty() and stream.seekable() and not options.quiet:
+        start = stream.tell()
         total = sum(1 for _ in stream)
-        stream.seek(0)
+        stream.seek(start)
     try:
         for number, line in enumerate(stream, 1):
             text = line.rstrip(b"\n")
@@ -8533,7 +8548,7 @@ def _read_recording(stream: Any, path: str) -> Iterator[Message]:
                 if not line.endswith(b"\n"):
                     raise MessageError("It is cut off, as it does not end with a line break.")
             except MessageError as error:
-                raise _CommandError(f"{path}, line {number}: {error}") from None
+                raise _CommandError(f"{options.replay}, line {number}: {error}") from None
             yield message
             if total and 100 * number // total > 100 * (number - 1) // total:
                 bar = "#" * (30 * number // total)
@@ -8944,7 +8959,12 @@ class _PublishingEnd:
         words += [f"--nameserver={host}" for host in options.out_nameserver or []]
         words += [f"--set={key}={value!r}" for key, value in [*options.set, *options.out_set]]
         command = [sys.executable, os.path.abspath(__file__), "relay", *words]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # no Control-C reaches it
+        )
         self._input, self._output = cast(Any, self._process.stdin), cast(Any, self._process.stdout)
         self.dropped = 0
 
@@ -8969,7 +8989,7 @@ class _PublishingEnd:
         with suppress(BrokenPipeError):
             self._input.close()
         with self._process:
-            self.dropped = int(self._output.readline() or 0)
+            self.dropped = int(self._output.readline() or 0) if kind is None else 0
         if kind is None and self._process.returncode:
             raise _CommandError(f"the end that publishes has ended, with status {self._process.returncode}.")
 
@@ -8998,12 +9018,111 @@ def _run_publishing_end(options: argparse.Namespace) -> int:
     return 0
 
 
+# -- publishers that nameservers know --
+
+
+class _Service:
+    """A publisher, as a nameserver tells of it.
+
+    Args:
+        entry: What the nameserver tells; at least the address, as ``"URI"``.
+    """
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.entry = entry
+        self.address: str = entry["URI"]
+        told = entry.get("service")
+        self._names = list(map(str, filter(None, told))) if isinstance(told, list) else []
+
+    @property
+    def name(self) -> str:
+        """Its name; the first of its services where a nameserver calls every publisher ``address``."""
+        name = self.entry.get("name")
+        return name if isinstance(name, str) and name != "address" else next(iter(self._names), "")
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What is known of it, for a table."""
+        received, age = self.entry.get("receive_time"), None
+        if isinstance(received, datetime):
+            received = received.replace(tzinfo=received.tzinfo or timezone.utc)
+            age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
+        aliases = [name for name in self._names if name != self.name]
+        how = {"backend": self.entry.get("backend"), "version": self.entry.get("supported_message_version"), "age": age}
+        return {"name": self.name, "aliases": aliases, "address": self.address, **how}
+
+    def greets(self) -> bool:
+        """Whether a ZeroMQ socket answers at its address."""
+        return bool(_mechanism_at(self.address)[0])
+
+    def about(self, timeout: float = 1.0) -> dict[str, Any] | None:
+        """Return what it tells about itself; None if it tells nothing, as those that are not of ours."""
+        backend = backend_towards(self.entry.get("backend"))
+        with suppress(ConfigurationError, zmq.ZMQError):
+            if backend is not None:
+                with closing(Inquiry(self.address, backend)) as inquiry:
+                    return inquiry.ask(timeout)
+        return None
+
+
+def _look_up(name: str, timeout: float, hosts: Hosts) -> list[_Service]:
+    """Return the publishers of a service that nameservers know; of all for an empty name."""
+    return list(map(_Service, get_pub_address(name, timeout, hosts)))
+
+
+_Answer = TypeVar("_Answer")
+
+
+def _ask_each(
+    ask: Callable[[_Service], _Answer], services: Iterable[_Service], timeout: float = 1e6, workers: int = 32
+) -> Iterator[tuple[str, _Answer]]:
+    """Ask publishers, so many *workers* at once, and yield addresses and answers as they come, until *timeout*."""
+    import queue
+
+    deadline = time.monotonic() + timeout
+    waiting = deque(services)
+    answers: queue.SimpleQueue[tuple[str, _Answer]] = queue.SimpleQueue()
+
+    def work() -> None:
+        with suppress(IndexError):
+            while True:
+                service = waiting.popleft()
+                answers.put((service.address, ask(service)))
+
+    count = len(waiting)
+    for _ in range(min(count, workers)):
+        threading.Thread(target=work, daemon=True).start()  # nobody waits for one whose name does not resolve
+    with suppress(queue.Empty):
+        for _ in range(count):
+            yield answers.get(timeout=max(deadline - time.monotonic(), 0))
+
+
+def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
+    """Return the security mechanism of the ZeroMQ socket at *address*, ``""`` if there is none, and what was received.
+
+    A greeting (https://rfc.zeromq.org/spec/23) is 64 bytes: signature (10), version (2), mechanism (20), and others.
+    Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
+    ours is never sent.
+    """
+    host, port = split_tcp_address(address) or ("", 0)
+    received = b""
+    with suppress(OSError, UnicodeError), socket.create_connection((host.strip("[]"), port), timeout) as connection:
+        for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
+            connection.sendall(part)
+            while len(received) < size:
+                more = connection.recv(size - len(received))
+                if not more or (received + more)[:1] != b"\xff":
+                    return "", received + more
+                received += more
+    return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
+
+
 # -- services --
 
 
 @_command(
     "services",
-    _words("names", metavar="NAME", help="only these services; the status is 1 if one of them does not answer"),
+    _names(help="only these services; the status is 1 if one of them does not answer"),
     _JSON,
     _seconds("--watch", 0.1, None, "again and again (2)", nargs="?", const=2.0),
     _seconds("--timeout", 0, 5, "for the nameserver"),
@@ -9040,30 +9159,14 @@ def _run_services(options: argparse.Namespace) -> int:
 
 def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Return what is known of the publishers, and those of the wanted names for which none of them answers."""
-    found = {name: get_pub_address(name, options.timeout, _nameservers(options)) for name in options.names or [""]}
-    entries = {entry["URI"]: entry for name in found for entry in found[name]}
-    answers = _check_publishers(list(entries))
-    rows = [_describe_service(entry, answers[address]) for address, entry in entries.items()]
+    hosts = _nameservers(options)
+    found = {name: _look_up(name, options.timeout, hosts) for name in options.names or [""]}
+    services = {service.address: service for each in found.values() for service in each}
+    answers = dict(_ask_each(_Service.greets, services.values(), max(options.timeout, 2)))
+    rows = [{**service.row, "answers": answers.get(address, False)} for address, service in services.items()]
     rows.sort(key=lambda row: (row["name"], row["address"]))
-    missing = [name for name in options.names if not any(answers[entry["URI"]] for entry in found[name])]
+    missing = [name for name in options.names if not any(answers.get(each.address) for each in found[name])]
     return rows, missing
-
-
-def _describe_service(entry: Mapping[str, Any], answers: bool) -> dict[str, Any]:
-    """Return what is known of a publisher, from an entry of a nameserver's answer."""
-    told = entry.get("service")
-    services = list(map(str, filter(None, told))) if isinstance(told, list) else []
-    name = entry.get("name")
-    if not isinstance(name, str) or name == "address":  # which other nameservers say of every publisher
-        name = services[0] if services else ""
-    received = entry.get("receive_time")
-    age = None
-    if isinstance(received, datetime):
-        received = received.replace(tzinfo=received.tzinfo or timezone.utc)
-        age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
-    aliases = [service for service in services if service != name]
-    how = {"backend": entry.get("backend"), "version": entry.get("supported_message_version"), "age": age}
-    return {"name": name, "aliases": aliases, "address": entry["URI"], **how, "answers": answers}
 
 
 def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
@@ -9079,52 +9182,6 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
         ends = {"yes": colored("yes", GREEN), "no": colored("no", RED)}
         lines = [re.sub("(yes|no)$", lambda word: ends[word[0]], line) for line in lines]
     return [head, *lines]
-
-
-def _check_publishers(addresses: Sequence[str], timeout: float = math.inf) -> dict[str, bool]:
-    """Return which of the addresses are answered, within *timeout*, by a ZeroMQ socket; all are asked at once."""
-    import queue
-
-    deadline = time.monotonic() + timeout
-    waiting, answers = deque(addresses), dict.fromkeys(addresses, False)
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def ask() -> None:
-        with suppress(IndexError):
-            while True:
-                address = waiting.popleft()
-                answers[address] = bool(_mechanism_at(address)[0])
-                asked.put(address)
-
-    for _ in range(min(len(addresses), 32)):
-        threading.Thread(target=ask, daemon=True).start()  # nobody waits for one whose name does not resolve
-    with suppress(queue.Empty):
-        for _ in addresses:
-            asked.get(timeout=None if timeout == math.inf else max(deadline - time.monotonic(), 0))
-    return answers.copy()
-
-
-def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
-    """Return the security mechanism of the ZeroMQ socket at *address*, ``""`` if there is none, and what was received.
-
-    A greeting (https://rfc.zeromq.org/spec/23) is 64 bytes: signature (10), version (2), mechanism (20), and others.
-    Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
-    ours is never sent.
-    """
-    host, port = split_tcp_address(address) or ("", 0)
-    received = b""
-    with (
-        suppress(OSError),
-        socket.create_connection((host.strip("[]"), port), timeout) as connection,
-    ):  # what has come by then tells enough
-        for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
-            connection.sendall(part)
-            while len(received) < size:
-                more = connection.recv(size - len(received))
-                if not more or (received + more)[:1] != b"\xff":
-                    return "", received + more
-                received += more
-    return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
 
 
 # -- ping --
@@ -9221,7 +9278,7 @@ class _PingedPublisher(_Pinged):
 
 @_command(
     "ping",
-    _words("names", metavar="NAME", help="publishers to ask, besides the nameserver"),
+    _names(help="publishers to ask, besides the nameserver"),
     _PUBLISHER_ADDRESS,
     _option("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)"),
     _seconds("--interval", 0.01, 1, "between two questions"),
@@ -9266,11 +9323,11 @@ def _pinged(options: argparse.Namespace) -> list[_Pinged]:
         return publishers
     hosts = _nameservers(options)
     for name in options.names:
-        entries = get_pub_address(name, options.timeout, hosts)
-        if not entries:
+        services = _look_up(name, options.timeout, hosts)
+        if not services:
             raise _CommandError(f"the nameserver on {', '.join(hosts)} knows no publisher {name}.")
-        for entry in entries:
-            publishers.append(_PingedPublisher(name, entry["URI"], backend_towards(entry.get("backend"))))
+        for service in services:
+            publishers.append(_PingedPublisher(name, service.address, backend_towards(service.entry.get("backend"))))
     return [*map(_PingedNameserver, hosts), *publishers]
 
 
@@ -9307,7 +9364,7 @@ class _Heartbeats:
 
     def take(self, message: Message, when: float) -> None:
         """Take note of a message that came at a time, if it is a heartbeat (and not older than the last one)."""
-        if message.type == "beat" and when >= (self.last or 0.0):
+        if message.type == "beat" and (self.last is None or when >= self.last):
             self._missed += self.overdue(when)
             interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
             if isinstance(interval, (int, float)) and interval > 0:
@@ -9436,15 +9493,14 @@ class _Meter:
                     traffic.heartbeats.take(message, now)
         return False
 
-    def add(self, entry: Mapping[str, Any]) -> bool:
-        """Count the messages of a publisher, an entry of a nameserver's answer; return whether that is possible."""
-        name = _shortened(_describe_service(entry, True)["name"], 200)
+    def add(self, service: _Service) -> bool:
+        """Count the messages of a publisher; return whether that is possible."""
         with self._lock:
-            self._tallies.setdefault(entry["URI"], _Tally(name))
+            self._tallies.setdefault(service.address, _Tally(_shortened(service.name, 200)))
         try:
-            self._subscriber.add(entry)
+            self._subscriber.add(service.entry)
         except (ValueError, zmq.ZMQError):  # another backend
-            self.remove(entry["URI"])
+            self.remove(service.address)
             return False
         return True
 
@@ -9491,43 +9547,49 @@ class _Meter:
 
 
 class _Keepers:
-    """Asks publishers how many messages they keep, one after the other, in a thread that does nothing else.
+    """Asks publishers how many messages they keep, in a thread that does nothing else.
 
     Attributes:
         kept: The answers by address; publishers that are not of ours give none.
     """
 
     PAUSE, PATIENCE = 2.0, 0.5  # seconds between two rounds, and for an answer
+    WORKERS = 4  # as each needs open files
 
     def __init__(self) -> None:
         self.kept: dict[str, int] = {}
-        self._entries: list[Mapping[str, Any]] = []
-        self._is_closed = threading.Event()
-        self._thread = threading.Thread(target=self._ask, name="posttroll keepers", daemon=True)
+        self._services: list[_Service] = []
+        self._is_closed = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="posttroll keepers", daemon=True)
         self._thread.start()
 
-    def follow(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Ask these publishers from now on, entries of a nameserver's answer."""
-        self._entries = list(entries)
+    def follow(self, services: Iterable[_Service]) -> None:
+        """Ask these publishers from now on."""
+        is_first = not self._services
+        self._services = list(services)
+        if is_first:
+            self._wake.set()
 
-    def _ask(self) -> None:
-        while not self._is_closed.is_set():
-            kept: dict[str, int] = {}
-            for entry in self._entries:
-                backend = backend_towards(entry.get("backend"))
-                if backend is None or self._is_closed.is_set():
-                    continue
-                with suppress(ConfigurationError, zmq.ZMQError), closing(Inquiry(entry["URI"], backend)) as inquiry:
-                    about = inquiry.ask(self.PATIENCE)
-                    if about is not None:
-                        kept[entry["URI"]] = about["kept"]
-                        self.kept = {**self.kept, **kept}
-            self.kept = kept
-            self._is_closed.wait(self.PAUSE if self._entries else 0.05)
+    def _ask(self, service: _Service) -> int | None:
+        about = None if self._is_closed else service.about(self.PATIENCE)
+        return None if about is None else cast(int, about["kept"])
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            self._wake.wait(self.PAUSE if self._services else None)
+            self._wake.clear()
+            services = self._services
+            for address, kept in _ask_each(self._ask, services, workers=self.WORKERS):
+                if kept is not None:
+                    self.kept = {**self.kept, address: kept}
+                else:
+                    self.kept.pop(address, None)
 
     def close(self) -> None:
         """End the asking."""
-        self._is_closed.set()
+        self._is_closed = True
+        self._wake.set()
         self._thread.join()
 
 
@@ -9552,7 +9614,7 @@ class _Network:
         self._loop = loop
         self._lookup_due = time.monotonic()
         self._up = dict.fromkeys(nameservers, False)
-        self._known: dict[str, Mapping[str, Any]] = {}  # what nameservers know, by address
+        self._known: dict[str, _Service] = {}  # by address
         self._counted: set[str] = set()  # addresses
         self.problem = ""
         self._meter = _Meter(topics)
@@ -9571,11 +9633,11 @@ class _Network:
         """Ask where the publishers are, begin to count new ones, and forget what has been silent for long."""
         if not self._meter.is_counting:  # nobody must take numbers for true that stand still
             raise _CommandError("the counting has failed, see above.")
-        known: dict[str, Mapping[str, Any]] = {}
+        known: dict[str, _Service] = {}
         problems = []
         for host in self._up:
             try:
-                known.update((entry["URI"], entry) for entry in get_pub_address("", self.PATIENCE, host))
+                known.update((service.address, service) for service in _look_up("", self.PATIENCE, host))
                 self._up[host] = True
             except TimeoutError as error:
                 self._up[host] = False
@@ -9646,11 +9708,14 @@ def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str,
     if 0 < width < 110:  # there is no room for the addresses
         for cells in (headings, *(cells for _, cells, _ in shown)):
             del cells[1]
-    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT TYPE")
-    longest = max(map(len, lines))
-    room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
-    pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
-    lines = [f"{line.ljust(longest)}  {picture}".rstrip() for line, picture in zip(lines, pictures)]
+    has_picture = not 0 < width < 70
+    room = width and width - 14 * has_picture
+    lines = _table([cells for _, cells, _ in shown], headings, room, "PUBLISHER SUBJECT TYPE")
+    if has_picture:
+        longest = max(map(len, lines))
+        room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
+        pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
+        lines = [f"{line.ljust(longest)}  {picture}".rstrip() for line, picture in zip(lines, pictures)]
     what = f"{len(view['publishers'])} publishers  {total:.1f} messages/s"
     kept = sum(publisher["kept"] or 0 for publisher in view["publishers"])
     gone = f"{view['caught_up']} caught up, {view['missed']} missed, {kept} kept"
@@ -9692,6 +9757,8 @@ def _run_top(options: argparse.Namespace) -> int:
             else:
                 _show(_top_lines(view, before, network.problem, _view_size()[0]))
             if number == views:
+                if not any(view["nameservers"].values()):
+                    raise _CommandError(network.problem)
                 break
             before = view
     return 0
@@ -9725,7 +9792,7 @@ class _Listener:
 
     Args:
         name: That of the service, empty for all.
-        entries: The publishers, as a nameserver tells of them.
+        services: Its publishers.
         topic: The beginning of the subjects.
         seconds: How long ago the last message may be.
 
@@ -9736,13 +9803,13 @@ class _Listener:
         ValueError: A publisher has another backend.
     """
 
-    def __init__(self, name: str, entries: Iterable[Mapping[str, Any]], topic: str, seconds: float) -> None:
+    def __init__(self, name: str, services: Iterable[_Service], topic: str, seconds: float) -> None:
         self.name = name or "all"
         self.age: float | None = None
         self._seconds = seconds
         self._start = time.monotonic()
         self._heartbeats: dict[tuple[str, str], _Heartbeats] = {}
-        self._subscriber = Subscriber(entries, topic, since=seconds)
+        self._subscriber = Subscriber([service.entry for service in services], topic, since=seconds)
         self._has_more = True
 
     def listen(self, seconds: float) -> None:
@@ -9838,28 +9905,27 @@ class _Check:
         names = self._options.names
         services = [name for name in names if "://" not in name]
         found = self._look_up(services) if services or not names else {}
-        for name in names:
-            if name not in services:
-                found[name] = [{"URI": name}]
+        found.update((name, [_Service({"URI": name})]) for name in names if name not in services)
         if names:  # if no nameserver has answered, nothing is known of services
-            addresses = dict.fromkeys(entry["URI"] for entry in chain.from_iterable(found.values()))
-            answers = _check_publishers(list(addresses), self.share(self._options.silent is not None))
-            found = {name: self._reachable(name, entries, answers) for name, entries in found.items()}
+            all_found = {service.address: service for each in found.values() for service in each}
+            patience = self.share(self._options.silent is not None)
+            answers = dict(_ask_each(_Service.greets, all_found.values(), patience))
+            found = {name: self._reachable(name, each, answers) for name, each in found.items()}
         if self._options.silent is not None:
-            self._listen({name: entries for name, entries in found.items() if entries})
+            self._listen({name: each for name, each in found.items() if each})
 
-    def _look_up(self, services: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+    def _look_up(self, services: Sequence[str]) -> dict[str, list[_Service]]:
         """Return what the nameservers know of the services, of all (by the name "") if there are none but wanted."""
         silent = self._options.silent is not None
         wanted = services or ([""] if silent else ["posttroll-check"])  # any answer is one
         hosts = ["127.0.0.1"] if self._options.local else _nameservers(self._options)
-        found: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in wanted}
+        found: dict[str, dict[str, _Service]] = {name: {} for name in wanted}
         down, start = [], time.monotonic()
         for index, host in enumerate(hosts):
             try:
                 for name in wanted:
                     patience = self.share(len(hosts) - index - 1 + bool(self._options.names) + silent)
-                    found[name].update((entry["URI"], entry) for entry in get_pub_address(name, patience, host))
+                    found[name].update((service.address, service) for service in _look_up(name, patience, host))
             except TimeoutError:
                 down.append(host)
         if down:
@@ -9867,38 +9933,36 @@ class _Check:
         else:
             taken = time.monotonic() - start
             self.find(0, f"the nameserver answers in {taken * 1000:.0f} ms")
-            self.measure("nameserver", f"{taken:.4f}s", critical=f"{self._options.timeout:g}")
+            self.measure("nameserver", f"{taken:.4f}s", critical=f"{self._options.timeout:.9g}")
         if len(down) == len(hosts):
             return {}
         if silent and not services and not found[""]:
             self.find(2, "no publisher is registered")
-        return {name: list(entries.values()) for name, entries in found.items()}
+        return {name: list(each.values()) for name, each in found.items()}
 
-    def _reachable(
-        self, name: str, entries: Sequence[Mapping[str, Any]], answers: Mapping[str, bool]
-    ) -> list[Mapping[str, Any]]:
+    def _reachable(self, name: str, services: Sequence[_Service], answers: Mapping[str, bool]) -> list[_Service]:
         """Return those publishers of *name* that answer; *answers*: which addresses do."""
-        if not entries:
+        if not services:
             self.find(2, f"{name} is not registered")
             return []
-        silent = [entry["URI"] for entry in entries if not answers[entry["URI"]]]
-        count = len(entries) - len(silent)
+        good = [service for service in services if answers.get(service.address)]
+        silent = [service.address for service in services if service not in good]
         if silent:
             where = "" if "://" in name else f" at {', '.join(silent)}"
-            self.find(1 if count else 2, f"{name} does not answer{where}")
+            self.find(1 if good else 2, f"{name} does not answer{where}")
         else:
             self.find(0, f"{name} answers")
-        self.measure(name, str(count), f"{len(entries)}:", "1:")
-        return [entry for entry in entries if answers[entry["URI"]]]
+        self.measure(name, str(len(good)), f"{len(services)}:", "1:")
+        return good
 
-    def _listen(self, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    def _listen(self, found: Mapping[str, Sequence[_Service]]) -> None:
         """Find out whether something came from each of the services in the last seconds, or comes now."""
         topic, seconds = self._options.topic, self._options.silent
         with ExitStack() as stack:
             listeners = []
-            for name, entries in found.items():
+            for name, services in found.items():
                 try:
-                    listeners.append(stack.enter_context(closing(_Listener(name, entries, topic, seconds))))
+                    listeners.append(stack.enter_context(closing(_Listener(name, services, topic, seconds))))
                 except ValueError as error:
                     self.find(3, str(error))
             while time.monotonic() < self._deadline and not all(listener.is_done for listener in listeners):
@@ -9908,7 +9972,7 @@ class _Check:
                 status, text = listener.finding()
                 self.find(status, text)
                 age = "U" if listener.age is None else f"{listener.age:.1f}s"
-                self.measure(f"{listener.name}_silent", age, critical=f"{seconds:g}")
+                self.measure(f"{listener.name}_silent", age, critical=f"{seconds:.9g}")
                 if listener.overdue is not None:
                     self.measure(f"{listener.name}_heartbeats_overdue", str(listener.overdue), warn="0")
                 if listener.overdue:
@@ -9917,7 +9981,7 @@ class _Check:
 
 @_command(
     "check",
-    _words("names", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked"),
+    _names(help="a service that has to answer; or an address, no nameserver is asked"),
     _seconds("--silent", 0.1, None, "something has to come from each within that time"),
     _option("--topic", default="", help="that is: a message whose subject begins so (also a heartbeat)"),
     _flag("--local", help="ask the nameserver of this host, whatever is configured"),
@@ -9933,6 +9997,8 @@ def _run_check(options: argparse.Namespace) -> int:
       posttroll check receiver --silent 900 --topic /segment
       posttroll check tcp://localhost:9010
     """
+    if options.topic and options.silent is None:
+        raise _CommandError("--topic says what has to come within --silent SECONDS, which is not given.")
     logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the line says better
     check = _Check(options, time.monotonic() + options.timeout - min(0.2, options.timeout / 4))
     over = threading.Event()
@@ -10152,17 +10218,17 @@ def _run_map(options: argparse.Namespace) -> int:
       posttroll map /segment --mermaid
     """
     hosts = _nameservers(options)
-    entries = get_pub_address("", 5, hosts)
-    answers = _ask_publishers(entries)  # before we listen to them ourselves
+    services = _look_up("", 5, hosts)
+    answers = dict(_ask_each(_Service.about, services))  # before we listen to them ourselves
     with closing(Loop()) as loop, closing(_Network(options.topics, hosts, loop)) as network:
         with signals_wake(loop), call_on_signals(loop.stop):
             network.run(time.monotonic() + options.seconds)
         traffic = network.view()["traffic"]
     rows = []
-    for entry, about in zip(entries, answers):
-        subjects = sorted({row["subject"] for row in traffic if row["address"] == entry["URI"]})
-        name = _describe_service(entry, True)["name"]
-        rows.append({"name": name, "address": entry["URI"], "subjects": subjects, "listeners": _listeners(about)})
+    for service in services:
+        subjects = sorted({row["subject"] for row in traffic if row["address"] == service.address})
+        listeners = _listeners(answers[service.address])
+        rows.append({"name": service.name, "address": service.address, "subjects": subjects, "listeners": listeners})
     rows.sort(key=lambda row: (row["name"], row["address"]))
     if options.json:
         print(_as_json(rows))
@@ -10170,21 +10236,6 @@ def _run_map(options: argparse.Namespace) -> int:
         draw = _as_dot if options.dot else _as_mermaid if options.mermaid else partial(_as_map, color=_colors(options))
         print("\n".join(draw(rows)))
     return 0
-
-
-def _ask_publishers(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
-    """Return what each of the publishers tells about itself; those of others tell nothing."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def ask(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-        backend = backend_towards(entry.get("backend"))
-        if backend is None:
-            return None
-        with closing(Inquiry(entry["URI"], backend)) as inquiry:
-            return inquiry.ask(1.0)
-
-    with ThreadPoolExecutor(max_workers=32) as pool:
-        return list(pool.map(ask, entries))
 
 
 def _listeners(about: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
@@ -10237,7 +10288,7 @@ def _as_dot(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the map in the language of Graphviz."""
 
     def quoted(*texts: str) -> str:
-        escaped = (printable(text).replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+        escaped = (re.sub(r'[\\"]', r"\\\g<0>", printable(text)).replace("&", "&amp;") for text in texts)
         return '"' + "\\n".join(escaped) + '"'
 
     nodes, edges = _edges(rows)
@@ -10436,7 +10487,7 @@ class _Doctor:
             name = f"nameserver {host}"
             try:
                 socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0].strip("[]"), None)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue
             mechanism, received = _mechanism_at(endpoint)

@@ -5802,6 +5802,9 @@ class TestCommands:
             ("services --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
             ("top --interval 0", 2, "no number from 0.1"),
             ("top --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("publish /a info x --lines --subscribers 0", 1, "--lines needs a file or stdin"),
+            (f"publish /a --replay {LIBRARY} --subscribers 0", 1, "--replay takes neither SUBJECT nor --file"),
+            ("check receiver --topic /a", 3, "--topic says what has to come within --silent SECONDS"),
             ("config --set foo", 2, "'foo' is not KEY=VALUE"),
             ("config --set foo=1", 2, "there is no key 'foo'"),
             ("demo --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
@@ -5858,6 +5861,12 @@ class TestCommands:
             ended, _, err = finish(running)
         assert ended == status
         assert not err or err == "posttroll config: there is no key nonesuch.\n"
+
+    @pytest.mark.parametrize(("name", "status"), [("services", 2), ("ping", 2), ("check", 3)])
+    def test_an_empty_name_does_not_mean_all(self, name, status):
+        ended, out, err = run_here(name, "")
+        assert (ended, out) == (status, "")
+        assert "is a name missing?" in err
 
     @pytest.mark.parametrize(
         ("words", "data"),
@@ -6284,6 +6293,27 @@ class TestTerminal:
             os.close(master)
         assert "/data/x" in seen
         assert "\033" not in seen
+
+    def test_a_quiet_replay_from_where_stdin_stands(self, tmp_path):
+        recording = tmp_path / "recording"
+        lines = [f"{posttroll.Message('/a', 'info', n)}\n" for n in range(4)]
+        recording.write_text("not a message\n" + "".join(lines))
+        for words, expected in (([], "4/4\r\n"), (["-q"], "")):
+            with recording.open("rb") as stdin:
+                os.lseek(stdin.fileno(), len("not a message\n"), os.SEEK_SET)
+                master, slave = pty.openpty()
+                arguments = ("publish", "--replay", "-", "--subscribers", 0, "--speed", 0, *words)
+                with command(*arguments, "--nameserver", "localhost", stdin=stdin, stderr=slave) as running:
+                    os.close(slave)
+                    assert running.wait(DEADLINE) == 0
+                os.set_blocking(master, False)
+                seen = ""
+                with contextlib.suppress(OSError):
+                    while text := os.read(master, 4096):
+                        seen += text.decode()
+                os.close(master)
+            assert seen.endswith(f"{expected}4 messages to 0 subscribers\r\n" if expected else "")
+            assert bool(seen) == bool(expected)
 
     def test_a_replay_shows_its_progress(self, tmp_path):
         recording = tmp_path / "recording"
@@ -6927,6 +6957,14 @@ class TestRelayCommand:
             assert sorted(data if data == "end" else data["uid"] for data in received_data(sub, 3)) == ["a", "b", "end"]
             assert self.end(running)[2] == "3 messages relayed\n"
 
+    def test_control_c_does_not_reach_the_end_that_publishes(self, source):
+        """Also while it starts, when it could not do anything but show a traceback."""
+        with self.relay(source, free_port()) as running:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text()
+            assert os.getpgid(int(children)) != os.getpgid(running.pid)
+            os.killpg(running.pid, signal.SIGINT)
+            assert finish(running) == (0, "", "0 messages relayed\n")
+
     def test_what_hinders_the_start(self, source):
         with posttroll.Publisher("tcp://*:0") as other, self.relay(source, other.port_number) as running:
             status, _, err = finish(running)
@@ -7002,6 +7040,26 @@ class TestServicesAndTop:
         assert out.count("PUBLISHER") == 2
         assert "\033" not in out
         assert re.search(r"feeder +tcp://\S+ +/fed +info +[1-9]", out)
+
+    @pytest.mark.parametrize("form", [[], ["--json"]])
+    def test_top_without_a_nameserver_is_no_success(self, form):
+        status, out, err = run_command("top", "--interval", 0.1, *form)
+        assert (status, out.count("no answer")) == (1, not form)
+        assert "posttroll top: Didn't get an address after 1.0 seconds: no answer from the nameserver" in err
+
+    def test_hosts_that_cannot_even_be_asked_for_hold_up_nothing(self):
+        """Anybody can announce anything."""
+        with nameserver(), posttroll.Publish("alive", nameservers=["localhost"]):
+            for host in ("x" * 70, "a..b"):
+                assert register(registration_of(URI=f"tcp://{host}:9", service=["odd"])) == b"ok"
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            status, out, err = run_command("services", "--json")
+            assert (status, err) == (0, "")
+            assert sorted(row["answers"] for row in json.loads(out)) == [False, False, True]
+            assert run_command("check", "odd")[0::2] == (2, "")
+            status, out, err = run_command("ping", "odd", "-c", 1, "--timeout", 0.1)
+            assert (status, out.count("no answer after 0.1 s")) == (1, 2)
+        assert "FAIL  nameserver a..b: the name does not resolve" in run_command("doctor", "--nameserver", "a..b")[1]
 
     def test_services_are_sorted_by_name(self):
         names = ["zebra", "ant", "mouse", "bee", "yak", "cat"]
@@ -7164,6 +7222,9 @@ class TestServicesAndTop:
             assert heartbeats.overdue(came) == before
             heartbeats.take(beat, came)
             assert (heartbeats.overdue(came), heartbeats.missed(came)) == (0, missed)
+        early = posttroll._Heartbeats()
+        early.take(beat, -50.0)  # made before this host was started
+        assert (early.overdue(0.0), early.last) == (4, -50.0)
         heartbeats.take(beat, 1000.0)  # caught up, after newer ones
         assert (heartbeats.overdue(1100.0), heartbeats.missed(1100.0)) == (3, 6)
 
@@ -7224,6 +7285,30 @@ class TestSparkline:
         assert all(len(posttroll._sparkline(minute, width)) == width for width in range(61))
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         assert posttroll._sparkline(minute, 12) == "      ::==@@"
+
+    def test_narrow_tables(self):
+        """Columns that are narrow anyway do not become wider, and there is a table before there is a picture."""
+        rows = [["a", "/a", "12"], ["b" * 30, "/b", "3"]]
+        lines = posttroll._table(rows, ["NAME", "SUBJECT", "MSG/S"], 28, "NAME SUBJECT")
+        assert lines == ["NAME          SUBJECT  MSG/S", "a             /a       12", "bbbbb...bbbb  /b       3"]
+        assert posttroll._table(rows[:1], ["NAME", "SUBJECT", "MSG/S"], 12, "NAME SUBJECT") == [
+            "NAME  SUBJEC",
+            "a     /a",
+        ]
+        row = {"publisher": "name", "address": "a", "subject": "/b", "type": "info", "heartbeats_overdue": None}
+        row.update({"messages": 1, "bytes": 50, "ago": 1.0, "last_minute": [1] * 60})
+        view = {"seconds": 2.0, "publishers": [], "caught_up": 0, "missed": 0, "traffic": [row]}
+        for width in (1, 10, 20, 40, 60, 70, 80, 200):
+            lines = posttroll._top_lines(view, {"seconds": 0.0, "traffic": []}, "", width)
+            assert max(map(len, lines)) <= width
+            assert ("LAST MINUTE" in lines[2]) == (width >= 70)
+            assert lines[2].startswith("PUBLISHER  SUBJECT  TYPE  MSG/S  BYTES/S"[:width].rstrip()) or width == 200
+
+    @pytest.mark.parametrize("height", [1, 2, 3])
+    def test_views_on_low_terminals(self, height, monkeypatch, capsys):
+        monkeypatch.setattr(posttroll, "_view_size", lambda: (80, height))
+        posttroll._show(["one", "two", "three"])
+        assert capsys.readouterr().out == "\033[H\033[Jone\n"
 
     def test_what_is_overdue_stays_in_sight(self):
         """Other rows are left out after a while."""
@@ -7752,7 +7837,7 @@ class TestMap:
         """Two publishers of ours, one that is not, and who listens to them."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(nameserver())
-            names = ['a"b', "b`<c"]
+            names = ['a"b', "b`&lt;c"]
             pubs = [stack.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in names]
             other, address = stack.enter_context(raw_publisher())
             register(registration_of(URI=address, service=["other"]))
@@ -7793,7 +7878,7 @@ class TestMap:
             "  to     somebody  /a/x",
             "  to     127.0.0.1  everything (2 times)",
             "  to     127.0.0.1  /a, /b",
-            f"b`<c  {second}",
+            f"b`&lt;c  {second}",
             "  sends  nothing while we listened",
             "  to     127.0.0.1  everything (2 times)",
             f"pub  {other}",
@@ -7806,7 +7891,7 @@ class TestMap:
             "digraph posttroll {",
             "  rankdir=LR;",
             f'  publisher0 [shape=box, label="a\\"b\\n{first}\\n/z"];',
-            f'  publisher1 [shape=box, label="b`<c\\n{second}"];',
+            f'  publisher1 [shape=box, label="b`&amp;lt;c\\n{second}"];',
             f'  publisher2 [shape=box, label="pub\\n{other}"];',
             '  listener0 [label="somebody"];',
             '  listener1 [label="127.0.0.1"];',
@@ -7821,7 +7906,7 @@ class TestMap:
         assert out.splitlines() == [
             "graph LR",
             f'  publisher0["a#34;b<br/>{first}<br/>/z"]',
-            f'  publisher1["b#96;#60;c<br/>{second}"]',
+            f'  publisher1["b#96;#38;lt;c<br/>{second}"]',
             f'  publisher2["pub<br/>{other}"]',
             '  listener0(["somebody"])',
             '  listener1(["127.0.0.1"])',
@@ -7833,7 +7918,7 @@ class TestMap:
         status, out, err = run_command("map", "--seconds", 0.1, "--json")
         assert (status, err) == (0, "")
         rows = json.loads(out)
-        assert [row["name"] for row in rows] == ['a"b', "b`<c", "pub"]
+        assert [row["name"] for row in rows] == ['a"b', "b`&lt;c", "pub"]
         assert rows[2]["listeners"] is None
         assert {"host": "", "topics": ["/a/x"], "count": 1} in rows[0]["listeners"]
 
