@@ -3455,6 +3455,8 @@ class MessageBroadcaster:
         return None
 
     def _say_goodbye(self, done: Sequence[threading.Event]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()  # nothing may follow, however long that takes
         for target, event in zip(self._targets, done):
             text = self._goodbye(target)
             if text is None:
@@ -7150,6 +7152,7 @@ class _Follower:
         self._known: dict[str, _Publisher] = {}
         self._log = LimitedLogger("subscriber")
         self._has_warned = False
+        self._timer = Timer(math.inf, self._run)
         self._interval = self.SOON
         self._letting_go: Timer | None = None
 
@@ -7158,7 +7161,12 @@ class _Follower:
         self._ask_for_names()
         self._open()
         self._look_up(self.missing)
-        self._loop.at(time.monotonic() + self.SOON, self._run)
+        self._run_in(self.SOON)
+
+    def _run_in(self, seconds: float) -> None:
+        self._interval = seconds
+        self._timer.cancel()
+        self._timer = self._loop.at(time.monotonic() + seconds, self._run)
 
     def _ask_for_names(self) -> None:
         """Ask again and again where nameservers are that have names."""
@@ -7234,8 +7242,7 @@ class _Follower:
         finally:
             is_cut_off = len(self._sockets) < len(self._resolutions)
             is_in_doubt = is_cut_off or any(publisher.denials for publisher in self._known.values())
-            self._interval = self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM
-            self._loop.at(time.monotonic() + self._interval, self._run)
+            self._run_in(self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM)
         if missing and not self._has_warned:
             self.warn_of_missing()
         self._let_go_of_lost()
@@ -7335,6 +7342,8 @@ class _Follower:
     def _note_denial(self, publisher: _Publisher, host: str) -> None:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
         denial[1] += 1
+        if self._interval > self.SELDOM:
+            self._run_in(self.SELDOM)
 
     def _let_go_later(self) -> None:
         def let_go() -> None:

@@ -11444,6 +11444,19 @@ class TestRegistrationsAndFailingNameservers:
         finally:
             context.destroy(0)
 
+    def test_nothing_follows_the_goodbye_while_it_is_not_answered(self, monkeypatch):
+        """It would be registered again, until it is too old."""
+        monkeypatch.setattr(posttroll.MessageBroadcaster, "_GOODBYE_SECONDS", 0.3)
+        with raw_socket(zmq.ROUTER) as server:
+            server.bind(local_address(config.get("broadcast_port")))
+            with posttroll.Publish("pub", nameservers=["localhost"], broadcast_interval=0.02):
+                assert server.poll(DEADLINE * 1000)
+            requests = []
+            while not requests or requests[-1].get("status", True):
+                assert server.poll(DEADLINE * 1000)
+                requests.append(Message.decode(server.recv_multipart()[-1]).data)
+            assert not server.poll(100)
+
     def test_one_that_never_answers_does_not_delay_another(self):
         faulty_hosts = ["localhost", "127.0.0.2", "192.0.2.1"]
         with posttroll.Publish("pub", nameservers=faulty_hosts, broadcast_interval=0.2), nameserver():
@@ -14526,6 +14539,7 @@ class Life:
         self.part, self.host, self.number, self.running, self.log = part, part.host, number, running, log
         self.record, self._position = record, 0
         self.started, self.ended = time.monotonic(), float("inf")
+        self.signalled = float("inf")  # when it was told to end
         self.ending: int | None = None  # the signal that it got
         self.sent: dict[int, float] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
@@ -14615,7 +14629,7 @@ class Crowd:
             self.start(part)
 
     def send_signal(self, part: Part, number: int) -> None:
-        part.life.ending = number
+        part.life.ending, part.life.signalled = number, time.monotonic()
         part.life.running.send_signal(number)
 
     def has_ended(self, life: Life) -> bool:
@@ -16988,6 +17002,27 @@ class TestNothingFallsBetween:
             with serving(sub):
                 wait_for(lambda: sub.addresses == [])
 
+    def test_an_answer_from_before_a_goodbye_that_is_read_after_it(self, monkeypatch):
+        """Who read nothing for a while finds both: it asks soon again, not after a minute."""
+        monkeypatch.setattr(posttroll._Follower, "SELDOM", 0.2)
+        take_news, news = posttroll._Follower._take_news, []
+
+        def take_news_then_the_answer(self: Any, host: str, frames: list[bytes]) -> None:
+            take_news(self, host, frames)
+            entry = Message.decode(frames[0]).data
+            news.append(entry)
+            if not entry["status"]:
+                self.add(host, entry, "numbers")
+                self._run_in(self.RARELY)  # as it does while it knows of no doubt
+                self._look_up(["numbers"])
+
+        monkeypatch.setattr(posttroll._Follower, "_take_news", take_news_then_the_answer)
+        with nameserver(), posttroll.Subscribe("numbers", addr_listener=True, timeout=0) as sub, serving(sub):
+            with posttroll.Publish("numbers", nameservers=["localhost"], broadcast_interval=0.1) as pub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                wait_for(lambda: news)
+            wait_for(lambda: sub.addresses == [])
+
     def test_a_publisher_that_is_lost_while_much_is_unread(self, impatient, monkeypatch):
         """Its address is kept until all is read: else what comes meanwhile would wait behind all of it."""
         monkeypatch.setattr(posttroll._Follower, "RARELY", 1)  # the news may be older than the connection for it
@@ -17867,15 +17902,16 @@ class Oracle:
         known = publisher.started < subscriber.started or not CAUGHT_UP
         unfound = self.connected(begin)
         was_there_too_shortly = not self._got and publisher.ended < unfound
+        end = min(subscriber.signalled, subscriber.ended)  # of taking messages; that it has ended is noticed later
         spans = [(float("-inf"), unfound)] if known or was_there_too_shortly else []
-        for start, end in self._cuts:  # nobody catches up once one of both has ended
-            back = self.connected(end, NOTICED)
-            if not CAUGHT_UP or min(publisher.ended, subscriber.ended) < back:
+        for start, mended in self._cuts:  # nobody catches up once one of both has ended
+            back = self.connected(mended, NOTICED)
+            if not CAUGHT_UP or min(publisher.ended, end) < back:
                 spans.append((self.under_way(start, throttled), back))
         if publisher.ending == signal.SIGKILL:
-            spans.append((self.under_way(publisher.ended, throttled), publisher.ended))
+            spans.append((self.under_way(publisher.signalled, throttled), publisher.ended))
         if subscriber.ended < float("inf"):
-            spans.append((self.under_way(subscriber.ended, BACKLOG if subscriber.part.pace else LAG), float("inf")))
+            spans.append((self.under_way(end, BACKLOG if subscriber.part.pace else LAG), float("inf")))
         return spans
 
     def judge(self) -> tuple[list[str], list[int]]:
