@@ -9199,15 +9199,17 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
 class _Pinged:
     """A peer that is asked again and again, and how long it took to answer.
 
-    Attributes:
+    Args:
         name: What to call it.
-        about: What is known of it.
+        ask: Asks it, and waits so many seconds for the answer; returns what is known of it then, else nothing.
+
+    Attributes:
         times: In seconds, those of the answers.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.about = "no answer yet"
+    def __init__(self, name: str, ask: Callable[[float], str]) -> None:
+        self.name = printable(name)
+        self.ask = ask
         self.times: list[float] = []
         self._asked = 0
 
@@ -9233,56 +9235,37 @@ class _Pinged:
         figures = "/".join(f"{1000 * each:.3f}" for each in (min(self.times), mean, max(self.times), deviation))
         return f"{text}, min/avg/max/mdev = {figures} ms"
 
-    def ask(self, timeout: float) -> bool:
-        """Ask, and return whether there was an answer."""
-        raise NotImplementedError
 
-    def close(self) -> None:
-        """Close what is open."""
-
-
-class _PingedNameserver(_Pinged):
-    """A nameserver, which is asked by a lookup."""
-
-    def __init__(self, host: str) -> None:
-        super().__init__(f"nameserver {host}")
-        self._host = host
-
-    def ask(self, timeout: float) -> bool:
-        try:
-            version = describe_nameserver(self._host, timeout).get("version")
-        except TimeoutError:
-            return False
-        self.about = f"posttroll {printable(version)}" if version else "version unknown"
-        return True
+def _ask_about_nameserver(host: str, timeout: float) -> str:
+    """Ask a nameserver by a lookup; return what is known of it, nothing if it does not answer."""
+    try:
+        version = describe_nameserver(host, timeout).get("version")
+    except TimeoutError:
+        return ""
+    return f"posttroll {printable(version)}" if version else "version unknown"
 
 
-class _PingedPublisher(_Pinged):
-    """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
+class _PublisherAsker:
+    """Asks a publisher of ours about itself; of others it awaits the greeting on a new connection."""
 
-    def __init__(self, name: str, address: str, backend: str | None) -> None:
-        super().__init__(printable(f"{name} {address}".strip()))
-        self._address = address
+    def __init__(self, service: _Service) -> None:
+        self._address = service.address
         self._is_ours: bool | None = None  # not known yet
-        self._inquiry = Inquiry(address, backend)
+        self._inquiry = Inquiry(service.address, backend_towards(service.entry.get("backend")))
+        self.close = self._inquiry.close
 
-    def ask(self, timeout: float) -> bool:
+    def __call__(self, timeout: float) -> str:
         if self._is_ours is None:
             timeout /= 2  # for each of the two ways
         about = None if self._is_ours is False else self._inquiry.ask(timeout)
         if about is not None:
             self._is_ours = True
             counts = f"{about['subscribers']} subscribers, {about['kept']} messages kept"
-            self.about = f"posttroll {printable(about['version'])}, {counts}"
-            return True
+            return f"posttroll {printable(about['version'])}, {counts}"
         if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
-            return False
+            return ""
         self._is_ours = False
-        self.about = "version unknown (time until ZeroMQ greets)"
-        return True
-
-    def close(self) -> None:
-        self._inquiry.close()
+        return "version unknown (time until ZeroMQ greets)"
 
 
 @_command(
@@ -9303,13 +9286,11 @@ def _run_ping(options: argparse.Namespace) -> int:
     """
     end = threading.Event()
     with ExitStack() as stack:
-        peers = _pinged(options)
-        for peer in peers:
-            stack.callback(peer.close)
+        peers = _pinged(options, stack)
         stack.enter_context(call_on_signals(end.set))
         for peer in peers:
-            peer.ask(options.timeout)  # connects, and is not counted
-            print(f"PING {peer.name}: {peer.about}", flush=True)
+            about = peer.ask(options.timeout)  # connects, and is not counted
+            print(f"PING {peer.name}: {about or 'no answer yet'}", flush=True)
         for number in count(1):
             for peer in peers:
                 if not end.is_set():
@@ -9325,19 +9306,19 @@ def _run_ping(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pinged(options: argparse.Namespace) -> list[_Pinged]:
-    """Return whom to ask."""
-    publishers: list[_Pinged] = [_PingedPublisher("", address, None) for address in options.address]
-    if options.address and not options.names:
-        return publishers
-    hosts = _nameservers(options)
+def _pinged(options: argparse.Namespace, stack: ExitStack) -> list[_Pinged]:
+    """Return whom to ask; *stack* closes what is opened for that."""
+    services = [("", _Service({"URI": address})) for address in options.address]
+    hosts = _nameservers(options) if options.names or not options.address else []
     for name in options.names:
-        services = _look_up(name, options.timeout, hosts)
-        if not services:
+        found = _look_up(name, options.timeout, hosts)
+        if not found:
             raise _CommandError(f"the nameserver on {', '.join(hosts)} knows no publisher {name}.")
-        for service in services:
-            publishers.append(_PingedPublisher(name, service.address, backend_towards(service.entry.get("backend"))))
-    return [*map(_PingedNameserver, hosts), *publishers]
+        services += [(f"{name} ", service) for service in found]
+    peers = [_Pinged(f"nameserver {host}", partial(_ask_about_nameserver, host)) for host in hosts]
+    for name, service in services:
+        peers.append(_Pinged(name + service.address, stack.enter_context(closing(_PublisherAsker(service)))))
+    return peers
 
 
 # -- what top, check and exporter know --
@@ -10039,20 +10020,21 @@ def _labelled(labels: Mapping[str, str]) -> str:
     return f"{{{text}}}" if text else ""
 
 
-def _metric(name: str, kind: str, meaning: str, samples: Iterable[tuple[Mapping[str, str], float | None]]) -> list[str]:
-    """Return the lines about a metric; samples without a value are left out."""
+_Samples = Sequence[tuple[Mapping[str, str], Any]]  # labels, and a number (None if there is none)
+
+
+def _metric(name: str, kind: str, meaning: str, samples: _Samples) -> list[str]:
+    """Return the lines about a metric; samples without a number are left out."""
     name = f"posttroll_{name}"
     values = [f"{name}{_labelled(labels)} {value!r}" for labels, value in samples if value is not None]
     return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", *values]
 
 
-def _age_histogram(
-    bounds: Sequence[float | None], rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]
-) -> list[str]:
+def _age_histogram(bounds: Sequence[float | None], traffic: _Samples) -> list[str]:
     """Return the lines about how old messages were when they came."""
+    lines = _metric("message_age_seconds", "histogram", "How old messages were when they came.", [])
     name = "posttroll_message_age_seconds"
-    lines = [f"# HELP {name} How old messages were when they came.", f"# TYPE {name} histogram"]
-    for labels, row in rows:
+    for labels, row in traffic:
         for bound, number in zip(bounds, accumulate(row["ages"])):
             le = "+Inf" if bound is None else repr(bound)
             lines.append(f"{name}_bucket{_labelled({**labels, 'le': le})} {number}")
@@ -10064,27 +10046,27 @@ def _age_histogram(
 def _exposition(view: Mapping[str, Any]) -> str:
     """Return a view in Prometheus' text format."""
     traffic = [({key: row[key] for key in ("publisher", "address", "subject", "type")}, row) for row in view["traffic"]]
+
+    def of_traffic(key: str) -> _Samples:
+        return [(labels, row[key]) for labels, row in traffic]
+
     up = [({"nameserver": host}, int(is_up)) for host, is_up in view["nameservers"].items()]
-    lines = [
-        _metric("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
-        _metric("nameserver_up", "gauge", "Whether the nameserver answers.", up),
-        _metric("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
-        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(view["publishers"]))]),
-        _metric(
-            "caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]
-        ),
-        _metric("missed_messages_total", "counter", "Messages gone in an outage.", [({}, view["missed"])]),
-    ]
-    for name, kind, meaning, key, rows in (
-        ("messages_total", "counter", "Messages.", "messages", traffic),
-        ("message_bytes_total", "counter", "Bytes of messages.", "bytes", traffic),
-        ("last_message_timestamp_seconds", "gauge", "When the last message came.", "last", traffic),
-        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", traffic),
-        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", traffic),
-        ("heartbeats_missed_total", "counter", "Heartbeats that did not come in time.", "heartbeats_missed", traffic),
-    ):
-        lines.append(_metric(name, kind, meaning, [(labels, row[key]) for labels, row in rows]))
-    return "\n".join([*chain.from_iterable(lines), *_age_histogram(view["age_bounds"], traffic), ""])
+    metrics: Sequence[tuple[str, str, str, _Samples]] = (
+        ("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
+        ("nameserver_up", "gauge", "Whether the nameserver answers.", up),
+        ("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
+        ("followed_publishers", "gauge", "Publishers listened to.", [({}, len(view["publishers"]))]),
+        ("caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]),
+        ("missed_messages_total", "counter", "Messages gone in an outage.", [({}, view["missed"])]),
+        ("messages_total", "counter", "Messages.", of_traffic("messages")),
+        ("message_bytes_total", "counter", "Bytes of messages.", of_traffic("bytes")),
+        ("last_message_timestamp_seconds", "gauge", "When the last message came.", of_traffic("last")),
+        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", of_traffic("heartbeat_interval")),
+        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", of_traffic("heartbeats_overdue")),
+        ("heartbeats_missed_total", "counter", "Heartbeats that did not come.", of_traffic("heartbeats_missed")),
+    )
+    lines = chain.from_iterable(_metric(*metric) for metric in metrics)
+    return "\n".join([*lines, *_age_histogram(view["age_bounds"], traffic), ""])
 
 
 class _Page:
@@ -10242,8 +10224,9 @@ def _run_map(options: argparse.Namespace) -> int:
     if options.json:
         print(_as_json(rows))
     else:
-        draw = _as_dot if options.dot else _as_mermaid if options.mermaid else partial(_as_map, color=_colors(options))
-        print("\n".join(draw(rows)))
+        language = "dot" if options.dot else "mermaid" if options.mermaid else None
+        lines = _as_graph(rows, language) if language else _as_map(rows, _colors(options))
+        print("\n".join(lines))
     return 0
 
 
@@ -10260,8 +10243,9 @@ def _listeners(about: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
     return [{"host": host, "topics": list(topics), "count": times} for (host, topics), times in sorted(known.items())]
 
 
-def _topics_text(topics: Sequence[str]) -> str:
-    return printable(", ".join(topic or "everything" for topic in topics))
+def _topics_text(listener: Mapping[str, Any]) -> str:
+    times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
+    return ", ".join(topic or "everything" for topic in listener["topics"]) + times
 
 
 def _as_map(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
@@ -10272,55 +10256,55 @@ def _as_map(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
         lines.append(f"{paint(printable(row['name']), GREEN)}  {printable(row['address'])}")
         lines += [f"  sends  {printable(subject)}" for subject in row["subjects"] or ["nothing while we listened"]]
         for listener in row["listeners"] or ():
-            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
-            host = printable(listener["host"] or "somebody")
-            lines.append(f"  to     {paint(host, CYAN)}  {_topics_text(listener['topics'])}{times}")
+            host = paint(printable(listener["host"] or "somebody"), CYAN)
+            lines.append(f"  to     {host}  {printable(_topics_text(listener))}")
         if not row["listeners"]:
             lines.append("  to     nobody" if row["listeners"] is not None else "  to     (it does not tell)")
     return lines
 
 
-def _edges(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
-    """Return the listeners' nodes with their names, and from which publisher to which of them what goes."""
-    nodes: dict[str, str] = {}
-    edges = []
+def _dot_text(text: str) -> str:
+    return re.sub(r'([\\"])', r"\\\1", text).replace("&", "&amp;").replace("\n", "\\n")
+
+
+def _mermaid_text(text: str) -> str:
+    return re.sub('[#"<>&|`]', lambda match: f"#{ord(match[0])};", text).replace("\n", "<br/>")
+
+
+# How languages of diagrams have texts, and their lines: the first, a publisher, a listener, what goes where, the last.
+_LANGUAGES: dict[str, tuple[Callable[[str], str], str, str, str, str, str]] = {
+    "dot": (
+        _dot_text,
+        "digraph posttroll {\n  rankdir=LR;",
+        '  publisher{} [shape=box, label="{}"];',
+        '  listener{} [label="{}"];',
+        '  publisher{} -> listener{} [label="{}"];',
+        "\n}",
+    ),
+    "mermaid": (
+        _mermaid_text,
+        "graph LR",
+        '  publisher{}["{}"]',
+        '  listener{}(["{}"])',
+        '  publisher{0} -->|"{2}"| listener{1}',
+        "",
+    ),
+}
+
+
+def _as_graph(rows: Sequence[Mapping[str, Any]], language: str) -> list[str]:
+    """Return the map in a language of diagrams."""
+    quoted, first, publisher, node, edge, last = _LANGUAGES[language]
+    publishers, edges = [], []
+    nodes: dict[str, int] = {}
     for number, row in enumerate(rows):
+        text = "\n".join(map(printable, [row["name"], row["address"], *row["subjects"]]))
+        publishers.append(publisher.format(number, quoted(text)))
         for listener in row["listeners"] or ():
-            host = listener["host"] or "somebody"
-            node = nodes.setdefault(host, f"listener{len(nodes)}")
-            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
-            edges.append((f"publisher{number}", node, _topics_text(listener["topics"]) + times))
-    return {node: host for host, node in nodes.items()}, edges
-
-
-def _as_dot(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the map in the language of Graphviz."""
-
-    def quoted(*texts: str) -> str:
-        escaped = (re.sub(r'[\\"]', r"\\\g<0>", printable(text)).replace("&", "&amp;") for text in texts)
-        return '"' + "\\n".join(escaped) + '"'
-
-    nodes, edges = _edges(rows)
-    lines = ["digraph posttroll {", "  rankdir=LR;"]
-    for number, row in enumerate(rows):
-        lines.append(f"  publisher{number} [shape=box, label={quoted(row['name'], row['address'], *row['subjects'])}];")
-    lines += [f"  {node} [label={quoted(host)}];" for node, host in nodes.items()]
-    lines += [f"  {start} -> {end} [label={quoted(text)}];" for start, end, text in edges]
-    return [*lines, "}"]
-
-
-def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the map in the language of Mermaid."""
-
-    def quoted(*texts: str) -> str:
-        escaped = (re.sub('[#"<>&|`]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
-        return '"' + "<br/>".join(escaped) + '"'
-
-    nodes, edges = _edges(rows)
-    boxes = (quoted(row["name"], row["address"], *row["subjects"]) for row in rows)
-    lines = ["graph LR", *(f"  publisher{number}[{box}]" for number, box in enumerate(boxes))]
-    lines += [f"  {node}([{quoted(host)}])" for node, host in nodes.items()]
-    return [*lines, *(f"  {start} -->|{quoted(text)}| {end}" for start, end, text in edges)]
+            end = nodes.setdefault(listener["host"] or "somebody", len(nodes))
+            edges.append(edge.format(number, end, quoted(printable(_topics_text(listener)))))
+    listeners = [node.format(number, quoted(printable(host))) for host, number in nodes.items()]
+    return ["\n".join([first, *publishers, *listeners, *edges]) + last]
 
 
 # -- config --
