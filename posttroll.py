@@ -8415,7 +8415,7 @@ def _run_publish(options: argparse.Namespace) -> int:
     source = sys.stdin.fileno() if path == "-" else path
     with nullcontext() if source is None else open(source, "rb", closefd=path != "-") as stream:
         messages = _messages_to_publish(options, stream)
-        with publishing as publisher:
+        with publishing as publisher, call_on_signals(_interrupt):
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
             sent = _send_all(publisher, messages, options)
@@ -8425,6 +8425,11 @@ def _run_publish(options: argparse.Namespace) -> int:
     if publisher.dropped:
         raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
     return 0
+
+
+def _interrupt() -> NoReturn:
+    """End what the main thread does, so that the publisher says goodbye: also for SIGTERM."""
+    raise KeyboardInterrupt
 
 
 def _publishing(name: str, port: int, hosts: Sequence[str] | None) -> Publish:
@@ -8965,6 +8970,7 @@ class _PublishingEnd:
         import subprocess
 
         words = ["--role=publisher", f"--name={options.name}", f"--port={options.port}", *["-q"] * options.quiet]
+        words += ["-v"] * options.verbose
         words += [f"--nameserver={host}" for host in options.out_nameserver or []]
         words += [f"--set={key}={value!r}" for key, value in [*options.set, *options.out_set]]
         command = [sys.executable, os.path.abspath(__file__), "relay", *words]

@@ -6147,6 +6147,20 @@ class TestPublishAndSubscribe:
                 assert status == 0
                 assert [json.loads(line)["data"]["number"] for line in out.splitlines()] == list(range(rounds))
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_publish_that_is_ended_says_goodbye(self, number):
+        with nameserver(), posttroll.Subscribe("lines", addr_listener=True, timeout=0) as sub:
+            words = ("/a", "info", "-", "--lines", "--service", "lines", "--nameserver", "localhost")
+            with command("publish", *words) as publish:
+                publish.stdin.write("one\n")
+                publish.stdin.flush()
+                assert received_data(sub) == ["one"]
+                assert posttroll.get_pub_address("lines")
+                publish.send_signal(number)
+                assert publish.wait(DEADLINE) == 130
+                assert re.fullmatch(r"[01] messages? sent until then\n", publish.stderr.read())  # send may not be over
+            assert posttroll.get_pub_address("lines") == []
+
     def test_subscribers_that_come_later_are_counted(self):
         port = free_port()
         with posttroll.Subscriber([f"tcp://localhost:{port}"]) as first:
