@@ -9066,9 +9066,9 @@ class _Service:
         how = {"backend": self.entry.get("backend"), "version": self.entry.get("supported_message_version"), "age": age}
         return {"name": self.name, "aliases": aliases, "address": self.address, **how}
 
-    def greets(self) -> bool:
+    def greets(self, timeout: float = 1.0) -> bool:
         """Whether a ZeroMQ socket answers at its address."""
-        return bool(_mechanism_at(self.address)[0])
+        return bool(_mechanism_at(self.address, timeout)[0])
 
     def about(self, timeout: float = 1.0) -> dict[str, Any] | None:
         """Return what it tells about itself; None if it tells nothing, as those that are not of ours."""
@@ -9255,7 +9255,7 @@ class _PublisherAsker:
     """Asks a publisher of ours about itself; of others it awaits the greeting on a new connection."""
 
     def __init__(self, service: _Service) -> None:
-        self._address = service.address
+        self._service = service
         self._is_ours: bool | None = None  # not known yet
         self._inquiry = Inquiry(service.address, backend_towards(service.entry.get("backend")))
         self.close = self._inquiry.close
@@ -9268,7 +9268,8 @@ class _PublisherAsker:
             self._is_ours = True
             counts = f"{about['subscribers']} subscribers, {about['kept']} messages kept"
             return f"posttroll {printable(about['version'])}, {counts}"
-        if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
+        greets = partial(_Service.greets, timeout=timeout)
+        if self._is_ours or not any(answer for _, answer in _ask_each(greets, [self._service], timeout)):
             return ""
         self._is_ours = False
         return "version unknown (time until ZeroMQ greets)"

@@ -6803,6 +6803,24 @@ class TestPing:
             assert status == 0
             assert re.fullmatch("PING .*\n" + summary, out)
 
+    def test_names_that_do_not_resolve_for_minutes(self, monkeypatch):
+        over, ended = threading.Event(), []
+
+        def resolve(*args: Any, **kwargs: Any) -> Any:
+            over.wait(DEADLINE)
+            ended.append(True)
+            raise OSError("no answer from the name server")
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(socket, "create_connection", resolve)
+        try:
+            status, out, err = run_here("ping", "--address", "tcp://slow.invalid:9", "-c", 2, "--timeout", 0.1)
+            assert not ended
+        finally:
+            over.set()
+        assert (status, err) == (1, "posttroll ping: no answer from tcp://slow.invalid:9.\n")
+        assert out.endswith("--- tcp://slow.invalid:9: 2 asked, 0 answered, 100% lost\n")
+
     def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
         with posttroll.Publisher("tcp://*:0") as pub:
             words = ("--address", local_address(pub.port_number), "-c", 20, "--interval", 0.05, "--timeout", 0.05)
