@@ -9091,25 +9091,34 @@ _Answer = TypeVar("_Answer")
 def _ask_each(
     ask: Callable[[_Service], _Answer], services: Iterable[_Service], timeout: float = 1e6, workers: int = 32
 ) -> Iterator[tuple[str, _Answer]]:
-    """Ask publishers, so many *workers* at once, and yield addresses and answers as they come, until *timeout*."""
+    """Ask publishers, so many *workers* at once, and yield addresses and answers as they come, until *timeout*.
+
+    Whoever does not answer in time, or cannot even be asked, is left out.
+    """
     import queue
 
     deadline = time.monotonic() + timeout
     waiting = deque(services)
-    answers: queue.SimpleQueue[tuple[str, _Answer]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[str, _Answer] | None] = queue.SimpleQueue()
 
     def work() -> None:
-        with suppress(IndexError):
-            while True:
-                service = waiting.popleft()
-                answers.put((service.address, ask(service)))
+        try:
+            with suppress(IndexError):
+                while True:
+                    service = waiting.popleft()
+                    answers.put((service.address, ask(service)))
+        finally:
+            answers.put(None)  # also if it has failed
 
-    count = len(waiting)
-    for _ in range(min(count, workers)):
+    running = min(len(waiting), workers)
+    for _ in range(running):
         threading.Thread(target=work, daemon=True).start()  # nobody waits for one whose name does not resolve
     with suppress(queue.Empty):
-        for _ in range(count):
-            yield answers.get(timeout=max(deadline - time.monotonic(), 0))
+        while running:
+            answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
+            if answer is not None:
+                yield answer
+            running -= answer is None
 
 
 def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
@@ -10225,7 +10234,7 @@ def _run_map(options: argparse.Namespace) -> int:
     rows = []
     for service in services:
         subjects = sorted({row["subject"] for row in traffic if row["address"] == service.address})
-        listeners = _listeners(answers[service.address])
+        listeners = _listeners(answers.get(service.address))
         rows.append({"name": service.name, "address": service.address, "subjects": subjects, "listeners": listeners})
     rows.sort(key=lambda row: (row["name"], row["address"]))
     if options.json:

@@ -7093,6 +7093,18 @@ class TestServicesAndTop:
             assert (status, out.count("no answer after 0.1 s")) == (1, 2)
         assert "FAIL  nameserver a..b: the name does not resolve" in run_command("doctor", "--nameserver", "a..b")[1]
 
+    def test_a_question_that_fails_is_not_waited_for(self, recwarn):
+        services = [posttroll._Service({"URI": f"tcp://127.0.0.1:{port}"}) for port in (1, 2, 3)]
+
+        def ask(service: Any) -> str:
+            if service is services[1]:
+                raise RuntimeError("a fault")
+            return service.address
+
+        assert sorted(posttroll._ask_each(ask, services)) == [(each.address,) * 2 for each in services[::2]]
+        assert list(posttroll._ask_each(ask, services[1:], workers=1)) == []
+        wait_for(lambda: not [each for each in threading.enumerate() if "work" in each.name])
+
     def test_services_are_sorted_by_name(self):
         names = ["zebra", "ant", "mouse", "bee", "yak", "cat"]
         with contextlib.ExitStack() as world:
