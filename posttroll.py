@@ -3751,7 +3751,7 @@ class _Peer:
         self.is_heard = True  # False: what is sent to it may be dropped in silence
         self.is_intact = True  # since the hello its queue was not full
         self.begin()
-        self.tell(0)
+        self.tell(0)  # the publisher may know better
         self.ends = 0
 
     def begin(self) -> None:
@@ -3997,6 +3997,7 @@ class _Listeners:
             # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.
             before = self.history.number if arrived == topics else 0
             peer = self.peers[mark] = _Peer(mark, topics, host, before)
+            peer.tell(self.history.number)
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1

@@ -159,8 +159,10 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setenv("POSTTROLL_" + name, value)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     config.refresh()
-    threads = set(threading.enumerate())
+    threads, root = set(threading.enumerate()), logging.getLogger()
+    level = root.level
     yield
+    root.setLevel(level)  # commands that a test has run here set it
     config.refresh()
     posttroll._idle_sockets.clear()
     wait_for(lambda: set(threading.enumerate()) <= threads, what=f"the end of {set(threading.enumerate()) - threads}")
@@ -16359,6 +16361,29 @@ class TestFullQueues:
                 pub.send(text_message("end").encode())
                 wait_for(lambda: data[-1:] == ["end"])
                 assert data == ["same"] * 5 + ["end"]
+
+    def test_who_comes_and_has_no_room_for_the_greeting(self, monkeypatch):
+        """It gets what was sent since, but nothing of before that it has not asked for."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            audience, is_full = pub._audience, [True]
+            send, send_to = audience._send, audience._send_to
+
+            def send_if_there_is_room(data: bytes, flags: int) -> None:
+                if is_full:
+                    raise zmq.Again
+                send(data, flags)
+
+            monkeypatch.setattr(audience, "_send", send_if_there_is_room)
+            monkeypatch.setattr(audience, "_send_to", lambda *args: not is_full and send_to(*args))
+            numbers = Numbers(pub)
+            numbers.send(10)
+            wait_for(lambda: audience.history.last_before(time.monotonic() - 0.2) == 10)
+            with posttroll.Subscriber([local_address(pub.port_number)]) as sub, serving(sub) as data:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                numbers.send(10)
+                is_full.clear()
+                wait_for(lambda: data[-1:] == [19])
+                assert data == list(range(10, 20))
 
     def test_a_queue_takes_only_so_many_bytes(self, monkeypatch):
         """Whatever the size of the messages; it is caught up, as far as the history reaches, or known to be missed."""
