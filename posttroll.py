@@ -2283,7 +2283,10 @@ def generate_keys(args: Sequence[str] | None = None) -> None:
         "files will be the one provided.",
     )
     add_key_arguments(parser)
-    run_generate_keys_command(parser.parse_args(args))
+    try:
+        run_generate_keys_command(parser.parse_args(args))
+    except OSError as error:
+        raise SystemExit(f"posttroll-generate-keys: {error}") from None
 
 
 def add_key_arguments(parser: argparse.ArgumentParser) -> None:
@@ -2294,12 +2297,12 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate_keys_command(options: argparse.Namespace) -> int:
-    """Write a pair of keys; return the exit status."""
-    try:
-        paths = write_key_pair(options.name, options.directory, options.force)
-    except OSError as error:
-        raise SystemExit(f"posttroll-generate-keys: {error}") from None
-    print("\n".join(paths))
+    """Make a pair of keys for the secure backend.
+
+    Examples:
+      posttroll generate-keys server -d ~/keys
+    """
+    print("\n".join(write_key_pair(options.name, options.directory, options.force)))
     return 0
 
 
@@ -7165,7 +7168,10 @@ def _take_frames(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object
 def _seconds_since(since: float | timedelta | datetime | None) -> float:
     """Return how many seconds ago *since* is; raises ValueError if it is no such time."""
     if isinstance(since, datetime):
-        return max((datetime.now(timezone.utc) - since.astimezone(timezone.utc)).total_seconds(), 0.0)
+        with suppress(ValueError, OverflowError, OSError):  # at the ends of the calendar, local time is none
+            since = since if since.tzinfo else since.astimezone()
+            return max((datetime.now(timezone.utc) - since).total_seconds(), 0.0)
+        raise ValueError(f"since has no local time: {since}")
     seconds = since.total_seconds() if isinstance(since, timedelta) else float(since or 0)
     if not 0 <= seconds < 1e9:
         raise ValueError(f"since is a number of seconds, a timedelta or a datetime of the past, not {since!r}.")
@@ -7225,10 +7231,8 @@ class _Follower:
         """Start to follow."""
         self._ask_for_names()
         self._open()
-        if self.missing:
-            self._run()
-        else:
-            self._run_in(self.SOON)
+        self._look_up(self.missing)
+        self._run_in(self.SOON)
 
     def _run_in(self, seconds: float) -> None:
         self._interval = seconds
@@ -8144,8 +8148,64 @@ def patched_publisher() -> Iterator[list[str]]:
 # 15. Command line
 #
 # Results go to stdout, talk goes to stderr, and the exit status is 0 only on success.  A command is a function in the
-# table of commands; what adds its arguments stands just above it.
+# table of commands, with its arguments.
 # ======================================================================================================================
+
+
+class _CommandError(Exception):
+    """What went wrong with a command, and what to do about it; ends it with its exit status for failures."""
+
+
+_AddTo = Callable[[Any], object]  # adds arguments to a parser, or to a group of one
+_Run = Callable[[argparse.Namespace], int]
+
+
+class _Command(NamedTuple):
+    """A command: what adds its arguments, what runs it, and its exit status if that fails."""
+
+    arguments: Sequence[_AddTo]
+    run: _Run
+    failure: int
+
+
+_commands: dict[str, _Command] = {}
+
+
+def _command(name: str, *arguments: _AddTo, failure: int = 1) -> Callable[[_Run], _Run]:
+    """Make the decorated function a command: it gets the options, returns the exit status; its docstring is the help.
+
+    Args:
+        name: The name of the command.
+        arguments: What adds its arguments.
+        failure: Its exit status if something fails; also for wrong arguments, if it is not 1.
+    """
+
+    def enter(run: _Run) -> _Run:
+        _commands[name] = _Command(arguments, run, failure)
+        return run
+
+    return enter
+
+
+def _option(*names: str, **settings: Any) -> _AddTo:
+    """Describe an argument, as `argparse.ArgumentParser.add_argument` does."""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+_flag = partial(_option, action="store_true")
+_repeated = partial(_option, action="append")
+_words = partial(_option, nargs="*")
+
+
+def _either(*options: _AddTo) -> _AddTo:
+    """Describe options of which only one can be given."""
+
+    def add_to(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for add in options:
+            add(group)
+
+    return add_to
 
 
 class _Parser(argparse.ArgumentParser):
@@ -8153,41 +8213,18 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(self.get_default("failure") or 2, f"{self.prog}: error: {message}\n")
+        self.exit(max(self.get_default("failure") or 0, 2), f"{self.prog}: error: {message}\n")
 
 
-class _CommandError(Exception):
-    """What went wrong with a command, and what to do about it; ends it with exit status 1."""
-
-
-_AddArguments = Callable[[argparse.ArgumentParser], None]
-_Run = Callable[[argparse.Namespace], int]
-_commands: dict[str, tuple[_AddArguments, _Run]] = {}
-
-
-def _command(name: str, add_arguments: _AddArguments) -> Callable[[_Run], _Run]:
-    """Make the decorated function a command: it gets the options, returns the exit status; its docstring is the help.
-
-    Args:
-        name: The name of the command.
-        add_arguments: Adds its arguments to a parser; stands just above it.
-    """
-
-    def enter(run: _Run) -> _Run:
-        _commands[name] = (add_arguments, run)
-        return run
-
-    return enter
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and those of the commands."""
     parser = _Parser(prog="posttroll", description="Messages between programs over ZeroMQ.")
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (add_arguments, run) in _commands.items():
-        first, _, rest = (run.__doc__ or ".").partition("\n")  # python -OO has none
+    for name, command in _commands.items():
+        first, _, rest = (command.run.__doc__ or ".").partition("\n")  # python -OO has none
         more, _, examples = textwrap.dedent(rest).partition("Examples:\n")
-        command = subparsers.add_parser(
+        subparser = subparsers.add_parser(
             name,
             help=first[0].lower() + first[1:].rstrip("."),
             description=f"{first}\n{more}".rstrip(),
@@ -8195,22 +8232,11 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             conflict_handler="resolve",  # what a command has of its own comes before what all have
         )
-        add = command.add_argument
-        add(
-            "--nameserver",
-            metavar="HOST",
-            action="append",
-            help="nameserver to use (as configured, else localhost); may be repeated",
-        )
-        add("--no-color", action="store_true", help="no colours (also with NO_COLOR set)")
-        add("--set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help="set a configuration key")
-        loudness = command.add_mutually_exclusive_group()
-        loudness.add_argument("-q", "--quiet", action="store_true", help="tell nothing but results and errors")
-        loudness.add_argument("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged")
-        add_arguments(command)
-        command.set_defaults(run=run, parser=command)
+        for add_to in (*_FOR_ALL, *command.arguments):
+            add_to(subparser)
+        subparser.set_defaults(command=name, run=command.run, failure=command.failure)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
-    return parser
+    return parser, dict(subparsers.choices)
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -8236,6 +8262,44 @@ def _number(kind: type, least: float, most: float = 1e6) -> Callable[[str], Any]
     return read
 
 
+def _name(text: str) -> str:
+    """Read a name, for argparse: an empty one is a variable of a script that is not set, and would mean all."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is a name missing? it is empty")
+    return text
+
+
+_names = partial(_words, "names", metavar="NAME", type=_name)
+
+
+def _seconds(name: str, least: float, default: float | None, help: str, **settings: Any) -> _AddTo:
+    """Describe an option that takes a number of seconds."""
+    shown = "" if default is None else f" ({default:g})"
+    kind = {"metavar": "SECONDS", "type": _number(float, least), "default": default, "help": help + shown}
+    return _option(name, **{**kind, **settings})
+
+
+def _setting(name: str, of: str = "") -> _AddTo:
+    """Describe an option that sets configuration keys."""
+    form = {"metavar": "KEY=VALUE", "default": [], "type": assignment}
+    return _repeated(name, help=f"set a configuration key{of}", **form)
+
+
+_FOR_ALL = (
+    _repeated("--nameserver", metavar="HOST", help="nameserver to use (the configured, or localhost); may be repeated"),
+    _flag("--no-color", help="no colours (also with NO_COLOR set)"),
+    _setting("--set"),
+    _either(
+        _flag("-q", "--quiet", help="tell nothing but results and errors"),
+        _option("-v", "--verbose", action="count", default=0, help="tell more; -vv all that is logged"),
+    ),
+)
+_TOPICS = _words("topics", metavar="TOPIC", help="beginning of the subjects (all)")
+_JSON = _flag("--json", help="as JSON")
+_PUBLISH_PORT = _option("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
+_PUBLISHER_ADDRESS = _repeated("--address", default=[], help="address of a publisher, no nameserver is asked")
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``posttroll COMMAND``.
 
@@ -8246,34 +8310,56 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if words[:1] == ["nameserver"]:
-        try:
-            nameserver = _nameserver_module()
-        except ImportError as error:
-            print(f"posttroll: the nameserver needs posttroll_ns.py beside this file: {error}", file=sys.stderr)
-            return 1
-        return cast(int, nameserver.main(words[1:]))
-    parser = _parser()
-    options, rest = parser.parse_known_args(words)
-    # argparse takes no more words of a list after an option between them.
-    lists = [action.dest for action in options.parser._actions if action.nargs == "*"]
-    if any(word.startswith("-") and word != "-" for word in rest) or (rest and not lists):
-        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        getattr(options, lists[0]).extend(rest)
+    try:
+        status = _run_nameserver(words[1:]) if words[:1] == ["nameserver"] else _run(words)
+    except SystemExit as end:  # help was shown, or the arguments are wrong
+        status = cast(int, end.code)
+    except KeyboardInterrupt:
+        status = 130
+    error = _settle(sys.stdout)
+    if not (error is None or isinstance(error, BrokenPipeError)):  # whoever reads may have had enough
+        _talk(f"posttroll: {error}")
+        status = status or 1
+    _settle(sys.stderr)
+    return status
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run the command that the words on the command line tell."""
+    parser, commands = _parsers()
+    if not words or words[0] not in commands:
+        parser.parse_args(words)  # shows help, or what is wrong
+    options = commands[words[0]].parse_intermixed_args(words[1:])
     try:
         _prepare_output(options)
         _prepare_log(options)
         with config.set(dict(options.set)):
             return cast(int, options.run(options))
-    except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return 0
-    except KeyboardInterrupt:
-        return 130
     except (_CommandError, NotImplementedError, MessageError, zmq.ZMQError, OSError, ValueError) as error:
         _talk(f"posttroll {options.command}: {error}")
-    return cast(int, options.parser.get_default("failure") or 1)
+    return cast(int, options.failure)
+
+
+def _run_nameserver(words: list[str]) -> int:
+    try:
+        nameserver = _nameserver_module()
+    except ImportError as error:
+        _talk(f"posttroll: the nameserver needs posttroll_ns.py beside this file: {error}")
+        return 1
+    return cast(int, nameserver.main(words))
+
+
+def _settle(stream: Any) -> OSError | None:
+    """Write what *stream* still holds; what cannot be written is not tried again when Python ends, but returned."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
 
 
 def _prepare_output(options: argparse.Namespace) -> None:
@@ -8302,7 +8388,8 @@ def _nameserver_module() -> Any:
 def _talk(text: str, options: argparse.Namespace | None = None) -> None:
     """Tell something that is not a result; with *options*, it is no error either, and is not told if they say so."""
     if sys.stderr is not None and not (options and options.quiet):
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody is there to be told
+            print(text, file=sys.stderr, flush=True)
 
 
 def _nameservers(options: argparse.Namespace) -> list[str]:
@@ -8330,7 +8417,7 @@ def _show(lines: Sequence[str]) -> None:
     """Print a view that is followed by others: on a terminal in place of the one before, as much as fits."""
     _, height = _view_size()
     if height:  # the last line is for what there is to say
-        print("\033[H\033[J" + "\n".join(lines[: height - 2]), flush=True)
+        print("\033[H\033[J" + "\n".join(lines[: max(height - 2, 1)]), flush=True)
     else:
         print("\n".join(lines) + "\n" * (len(lines) > 1), flush=True)
 
@@ -8349,9 +8436,9 @@ def _table(rows: Sequence[Sequence[str]], headings: Sequence[str], width: int = 
     surplus = sum(widths.values()) + 2 * (len(widths) - 1) - (width or sys.maxsize)
     for _ in range(surplus):
         widest = max(elastic.split(), key=widths.__getitem__)
-        widths[widest] = max(widths[widest] - 1, 12)
+        widths[widest] -= widths[widest] > 12
     padded = ([_shortened(cell, size).ljust(size) for cell, size in zip(line, widths.values())] for line in lines)
-    return ["  ".join(cells).rstrip()[: width or None] for cells in padded]
+    return ["  ".join(cells)[: width or None].rstrip() for cells in padded]
 
 
 def _shortened(text: str, width: int) -> str:
@@ -8363,27 +8450,26 @@ def _shortened(text: str, width: int) -> str:
 # -- publish --
 
 
-def _add_publish_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit")
-    add("type", nargs="?", metavar="TYPE", help="for example file")
-    add("data", nargs="*", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="DATA is JSON")
-    form.add_argument("--text", action="store_true", help="DATA is text, even if it looks like KEY=VALUE")
-    form.add_argument("--binary", action="store_true", help="the file or stdin is sent as bytes")
-    add("--file", metavar="FILE", help="read DATA from a file")
-    add("--lines", action="store_true", help="each line of the file or stdin is a message of its own")
-    add("--service", default="posttroll", help="name of the publisher (posttroll)")
-    add("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
-    add("--nameservers", dest="nameserver", action="append", help=argparse.SUPPRESS)  # its old name
-    add("--wait", metavar="SECONDS", type=_number(float, 0), default=10.0, help="for subscribers (10)")
-    add("--subscribers", metavar="N", type=_number(int, 0), default=1, help="how many to wait for at least (1)")
-    add("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)")
-    add("--speed", metavar="X", type=_number(float, 0), default=1.0, help="of the replay; 0 without pauses (1)")
-
-
-@_command("publish", _add_publish_arguments)
+@_command(
+    "publish",
+    _option("subject", nargs="?", metavar="SUBJECT", help="for example /segment/hrit"),
+    _option("type", nargs="?", metavar="TYPE", help="for example file"),
+    _words("data", metavar="DATA", help="text, KEY=VALUE pairs, or - for stdin"),
+    _either(
+        _flag("--json", help="DATA is JSON"),
+        _flag("--text", help="DATA is text, even if it looks like KEY=VALUE"),
+        _flag("--binary", help="the file or stdin is sent as bytes"),
+    ),
+    _option("--file", metavar="FILE", help="read DATA from a file"),
+    _flag("--lines", help="each line of the file or stdin is a message of its own"),
+    _option("--service", default="posttroll", help="name of the publisher (posttroll)"),
+    _PUBLISH_PORT,
+    _repeated("--nameservers", dest="nameserver", help=argparse.SUPPRESS),  # its old name
+    _seconds("--wait", 0, 10, "for subscribers"),
+    _option("--subscribers", metavar="N", type=_number(int, 0), default=1, help="how many to wait for at least (1)"),
+    _option("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)"),
+    _option("--speed", metavar="X", type=_number(float, 0), default=1.0, help="of the replay; 0 without pauses (1)"),
+)
 def _run_publish(options: argparse.Namespace) -> int:
     """Publish messages.
 
@@ -8404,7 +8490,7 @@ def _run_publish(options: argparse.Namespace) -> int:
     source = sys.stdin.fileno() if path == "-" else path
     with nullcontext() if source is None else open(source, "rb", closefd=path != "-") as stream:
         messages = _messages_to_publish(options, stream)
-        with publishing as publisher:
+        with publishing as publisher, call_on_signals(_interrupt):
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
             sent = _send_all(publisher, messages, options)
@@ -8414,6 +8500,11 @@ def _run_publish(options: argparse.Namespace) -> int:
     if publisher.dropped:
         raise _CommandError(f"{publisher.dropped} messages were lost: a subscriber was too slow, or out of reach.")
     return 0
+
+
+def _interrupt() -> NoReturn:
+    """End what the main thread does, so that the publisher says goodbye: also for SIGTERM."""
+    raise KeyboardInterrupt
 
 
 def _publishing(name: str, port: int, hosts: Sequence[str] | None) -> Publish:
@@ -8451,10 +8542,14 @@ def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: arg
 def _messages_to_publish(options: argparse.Namespace, stream: Any) -> Iterable[Message]:
     """Return the messages that the command line describes; *stream* is where it says to read from."""
     if options.replay:
-        return _paced(_read_recording(stream, options.replay), options.speed)
+        if options.subject or options.file:
+            raise _CommandError("--replay takes neither SUBJECT nor --file: the messages are in the recording.")
+        return _paced(_read_recording(stream, options), options.speed)
     if options.subject is None or options.type is None:
         raise _CommandError("SUBJECT and TYPE are needed (or --replay FILE).")
     if stream is None:
+        if options.lines:
+            raise _CommandError("--lines needs a file or stdin.")
         return [Message(options.subject, options.type, _data_of_words(options))]
     Message(options.subject, options.type)  # what is wrong with them is an error now, not when subscribers have come
     parts = stream if options.lines else [stream.read()]
@@ -8525,12 +8620,13 @@ def _recorded(message: Message) -> str:
 _ESCAPES = {b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
 
 
-def _read_recording(stream: Any, path: str) -> Iterator[Message]:
+def _read_recording(stream: Any, options: argparse.Namespace) -> Iterator[Message]:
     """Yield the messages that were recorded, one a line, up to a broken one; show on a terminal how far it is."""
     total = 0
-    if sys.stderr is not None and sys.stderr.isatty() and stream.seekable():
+    if sys.stderr is not None and sys.stderr.isatty() and stream.seekable() and not options.quiet:
+        start = stream.tell()
         total = sum(1 for _ in stream)
-        stream.seek(0)
+        stream.seek(start)
     try:
         for number, line in enumerate(stream, 1):
             text = line.rstrip(b"\n")
@@ -8541,7 +8637,7 @@ def _read_recording(stream: Any, path: str) -> Iterator[Message]:
                 if not line.endswith(b"\n"):
                     raise MessageError("It is cut off, as it does not end with a line break.")
             except MessageError as error:
-                raise _CommandError(f"{path}, line {number}: {error}") from None
+                raise _CommandError(f"{options.replay}, line {number}: {error}") from None
             yield message
             if total and 100 * number // total > 100 * (number - 1) // total:
                 bar = "#" * (30 * number // total)
@@ -8565,33 +8661,6 @@ def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
 # -- subscribe --
 
 
-def _add_source_arguments(command: argparse.ArgumentParser) -> None:
-    """Add what says which messages are wanted."""
-    add = command.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    add("--service", action="append", help="name of a publisher (all)")
-    add("--address", action="append", help="address of a publisher, no nameserver is asked")
-    add("--type", action="append", help="only messages of this type")
-    where = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
-    add("--where", metavar="KEY=VALUE", action="append", default=[], type=_condition, help=where)
-    add("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date-time)")
-    add("--durable", metavar="NAME", help="also what was sent since the last time with this name")
-    add("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes")
-
-
-def _add_subscribe_arguments(command: argparse.ArgumentParser) -> None:
-    _add_source_arguments(command)
-    add = command.add_argument
-    add("-n", "--count", type=_number(int, 1), help="end after so many messages")
-    add("--timeout", metavar="SECONDS", type=_number(float, 0), help="end after so long without a message")
-    add("--sample", metavar="N", type=_number(int, 1), default=1, help="only one of N messages")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line")
-    form.add_argument("--raw", action="store_true", help="one encoded message a line, for 'publish --replay'")
-    form.add_argument("--format", metavar="TEXT", type=_Format, help=f"a line of your own: {{{'}, {'.join(_FIELDS)}}}")
-    form.add_argument("--count-by", metavar="KEY", help="only how many messages there are, by type, subject, a.b ...")
-
-
 def _time(text: str) -> timedelta | datetime:
     """Read a time of the past, for argparse."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhd]?)", text, re.ASCII)
@@ -8613,7 +8682,11 @@ _FIELDS: dict[str, Callable[[Message], Any]] = {
 
 
 def _local_time(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).astimezone()
+    moment = moment.replace(tzinfo=moment.tzinfo or timezone.utc)
+    try:
+        return moment.astimezone()
+    except (ValueError, OverflowError, OSError):  # at the ends of the calendar
+        return moment
 
 
 def _field_of(message: Message, name: str) -> Any:
@@ -8636,18 +8709,26 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 
 def _condition(text: str) -> Callable[[Message], bool]:
     """Read a condition on messages, for argparse."""
-    match = re.fullmatch(r"([^=!<>]+)([=!]=|[<>]=?|=)(.*)", text, re.DOTALL)
+    match = re.fullmatch(r"\s*([^=!<>]*[^=!<>\s])\s*([=!]=|[<>]=?(?![<>])|=(?![<>]))\s*(.*?)\s*", text, re.DOTALL)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE (or with != < > <= >= in place of =)")
     name, sign, wanted = match.groups()
 
+    def compared(message: Message, compare: Callable[[Any, Any], Any]) -> Any:
+        return compare(*_comparable(_field_of(message, name), wanted))
+
     def holds(message: Message) -> bool:
-        value, other = _comparable(_field_of(message, name), wanted)
         try:
-            return bool(_COMPARISONS[sign](value, other))
+            return bool(compared(message, _COMPARISONS[sign]))
         except TypeError:  # neither is less than the other
             return False
 
+    if name in ("time", "age"):
+        try:
+            compared(Message("/any", "any"), operator.lt)
+        except TypeError:
+            what = "an ISO date-time" if name == "time" else "a number of seconds"
+            raise argparse.ArgumentTypeError(f"{text!r} can never hold: {wanted!r} is not {what}") from None
     return holds
 
 
@@ -8670,16 +8751,20 @@ class _Format(string.Formatter):
     def __init__(self, text: str) -> None:
         self._text = text
         try:
-            names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
+            self.names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
+            self(Message("/any", "any"))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
-        if not names <= set(_FIELDS):
-            unknown = ", ".join(sorted(names - set(_FIELDS)))
+        unknown = ", ".join(sorted(self.names - set(_FIELDS)))
+        if not self.names <= set(_FIELDS):
             raise argparse.ArgumentTypeError(f"there is no {{{unknown}}}, but {{{'}, {'.join(_FIELDS)}}}")
-        self.names = names
 
     def __call__(self, message: Message) -> str:
-        return self.vformat(self._text, (), {name: _FIELDS[name](message) for name in self.names})
+        return self.vformat(self._text, (), {"message": message})
+
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return a field of the message."""
+        return _FIELDS[cast(str, key)](kwargs["message"])
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what the message has under a name such as ``data[uri]``."""
@@ -8691,12 +8776,50 @@ class _Format(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         """Return a value in its format, or as it is if that is for another kind of value."""
         try:
-            return cast(str, super().format_field(value, format_spec))
+            return cast(str, super().format_field(_shown(value), format_spec))
         except (ValueError, TypeError):
             return str(value)
 
 
-@_command("subscribe", _add_subscribe_arguments)
+def _as_json(value: Any) -> str:
+    """Return what can be in a message in JSON, which has neither infinities nor NaN: they become null."""
+    text = dump_data(value, "v1.2")[0]
+    if "NaN" in text or "Infinity" in text:
+        text = json.dumps(json.loads(text, parse_constant=lambda name: None))
+    return text
+
+
+def _shown(value: Any) -> Any:
+    """Return a value of a message as people read it: what holds others in JSON, its datetimes in ISO form."""
+    return _as_json(value) if isinstance(value, (dict, list)) else value
+
+
+_WHERE = "only messages like that; also != < > <= >=, for numbers and times, and a.b for b in a; may be repeated"
+_SOURCE = (  # what says which messages are wanted
+    _TOPICS,
+    _repeated("--service", help="name of a publisher (all)"),
+    _PUBLISHER_ADDRESS,
+    _repeated("--type", help="only messages of this type"),
+    _repeated("--where", metavar="KEY=VALUE", default=[], type=_condition, help=_WHERE),
+    _option("--since", metavar="TIME", type=_time, help="also what was sent since (90 seconds, 10m, 2h, 1d, a date)"),
+    _option("--durable", metavar="NAME", help="also what was sent since the last time with this name"),
+    _option("--unique", metavar="KEY", help="only one of several copies: of messages with the same KEY in 5 minutes"),
+)
+
+
+@_command(
+    "subscribe",
+    *_SOURCE,
+    _option("-n", "--count", type=_number(int, 1), help="end after so many messages"),
+    _seconds("--timeout", 0, None, "end after so long without a message"),
+    _option("--sample", metavar="N", type=_number(int, 1), default=1, help="only one of N messages"),
+    _either(
+        _flag("--json", help="one JSON object a line"),
+        _flag("--raw", help="one encoded message a line, for 'publish --replay'"),
+        _option("--format", metavar="TEXT", type=_Format, help=f"a line of your own: {{{'}, {'.join(_FIELDS)}}}"),
+        _option("--count-by", metavar="KEY", help="only how many messages there are, by type, subject, a.b ..."),
+    ),
+)
 def _run_subscribe(options: argparse.Namespace) -> int:
     """Print messages as they come.
 
@@ -8733,7 +8856,7 @@ def _run_subscribe(options: argparse.Namespace) -> int:
 
 
 def _following(options: argparse.Namespace, tells_origin: bool = False) -> Subscribe:
-    """Return what subscribes to what `_add_source_arguments` describe."""
+    """Return what subscribes to what `_SOURCE` describes."""
     if tells_origin:
         raise_descriptor_limit()  # it takes a connection and a socket for each publisher
     is_new = unique(options.unique) if options.unique else lambda message: True
@@ -8764,7 +8887,8 @@ class _Display:
     def __init__(self, options: argparse.Namespace) -> None:
         self._by = options.count_by
         self._counts: Counter[str] = Counter()
-        self._view_due = 0.0
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
         form: Callable[[Message], str] = options.format or (_as_json_line if options.json else _recorded)
         is_readable = sys.stdout.isatty() and not (options.json or options.raw or options.format)
         names = options.format.names if options.format else [self._by]
@@ -8774,6 +8898,8 @@ class _Display:
             self._form = partial(_as_readable, color=_colors(options))
         elif sys.stdout.isatty():
             self._form = lambda message: printable(form(message))
+        if self._by and sys.stdout.isatty():
+            threading.Thread(target=self._draw, daemon=True).start()
 
     def show(self, message: Message) -> None:
         """Show a message."""
@@ -8781,18 +8907,23 @@ class _Display:
             print(self._form(message), flush=True)
             return
         value = _field_of(message, self._by)
-        kind = "" if value is None else str(value)
-        self._counts[kind if kind in self._counts or len(self._counts) < self.KINDS else "(others)"] += 1
-        if sys.stdout.isatty() and time.monotonic() >= self._view_due:
-            self._view_due = time.monotonic() + 1
+        kind = "" if value is None else str(_shown(value))
+        with self._lock:
+            self._counts[kind if kind in self._counts or len(self._counts) < self.KINDS else "(others)"] += 1
+
+    def _draw(self) -> None:
+        """Show again and again how many there are, also when no more come."""
+        while not self._is_over.wait(1):
             _show(self._lines())
 
     def _lines(self) -> list[str]:
-        rows = [[str(count), printable(kind)] for kind, count in self._counts.most_common()]
+        with self._lock:
+            rows = [[str(count), printable(kind)] for kind, count in self._counts.most_common()]
         return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
 
     def finish(self) -> None:
         """Show what there is at the end."""
+        self._is_over.set()
         if self._by:
             _show(self._lines()) if sys.stdout.isatty() else print("\n".join(self._lines()), flush=True)
 
@@ -8802,7 +8933,7 @@ def _as_json_line(message: Message) -> str:
     data = "".join(encode_binary(message.data)) if isinstance(message.data, bytes) else message.data
     fields = {"subject": message.subject, "type": message.type, "sender": message.sender, "time": message.time}
     more = {"age": _FIELDS["age"](message), "origin": message.origin} if message.origin else {}
-    return dump_data({**fields, "version": message.version, "data": data, **more}, "v1.2")[0]
+    return _as_json({**fields, "version": message.version, "data": data, **more})
 
 
 def _as_readable(message: Message, color: bool) -> str:
@@ -8818,8 +8949,9 @@ def _as_readable(message: Message, color: bool) -> str:
     if isinstance(data, dict):
         width = max(map(len, map(printable, data)), default=0)
         names = (paint(printable(name).ljust(width), CYAN) for name in data)
-        return "\n".join([head, *(f"    {name}  {printable(value)}" for name, value in zip(names, data.values()))])
-    return f"{head} {printable(data)}" if data != "" else head
+        lines = (f"    {name}  {printable(_shown(value))}" for name, value in zip(names, data.values()))
+        return "\n".join([head, *lines])
+    return f"{head} {printable(_shown(data))}" if data != "" else head
 
 
 def _span(seconds: float) -> str:
@@ -8833,20 +8965,16 @@ def _span(seconds: float) -> str:
 # -- relay --
 
 
-def _add_relay_arguments(command: argparse.ArgumentParser) -> None:
-    _add_source_arguments(command)
-    add = command.add_argument
-    add("--name", default="relay", help="of its publisher (relay)")
-    add("--port", type=_number(int, 0, 65535), default=0, help="port to publish on (a free one)")
-    out_nameserver = "where its publisher registers; may be repeated; none, with --port: nowhere (multicast)"
-    add("--out-nameserver", metavar="HOST", action="append", help=out_nameserver)
-    for end, what in (("in", "subscribes"), ("out", "publishes")):
-        text = f"set a configuration key for the end that {what}"
-        add(f"--{end}-set", metavar="KEY=VALUE", action="append", default=[], type=assignment, help=text)
-    add("--role", choices=["publisher"], help=argparse.SUPPRESS)
-
-
-@_command("relay", _add_relay_arguments)
+@_command(
+    "relay",
+    *_SOURCE,
+    _option("--name", default="relay", help="of its publisher (relay)"),
+    _PUBLISH_PORT,
+    _repeated("--out-nameserver", metavar="HOST", help="where to register; may be repeated; none: nowhere (multicast)"),
+    _setting("--in-set", " for the end that subscribes"),
+    _setting("--out-set", " for the end that publishes"),
+    _option("--role", choices=["publisher"], help=argparse.SUPPRESS),
+)
 def _run_relay(options: argparse.Namespace) -> int:
     """Subscribe here, and publish the same there: between sites, networks, backends.
 
@@ -8917,10 +9045,16 @@ class _PublishingEnd:
         import subprocess
 
         words = ["--role=publisher", f"--name={options.name}", f"--port={options.port}", *["-q"] * options.quiet]
+        words += ["-v"] * options.verbose
         words += [f"--nameserver={host}" for host in options.out_nameserver or []]
         words += [f"--set={key}={value!r}" for key, value in [*options.set, *options.out_set]]
         command = [sys.executable, os.path.abspath(__file__), "relay", *words]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # no Control-C reaches it
+        )
         self._input, self._output = cast(Any, self._process.stdin), cast(Any, self._process.stdout)
         self.dropped = 0
 
@@ -8945,7 +9079,7 @@ class _PublishingEnd:
         with suppress(BrokenPipeError):
             self._input.close()
         with self._process:
-            self.dropped = int(self._output.readline() or 0)
+            self.dropped = int(self._output.readline() or 0) if kind is None else 0
         if kind is None and self._process.returncode:
             raise _CommandError(f"the end that publishes has ended, with status {self._process.returncode}.")
 
@@ -8974,18 +9108,124 @@ def _run_publishing_end(options: argparse.Namespace) -> int:
     return 0
 
 
+# -- publishers that nameservers know --
+
+
+class _Service:
+    """A publisher, as a nameserver tells of it.
+
+    Args:
+        entry: What the nameserver tells; at least the address, as ``"URI"``.
+    """
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.entry = entry
+        self.address: str = entry["URI"]
+        told = entry.get("service")
+        self._names = list(map(str, filter(None, told))) if isinstance(told, list) else []
+
+    @property
+    def name(self) -> str:
+        """Its name; the first of its services where a nameserver calls every publisher ``address``."""
+        name = self.entry.get("name")
+        return name if isinstance(name, str) and name != "address" else next(iter(self._names), "")
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What is known of it, for a table."""
+        received, age = self.entry.get("receive_time"), None
+        if isinstance(received, datetime):
+            received = received.replace(tzinfo=received.tzinfo or timezone.utc)
+            age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
+        aliases = [name for name in self._names if name != self.name]
+        how = {"backend": self.entry.get("backend"), "version": self.entry.get("supported_message_version"), "age": age}
+        return {"name": self.name, "aliases": aliases, "address": self.address, **how}
+
+    def greets(self, timeout: float = 1.0) -> bool:
+        """Whether a ZeroMQ socket answers at its address."""
+        return bool(_mechanism_at(self.address, timeout)[0])
+
+    def about(self, timeout: float = 1.0) -> dict[str, Any] | None:
+        """Return what it tells about itself; None if it tells nothing, as those that are not of ours."""
+        backend = backend_towards(self.entry.get("backend"))
+        with suppress(ConfigurationError, zmq.ZMQError):
+            if backend is not None:
+                with closing(Inquiry(self.address, backend)) as inquiry:
+                    return inquiry.ask(timeout)
+        return None
+
+
+def _look_up(name: str, timeout: float, hosts: Hosts) -> list[_Service]:
+    """Return the publishers of a service that nameservers know; of all for an empty name."""
+    return list(map(_Service, get_pub_address(name, timeout, hosts)))
+
+
+_Answer = TypeVar("_Answer")
+
+
+def _ask_each(
+    ask: Callable[[_Service], _Answer], services: Iterable[_Service], timeout: float = 1e6, workers: int = 32
+) -> Iterator[tuple[str, _Answer]]:
+    """Ask publishers, so many *workers* at once, and yield addresses and answers as they come, until *timeout*.
+
+    Whoever does not answer in time, or cannot even be asked, is left out.
+    """
+    import queue
+
+    deadline = time.monotonic() + timeout
+    waiting = deque(services)
+    answers: queue.SimpleQueue[tuple[str, _Answer] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            with suppress(IndexError):
+                while True:
+                    service = waiting.popleft()
+                    answers.put((service.address, ask(service)))
+        finally:
+            answers.put(None)  # also if it has failed
+
+    running = min(len(waiting), workers)
+    for _ in range(running):
+        threading.Thread(target=work, daemon=True).start()  # nobody waits for one whose name does not resolve
+    with suppress(queue.Empty):
+        while running:
+            answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
+            if answer is not None:
+                yield answer
+            running -= answer is None
+
+
+def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
+    """Return the security mechanism of the ZeroMQ socket at *address*, ``""`` if there is none, and what was received.
+
+    A greeting (https://rfc.zeromq.org/spec/23) is 64 bytes: signature (10), version (2), mechanism (20), and others.
+    Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
+    ours is never sent.
+    """
+    host, port = split_tcp_address(address) or ("", 0)
+    received = b""
+    with suppress(OSError, UnicodeError), socket.create_connection((host.strip("[]"), port), timeout) as connection:
+        for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
+            connection.sendall(part)
+            while len(received) < size:
+                more = connection.recv(size - len(received))
+                if not more or (received + more)[:1] != b"\xff":
+                    return "", received + more
+                received += more
+    return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
+
+
 # -- services --
 
 
-def _add_services_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("names", nargs="*", metavar="NAME", help="only these services; the status is 1 if one of them does not answer")
-    add("--json", action="store_true", help="as JSON")
-    add("--watch", nargs="?", const=2.0, type=_number(float, 0.1), metavar="SECONDS", help="again and again (2)")
-    add("--timeout", type=_number(float, 0), default=5.0, metavar="SECONDS", help="for the nameserver (5)")
-
-
-@_command("services", _add_services_arguments)
+@_command(
+    "services",
+    _names(help="only these services; the status is 1 if one of them does not answer"),
+    _JSON,
+    _seconds("--watch", 0.1, None, "again and again (2)", nargs="?", const=2.0),
+    _seconds("--timeout", 0, 5, "for the nameserver"),
+)
 def _run_services(options: argparse.Namespace) -> int:
     """List what the nameserver knows.
 
@@ -9003,7 +9243,7 @@ def _run_services(options: argparse.Namespace) -> int:
             if not options.watch:
                 raise
             problem = str(error)  # the nameserver may come back
-        lines = [dump_data(rows, "v1.2")[0]] if options.json else _services_table(rows, _colors(options))
+        lines = [_as_json(rows)] if options.json else _services_table(rows, _colors(options))
         if not options.watch:
             break
         _show(lines)
@@ -9018,30 +9258,14 @@ def _run_services(options: argparse.Namespace) -> int:
 
 def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """Return what is known of the publishers, and those of the wanted names for which none of them answers."""
-    found = {name: get_pub_address(name, options.timeout, _nameservers(options)) for name in options.names or [""]}
-    entries = {entry["URI"]: entry for name in found for entry in found[name]}
-    answers = _check_publishers(list(entries))
-    rows = [_describe_service(entry, answers[address]) for address, entry in entries.items()]
+    hosts = _nameservers(options)
+    found = {name: _look_up(name, options.timeout, hosts) for name in options.names or [""]}
+    services = {service.address: service for each in found.values() for service in each}
+    answers = dict(_ask_each(_Service.greets, services.values(), max(options.timeout, 2)))
+    rows = [{**service.row, "answers": answers.get(address, False)} for address, service in services.items()]
     rows.sort(key=lambda row: (row["name"], row["address"]))
-    missing = [name for name in options.names if not any(answers[entry["URI"]] for entry in found[name])]
+    missing = [name for name in options.names if not any(answers.get(each.address) for each in found[name])]
     return rows, missing
-
-
-def _describe_service(entry: Mapping[str, Any], answers: bool) -> dict[str, Any]:
-    """Return what is known of a publisher, from an entry of a nameserver's answer."""
-    told = entry.get("service")
-    services = list(map(str, filter(None, told))) if isinstance(told, list) else []
-    name = entry.get("name")
-    if not isinstance(name, str) or name == "address":  # which other nameservers say of every publisher
-        name = services[0] if services else ""
-    received = entry.get("receive_time")
-    age = None
-    if isinstance(received, datetime):
-        received = received.replace(tzinfo=received.tzinfo or timezone.utc)
-        age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
-    aliases = [service for service in services if service != name]
-    how = {"backend": entry.get("backend"), "version": entry.get("supported_message_version"), "age": age}
-    return {"name": name, "aliases": aliases, "address": entry["URI"], **how, "answers": answers}
 
 
 def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
@@ -9059,67 +9283,23 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
     return [head, *lines]
 
 
-def _check_publishers(addresses: Sequence[str], timeout: float = math.inf) -> dict[str, bool]:
-    """Return which of the addresses are answered, within *timeout*, by a ZeroMQ socket; all are asked at once."""
-    import queue
-
-    deadline = time.monotonic() + timeout
-    waiting, answers = deque(addresses), dict.fromkeys(addresses, False)
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def ask() -> None:
-        with suppress(IndexError):
-            while True:
-                address = waiting.popleft()
-                answers[address] = bool(_mechanism_at(address)[0])
-                asked.put(address)
-
-    for _ in range(min(len(addresses), 32)):
-        threading.Thread(target=ask, daemon=True).start()  # nobody waits for one whose name does not resolve
-    with suppress(queue.Empty):
-        for _ in addresses:
-            asked.get(timeout=None if timeout == math.inf else max(deadline - time.monotonic(), 0))
-    return answers.copy()
-
-
-def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
-    """Return the security mechanism of the ZeroMQ socket at *address*, ``""`` if there is none, and what was received.
-
-    A greeting (https://rfc.zeromq.org/spec/23) is 64 bytes: signature (10), version (2), mechanism (20), and others.
-    Each side sends one part when it has received the part before, and hangs up if the mechanism is not its own.  So
-    ours is never sent.
-    """
-    host, port = split_tcp_address(address) or ("", 0)
-    received = b""
-    with (
-        suppress(OSError),
-        socket.create_connection((host.strip("[]"), port), timeout) as connection,
-    ):  # what has come by then tells enough
-        for part, size in ((b"\xff\0\0\0\0\0\0\0\1\x7f", 11), (b"\3\0", 32)):
-            connection.sendall(part)
-            while len(received) < size:
-                more = connection.recv(size - len(received))
-                if not more or (received + more)[:1] != b"\xff":
-                    return "", received + more
-                received += more
-    return received[12:].rstrip(b"\0").decode("ascii", "replace") if len(received) == 32 else "", received
-
-
 # -- ping --
 
 
 class _Pinged:
     """A peer that is asked again and again, and how long it took to answer.
 
-    Attributes:
+    Args:
         name: What to call it.
-        about: What is known of it.
+        ask: Asks it, and waits so many seconds for the answer; returns what is known of it then, else nothing.
+
+    Attributes:
         times: In seconds, those of the answers.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.about = "no answer yet"
+    def __init__(self, name: str, ask: Callable[[float], str]) -> None:
+        self.name = printable(name)
+        self.ask = ask
         self.times: list[float] = []
         self._asked = 0
 
@@ -9145,68 +9325,48 @@ class _Pinged:
         figures = "/".join(f"{1000 * each:.3f}" for each in (min(self.times), mean, max(self.times), deviation))
         return f"{text}, min/avg/max/mdev = {figures} ms"
 
-    def ask(self, timeout: float) -> bool:
-        """Ask, and return whether there was an answer."""
-        raise NotImplementedError
 
-    def close(self) -> None:
-        """Close what is open."""
-
-
-class _PingedNameserver(_Pinged):
-    """A nameserver, which is asked by a lookup."""
-
-    def __init__(self, host: str) -> None:
-        super().__init__(f"nameserver {host}")
-        self._host = host
-
-    def ask(self, timeout: float) -> bool:
-        try:
-            version = describe_nameserver(self._host, timeout).get("version")
-        except TimeoutError:
-            return False
-        self.about = f"posttroll {printable(version)}" if version else "version unknown"
-        return True
+def _ask_about_nameserver(host: str, timeout: float) -> str:
+    """Ask a nameserver by a lookup; return what is known of it, nothing if it does not answer."""
+    try:
+        version = describe_nameserver(host, timeout).get("version")
+    except TimeoutError:
+        return ""
+    return f"posttroll {printable(version)}" if version else "version unknown"
 
 
-class _PingedPublisher(_Pinged):
-    """A publisher: one of ours is asked about itself; of others the greeting is awaited on a new connection."""
+class _PublisherAsker:
+    """Asks a publisher of ours about itself; of others it awaits the greeting on a new connection."""
 
-    def __init__(self, name: str, address: str, backend: str | None) -> None:
-        super().__init__(printable(f"{name} {address}".strip()))
-        self._address = address
+    def __init__(self, service: _Service) -> None:
+        self._service = service
         self._is_ours: bool | None = None  # not known yet
-        self._inquiry = Inquiry(address, backend)
+        self._inquiry = Inquiry(service.address, backend_towards(service.entry.get("backend")))
+        self.close = self._inquiry.close
 
-    def ask(self, timeout: float) -> bool:
+    def __call__(self, timeout: float) -> str:
         if self._is_ours is None:
             timeout /= 2  # for each of the two ways
         about = None if self._is_ours is False else self._inquiry.ask(timeout)
         if about is not None:
             self._is_ours = True
             counts = f"{about['subscribers']} subscribers, {about['kept']} messages kept"
-            self.about = f"posttroll {printable(about['version'])}, {counts}"
-            return True
-        if self._is_ours or not _mechanism_at(self._address, timeout)[0]:
-            return False
+            return f"posttroll {printable(about['version'])}, {counts}"
+        greets = partial(_Service.greets, timeout=timeout)
+        if self._is_ours or not any(answer for _, answer in _ask_each(greets, [self._service], timeout)):
+            return ""
         self._is_ours = False
-        self.about = "version unknown (time until ZeroMQ greets)"
-        return True
-
-    def close(self) -> None:
-        self._inquiry.close()
+        return "version unknown (time until ZeroMQ greets)"
 
 
-def _add_ping_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("names", nargs="*", metavar="NAME", help="publishers to ask, besides the nameserver")
-    add("--address", action="append", default=[], help="address of a publisher, no nameserver is asked")
-    add("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)")
-    add("--interval", type=_number(float, 0.01), default=1.0, metavar="SECONDS", help="between two questions (1)")
-    add("--timeout", type=_number(float, 0.01), default=2.0, metavar="SECONDS", help="for an answer (2)")
-
-
-@_command("ping", _add_ping_arguments)
+@_command(
+    "ping",
+    _names(help="publishers to ask, besides the nameserver"),
+    _PUBLISHER_ADDRESS,
+    _option("-c", "--count", metavar="N", type=_number(int, 1), help="ask so many times (until Control-C)"),
+    _seconds("--interval", 0.01, 1, "between two questions"),
+    _seconds("--timeout", 0.01, 2, "for an answer"),
+)
 def _run_ping(options: argparse.Namespace) -> int:
     """Measure how fast nameservers and publishers answer.
 
@@ -9217,13 +9377,11 @@ def _run_ping(options: argparse.Namespace) -> int:
     """
     end = threading.Event()
     with ExitStack() as stack:
-        peers = _pinged(options)
-        for peer in peers:
-            stack.callback(peer.close)
+        peers = _pinged(options, stack)
         stack.enter_context(call_on_signals(end.set))
         for peer in peers:
-            peer.ask(options.timeout)  # connects, and is not counted
-            print(f"PING {peer.name}: {peer.about}", flush=True)
+            about = peer.ask(options.timeout)  # connects, and is not counted
+            print(f"PING {peer.name}: {about or 'no answer yet'}", flush=True)
         for number in count(1):
             for peer in peers:
                 if not end.is_set():
@@ -9239,19 +9397,19 @@ def _run_ping(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pinged(options: argparse.Namespace) -> list[_Pinged]:
-    """Return whom to ask."""
-    publishers: list[_Pinged] = [_PingedPublisher("", address, None) for address in options.address]
-    if options.address and not options.names:
-        return publishers
-    hosts = _nameservers(options)
+def _pinged(options: argparse.Namespace, stack: ExitStack) -> list[_Pinged]:
+    """Return whom to ask; *stack* closes what is opened for that."""
+    services = [("", _Service({"URI": address})) for address in options.address]
+    hosts = _nameservers(options) if options.names or not options.address else []
     for name in options.names:
-        entries = get_pub_address(name, options.timeout, hosts)
-        if not entries:
+        found = _look_up(name, options.timeout, hosts)
+        if not found:
             raise _CommandError(f"the nameserver on {', '.join(hosts)} knows no publisher {name}.")
-        for entry in entries:
-            publishers.append(_PingedPublisher(name, entry["URI"], backend_towards(entry.get("backend"))))
-    return [*map(_PingedNameserver, hosts), *publishers]
+        services += [(f"{name} ", service) for service in found]
+    peers = [_Pinged(f"nameserver {host}", partial(_ask_about_nameserver, host)) for host in hosts]
+    for name, service in services:
+        peers.append(_Pinged(name + service.address, stack.enter_context(closing(_PublisherAsker(service)))))
+    return peers
 
 
 # -- what top, check and exporter know --
@@ -9287,7 +9445,7 @@ class _Heartbeats:
 
     def take(self, message: Message, when: float) -> None:
         """Take note of a message that came at a time, if it is a heartbeat (and not older than the last one)."""
-        if message.type == "beat" and when >= (self.last or 0.0):
+        if message.type == "beat" and (self.last is None or when >= self.last):
             self._missed += self.overdue(when)
             interval = message.data.get("min_interval") if isinstance(message.data, dict) else None
             if isinstance(interval, (int, float)) and interval > 0:
@@ -9416,15 +9574,14 @@ class _Meter:
                     traffic.heartbeats.take(message, now)
         return False
 
-    def add(self, entry: Mapping[str, Any]) -> bool:
-        """Count the messages of a publisher, an entry of a nameserver's answer; return whether that is possible."""
-        name = _shortened(_describe_service(entry, True)["name"], 200)
+    def add(self, service: _Service) -> bool:
+        """Count the messages of a publisher; return whether that is possible."""
         with self._lock:
-            self._tallies.setdefault(entry["URI"], _Tally(name))
+            self._tallies.setdefault(service.address, _Tally(_shortened(service.name, 200)))
         try:
-            self._subscriber.add(entry)
+            self._subscriber.add(service.entry)
         except (ValueError, zmq.ZMQError):  # another backend
-            self.remove(entry["URI"])
+            self.remove(service.address)
             return False
         return True
 
@@ -9471,43 +9628,49 @@ class _Meter:
 
 
 class _Keepers:
-    """Asks publishers how many messages they keep, one after the other, in a thread that does nothing else.
+    """Asks publishers how many messages they keep, in a thread that does nothing else.
 
     Attributes:
         kept: The answers by address; publishers that are not of ours give none.
     """
 
     PAUSE, PATIENCE = 2.0, 0.5  # seconds between two rounds, and for an answer
+    WORKERS = 4  # as each needs open files
 
     def __init__(self) -> None:
         self.kept: dict[str, int] = {}
-        self._entries: list[Mapping[str, Any]] = []
-        self._is_closed = threading.Event()
-        self._thread = threading.Thread(target=self._ask, name="posttroll keepers", daemon=True)
+        self._services: list[_Service] = []
+        self._is_closed = False
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="posttroll keepers", daemon=True)
         self._thread.start()
 
-    def follow(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Ask these publishers from now on, entries of a nameserver's answer."""
-        self._entries = list(entries)
+    def follow(self, services: Iterable[_Service]) -> None:
+        """Ask these publishers from now on."""
+        is_first = not self._services
+        self._services = list(services)
+        if is_first:
+            self._wake.set()
 
-    def _ask(self) -> None:
-        while not self._is_closed.is_set():
-            kept: dict[str, int] = {}
-            for entry in self._entries:
-                backend = backend_towards(entry.get("backend"))
-                if backend is None or self._is_closed.is_set():
-                    continue
-                with suppress(ConfigurationError, zmq.ZMQError), closing(Inquiry(entry["URI"], backend)) as inquiry:
-                    about = inquiry.ask(self.PATIENCE)
-                    if about is not None:
-                        kept[entry["URI"]] = about["kept"]
-                        self.kept = {**self.kept, **kept}
-            self.kept = kept
-            self._is_closed.wait(self.PAUSE if self._entries else 0.05)
+    def _ask(self, service: _Service) -> int | None:
+        about = None if self._is_closed else service.about(self.PATIENCE)
+        return None if about is None else cast(int, about["kept"])
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            self._wake.wait(self.PAUSE if self._services else None)
+            self._wake.clear()
+            services = self._services
+            for address, kept in _ask_each(self._ask, services, workers=self.WORKERS):
+                if kept is not None:
+                    self.kept = {**self.kept, address: kept}
+                else:
+                    self.kept.pop(address, None)
 
     def close(self) -> None:
         """End the asking."""
-        self._is_closed.set()
+        self._is_closed = True
+        self._wake.set()
         self._thread.join()
 
 
@@ -9532,7 +9695,7 @@ class _Network:
         self._loop = loop
         self._lookup_due = time.monotonic()
         self._up = dict.fromkeys(nameservers, False)
-        self._known: dict[str, Mapping[str, Any]] = {}  # what nameservers know, by address
+        self._known: dict[str, _Service] = {}  # by address
         self._counted: set[str] = set()  # addresses
         self.problem = ""
         self._meter = _Meter(topics)
@@ -9551,11 +9714,11 @@ class _Network:
         """Ask where the publishers are, begin to count new ones, and forget what has been silent for long."""
         if not self._meter.is_counting:  # nobody must take numbers for true that stand still
             raise _CommandError("the counting has failed, see above.")
-        known: dict[str, Mapping[str, Any]] = {}
+        known: dict[str, _Service] = {}
         problems = []
         for host in self._up:
             try:
-                known.update((entry["URI"], entry) for entry in get_pub_address("", self.PATIENCE, host))
+                known.update((service.address, service) for service in _look_up("", self.PATIENCE, host))
                 self._up[host] = True
             except TimeoutError as error:
                 self._up[host] = False
@@ -9626,11 +9789,14 @@ def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str,
     if 0 < width < 110:  # there is no room for the addresses
         for cells in (headings, *(cells for _, cells, _ in shown)):
             del cells[1]
-    lines = _table([cells for _, cells, _ in shown], headings, max(width - 14, 0), "PUBLISHER SUBJECT TYPE")
-    longest = max(map(len, lines))
-    room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
-    pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
-    lines = [f"{line.ljust(longest)}  {picture}".rstrip() for line, picture in zip(lines, pictures)]
+    has_picture = not 0 < width < 70
+    room = width and width - 14 * has_picture
+    lines = _table([cells for _, cells, _ in shown], headings, room, "PUBLISHER SUBJECT TYPE")
+    if has_picture:
+        longest = max(map(len, lines))
+        room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
+        pictures = ["LAST MINUTE", *(_sparkline(minute, room) for _, _, minute in shown)]
+        lines = [f"{line.ljust(longest)}  {picture}".rstrip() for line, picture in zip(lines, pictures)]
     what = f"{len(view['publishers'])} publishers  {total:.1f} messages/s"
     kept = sum(publisher["kept"] or 0 for publisher in view["publishers"])
     gone = f"{view['caught_up']} caught up, {view['missed']} missed, {kept} kept"
@@ -9638,15 +9804,13 @@ def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str,
     return [line[: width or None] for line in lines]
 
 
-def _add_top_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    add("--interval", type=_number(float, 0.1), default=2.0, metavar="SECONDS", help="between two views (2)")
-    add("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)")
-    add("--json", action="store_true", help="one JSON object a line, with the numbers of 'exporter'")
-
-
-@_command("top", _add_top_arguments)
+@_command(
+    "top",
+    _TOPICS,
+    _seconds("--interval", 0.1, 2, "between two views"),
+    _option("-n", "--count", type=_number(int, 1), help="end after so many views (1 without a terminal)"),
+    _flag("--json", help="one JSON object a line, with the numbers of 'exporter'"),
+)
 def _run_top(options: argparse.Namespace) -> int:
     """Show who publishes how much, live; q quits.
 
@@ -9674,6 +9838,8 @@ def _run_top(options: argparse.Namespace) -> int:
             else:
                 _show(_top_lines(view, before, network.problem, _view_size()[0]))
             if number == views:
+                if not any(view["nameservers"].values()):
+                    raise _CommandError(network.problem)
                 break
             before = view
     return 0
@@ -9707,7 +9873,7 @@ class _Listener:
 
     Args:
         name: That of the service, empty for all.
-        entries: The publishers, as a nameserver tells of them.
+        services: Its publishers.
         topic: The beginning of the subjects.
         seconds: How long ago the last message may be.
 
@@ -9718,13 +9884,13 @@ class _Listener:
         ValueError: A publisher has another backend.
     """
 
-    def __init__(self, name: str, entries: Iterable[Mapping[str, Any]], topic: str, seconds: float) -> None:
+    def __init__(self, name: str, services: Iterable[_Service], topic: str, seconds: float) -> None:
         self.name = name or "all"
         self.age: float | None = None
         self._seconds = seconds
         self._start = time.monotonic()
         self._heartbeats: dict[tuple[str, str], _Heartbeats] = {}
-        self._subscriber = Subscriber(entries, topic, since=seconds)
+        self._subscriber = Subscriber([service.entry for service in services], topic, since=seconds)
         self._has_more = True
 
     def listen(self, seconds: float) -> None:
@@ -9820,28 +9986,27 @@ class _Check:
         names = self._options.names
         services = [name for name in names if "://" not in name]
         found = self._look_up(services) if services or not names else {}
-        for name in names:
-            if name not in services:
-                found[name] = [{"URI": name}]
+        found.update((name, [_Service({"URI": name})]) for name in names if name not in services)
         if names:  # if no nameserver has answered, nothing is known of services
-            addresses = dict.fromkeys(entry["URI"] for entry in chain.from_iterable(found.values()))
-            answers = _check_publishers(list(addresses), self.share(self._options.silent is not None))
-            found = {name: self._reachable(name, entries, answers) for name, entries in found.items()}
+            all_found = {service.address: service for each in found.values() for service in each}
+            patience = self.share(self._options.silent is not None)
+            answers = dict(_ask_each(_Service.greets, all_found.values(), patience))
+            found = {name: self._reachable(name, each, answers) for name, each in found.items()}
         if self._options.silent is not None:
-            self._listen({name: entries for name, entries in found.items() if entries})
+            self._listen({name: each for name, each in found.items() if each})
 
-    def _look_up(self, services: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+    def _look_up(self, services: Sequence[str]) -> dict[str, list[_Service]]:
         """Return what the nameservers know of the services, of all (by the name "") if there are none but wanted."""
         silent = self._options.silent is not None
         wanted = services or ([""] if silent else ["posttroll-check"])  # any answer is one
         hosts = ["127.0.0.1"] if self._options.local else _nameservers(self._options)
-        found: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in wanted}
+        found: dict[str, dict[str, _Service]] = {name: {} for name in wanted}
         down, start = [], time.monotonic()
         for index, host in enumerate(hosts):
             try:
                 for name in wanted:
                     patience = self.share(len(hosts) - index - 1 + bool(self._options.names) + silent)
-                    found[name].update((entry["URI"], entry) for entry in get_pub_address(name, patience, host))
+                    found[name].update((service.address, service) for service in _look_up(name, patience, host))
             except TimeoutError:
                 down.append(host)
         if down:
@@ -9849,38 +10014,36 @@ class _Check:
         else:
             taken = time.monotonic() - start
             self.find(0, f"the nameserver answers in {taken * 1000:.0f} ms")
-            self.measure("nameserver", f"{taken:.4f}s", critical=f"{self._options.timeout:g}")
+            self.measure("nameserver", f"{taken:.4f}s", critical=f"{self._options.timeout:.9g}")
         if len(down) == len(hosts):
             return {}
         if silent and not services and not found[""]:
             self.find(2, "no publisher is registered")
-        return {name: list(entries.values()) for name, entries in found.items()}
+        return {name: list(each.values()) for name, each in found.items()}
 
-    def _reachable(
-        self, name: str, entries: Sequence[Mapping[str, Any]], answers: Mapping[str, bool]
-    ) -> list[Mapping[str, Any]]:
+    def _reachable(self, name: str, services: Sequence[_Service], answers: Mapping[str, bool]) -> list[_Service]:
         """Return those publishers of *name* that answer; *answers*: which addresses do."""
-        if not entries:
+        if not services:
             self.find(2, f"{name} is not registered")
             return []
-        silent = [entry["URI"] for entry in entries if not answers[entry["URI"]]]
-        count = len(entries) - len(silent)
+        good = [service for service in services if answers.get(service.address)]
+        silent = [service.address for service in services if service not in good]
         if silent:
             where = "" if "://" in name else f" at {', '.join(silent)}"
-            self.find(1 if count else 2, f"{name} does not answer{where}")
+            self.find(1 if good else 2, f"{name} does not answer{where}")
         else:
             self.find(0, f"{name} answers")
-        self.measure(name, str(count), f"{len(entries)}:", "1:")
-        return [entry for entry in entries if answers[entry["URI"]]]
+        self.measure(name, str(len(good)), f"{len(services)}:", "1:")
+        return good
 
-    def _listen(self, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    def _listen(self, found: Mapping[str, Sequence[_Service]]) -> None:
         """Find out whether something came from each of the services in the last seconds, or comes now."""
         topic, seconds = self._options.topic, self._options.silent
         with ExitStack() as stack:
             listeners = []
-            for name, entries in found.items():
+            for name, services in found.items():
                 try:
-                    listeners.append(stack.enter_context(closing(_Listener(name, entries, topic, seconds))))
+                    listeners.append(stack.enter_context(closing(_Listener(name, services, topic, seconds))))
                 except ValueError as error:
                     self.find(3, str(error))
             while time.monotonic() < self._deadline and not all(listener.is_done for listener in listeners):
@@ -9890,26 +10053,22 @@ class _Check:
                 status, text = listener.finding()
                 self.find(status, text)
                 age = "U" if listener.age is None else f"{listener.age:.1f}s"
-                self.measure(f"{listener.name}_silent", age, critical=f"{seconds:g}")
+                self.measure(f"{listener.name}_silent", age, critical=f"{seconds:.9g}")
                 if listener.overdue is not None:
                     self.measure(f"{listener.name}_heartbeats_overdue", str(listener.overdue), warn="0")
                 if listener.overdue:
                     self.find(1, f"{listener.name}: {listener.overdue} heartbeats are overdue")
 
 
-def _add_check_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("names", nargs="*", metavar="NAME", help="a service that has to answer; or an address, no nameserver is asked")
-    command.set_defaults(failure=3)
-    add(
-        "--silent", metavar="SECONDS", type=_number(float, 0.1), help="something has to come from each within that time"
-    )
-    add("--topic", default="", help="that is: a message whose subject begins so (also a heartbeat)")
-    add("--local", action="store_true", help="ask the nameserver of this host, whatever is configured")
-    add("--timeout", metavar="SECONDS", type=_number(float, 0.1), default=10.0, help="of all together (10)")
-
-
-@_command("check", _add_check_arguments)
+@_command(
+    "check",
+    _names(help="a service that has to answer; or an address, no nameserver is asked"),
+    _seconds("--silent", 0.1, None, "something has to come from each within that time"),
+    _option("--topic", default="", help="that is: a message whose subject begins so (also a heartbeat)"),
+    _flag("--local", help="ask the nameserver of this host, whatever is configured"),
+    _seconds("--timeout", 0.1, 10, "of all together"),
+    failure=3,
+)
 def _run_check(options: argparse.Namespace) -> int:
     """Tell monitors and probes whether all is well: exit status 0 if it is, 1 warning, 2 critical, 3 unknown.
 
@@ -9919,6 +10078,8 @@ def _run_check(options: argparse.Namespace) -> int:
       posttroll check receiver --silent 900 --topic /segment
       posttroll check tcp://localhost:9010
     """
+    if options.topic and options.silent is None:
+        raise _CommandError("--topic says what has to come within --silent SECONDS, which is not given.")
     logging.getLogger().addHandler(logging.NullHandler())  # what the library has to say, the line says better
     check = _Check(options, time.monotonic() + options.timeout - min(0.2, options.timeout / 4))
     over = threading.Event()
@@ -9933,7 +10094,8 @@ def _run_check(options: argparse.Namespace) -> int:
     threading.Thread(target=run, daemon=True).start()  # a name server that is down could hold it up
     if not over.wait(options.timeout):
         check.find(2, f"no result after {options.timeout:g} s")
-    print(check.line(), flush=True)
+    with suppress(BrokenPipeError):  # who does not read it may see the status
+        print(check.line(), flush=True)
     return check.status
 
 
@@ -9949,20 +10111,21 @@ def _labelled(labels: Mapping[str, str]) -> str:
     return f"{{{text}}}" if text else ""
 
 
-def _metric(name: str, kind: str, meaning: str, samples: Iterable[tuple[Mapping[str, str], float | None]]) -> list[str]:
-    """Return the lines about a metric; samples without a value are left out."""
+_Samples = Sequence[tuple[Mapping[str, str], Any]]  # labels, and a number (None if there is none)
+
+
+def _metric(name: str, kind: str, meaning: str, samples: _Samples) -> list[str]:
+    """Return the lines about a metric; samples without a number are left out."""
     name = f"posttroll_{name}"
     values = [f"{name}{_labelled(labels)} {value!r}" for labels, value in samples if value is not None]
     return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", *values]
 
 
-def _age_histogram(
-    bounds: Sequence[float | None], rows: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]
-) -> list[str]:
+def _age_histogram(bounds: Sequence[float | None], traffic: _Samples) -> list[str]:
     """Return the lines about how old messages were when they came."""
+    lines = _metric("message_age_seconds", "histogram", "How old messages were when they came.", [])
     name = "posttroll_message_age_seconds"
-    lines = [f"# HELP {name} How old messages were when they came.", f"# TYPE {name} histogram"]
-    for labels, row in rows:
+    for labels, row in traffic:
         for bound, number in zip(bounds, accumulate(row["ages"])):
             le = "+Inf" if bound is None else repr(bound)
             lines.append(f"{name}_bucket{_labelled({**labels, 'le': le})} {number}")
@@ -9974,27 +10137,27 @@ def _age_histogram(
 def _exposition(view: Mapping[str, Any]) -> str:
     """Return a view in Prometheus' text format."""
     traffic = [({key: row[key] for key in ("publisher", "address", "subject", "type")}, row) for row in view["traffic"]]
+
+    def of_traffic(key: str) -> _Samples:
+        return [(labels, row[key]) for labels, row in traffic]
+
     up = [({"nameserver": host}, int(is_up)) for host, is_up in view["nameservers"].items()]
-    lines = [
-        _metric("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
-        _metric("nameserver_up", "gauge", "Whether the nameserver answers.", up),
-        _metric("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
-        _metric("followed_publishers", "gauge", "Publishers listened to.", [({}, len(view["publishers"]))]),
-        _metric(
-            "caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]
-        ),
-        _metric("missed_messages_total", "counter", "Messages gone in an outage.", [({}, view["missed"])]),
-    ]
-    for name, kind, meaning, key, rows in (
-        ("messages_total", "counter", "Messages.", "messages", traffic),
-        ("message_bytes_total", "counter", "Bytes of messages.", "bytes", traffic),
-        ("last_message_timestamp_seconds", "gauge", "When the last message came.", "last", traffic),
-        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", "heartbeat_interval", traffic),
-        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", "heartbeats_overdue", traffic),
-        ("heartbeats_missed_total", "counter", "Heartbeats that did not come in time.", "heartbeats_missed", traffic),
-    ):
-        lines.append(_metric(name, kind, meaning, [(labels, row[key]) for labels, row in rows]))
-    return "\n".join([*chain.from_iterable(lines), *_age_histogram(view["age_bounds"], traffic), ""])
+    metrics: Sequence[tuple[str, str, str, _Samples]] = (
+        ("build_info", "gauge", "The version of posttroll.", [({"version": __version__}, 1)]),
+        ("nameserver_up", "gauge", "Whether the nameserver answers.", up),
+        ("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
+        ("followed_publishers", "gauge", "Publishers listened to.", [({}, len(view["publishers"]))]),
+        ("caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]),
+        ("missed_messages_total", "counter", "Messages gone in an outage.", [({}, view["missed"])]),
+        ("messages_total", "counter", "Messages.", of_traffic("messages")),
+        ("message_bytes_total", "counter", "Bytes of messages.", of_traffic("bytes")),
+        ("last_message_timestamp_seconds", "gauge", "When the last message came.", of_traffic("last")),
+        ("heartbeat_interval_seconds", "gauge", "How often heartbeats are to come.", of_traffic("heartbeat_interval")),
+        ("heartbeats_overdue", "gauge", "Heartbeats overdue now.", of_traffic("heartbeats_overdue")),
+        ("heartbeats_missed_total", "counter", "Heartbeats that did not come.", of_traffic("heartbeats_missed")),
+    )
+    lines = chain.from_iterable(_metric(*metric) for metric in metrics)
+    return "\n".join([*lines, *_age_histogram(view["age_bounds"], traffic), ""])
 
 
 class _Page:
@@ -10086,24 +10249,12 @@ class _PageServer:
         self._socket.close()
 
 
-def _add_exporter_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    add(
-        "--port",
-        type=_number(int, 0, 65535),
-        default=EXPORTER_PORT,
-        help=f"to be asked on ({EXPORTER_PORT}; 0 a free one)",
-    )
-    add(
-        "--bind",
-        metavar="ADDRESS",
-        default="127.0.0.1",
-        help="of the interface to be asked on (127.0.0.1; 0.0.0.0 all)",
-    )
-
-
-@_command("exporter", _add_exporter_arguments)
+@_command(
+    "exporter",
+    _TOPICS,
+    _option("--port", type=_number(int, 0, 65535), default=EXPORTER_PORT, help=f"for HTTP ({EXPORTER_PORT}; 0 any)"),
+    _option("--bind", metavar="ADDRESS", default="127.0.0.1", help="to be asked on (127.0.0.1; 0.0.0.0 all)"),
+)
 def _run_exporter(options: argparse.Namespace) -> int:
     """Give Prometheus the numbers of 'top', at http://localhost:9077/metrics.
 
@@ -10130,17 +10281,12 @@ def _run_exporter(options: argparse.Namespace) -> int:
 # -- map --
 
 
-def _add_map_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("topics", nargs="*", metavar="TOPIC", help="beginning of the subjects (all)")
-    add("--seconds", type=_number(float, 0, 3600), default=5.0, help="how long to listen to what is sent (5)")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--dot", action="store_true", help="as input for Graphviz")
-    form.add_argument("--mermaid", action="store_true", help="as input for Mermaid")
-    form.add_argument("--json", action="store_true", help="as JSON")
-
-
-@_command("map", _add_map_arguments)
+@_command(
+    "map",
+    _TOPICS,
+    _seconds("--seconds", 0, 5, "how long to listen to what is sent"),
+    _either(_flag("--dot", help="as input for Graphviz"), _flag("--mermaid", help="as input for Mermaid"), _JSON),
+)
 def _run_map(options: argparse.Namespace) -> int:
     """Draw who publishes what for whom.
 
@@ -10154,39 +10300,25 @@ def _run_map(options: argparse.Namespace) -> int:
       posttroll map /segment --mermaid
     """
     hosts = _nameservers(options)
-    entries = get_pub_address("", 5, hosts)
-    answers = _ask_publishers(entries)  # before we listen to them ourselves
+    services = _look_up("", 5, hosts)
+    answers = dict(_ask_each(_Service.about, services))  # before we listen to them ourselves
     with closing(Loop()) as loop, closing(_Network(options.topics, hosts, loop)) as network:
         with signals_wake(loop), call_on_signals(loop.stop):
             network.run(time.monotonic() + options.seconds)
         traffic = network.view()["traffic"]
     rows = []
-    for entry, about in zip(entries, answers):
-        subjects = sorted({row["subject"] for row in traffic if row["address"] == entry["URI"]})
-        name = _describe_service(entry, True)["name"]
-        rows.append({"name": name, "address": entry["URI"], "subjects": subjects, "listeners": _listeners(about)})
+    for service in services:
+        subjects = sorted({row["subject"] for row in traffic if row["address"] == service.address})
+        listeners = _listeners(answers.get(service.address))
+        rows.append({"name": service.name, "address": service.address, "subjects": subjects, "listeners": listeners})
     rows.sort(key=lambda row: (row["name"], row["address"]))
     if options.json:
-        print(dump_data(rows, "v1.2")[0])
+        print(_as_json(rows))
     else:
-        draw = _as_dot if options.dot else _as_mermaid if options.mermaid else partial(_as_map, color=_colors(options))
-        print("\n".join(draw(rows)))
+        language = "dot" if options.dot else "mermaid" if options.mermaid else None
+        lines = _as_graph(rows, language) if language else _as_map(rows, _colors(options))
+        print("\n".join(lines))
     return 0
-
-
-def _ask_publishers(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
-    """Return what each of the publishers tells about itself; those of others tell nothing."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def ask(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-        backend = backend_towards(entry.get("backend"))
-        if backend is None:
-            return None
-        with closing(Inquiry(entry["URI"], backend)) as inquiry:
-            return inquiry.ask(1.0)
-
-    with ThreadPoolExecutor(max_workers=32) as pool:
-        return list(pool.map(ask, entries))
 
 
 def _listeners(about: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
@@ -10202,8 +10334,9 @@ def _listeners(about: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
     return [{"host": host, "topics": list(topics), "count": times} for (host, topics), times in sorted(known.items())]
 
 
-def _topics_text(topics: Sequence[str]) -> str:
-    return printable(", ".join(topic or "everything" for topic in topics))
+def _topics_text(listener: Mapping[str, Any]) -> str:
+    times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
+    return ", ".join(topic or "everything" for topic in listener["topics"]) + times
 
 
 def _as_map(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
@@ -10214,66 +10347,61 @@ def _as_map(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
         lines.append(f"{paint(printable(row['name']), GREEN)}  {printable(row['address'])}")
         lines += [f"  sends  {printable(subject)}" for subject in row["subjects"] or ["nothing while we listened"]]
         for listener in row["listeners"] or ():
-            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
-            host = printable(listener["host"] or "somebody")
-            lines.append(f"  to     {paint(host, CYAN)}  {_topics_text(listener['topics'])}{times}")
+            host = paint(printable(listener["host"] or "somebody"), CYAN)
+            lines.append(f"  to     {host}  {printable(_topics_text(listener))}")
         if not row["listeners"]:
             lines.append("  to     nobody" if row["listeners"] is not None else "  to     (it does not tell)")
     return lines
 
 
-def _edges(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
-    """Return the listeners' nodes with their names, and from which publisher to which of them what goes."""
-    nodes: dict[str, str] = {}
-    edges = []
+def _dot_text(text: str) -> str:
+    return re.sub(r'([\\"])', r"\\\1", text).replace("&", "&amp;").replace("\n", "\\n")
+
+
+def _mermaid_text(text: str) -> str:
+    return re.sub('[#"<>&|`]', lambda match: f"#{ord(match[0])};", text).replace("\n", "<br/>")
+
+
+# How languages of diagrams have texts, and their lines: the first, a publisher, a listener, what goes where, the last.
+_LANGUAGES: dict[str, tuple[Callable[[str], str], str, str, str, str, str]] = {
+    "dot": (
+        _dot_text,
+        "digraph posttroll {\n  rankdir=LR;",
+        '  publisher{} [shape=box, label="{}"];',
+        '  listener{} [label="{}"];',
+        '  publisher{} -> listener{} [label="{}"];',
+        "\n}",
+    ),
+    "mermaid": (
+        _mermaid_text,
+        "graph LR",
+        '  publisher{}["{}"]',
+        '  listener{}(["{}"])',
+        '  publisher{0} -->|"{2}"| listener{1}',
+        "",
+    ),
+}
+
+
+def _as_graph(rows: Sequence[Mapping[str, Any]], language: str) -> list[str]:
+    """Return the map in a language of diagrams."""
+    quoted, first, publisher, node, edge, last = _LANGUAGES[language]
+    publishers, edges = [], []
+    nodes: dict[str, int] = {}
     for number, row in enumerate(rows):
+        text = "\n".join(map(printable, [row["name"], row["address"], *row["subjects"]]))
+        publishers.append(publisher.format(number, quoted(text)))
         for listener in row["listeners"] or ():
-            host = listener["host"] or "somebody"
-            node = nodes.setdefault(host, f"listener{len(nodes)}")
-            times = f" ({listener['count']} times)" if listener["count"] > 1 else ""
-            edges.append((f"publisher{number}", node, _topics_text(listener["topics"]) + times))
-    return {node: host for host, node in nodes.items()}, edges
-
-
-def _as_dot(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the map in the language of Graphviz."""
-
-    def quoted(*texts: str) -> str:
-        escaped = (printable(text).replace("\\", "\\\\").replace('"', '\\"') for text in texts)
-        return '"' + "\\n".join(escaped) + '"'
-
-    nodes, edges = _edges(rows)
-    lines = ["digraph posttroll {", "  rankdir=LR;"]
-    for number, row in enumerate(rows):
-        lines.append(f"  publisher{number} [shape=box, label={quoted(row['name'], row['address'], *row['subjects'])}];")
-    lines += [f"  {node} [label={quoted(host)}];" for node, host in nodes.items()]
-    lines += [f"  {start} -> {end} [label={quoted(text)}];" for start, end, text in edges]
-    return [*lines, "}"]
-
-
-def _as_mermaid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the map in the language of Mermaid."""
-
-    def quoted(*texts: str) -> str:
-        escaped = (re.sub('[#"<>&|`]', lambda match: f"#{ord(match[0])};", printable(text)) for text in texts)
-        return '"' + "<br/>".join(escaped) + '"'
-
-    nodes, edges = _edges(rows)
-    boxes = (quoted(row["name"], row["address"], *row["subjects"]) for row in rows)
-    lines = ["graph LR", *(f"  publisher{number}[{box}]" for number, box in enumerate(boxes))]
-    lines += [f"  {node}([{quoted(host)}])" for node, host in nodes.items()]
-    return [*lines, *(f"  {start} -->|{quoted(text)}| {end}" for start, end, text in edges)]
+            end = nodes.setdefault(listener["host"] or "somebody", len(nodes))
+            edges.append(edge.format(number, end, quoted(printable(_topics_text(listener)))))
+    listeners = [node.format(number, quoted(printable(host))) for host, number in nodes.items()]
+    return ["\n".join([first, *publishers, *listeners, *edges]) + last]
 
 
 # -- config --
 
 
-def _add_config_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("keys", nargs="*", metavar="KEY", help="only these keys")
-    command.add_argument("--json", action="store_true", help="as JSON")
-
-
-@_command("config", _add_config_arguments)
+@_command("config", _words("keys", metavar="KEY", help="only these keys"), _JSON)
 def _run_config(options: argparse.Namespace) -> int:
     """Show the configuration: value, source, default, meaning.
 
@@ -10443,7 +10571,7 @@ class _Doctor:
             name = f"nameserver {host}"
             try:
                 socket.getaddrinfo(cast("tuple[str, int]", split_tcp_address(endpoint))[0].strip("[]"), None)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue
             mechanism, received = _mechanism_at(endpoint)
@@ -10529,11 +10657,7 @@ def _owner_of_port(port: int) -> str:
     return "another user's process"
 
 
-def _add_doctor_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--no-multicast", action="store_true", help="the nameserver here runs with --no-multicast")
-
-
-@_command("doctor", _add_doctor_arguments)
+@_command("doctor", _flag("--no-multicast", help="the nameserver here runs with --no-multicast"))
 def _run_doctor(options: argparse.Namespace) -> int:
     """Find out why programs do not hear each other.
 
@@ -10565,11 +10689,7 @@ def _demo_messages() -> list[Message]:
     ]
 
 
-def _add_demo_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--role", choices=["subscriber"], help=argparse.SUPPRESS)
-
-
-@_command("demo", _add_demo_arguments)
+@_command("demo", _option("--role", choices=["subscriber"], help=argparse.SUPPRESS))
 def _run_demo(options: argparse.Namespace) -> int:
     """Run a nameserver, a publisher and a subscriber on this machine.
 
@@ -10649,23 +10769,22 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _command_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of the commands."""
-    actions = _parser()._actions
-    parsers = dict(next(action.choices for action in actions if isinstance(action, argparse._SubParsersAction)))
+    """Return the parsers of the commands, that of the nameserver among them if it is there."""
+    parsers = _parsers()[1]
     with suppress(ImportError):
         parsers["nameserver"] = _nameserver_module()._parser()
     return parsers
-
-
-def _add_help_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("about", nargs="?", choices=[*_commands, "nameserver"], metavar="COMMAND", help="which one")
 
 
 _EXIT_STATUS = """\
 0 on success, 1 if something failed (stderr tells what, and what to do), 2 for wrong arguments, 130 after Control-C."""
 
 
-@_command("help", _add_help_arguments)
+def _add_about(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("about", nargs="?", choices=[*_commands, "nameserver"], metavar="COMMAND", help="which one")
+
+
+@_command("help", _add_about)
 def _run_help(options: argparse.Namespace) -> int:
     """Show all that is known of a command.
 
@@ -10674,7 +10793,7 @@ def _run_help(options: argparse.Namespace) -> int:
       posttroll help subscribe | less
     """
     if options.about is None:
-        _parser().print_help()
+        _parsers()[0].print_help()
         return 0
     command = _command_parsers()[options.about]
     text, _, examples = (command.epilog or "").partition("examples:\n")
@@ -10799,11 +10918,7 @@ if [ "$funcstack[1]" = _posttroll ]; then _posttroll "$@"; else compdef _posttro
 _COMPLETIONS = {"bash": _bash_completion, "zsh": _zsh_completion}
 
 
-def _add_completion_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("shell", choices=list(_COMPLETIONS), help="whose script to print")
-
-
-@_command("completion", _add_completion_arguments)
+@_command("completion", _option("shell", choices=list(_COMPLETIONS), help="whose script to print"))
 def _run_completion(options: argparse.Namespace) -> int:
     """Print a script by which a shell completes commands, options and keys.
 
@@ -10819,16 +10934,7 @@ def _run_completion(options: argparse.Namespace) -> int:
 # -- commands that are scripts of their own, too --
 
 
-@_command("generate-keys", add_key_arguments)
-def _generate_keys_command(options: argparse.Namespace) -> int:
-    """Make a pair of keys for the secure backend.
-
-    Examples:
-      posttroll generate-keys server -d ~/keys
-    """
-    return run_generate_keys_command(options)
-
-
+_command("generate-keys", add_key_arguments)(run_generate_keys_command)
 _command("logger", add_logger_arguments)(run_logger_command)
 
 

@@ -140,6 +140,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("NAMESERVER_PORT", raising=False)
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # each process would compile the same two files again
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # which hides what is written late, or not at all
     (tmp_path / "config").mkdir()
     first, _ = own_ports()
     settings = {
@@ -2679,7 +2680,7 @@ listening.close(), asking.close()
                     assert two.ask("first") == []
                     move(hub="10.77.1.2")
                     assert await_line(running, "2") == "2\n"  # no connection was cut
-                    assert two.ask("first") != []
+                    wait_for(lambda: two.ask("first"))  # the publisher asks for the name at times of its own
                     running.communicate("\n", timeout=DEADLINE)
                     assert running.returncode == 0
 
@@ -5803,6 +5804,9 @@ class TestCommands:
             ("services --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
             ("top --interval 0", 2, "no number from 0.1"),
             ("top --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
+            ("publish /a info x --lines --subscribers 0", 1, "--lines needs a file or stdin"),
+            (f"publish /a --replay {LIBRARY} --subscribers 0", 1, "--replay takes neither SUBJECT nor --file"),
+            ("check receiver --topic /a", 3, "--topic says what has to come within --silent SECONDS"),
             ("config --set foo", 2, "'foo' is not KEY=VALUE"),
             ("config --set foo=1", 2, "there is no key 'foo'"),
             ("demo --nameserver a\tb", 1, "Cannot connect to 'tcp://a\\tb"),
@@ -5830,14 +5834,58 @@ class TestCommands:
             ),
             ("subscribe --timeout 0.1 >&-", 1, "posttroll subscribe: there is no standard output to print to.\n"),
             ("top -n 1 >&-", 1, "posttroll top: there is no standard output to print to.\n"),
-            ("config >/dev/full", 1, "posttroll config: [Errno 28] No space left on device\n"),
+            ("config >/dev/full", 1, "posttroll: [Errno 28] No space left on device\n"),
             ("publish /a info x --subscribers 0 >&-", 0, "1 message to 0 subscribers\n"),
             ("publish /a info x --subscribers 0 2>&-", 0, ""),
+            ("--help >/dev/full", 1, "posttroll: [Errno 28] No space left on device\n"),
+            ("help map >/dev/full", 1, "posttroll: [Errno 28] No space left on device\n"),
+            ("config mc_ttl >/dev/full", 1, "posttroll: [Errno 28] No space left on device\n"),
+            ("config nonesuch 2>/dev/full", 1, ""),
+            ("publish /a info x --subscribers 0 2>/dev/full", 0, ""),
         ],
     )
-    def test_streams_that_are_closed(self, words, status, err):
+    def test_streams_that_are_closed_or_full(self, words, status, err):
         with process("sh", "-c", f'exec "$0" "$1" {words}', sys.executable, LIBRARY) as running:
             assert finish(running) == (status, "", err)
+
+    @pytest.mark.parametrize(
+        ("words", "status"),
+        [("--help", 0), ("help map", 0), ("config mc_ttl", 0), ("check tcp://localhost:1", 2), ("config nonesuch", 1)],
+    )
+    @pytest.mark.parametrize("streams", ["stdout", "stdout stderr"])
+    def test_a_reader_that_has_gone(self, words, status, streams):
+        """It changes nothing of the status, and nobody is told."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        kwargs = dict.fromkeys(streams.split(), writer)
+        with process(sys.executable, "-m", "posttroll", *words.split(), **kwargs) as running:
+            os.close(writer)
+            ended, _, err = finish(running)
+        assert ended == status
+        assert not err or err == "posttroll config: there is no key nonesuch.\n"
+
+    @pytest.mark.parametrize(("name", "status"), [("services", 2), ("ping", 2), ("check", 3)])
+    def test_an_empty_name_does_not_mean_all(self, name, status):
+        ended, out, err = run_here(name, "")
+        assert (ended, out) == (status, "")
+        assert "is a name missing?" in err
+
+    @pytest.mark.parametrize(
+        ("words", "data"),
+        [
+            ("/a --subscribers 0 info x --speed 1 y", "x y"),
+            ("/a info --subscribers 0 -5", "-5"),
+            ("/a info --subscribers 0 -- --text -x", "--text -x"),
+            ("/a info x -- --lines", "x --lines"),
+            ("--text /a info a=b --subscribers 0 c=d", "a=b c=d"),
+        ],
+    )
+    def test_options_may_stand_between_other_words(self, words, data):
+        options = posttroll._parsers()[1]["publish"].parse_intermixed_args(words.split())
+        assert (options.subject, options.type) == ("/a", "info")
+        assert posttroll._data_of_words(options) == data
+        status, _, err = run_here("publish", "--nameserver", "none", *words.split())
+        assert (status, err.count("\n")) == (1, 1), err  # as there is no --port
 
 
 class TestPublishAndSubscribe:
@@ -6038,7 +6086,7 @@ class TestPublishAndSubscribe:
         ],
     )
     def test_a_value_is_a_number_only_if_it_is_written_like_one(self, typed, value):
-        options = posttroll._parser().parse_args(["publish", "/a", "info", f"k={typed}", "n=1"])
+        options = posttroll._parsers()[0].parse_args(["publish", "/a", "info", f"k={typed}", "n=1"])
         [message] = posttroll._messages_to_publish(options, None)
         received = posttroll.Message.decode(message.encode())
         assert received.data == {"k": value, "n": 1}
@@ -6100,6 +6148,20 @@ class TestPublishAndSubscribe:
                 status, out, _ = finish(each)
                 assert status == 0
                 assert [json.loads(line)["data"]["number"] for line in out.splitlines()] == list(range(rounds))
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_publish_that_is_ended_says_goodbye(self, number):
+        with nameserver(), posttroll.Subscribe("lines", addr_listener=True, timeout=0) as sub:
+            words = ("/a", "info", "-", "--lines", "--service", "lines", "--nameserver", "localhost")
+            with command("publish", *words) as publish:
+                publish.stdin.write("one\n")
+                publish.stdin.flush()
+                assert received_data(sub) == ["one"]
+                assert posttroll.get_pub_address("lines")
+                publish.send_signal(number)
+                assert publish.wait(DEADLINE) == 130
+                assert re.fullmatch(r"[01] messages? sent until then\n", publish.stderr.read())  # send may not be over
+            assert posttroll.get_pub_address("lines") == []
 
     def test_subscribers_that_come_later_are_counted(self):
         port = free_port()
@@ -6247,6 +6309,27 @@ class TestTerminal:
             os.close(master)
         assert "/data/x" in seen
         assert "\033" not in seen
+
+    def test_a_quiet_replay_from_where_stdin_stands(self, tmp_path):
+        recording = tmp_path / "recording"
+        lines = [f"{posttroll.Message('/a', 'info', n)}\n" for n in range(4)]
+        recording.write_text("not a message\n" + "".join(lines))
+        for words, expected in (([], "4/4\r\n"), (["-q"], "")):
+            with recording.open("rb") as stdin:
+                os.lseek(stdin.fileno(), len("not a message\n"), os.SEEK_SET)
+                master, slave = pty.openpty()
+                arguments = ("publish", "--replay", "-", "--subscribers", 0, "--speed", 0, *words)
+                with command(*arguments, "--nameserver", "localhost", stdin=stdin, stderr=slave) as running:
+                    os.close(slave)
+                    assert running.wait(DEADLINE) == 0
+                os.set_blocking(master, False)
+                seen = ""
+                with contextlib.suppress(OSError):
+                    while text := os.read(master, 4096):
+                        seen += text.decode()
+                os.close(master)
+            assert seen.endswith(f"{expected}4 messages to 0 subscribers\r\n" if expected else "")
+            assert bool(seen) == bool(expected)
 
     def test_a_replay_shows_its_progress(self, tmp_path):
         recording = tmp_path / "recording"
@@ -6409,7 +6492,7 @@ class TestLookingIn:
             for message in messages:
                 publisher.send(posttroll.Message(*message))
             address = local_address(publisher.port_number)
-            status, out, err = run_command("subscribe", "--address", address, "--since", "1m", "--timeout", 0.5, *words)
+            status, out, err = run_command("subscribe", "--address", address, "--since", "1m", "--timeout", 1, *words)
         assert (status, err) == (0, ""), err
         return out.splitlines()
 
@@ -6429,6 +6512,9 @@ class TestLookingIn:
             (["subject=/b", "ok=true"], "c"),
             (["subject=/b", "ok=null"], "b"),
             (["age<60", "type=file"], "abc"),
+            (["time>2026-11-24", "time < 9999-12-31T23:59:59-23:59", "type=file"], "abc"),
+            (["size > 5"], "b"),
+            ([" uri = /data/a "], "a"),
         ],
     )
     def test_where(self, conditions, uris):
@@ -6440,13 +6526,20 @@ class TestLookingIn:
         [
             ("--where", "size", "not KEY=VALUE"),
             ("--where", "=5", "not KEY=VALUE"),
+            ("--where", " =5", "not KEY=VALUE"),
+            ("--where", "size=>5", "not KEY=VALUE"),
+            ("--where", "size<>5", "not KEY=VALUE"),
+            ("--where", "age<1m", "'1m' is not a number of seconds"),
+            ("--where", "time>12:00", "'12:00' is not an ISO date-time"),
             ("--format", "{data[uri}", "cannot be used"),
+            ("--format", "{data.}", "cannot be used"),
+            ("--format", "{data!x}", "cannot be used"),
             ("--format", "{uri}", "there is no {uri}, but {subject}"),
             ("--sample", "0", "no whole number"),
         ],
     )
     def test_wrong_words(self, option, text, reason):
-        status, out, err = run_command("subscribe", "--address", "tcp://localhost:1", option, text)
+        status, out, err = run_here("subscribe", "--address", "tcp://localhost:1", option, text, "--timeout", 0)
         assert (status, out) == (2, "")
         assert reason in err
 
@@ -6459,6 +6552,82 @@ class TestLookingIn:
             f"/b|/data/b|12.5|{year}|v1.2|{sender}||{{}}",
             f"/b|/data/c|12|{year}|v1.2|{sender}||{{}}",
         ]
+
+    def test_a_format_in_a_format_and_what_holds_others(self):
+        when = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)
+        messages = [("/a", "info", {"width": 6, "of": {"when": when, "list": [None, True]}})]
+        assert self.look("--format", "{type:>{data[width]}}|{data[of]}", messages=messages) == [
+            '  info|{"when": "2026-11-24T12:00:00+00:00", "list": [null, true]}'
+        ]
+        message = posttroll.Message(*messages[0])
+        assert '    of     {"when": "2026-11-24T12:00:00+00:00", ' in posttroll._as_readable(message, color=False)
+
+    @pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+    @pytest.mark.parametrize(
+        ("words", "count"),
+        [
+            (["--where", "time>2026-01-01"], 2),
+            (["--where", "when<2026-01-01"], 2),
+            (["--format", "{time}{data}"], 4),
+            (["--count-by", "time"], 5),
+            ([], 4),
+        ],
+    )
+    def test_times_at_the_ends_of_the_calendar_end_nothing(self, zone, words, count):
+        """Whatever a sender says."""
+        moments = (
+            "0001-01-01T00:00:00",
+            "9999-12-31T23:59:59",
+            "0001-01-01T00:00:00+23:59",
+            "9999-12-31T23:59:59-23:59",
+        )
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            for moment in moments:
+                head = f"pytroll://a info a@b {moment} v1.2 application/json "
+                publisher.send(f'{head}{{"when": "{moment}"}}')
+            address = local_address(publisher.port_number)
+            arguments = ("subscribe", "--address", address, "--since", "1m", "--timeout", 0.5, *words)
+            status, out, err = run_command(*arguments, env={**os.environ, "TZ": zone})
+        assert (status, err, out.count("\n")) == (0, "", count)
+
+    @pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+    @pytest.mark.parametrize("moment", ["0001-01-01", "9999-12-31", "0001-01-01T00:00+23:59", "9999-12-31T23:00-23:59"])
+    def test_since_the_ends_of_the_calendar(self, zone, moment):
+        arguments = ("subscribe", "--address", "tcp://localhost:1", "--timeout", 0, "--since", moment)
+        status, _, err = run_command(*arguments, env={**os.environ, "TZ": zone})
+        assert (status, err.count("\n")) == (1, 1)
+        assert re.search(r"0 of 1 messages came|since has no local time: ....-..-.. 00:00:00", err)
+
+    def test_infinities_are_null_in_json(self):
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            publisher.send(
+                'pytroll://a info a@b 2026-01-01T00:00:00 v1.2 application/json {"a": [NaN, 1e999, 1.5], "n": "é"}'
+            )
+            publisher.send('pytroll://a info a@b 2026-01-01T00:00:00 v1.2 application/json ["NaN", -Infinity]')
+            words = ("--address", local_address(publisher.port_number), "--since", "1m", "-n", 2, "--json")
+            _, out, _ = run_command("subscribe", *words)
+        data = [json.loads(line, parse_constant=pytest.fail)["data"] for line in out.splitlines()]
+        assert data == [{"a": [None, None, 1.5], "n": "é"}, ["NaN", None]]
+
+    def test_there_is_no_warning_if_all_is_well(self):
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as publisher:
+            with command("subscribe", "-n", 1) as running:
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(text_message("x"))
+                status, out, err = finish(running)
+        assert (status, out.count("\n"), err) == (0, 1, "")
+
+    def test_the_last_count_is_seen_on_a_terminal(self):
+        """Also if nothing more comes."""
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            words = ("subscribe", "--address", local_address(publisher.port_number), "--count-by", "type")
+            with on_terminal(*words) as (running, read_to, _):
+                assert publisher.wait_for_subscribers(1, DEADLINE)
+                for number in range(7):
+                    publisher.send(text_message(number))
+                assert re.search(r"7 +info", read_to("7 "))
+                running.send_signal(signal.SIGTERM)
+                assert running.wait(DEADLINE) == 0
 
     def test_origin_and_age(self):
         """By two publishers, each is told of its own."""
@@ -6636,6 +6805,24 @@ class TestPing:
             assert status == 0
             assert re.fullmatch("PING .*\n" + summary, out)
 
+    def test_names_that_do_not_resolve_for_minutes(self, monkeypatch):
+        over, ended = threading.Event(), []
+
+        def resolve(*args: Any, **kwargs: Any) -> Any:
+            over.wait(DEADLINE)
+            ended.append(True)
+            raise OSError("no answer from the name server")
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(socket, "create_connection", resolve)
+        try:
+            status, out, err = run_here("ping", "--address", "tcp://slow.invalid:9", "-c", 2, "--timeout", 0.1)
+            assert not ended
+        finally:
+            over.set()
+        assert (status, err) == (1, "posttroll ping: no answer from tcp://slow.invalid:9.\n")
+        assert out.endswith("--- tcp://slow.invalid:9: 2 asked, 0 answered, 100% lost\n")
+
     def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
         with posttroll.Publisher("tcp://*:0") as pub:
             words = ("--address", local_address(pub.port_number), "-c", 20, "--interval", 0.05, "--timeout", 0.05)
@@ -6804,6 +6991,14 @@ class TestRelayCommand:
             assert sorted(data if data == "end" else data["uid"] for data in received_data(sub, 3)) == ["a", "b", "end"]
             assert self.end(running)[2] == "3 messages relayed\n"
 
+    def test_control_c_does_not_reach_the_end_that_publishes(self, source):
+        """Also while it starts, when it could not do anything but show a traceback."""
+        with self.relay(source, free_port()) as running:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text()
+            assert os.getpgid(int(children)) != os.getpgid(running.pid)
+            os.killpg(running.pid, signal.SIGINT)
+            assert finish(running) == (0, "", "0 messages relayed\n")
+
     def test_what_hinders_the_start(self, source):
         with posttroll.Publisher("tcp://*:0") as other, self.relay(source, other.port_number) as running:
             status, _, err = finish(running)
@@ -6879,6 +7074,38 @@ class TestServicesAndTop:
         assert out.count("PUBLISHER") == 2
         assert "\033" not in out
         assert re.search(r"feeder +tcp://\S+ +/fed +info +[1-9]", out)
+
+    @pytest.mark.parametrize("form", [[], ["--json"]])
+    def test_top_without_a_nameserver_is_no_success(self, form):
+        status, out, err = run_command("top", "--interval", 0.1, *form)
+        assert (status, out.count("no answer")) == (1, not form)
+        assert "posttroll top: Didn't get an address after 1.0 seconds: no answer from the nameserver" in err
+
+    def test_hosts_that_cannot_even_be_asked_for_hold_up_nothing(self):
+        """Anybody can announce anything."""
+        with nameserver(), posttroll.Publish("alive", nameservers=["localhost"]):
+            for host in ("x" * 70, "a..b"):
+                assert register(registration_of(URI=f"tcp://{host}:9", service=["odd"])) == b"ok"
+            wait_for(lambda: posttroll.get_pub_address("alive"))
+            status, out, err = run_command("services", "--json")
+            assert (status, err) == (0, "")
+            assert sorted(row["answers"] for row in json.loads(out)) == [False, False, True]
+            assert run_command("check", "odd")[0::2] == (2, "")
+            status, out, err = run_command("ping", "odd", "-c", 1, "--timeout", 0.1)
+            assert (status, out.count("no answer after 0.1 s")) == (1, 2)
+        assert "FAIL  nameserver a..b: the name does not resolve" in run_command("doctor", "--nameserver", "a..b")[1]
+
+    def test_a_question_that_fails_is_not_waited_for(self, recwarn):
+        services = [posttroll._Service({"URI": f"tcp://127.0.0.1:{port}"}) for port in (1, 2, 3)]
+
+        def ask(service: Any) -> str:
+            if service is services[1]:
+                raise RuntimeError("a fault")
+            return service.address
+
+        assert sorted(posttroll._ask_each(ask, services)) == [(each.address,) * 2 for each in services[::2]]
+        assert list(posttroll._ask_each(ask, services[1:], workers=1)) == []
+        wait_for(lambda: not [each for each in threading.enumerate() if "work" in each.name])
 
     def test_services_are_sorted_by_name(self):
         names = ["zebra", "ant", "mouse", "bee", "yak", "cat"]
@@ -7041,6 +7268,9 @@ class TestServicesAndTop:
             assert heartbeats.overdue(came) == before
             heartbeats.take(beat, came)
             assert (heartbeats.overdue(came), heartbeats.missed(came)) == (0, missed)
+        early = posttroll._Heartbeats()
+        early.take(beat, -50.0)  # made before this host was started
+        assert (early.overdue(0.0), early.last) == (4, -50.0)
         heartbeats.take(beat, 1000.0)  # caught up, after newer ones
         assert (heartbeats.overdue(1100.0), heartbeats.missed(1100.0)) == (3, 6)
 
@@ -7101,6 +7331,30 @@ class TestSparkline:
         assert all(len(posttroll._sparkline(minute, width)) == width for width in range(61))
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         assert posttroll._sparkline(minute, 12) == "      ::==@@"
+
+    def test_narrow_tables(self):
+        """Columns that are narrow anyway do not become wider, and there is a table before there is a picture."""
+        rows = [["a", "/a", "12"], ["b" * 30, "/b", "3"]]
+        lines = posttroll._table(rows, ["NAME", "SUBJECT", "MSG/S"], 28, "NAME SUBJECT")
+        assert lines == ["NAME          SUBJECT  MSG/S", "a             /a       12", "bbbbb...bbbb  /b       3"]
+        assert posttroll._table(rows[:1], ["NAME", "SUBJECT", "MSG/S"], 12, "NAME SUBJECT") == [
+            "NAME  SUBJEC",
+            "a     /a",
+        ]
+        row = {"publisher": "name", "address": "a", "subject": "/b", "type": "info", "heartbeats_overdue": None}
+        row.update({"messages": 1, "bytes": 50, "ago": 1.0, "last_minute": [1] * 60})
+        view = {"seconds": 2.0, "publishers": [], "caught_up": 0, "missed": 0, "traffic": [row]}
+        for width in (1, 10, 20, 40, 60, 70, 80, 200):
+            lines = posttroll._top_lines(view, {"seconds": 0.0, "traffic": []}, "", width)
+            assert max(map(len, lines)) <= width
+            assert ("LAST MINUTE" in lines[2]) == (width >= 70)
+            assert lines[2].startswith("PUBLISHER  SUBJECT  TYPE  MSG/S  BYTES/S"[:width].rstrip()) or width == 200
+
+    @pytest.mark.parametrize("height", [1, 2, 3])
+    def test_views_on_low_terminals(self, height, monkeypatch, capsys):
+        monkeypatch.setattr(posttroll, "_view_size", lambda: (80, height))
+        posttroll._show(["one", "two", "three"])
+        assert capsys.readouterr().out == "\033[H\033[Jone\n"
 
     def test_what_is_overdue_stays_in_sight(self):
         """Other rows are left out after a while."""
@@ -7311,13 +7565,9 @@ class TestCheck:
         [["--frob"], ["a", "--timeout", "soon"], ["--silent", "-1"], ["--set", "nonesuch=1"], ["a", "--topic"], ["-n"]],
     )
     def test_a_wrong_command_line_is_unknown(self, words, capsys):
-        with pytest.raises(SystemExit) as caught:
-            posttroll.main(["check", *words])
-        assert caught.value.code == 3
+        assert posttroll.main(["check", *words]) == 3
         assert "usage: posttroll check" in capsys.readouterr().err
-        with pytest.raises(SystemExit) as caught:
-            posttroll.main(["services", *words])
-        assert caught.value.code == 2
+        assert posttroll.main(["services", *words]) == 2
 
     @pytest.mark.parametrize("name", ["a", "tcp://slow.invalid:9000", "stuck"])
     def test_never_longer_than_the_timeout(self, name, capsys, monkeypatch):
@@ -7633,7 +7883,7 @@ class TestMap:
         """Two publishers of ours, one that is not, and who listens to them."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(nameserver())
-            names = ['a"b', "b`<c"]
+            names = ['a"b', "b`&lt;c"]
             pubs = [stack.enter_context(posttroll.Publish(name, nameservers=["localhost"])) for name in names]
             other, address = stack.enter_context(raw_publisher())
             register(registration_of(URI=address, service=["other"]))
@@ -7674,7 +7924,7 @@ class TestMap:
             "  to     somebody  /a/x",
             "  to     127.0.0.1  everything (2 times)",
             "  to     127.0.0.1  /a, /b",
-            f"b`<c  {second}",
+            f"b`&lt;c  {second}",
             "  sends  nothing while we listened",
             "  to     127.0.0.1  everything (2 times)",
             f"pub  {other}",
@@ -7687,7 +7937,7 @@ class TestMap:
             "digraph posttroll {",
             "  rankdir=LR;",
             f'  publisher0 [shape=box, label="a\\"b\\n{first}\\n/z"];',
-            f'  publisher1 [shape=box, label="b`<c\\n{second}"];',
+            f'  publisher1 [shape=box, label="b`&amp;lt;c\\n{second}"];',
             f'  publisher2 [shape=box, label="pub\\n{other}"];',
             '  listener0 [label="somebody"];',
             '  listener1 [label="127.0.0.1"];',
@@ -7702,7 +7952,7 @@ class TestMap:
         assert out.splitlines() == [
             "graph LR",
             f'  publisher0["a#34;b<br/>{first}<br/>/z"]',
-            f'  publisher1["b#96;#60;c<br/>{second}"]',
+            f'  publisher1["b#96;#38;lt;c<br/>{second}"]',
             f'  publisher2["pub<br/>{other}"]',
             '  listener0(["somebody"])',
             '  listener1(["127.0.0.1"])',
@@ -7714,7 +7964,7 @@ class TestMap:
         status, out, err = run_command("map", "--seconds", 0.1, "--json")
         assert (status, err) == (0, "")
         rows = json.loads(out)
-        assert [row["name"] for row in rows] == ['a"b', "b`<c", "pub"]
+        assert [row["name"] for row in rows] == ['a"b', "b`&lt;c", "pub"]
         assert rows[2]["listeners"] is None
         assert {"host": "", "topics": ["/a/x"], "count": 1} in rows[0]["listeners"]
 
@@ -9982,7 +10232,7 @@ class TestDemoAndKeys:
         """Tried with a copy whose publisher keeps the last message for itself."""
         text = LIBRARY.read_text()
         for before, after in (
-            ("_DEMO_SECONDS = 20", "_DEMO_SECONDS = 2"),
+            ("_DEMO_SECONDS = 20", "_DEMO_SECONDS = 6"),
             ("        for message in _demo_messages():\n", "        for message in _demo_messages()[:-1]:\n"),
         ):
             assert text.count(before) == 1
@@ -15193,7 +15443,7 @@ class TestCatchingUp:
             wait_for(lambda: len(data) == 10)
             relay.cut()
             wait_for(lambda: not pub.subscriber_count)
-            numbers.send(5000)
+            numbers.send(2000)
             were_behind = []
             for _ in range(3):
                 relay.mend()
@@ -15788,7 +16038,7 @@ class TestDurable:
             ("stop", [3]),
             ("close in the loop", [3]),
             ("close in a signal handler, then killed", [2, 3]),
-            ("forgotten", [2, 3]),
+            pytest.param("forgotten", [2, 3], marks=pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")),
         ],
     )
     def test_how_a_loop_is_left(self, numbers, kill, how, rest):
