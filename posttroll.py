@@ -4492,10 +4492,11 @@ class _Ending:
         self._port = port
         self._name = name
         self._patience = patience
-        self.reached = 0
+        self.reached = 0  # how many subscribers there have been
+        self.left = 0  # how many messages (that is known of) will not arrive
 
-    def drain(self, young: float) -> int:
-        """Close the socket when all is sent; return how many messages (that is known of) will not arrive.
+    def drain(self, young: float) -> None:
+        """Close the socket when all is sent.
 
         Args:
             young: Seconds in the life of a publisher in which subscribers may be just finding it.
@@ -4503,13 +4504,21 @@ class _Ending:
         audience = self._audience
         if audience.socket.closed:
             audience.close(0)
-            return 0
-        while audience.history.number and time.monotonic() < audience.started + young:
-            time.sleep(min(0.02, max(audience.started + young - time.monotonic(), 0)))
-        state = self._state()
-        if audience.history.number and not self._wait(state):
-            return self._give_up()
-        unasked = audience.count_unasked()
+            return
+        self._state()  # who has been there, even if nothing was sent
+        if audience.history.number:
+            try:
+                while time.monotonic() < audience.started + young:
+                    time.sleep(min(0.02, max(audience.started + young - time.monotonic(), 0)))
+                is_sent = self._wait()
+            except BaseException:  # Control-C, once more
+                if self._state():
+                    self._give_up("interrupted")
+                raise
+            if not is_sent:
+                self._give_up(f"gave up after {self._patience:.0f} s without progress")
+                return
+        self.left = unasked = audience.count_unasked()
         if unasked:
             text = "Publisher %s: ends before a subscriber has asked for what it may have missed: %d messages at most"
             _log("publisher").warning(text, self._name, unasked)
@@ -4519,11 +4528,10 @@ class _Ending:
         audience.close(int(self._patience * 1000))
         if monitor is not None and not _close_monitor(monitor, self._patience):
             _log("publisher").warning("Publisher %s: the last messages are still not sent", self._name)
-        return unasked
 
-    def _wait(self, state: Any) -> bool:
+    def _wait(self) -> bool:
         """Wait until all is sent; return False if nothing goes on any more."""
-        since = time.monotonic()
+        state, since = self._state(), time.monotonic()
         while True:
             time.sleep(0.003 if time.monotonic() - since < 0.1 else 0.05)
             before, state = state, self._state()
@@ -4544,12 +4552,11 @@ class _Ending:
         unsent = _unsent_bytes(self._port) if may_be_unsent else None  # takes a while on a host with many connections
         return (behind, unsent) if behind or unsent else None
 
-    def _give_up(self) -> int:
-        left = self._audience.count_left()
-        text = "Publisher %s: gave up after %d s without progress: %s messages did not reach a subscriber"
-        _log("publisher").warning(text, self._name, self._patience, left or "the last")
+    def _give_up(self, reason: str) -> None:
+        self.left = self._audience.count_left() or 1
+        text = "Publisher %s: %s: %d messages did not reach a subscriber"
+        _log("publisher").warning(text, self._name, reason, self.left)
         self._audience.close(0)
-        return left or 1
 
 
 def _publisher_options() -> dict[int, Any]:
@@ -4841,8 +4848,9 @@ class Publisher(_Stoppable):
         """Stop the publisher; what has been sent until now still arrives.
 
         It waits as long as the queues drain, and in the first seconds of a publisher's life (`discovery_seconds`) for
-        subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress is counted in
-        `dropped`, and logged; so is what a subscriber may have missed that came at the end, too busy to ask for it.
+        subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress, or when Control-C
+        ends the waiting, is counted in `dropped`, and logged; so is what a subscriber may have missed that came at the
+        end, too busy to ask for it.
         """
         if self._inherited is not None:
             self._inherited, self._is_stopped = None, True  # the parent stops its own
@@ -4868,10 +4876,12 @@ class Publisher(_Stoppable):
         is_findable = self._is_announced or not self._address.endswith(":0")
         young = config.get("discovery_seconds") if is_findable else 0
         ending = _Ending(audience, self._port, self._name or self._address, self.LINGER_SECONDS)
-        left = ending.drain(young)
-        self.reached = ending.reached
-        self._dropped += audience.dropped + left
-        _log("publisher").debug("Publisher for %s stopped", self._address)
+        try:
+            ending.drain(young)
+            _log("publisher").debug("Publisher for %s stopped", self._address)
+        finally:
+            self.reached = ending.reached
+            self._dropped += audience.dropped + ending.left
 
     def __del__(self) -> None:
         # Nobody waits for what is queued, but it has its time.

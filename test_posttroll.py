@@ -17561,6 +17561,32 @@ print("dropped", pub.dropped)
         [record] = [record for record in caplog.records if "did not reach a subscriber" in record.getMessage()]
         assert record.levelname == "WARNING"
 
+    @pytest.mark.parametrize("is_dead", [True, False])
+    def test_control_c_while_it_waits(self, is_dead, monkeypatch, caplog):
+        """What is left then is counted, and told; nothing is, if all has been sent."""
+        wait = posttroll._Ending._wait
+
+        def interrupted_wait(self: Any) -> bool:
+            while not is_dead and not (wait(self) and self._audience._are_told and not self._state()):
+                pass
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(posttroll._Ending, "_wait", interrupted_wait)
+        with behind_relay() as (pub, relay, sub):
+            wait_for(lambda: next(sub.recv(0)) is None and not pub._audience.unserved())
+            if is_dead:
+                relay.silence()
+            for number in range(1000 if is_dead else 1):
+                pub.send(text_message([number, "x" * 10_000]))
+            with pytest.raises(KeyboardInterrupt):
+                pub.stop()
+            assert pub.reached == 1
+            assert (0 < pub.dropped <= 1000) if is_dead else pub.dropped == 0
+        told = [record for record in caplog.records if "did not reach a subscriber" in record.getMessage()]
+        assert [record.getMessage() for record in told] == [
+            f"Publisher numbers: interrupted: {pub.dropped} messages did not reach a subscriber"
+        ] * is_dead
+
     def test_a_subscriber_that_has_not_asked_until_the_end(self, caplog):
         """It came in the last moments of a publisher, and was busy: what it may have missed is counted and told."""
         with posttroll.Publisher("tcp://*:0", "numbers") as pub:
