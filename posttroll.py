@@ -5858,7 +5858,8 @@ class _CatchUp:
         return self._index
 
     def _take_connections(self, raw: bytes) -> None:
-        """Take what tells how many connections to a publisher there are."""
+        """Take what tells how many connections to a publisher there are: the first that comes by a new one."""
+        self._take_events()  # now, as what follows may be messages of it
         if number_of_connections(raw) > 1 and self._merge is None:
             merge = _Merge(self._socket, self._mark, self._take_events, self._wake_at, self._end_merge)
             merge.begin_line(raw)

@@ -16643,6 +16643,31 @@ class TestFullQueues:
                 wait_for(lambda: data[-1:] == ["end"])
                 assert data == ["same"] * 5 + ["end"]
 
+    def test_what_comes_between_a_connection_and_its_greeting(self, monkeypatch):
+        """Each once, also if that is read before the news that there is a connection."""
+        watch, unwatched = posttroll.Loop.watch_quiet, []
+        monkeypatch.setattr(posttroll.Loop, "watch_quiet", lambda *args: unwatched.append(args))
+        with raw_socket(zmq.XPUB) as pub:
+            port = pub.bind_to_random_port("tcp://127.0.0.1")
+            with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
+                marks: list[bytes] = []
+                while not marks or not marks[-1].startswith(posttroll._MARK):
+                    assert pub.poll(DEADLINE * 1000)
+                    marks.append(pub.recv()[1:])
+                own, texts = b"0123456789abcdef", [text_message(number).encode() for number in range(3)]
+                pub.send(marks[0] + b"\0D " + own + b" 1 1")
+                for text in texts:
+                    pub.send(text)
+                pub.send(marks[-1] + b"\0H " + own + b" 3 0 %d 0 numbers" % port)
+                for number, text in enumerate(texts, 1):
+                    pub.send(marks[-1] + b"\0C " + own + b" %d\0" % number + text)
+                pub.send(marks[-1] + b"\0E " + own + b" 3 1 3 0 1")
+                pub.send(text_message("end").encode())
+                wait_for(lambda: data[-1:] == ["end"])
+                sub._loop.call(lambda: watch(*unwatched[0]))
+                wait_for(lambda: unwatched[0][1] in sub._loop._quiet)
+                assert data == [0, 1, 2, "end"]
+
     def test_who_comes_and_has_no_room_for_the_greeting(self, monkeypatch):
         """It gets what was sent since, but nothing of before that it has not asked for."""
         with posttroll.Publisher("tcp://*:0", "numbers") as pub:
