@@ -5134,7 +5134,8 @@ class TestListener:
                 for number in range(2):
                     pub.send(text_message(str(number)))
                 wait_for(listener.queue.full)
-                wait_for(lambda: listener.subscriber._inbox.last_heard and not listener.subscriber._inbox.accepted)
+                (stream,) = listener.subscriber._streams.values()
+                wait_for(lambda: stream._index == 2 and not listener.subscriber._inbox.accepted)
                 listener.restart()
                 with in_thread(listener.run):
                     assert [listener.queue.get(timeout=DEADLINE).data for _ in range(2)] == ["0", "1"]
