@@ -5968,8 +5968,9 @@ class _CatchUp:
             return  # this is of what it had received before
         self._cancel_request(instance)
         if source.position is None:
+            asked = time.time() * 1000  # before the age: in between time may pass, and the age is what counts
             age = max(math.ceil((time.monotonic() - source.since) * 1000), 1)
-            what = b"%d+%d@%d" % (source.found, age, time.time() * 1000)
+            what = b"%d+%d@%d" % (source.found, age, asked)
         else:
             what = b"%d+0@0" % source.position
         source.unconfirmed += self._live(max(source.index, source.checked), source.hello_index)
@@ -6242,15 +6243,15 @@ class _DurableState:
 
     Args:
         name: The durable name; the file is called so.
-        seconds: If the name is new: since how long ago messages are wanted.
+        since: If the name is new: since when messages are wanted, in seconds since the epoch.
     """
 
     LINES = 16384  # of the first two kinds
     PUBLISHERS = 5000
 
-    def __init__(self, name: str, seconds: float) -> None:
+    def __init__(self, name: str, since: float) -> None:
         self._file = _StateFile(name)
-        self._since = time.time() - seconds
+        self._since = since
         self.lines = 0  # how many of the first two kinds there have been
         self._handled: deque[bytes] = deque(maxlen=self.LINES)  # the newest of them
         self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
@@ -6717,9 +6718,11 @@ class _SubscriberSockets:
         configured_backend()  # an unknown one is an error now
         self._topics = _topic_prefixes(topics)
         self._translate = translate
+        # Time that passes between two clocks must not make it later: rather too much of the past than too little.
+        wall, now = time.time(), time.monotonic()
         seconds = _seconds_since(since)
-        self._durable = None if durable is None else _DurableState(durable, seconds)
-        self._begin = time.monotonic() - (seconds if self._durable is None else self._durable.seconds)
+        self._durable = None if durable is None else _DurableState(durable, wall - seconds)
+        self._begin = now - seconds if self._durable is None else time.monotonic() - self._durable.seconds
         self._is_begun = False
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._loop = Loop()
