@@ -3570,6 +3570,7 @@ class TestCountingSubscribers:
         pub = posttroll.Publisher("tcp://*:0").start()
         results: list[bool] = []
         with in_thread(lambda: results.append(pub.wait_for_subscribers())):
+            wait_for(lambda: pub._audience._waiting)
             pub.stop()
         assert results == [False]
 
