@@ -3084,6 +3084,7 @@ def _hosts_or_configured(given: Hosts, key: str, default: list[str] | None) -> l
     return [] if given is False else [given] if isinstance(given, str) else list(given)
 
 
+@lru_cache(maxsize=64)
 def _endpoint_at(host: str, port: int) -> str:
     """Return the address at *host*, given as ``host``, or as ``host:port`` for another port than *port*."""
     host = host.strip()
@@ -3102,8 +3103,12 @@ def lookup_endpoint(nameserver: str) -> str:
     return _endpoint_at(nameserver, secure_port or get_configured_nameserver_port())
 
 
+@lru_cache(maxsize=64)
 def lookup_request(service: str) -> bytes:
-    """Return the lookup for the publishers of *service*, in the version that every nameserver understands."""
+    """Return the lookup for the publishers of *service*, in the version that every nameserver understands.
+
+    It is made once (so its time is an old one, of which no nameserver takes note), as that takes long beside the rest.
+    """
     return Message("/oper/ns", "request", {"service": service}, version="v1.01").encode().encode()
 
 
