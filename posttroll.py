@@ -3963,12 +3963,12 @@ class _Listeners:
                 self._waiting.remove(waiting)
 
         self._waiting.append(waiting)
-        self._tell_waiting()
+        self._take_subscriptions()
         return cancel
 
     def _tell_waiting(self) -> None:
         if self._waiting:
-            found = self.count
+            found = len(self.peers) + self.strangers
             for waiting in [waiting for waiting in self._waiting if waiting[0] <= found]:
                 with suppress(ValueError):
                     self._waiting.remove(waiting)
@@ -3990,15 +3990,15 @@ class _Listeners:
                 self.loop.unwatch(self._descriptor)
                 return
             self._take_subscriptions()
-            self._tell_waiting()
 
     def _take_subscriptions(self) -> None:
-        """Apply the subscriptions and the ends of subscriptions that have come."""
+        """Apply the subscriptions and the ends of subscriptions that have come; tell who waits for them."""
         sock, arrived = self.socket, 0
         while True:
             try:
                 frame = sock.recv(_NOBLOCK, copy=False)
             except zmq.Again:
+                self._tell_waiting()
                 return
             change = frame.bytes
             sign, topic = change[:1], change[1:]
@@ -4155,6 +4155,8 @@ class _Audience(_Listeners):
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
         now = time.monotonic()
+        if not self._topics:  # to send takes the news that somebody has come, of which the loop would not hear
+            self._take_subscriptions()
         if len(data) > 16384:  # a few of them are a lot
             self._queue_limit.adapt(self.history.number, self.history.total)
         self.history.append(data, now)
