@@ -4155,8 +4155,8 @@ class _Audience(_Listeners):
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
         now = time.monotonic()
-        if not self._topics:  # to send takes the news that somebody has come, of which the loop would not hear
-            self._take_subscriptions()
+        if not self._topics and int(cast(int, self.socket.get(zmq.EVENTS))) & _POLLIN:
+            self._take_subscriptions()  # to send takes the news that somebody has come: the loop would not hear of it
         if len(data) > 16384:  # a few of them are a lot
             self._queue_limit.adapt(self.history.number, self.history.total)
         self.history.append(data, now)
