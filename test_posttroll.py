@@ -3384,11 +3384,8 @@ class TestPublisher:
     def test_restart_after_stop(self):
         port = free_port()
         pub = posttroll.Publisher(f"tcp://*:{port}")
-        with (
-            posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as sub,
-            serving(sub) as data,
-        ):  # who waits is subscribed again
-            for number in range(3):
+        with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
+            for number in range(3):  # who waits for messages is subscribed again
                 pub.start()
                 assert pub.wait_for_subscribers(1, DEADLINE)
                 pub.send(text_message(number))
