@@ -165,6 +165,26 @@ OPTIONS: dict[str, Option] = {
 _UNSET: Any = object()
 
 
+@contextmanager
+def on_failure(undo: Callable[[], object]) -> Iterator[None]:
+    """Call *undo* if what follows does not end well, for whatever reason: Control-C is one, too."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+
+
+_Callback = TypeVar("_Callback", bound=Callable[[], object])
+
+
+def in_forked_child(function: _Callback) -> _Callback:
+    """Have the decorated function called in every forked child, where threads of the parent are gone for good."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+    return function
+
+
 @cache
 def _log(path: str) -> logging.Logger:
     """Return the logger of a documented import path, such as ``publisher`` for ``posttroll.publisher``.
@@ -583,8 +603,12 @@ def _read_config_file(file: str) -> Mapping[str, Any]:
 
 
 config = Config()
-if hasattr(os, "register_at_fork"):  # another thread of the parent may have held it
-    os.register_at_fork(after_in_child=lambda: setattr(config, "_lock", threading.RLock()))
+
+
+@in_forked_child
+def _renew_config_lock() -> None:
+    config._lock = threading.RLock()  # another thread of the parent may have held it
+
 
 # -- defaults and ports, by the names that existing programs know --
 
@@ -1484,11 +1508,8 @@ class Background:
                 self._duties = []
                 self._loop = loop = Loop()
                 self._thread = threading.Thread(target=self._run, args=(loop,), name="posttroll loop", daemon=True)
-                try:
+                with on_failure(loop.stop):  # no more threads, for example
                     self._thread.start()
-                except BaseException:  # no more threads, or Control-C
-                    loop.stop()
-                    raise
             self._duties.append(duty)
             return self._loop
 
@@ -1559,13 +1580,10 @@ class Background:
 _background = Background()
 
 
+@in_forked_child
 def _renew_background() -> None:
     global _background
     _background = Background()  # the thread runs in the parent only, and may have held the lock
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_background)
 
 
 # -- signals --
@@ -1762,7 +1780,7 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
     group = multicast_group(mcgroup)
     ttl = min(max(config.get("mc_ttl"), 0), 255)
     sock = _udp_socket(group)
-    try:
+    with on_failure(sock.close):
         if group == "<broadcast>":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         elif ":" in group:
@@ -1775,9 +1793,6 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
             interface = _multicast_interface()
             if interface != b"\0\0\0\0":
                 sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
-    except BaseException:
-        sock.close()
-        raise
     return sock, group
 
 
@@ -1796,7 +1811,7 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
     """
     group = multicast_group(mcgroup)
     sock = _udp_socket(group)
-    try:
+    with on_failure(sock.close):
         if sys.platform not in ("linux", "win32") and hasattr(socket, "SO_REUSEPORT"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # BSD and macOS share ports by this one
         if ":" in group:  # another socket may have the same port for IPv4
@@ -1809,9 +1824,6 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
                     all_groups = _IPV6_MULTICAST_ALL if level == socket.IPPROTO_IPV6 else _IP_MULTICAST_ALL
                     sock.setsockopt(level, all_groups, 0)
             sock.setsockopt(level, option, value)
-    except BaseException:
-        sock.close()
-        raise
     return sock, group
 
 
@@ -2770,6 +2782,7 @@ _access_lock = threading.RLock()
 _ZAP_ENFORCE_DOMAIN = 93  # of libzmq; pyzmq has no name for it before release 23
 
 
+@in_forked_child
 def _renew_locks_in_child() -> None:
     """Replace what another thread of the parent may have held at the time of a fork."""
     global _contexts_lock, _access_lock, _access_control, _idle_sockets, _lingering_lock
@@ -2779,10 +2792,6 @@ def _renew_locks_in_child() -> None:
     _Resolution._free_threads = threading.Semaphore(8)
     _lingering_monitors.clear()
     _kept_monitors.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks_in_child)
 
 
 def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenticator | None:
@@ -2864,7 +2873,7 @@ def _liveness_options(is_limited: bool) -> dict[int, int]:
 def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Socket[bytes]:
     """Return a socket with the options that all of ours have, and *options*."""
     sock = get_context().socket(socket_type)
-    try:
+    with on_failure(sock.close):
         sock.linger = 0
         limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
         own: dict[Any, Any] = {option: config.get(name, None) for option, name in limits.items()}
@@ -2880,9 +2889,6 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
         }
         for option, value in {**general, **own}.items():
             sock.setsockopt(option, value)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -2904,14 +2910,11 @@ def set_up_client_socket(
     """
     keys = {} if address.startswith("inproc://") else _load_client_keys(backend)
     sock = _new_socket(socket_type, options)
-    try:
+    with on_failure(sock.close):
         for option, key in keys.items():
             setattr(sock, option, key)
         if address:
             connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -4909,6 +4912,7 @@ _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
 _live_noisy_publishers: weakref.WeakSet[NoisyPublisher] = weakref.WeakSet()
 
 
+@atexit.register
 def _stop_live_publishers() -> None:
     """At the end of the program: let those publishers that nobody stopped send what they have, and say goodbye."""
     publishers: list[AnyPublisher] = [*_live_noisy_publishers, *_live_publishers]
@@ -4916,6 +4920,7 @@ def _stop_live_publishers() -> None:
         publisher.stop()
 
 
+@in_forked_child
 def _leave_publishers_to_parent() -> None:
     """In a forked child: the parent stops its own; what is asked of them here must not wait for a thread of its."""
     for publisher in list(_live_publishers):
@@ -4923,11 +4928,6 @@ def _leave_publishers_to_parent() -> None:
         publisher._inherited, publisher._audience = publisher._audience, None
     _live_publishers.clear()
     _live_noisy_publishers.clear()
-
-
-atexit.register(_stop_live_publishers)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_publishers_to_parent)
 
 
 def _bind_address(address: str) -> str:
@@ -5123,15 +5123,7 @@ class Publish:
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
-        settings = {
-            "name": name,
-            "port": port,
-            "aliases": aliases,
-            "broadcast_interval": broadcast_interval,
-            "nameservers": nameservers,
-            "min_port": min_port,
-            "max_port": max_port,
-        }
+        settings = {key: value for key, value in locals().items() if key != "self"}
         self.publisher = create_publisher_from_dict_config(settings)
 
     def __enter__(self) -> AnyPublisher:
@@ -5167,25 +5159,19 @@ def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublish
     """
     port = settings.get("port") or 0
     if settings.get("nameservers") is False and (port or settings.get("address")):
-        _refuse_unknown(
-            settings, "Publisher", "address port nameservers name aliases broadcast_interval min_port max_port"
-        )
-        return Publisher(
-            settings.get("address") or f"tcp://*:{port}",
-            name=settings.get("name", ""),
-            **{key: settings[key] for key in ("min_port", "max_port") if settings.get(key) is not None},
-        )
+        known = "address port nameservers name aliases broadcast_interval min_port max_port"
+        _refuse_unknown(settings, "Publisher", known)
+        own = {key: settings[key] for key in ("min_port", "max_port") if settings.get(key) is not None}
+        return Publisher(settings.get("address") or f"tcp://*:{port}", name=settings.get("name", ""), **own)
     if not settings.get("name"):
         raise KeyError("NoisyPublisher requires a name")
-    return NoisyPublisher(
-        settings["name"],
-        port=port,
-        aliases=settings.get("aliases"),
-        broadcast_interval=settings.get("broadcast_interval", 2),
-        nameservers=settings.get("nameservers"),
-        min_port=settings.get("min_port"),
-        max_port=settings.get("max_port"),
-    )
+    defaults = {"aliases": None, "broadcast_interval": 2, "nameservers": None, "min_port": None, "max_port": None}
+    return NoisyPublisher(settings["name"], port=port, **_with_defaults(settings, defaults))
+
+
+def _with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those *settings* that have *defaults*."""
+    return {key: settings.get(key, default) for key, default in defaults.items()}
 
 
 def _refuse_unknown(settings: Mapping[str, Any], kind: str, known: str) -> None:
@@ -6203,14 +6189,11 @@ class _StateFile:
 _state_files: weakref.WeakSet[_StateFile] = weakref.WeakSet()
 
 
+@in_forked_child
 def _leave_state_files_to_parent() -> None:
     """Let go, in a forked child, of the locks, which else would outlive the parent."""
     for file in _state_files:
         file._lock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_state_files_to_parent)
 
 
 def _current_owner() -> Any:
@@ -6771,11 +6754,8 @@ class _SubscriberSockets:
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
             self._wanted[address] = (prefixes, backend)
             key = (prefixes, backend, address if self._translate else None)
-            try:
+            with on_failure(partial(self._wanted.pop, address, None)):
                 self._change(partial(self._connections.want, address, key, begin))
-            except BaseException:
-                self._wanted.pop(address, None)
-                raise
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
@@ -6957,11 +6937,8 @@ class Subscriber(_SubscriberSockets):
         self._stops = 0
         self._pid = os.getpid()
         super().__init__(topics, message_filter, translate, since, durable)
-        try:
+        with on_failure(self.close):
             self.update(addresses)
-        except BaseException:
-            self.close()
-            raise
         self._is_begun = durable is None  # else what was sent before an address was added is wanted, too
 
     # -- receiving --
@@ -7514,22 +7491,14 @@ class NSSubscriber:
         """
         if self._subscriber is None:
             _log("subscriber").debug("Subscribing to topics %s", self._topics)
-            subscriber = Subscriber(
-                self._addresses,
-                self._topics,
-                message_filter=self._filter,
-                translate=self._translate,
-                **self._begin,
-            )
-            try:
+            hooks: dict[str, Any] = {"message_filter": self._filter, "translate": self._translate}
+            subscriber = Subscriber(self._addresses, self._topics, **hooks, **self._begin)
+            with on_failure(subscriber.close):
                 hosts = hosts_to_ask(self._nameserver)
                 if self._services and hosts:
                     self._follow(subscriber, hosts)
                 elif self._services and not self._addresses:
                     _log("subscriber").warning("No nameserver is asked for %s, and there is no address", self._services)
-            except BaseException:
-                subscriber.close()
-                raise
             self._subscriber = subscriber
         return self._subscriber
 
@@ -7613,18 +7582,7 @@ class Subscribe:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        self._settings = {
-            "services": services,
-            "topics": topics,
-            "addr_listener": addr_listener,
-            "addresses": addresses,
-            "timeout": timeout,
-            "translate": translate,
-            "nameserver": nameserver,
-            "message_filter": message_filter,
-            "since": since,
-            "durable": durable,
-        }
+        self._settings: dict[str, Any] = {key: value for key, value in locals().items() if key != "self"}
         self._subscriber: Subscriber | None = None
         asyncio = sys.modules.get("asyncio")
         if asyncio is None or asyncio._get_running_loop() is None:
@@ -7670,28 +7628,14 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         ValueError: An address cannot be used.
     """
     begin = {key: settings[key] for key in ("since", "durable") if settings.get(key) is not None}
+    hooks = {"message_filter": None, "translate": False}
     nameserver = settings.get("nameserver")
     if nameserver is False and settings.get("addresses"):
         known = "addresses topics message_filter translate nameserver services addr_listener timeout port since durable"
         _refuse_unknown(settings, "Subscriber", known)
-        return Subscriber(
-            settings["addresses"],
-            topics=settings.get("topics", ""),
-            message_filter=settings.get("message_filter"),
-            translate=settings.get("translate", False),
-            **begin,
-        )
-    return NSSubscriber(
-        services=settings.get("services", ""),
-        topics=settings.get("topics", _MAGICK),
-        addr_listener=settings.get("addr_listener", False),
-        addresses=settings.get("addresses"),
-        timeout=settings.get("timeout", 10),
-        translate=settings.get("translate", False),
-        nameserver=nameserver or None,
-        message_filter=settings.get("message_filter"),
-        **begin,
-    ).start()
+        return Subscriber(settings["addresses"], **_with_defaults(settings, {"topics": "", **hooks}), **begin)
+    defaults = {"services": "", "topics": _MAGICK, "addr_listener": False, "addresses": None, "timeout": 10, **hooks}
+    return NSSubscriber(nameserver=nameserver or None, **_with_defaults(settings, defaults), **begin).start()
 
 
 # ======================================================================================================================
@@ -7828,30 +7772,22 @@ class ListenerContainer:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
+        arguments = locals()
+        self._settings = {key: arguments[key] for key in ("addresses", "nameserver", "services", "since", "durable")}
         self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
         import queue
 
         self.output_queue: queue.Queue[Message] = queue.Queue()
         self.listener: Listener
         self.thread: threading.Thread | None = None
-        self._settings = {
-            "addresses": addresses,
-            "nameserver": nameserver,
-            "services": services,
-            "since": since,
-            "durable": durable,
-        }
         self._start(topics)
 
     def _start(self, topics: str | Sequence[str] | None) -> None:
-        self.listener = Listener(topics=topics, queue=self.output_queue, **cast(Any, self._settings))
+        self.listener = Listener(topics=topics, queue=self.output_queue, **self._settings)
         self.listener.create_subscriber()  # here, so that a wrong argument is an error of this call
         self.thread = threading.Thread(target=self.listener.run, name="posttroll listener", daemon=True)
-        try:
+        with on_failure(self.listener.stop):
             self.thread.start()
-        except BaseException:
-            self.listener.stop()
-            raise
 
     def restart_listener(self, topics: str | Sequence[str] | None) -> None:
         """Listen to other topics; the queue stays."""

@@ -431,18 +431,12 @@ class AddressReceiver:
             return self
         posttroll.get_sender()  # reads a file, and clients may have used up all file descriptors later
         self._source = self.set_up_address_receiver(self._port)
-        try:
+        with posttroll.on_failure(self._source.close):
             self._publisher = self._set_up_publisher()
             self._publisher.start()
-        except BaseException:
-            self._source.close()
-            raise
         self._is_running = True
-        try:
+        with posttroll.on_failure(self.stop):
             self._begin()
-        except BaseException:
-            self.stop()
-            raise
         return self
 
     def _begin(self) -> None:
