@@ -1654,6 +1654,13 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
         restore()
 
 
+@contextmanager
+def loop_until_signal() -> Iterator[Loop]:
+    """A loop that SIGINT and SIGTERM stop, and that is closed at the end."""
+    with closing(Loop()) as loop, signals_wake(loop), call_on_signals(loop.stop):
+        yield loop
+
+
 # ======================================================================================================================
 # 4. Multicast sockets
 #
@@ -4464,20 +4471,27 @@ def _read_about(text: bytes) -> dict[str, Any] | None:
     return {**names, **numbers, "known": known, "topics": topics}
 
 
+def tcp_sockets(port: int | None, state: str) -> Iterator[list[str]]:
+    """Yield the fields of /proc/net/tcp (see proc(5)) for the sockets of this host that have a port and a state.
+
+    Raises:
+        OSError: This is no Linux, or it does not tell.
+    """
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if table == "/proc/net/tcp" or os.path.exists(table):
+            with open(table) as lines:
+                for fields in map(str.split, lines):
+                    if fields[3] == state and int(fields[1].rpartition(":")[2], 16) == port:
+                        yield fields
+
+
 def _unsent_bytes(port: int | None) -> list[str] | None:
     """Return what the system has queued for the connections of a port, None where it does not tell."""
-    queues = []
     try:
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            if os.path.exists(table):
-                with open(table) as lines:
-                    for fields in (line.split() for line in lines):
-                        is_established = fields[3] == "01" and int(fields[1].rpartition(":")[2], 16) == port
-                        if is_established and not fields[4].startswith("00000000"):
-                            queues.append(f"{fields[2]} {fields[4][:8]}")
+        queues = [f"{fields[2]} {fields[4][:8]}" for fields in tcp_sockets(port, "01")]
     except (OSError, ValueError, IndexError):
         return None
-    return queues if os.path.exists("/proc/net/tcp") else None
+    return [queue for queue in queues if not queue.endswith(" 00000000")]
 
 
 class _Ending:
@@ -7963,6 +7977,18 @@ def _level_number(level: str) -> int | None:
     return int(nameless[1]) if nameless else known if isinstance(known, int) else None
 
 
+LOG_FORMAT = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
+
+
+def log_handler(file: str | None) -> logging.Handler:
+    """Return what writes a log to *file*, rotated at midnight (7 are kept), or to stdout if there is none."""
+    if not file:
+        return logging.StreamHandler(sys.stdout)
+    from logging.handlers import TimedRotatingFileHandler
+
+    return TimedRotatingFileHandler(file, when="midnight", backupCount=7)
+
+
 def run_logger(args: Sequence[str] | None = None) -> int:
     """Run ``pytroll-logger``: log the messages of all publishers.
 
@@ -7994,26 +8020,19 @@ def run_logger_command(options: argparse.Namespace) -> int:
       posttroll logger
       posttroll logger -s otherhost -r /var/log/posttroll.log
     """
-    text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
-    if options.rotated:
-        from logging.handlers import TimedRotatingFileHandler
-
-        handler: logging.Handler = TimedRotatingFileHandler(options.rotated, when="midnight", backupCount=7)
-        handler.setFormatter(logging.Formatter(text))
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(ColoredFormatter(text, use_color=wants_color(sys.stdout)))
+    handler = log_handler(options.rotated)
+    is_colored = not options.rotated and wants_color(sys.stdout)
+    handler.setFormatter(ColoredFormatter(LOG_FORMAT, use_color=is_colored))
+    if not options.rotated:
         handler.addFilter(_make_printable)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
-        loop = Loop()
-        with call_on_signals(loop.stop), signals_wake(loop):
+        with loop_until_signal() as loop:
             logger.start()
             loop.run()
-        loop.close()
     finally:
         logger.stop()
         root.removeHandler(handler)
@@ -8784,11 +8803,7 @@ def _run_subscribe(options: argparse.Namespace) -> int:
     """
     display = _Display(options)
     received = 0
-    try:
-        following = _following(options, display.shows_origin)
-    except RuntimeError as error:  # the durable name is in use
-        raise _CommandError(str(error)) from None
-    with following as subscriber, call_on_signals(subscriber.close):
+    with _following(options, display.shows_origin) as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
                 break
@@ -8815,18 +8830,21 @@ def _following(options: argparse.Namespace, tells_origin: bool = False) -> Subsc
         has_type = not options.type or message.type in options.type
         return has_type and all(holds(message) for holds in options.where) and is_new(message)
 
-    return Subscribe(
-        options.service or "",
-        options.topics or "",
-        addr_listener=True,
-        addresses=options.address,
-        timeout=0,
-        translate="origin" if tells_origin else False,
-        nameserver=not options.address and _nameservers(options),
-        message_filter=is_wanted,
-        since=options.since,
-        durable=options.durable,
-    )
+    try:
+        return Subscribe(
+            options.service or "",
+            options.topics or "",
+            addr_listener=True,
+            addresses=options.address,
+            timeout=0,
+            translate="origin" if tells_origin else False,
+            nameserver=not options.address and _nameservers(options),
+            message_filter=is_wanted,
+            since=options.since,
+            durable=options.durable,
+        )
+    except RuntimeError as error:  # the durable name is in use
+        raise _CommandError(str(error)) from None
 
 
 class _Display:
@@ -8951,8 +8969,6 @@ def _run_relay(options: argparse.Namespace) -> int:
                 if not echoes.is_echo(raw, message.origin):
                     out.send(raw)
                     relayed += 1
-    except RuntimeError as error:  # the durable name is in use
-        raise _CommandError(str(error)) from None
     finally:
         _talk(f"{relayed} message{'s' * (relayed != 1)} relayed", options)
     if subscriber.missed or out.dropped:
@@ -9085,8 +9101,7 @@ class _Service:
         """What is known of it, for a table."""
         received, age = self.entry.get("receive_time"), None
         if isinstance(received, datetime):
-            received = received.replace(tzinfo=received.tzinfo or timezone.utc)
-            age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
+            age = round(time.time() - _local_time(received).timestamp(), 1)
         aliases = [name for name in self._names if name != self.name]
         how = {"backend": self.entry.get("backend"), "version": self.entry.get("supported_message_version"), "age": age}
         return {"name": self.name, "aliases": aliases, "address": self.address, **how}
@@ -9415,8 +9430,7 @@ class _Heartbeats:
 
 def _age(message: Message) -> float:
     """Return how many seconds ago a message was made, by the clocks of its host and this one; 0 if it is to come."""
-    made = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
-    return max((datetime.now(timezone.utc) - made).total_seconds(), 0.0)
+    return max(time.time() - sent_at(message), 0.0)
 
 
 class _Traffic:
@@ -9438,8 +9452,7 @@ class _Traffic:
         self.ages = [0] * (len(self.AGES) + 1)
         self.age_sum = self.last = self.last_time = 0.0
         self.heartbeats = _Heartbeats()
-        self._counts = [0] * self.SECONDS
-        self._second = 0  # the last one that is in these
+        self._counts: Counter[int] = Counter()  # by second
 
     def count(self, size: int, age: float, now: float) -> None:
         """Count a message of *size* bytes that comes *now*, *age* seconds old."""
@@ -9448,13 +9461,9 @@ class _Traffic:
         self.ages[bisect_left(self.AGES, age)] += 1
         self.age_sum += age
         self.last, self.last_time = now, time.time()
-        self._advance(int(now))
-        self._counts[self._second % self.SECONDS] += 1
-
-    def _advance(self, second: int) -> None:
-        for new in range(max(self._second, second - self.SECONDS) + 1, second + 1):
-            self._counts[new % self.SECONDS] = 0
-        self._second = max(self._second, second)
+        self._counts[int(now)] += 1
+        if len(self._counts) > 2 * self.SECONDS:
+            del self._counts[min(self._counts)]
 
     def beats(self, now: float) -> dict[str, float | None]:
         """Return what is known of heartbeats; nothing if there are none to be expected."""
@@ -9465,9 +9474,7 @@ class _Traffic:
 
     def minute(self, now: float) -> list[int]:
         """Return how many came in each second of the last minute, this one included."""
-        self._advance(int(now))
-        start = self._second % self.SECONDS + 1
-        return self._counts[start:] + self._counts[:start]
+        return [self._counts[second] for second in range(int(now) - self.SECONDS + 1, int(now) + 1)]
 
 
 class _Tally:
@@ -9772,10 +9779,8 @@ def _run_top(options: argparse.Namespace) -> int:
     views = options.count or (None if sys.stdout.isatty() else 1)
     with ExitStack() as stack:
         keyboard = stack.enter_context(_single_keys())
-        loop = stack.enter_context(closing(Loop()))
+        loop = stack.enter_context(loop_until_signal())
         network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
-        stack.enter_context(signals_wake(loop))
-        stack.enter_context(call_on_signals(loop.stop))
         if keyboard is not None:
             loop.watch(keyboard, lambda: loop.stop() if os.read(keyboard, 1) in (b"q", b"") else None)
         before: Mapping[str, Any] = {"seconds": 0.0, "traffic": []}
@@ -10213,15 +10218,13 @@ def _run_exporter(options: argparse.Namespace) -> int:
       posttroll exporter --bind 0.0.0.0 --nameserver otherhost /segment /heartbeat
     """
     with ExitStack() as stack:
-        loop = stack.enter_context(closing(Loop()))
+        loop = stack.enter_context(loop_until_signal())
         network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
         page = _Page(lambda: _exposition(network.view()))
         try:
             server = stack.enter_context(closing(_PageServer(options.bind, options.port, page)))
         except OSError as error:
             raise _CommandError(f"cannot be asked on {options.bind}, port {options.port}: {error}") from None
-        stack.enter_context(signals_wake(loop))
-        stack.enter_context(call_on_signals(loop.stop))
         host = f"[{options.bind}]" if ":" in options.bind else options.bind
         _talk(f"Metrics are at http://{host}:{server.port}/metrics", options)
         network.run()
@@ -10252,9 +10255,8 @@ def _run_map(options: argparse.Namespace) -> int:
     hosts = _nameservers(options)
     services = _look_up("", 5, hosts)
     answers = dict(_ask_each(_Service.about, services))  # before we listen to them ourselves
-    with closing(Loop()) as loop, closing(_Network(options.topics, hosts, loop)) as network:
-        with signals_wake(loop), call_on_signals(loop.stop):
-            network.run(time.monotonic() + options.seconds)
+    with loop_until_signal() as loop, closing(_Network(options.topics, hosts, loop)) as network:
+        network.run(time.monotonic() + options.seconds)
         traffic = network.view()["traffic"]
     rows = []
     for service in services:
@@ -10548,8 +10550,7 @@ class _Doctor:
         count = len(addresses_in(answer))
         self._answering.append(host)
         self.say("ok", name, f"answers at {endpoint} with {count} publishers")
-        sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
-        lead = (sent - datetime.now(timezone.utc)).total_seconds()
+        lead = sent_at(message) - time.time()
         finding = f"that of {name} differs by {lead:+.1f} s"
         self.say("ok" if abs(lead) <= 2 else "FAIL", "clocks", finding, "synchronise them (NTP)")
 
@@ -10592,11 +10593,8 @@ def _owner_of_port(port: int) -> str:
     import glob
 
     inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError), open(table) as lines:
-            for fields in (line.split() for line in lines):
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{fields[9]}]")
+    with suppress(OSError):
+        inodes = {f"socket:[{fields[9]}]" for fields in tcp_sockets(port, "0A")}
     for path in glob.iglob("/proc/[0-9]*/fd/*"):
         with suppress(OSError):
             if os.readlink(path) in inodes:

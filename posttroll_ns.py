@@ -417,7 +417,6 @@ class AddressReceiver:
         self._is_running = False
         self._timers: list[posttroll.Timer] = []
         self._expiry: posttroll.Timer | None = None
-        self._news: list[tuple[_Entry, bool]] = []
 
     def start(self) -> AddressReceiver:
         """Start the receiver.
@@ -507,12 +506,12 @@ class AddressReceiver:
     def _take(self, data: bytes) -> None:
         """Take an announcement; what is new is published when its sender has its answer."""
         assert self.loop is not None
-        is_first = not self._news
-        self.process_address_message(data, self._news)
-        if self._news and is_first:
-            self.loop.at(time.monotonic(), self._publish_news)
-        if self._expiry is None:
-            self._plan_expiry()
+        news: list[tuple[_Entry, bool]] = []
+        self.process_address_message(data, news)
+        for entry, is_new in news:
+            self.loop.at(time.monotonic(), partial(self._publish, entry, is_new, self._publisher))
+        if news or self._expiry is None:
+            self.loop.at(time.monotonic(), self._plan_expiry)
 
     def process_address_message(self, data: str | bytes, pub: Any) -> None:
         """Take an announcement, and publish it with *pub* if it is new; or a goodbye, which ends one.
@@ -541,12 +540,6 @@ class AddressReceiver:
         if not isinstance(pub, list):
             for each, is_new in news:
                 self._publish(each, is_new, pub)
-
-    def _publish_news(self) -> None:
-        news, self._news[:] = list(self._news), []
-        for entry, is_new in news:
-            self._publish(entry, is_new, self._publisher)
-        self._plan_expiry()
 
     def _publish(self, entry: _Entry, is_new: bool, publisher: Any) -> None:
         """Tell those who listen that *entry* is new, or lost; in a version that readers of any age understand."""
@@ -778,13 +771,8 @@ def setup_logging(opts: Any) -> logging.Logger:
     Returns:
         The logger of the nameserver.
     """
-    handler: logging.Handler = logging.StreamHandler(sys.stdout)
-    if opts.log:
-        from logging.handlers import TimedRotatingFileHandler
-
-        handler = TimedRotatingFileHandler(opts.log, when="midnight", backupCount=7)
-    text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
-    handler.setFormatter(logging.Formatter(text, "%Y-%m-%d %H:%M:%S"))
+    handler = posttroll.log_handler(opts.log)
+    handler.setFormatter(logging.Formatter(posttroll.LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if opts.verbose else logging.INFO)
