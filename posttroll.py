@@ -117,9 +117,7 @@ OPTIONS: dict[str, Option] = {
     "message_version": Option("v1.2", "v1.2|v1.01|auto", "format of new messages; v1.01 drops time zones"),
     "nameserver": Option(None, "hosts", "nameservers to ask in place of the default localhost; none for nobody"),
     "nameservers": Option(None, "hosts", "nameservers to register with in place of multicast; none for nowhere"),
-    "announced_address": Option(
-        None, "str", "host or host:port that publishers announce in place of the address of this host"
-    ),
+    "announced_address": Option(None, "str", "host or host:port that publishers announce in place of this host's own"),
     "nameserver_port": Option(5557, _PORT, "where the nameserver answers lookups", "NAMESERVER_PORT"),
     "secure_zmq_nameserver_port": Option(None, _PORT, "lookups with CURVE (nameserver: 5558 if unset)"),
     "address_publish_port": Option(16543, _PORT, "where the nameserver publishes new and lost addresses"),
@@ -136,13 +134,9 @@ OPTIONS: dict[str, Option] = {
     "zmtp_heartbeat_interval": Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": Option(30, "number", "seconds without a sign of life until a connection is given up"),
     "send_high_water_mark": Option(200000, _COUNT, "messages queued for a slow subscriber before they are dropped"),
-    "send_high_water_bytes": Option(
-        None, _BYTES, "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
-    ),
+    "send_high_water_bytes": Option(None, _BYTES, "bytes that they may take, roughly (an eighth of the usable memory)"),
     "receive_high_water_mark": Option(
-        None,
-        _COUNT,
-        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
+        None, _COUNT, "messages in a busy subscriber, for each publisher (200000, fewer below 2 GiB); 0 no limit"
     ),
     "history_messages": Option(5000, _COUNT, "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": Option(4194304, _BYTES, "bytes that they may take"),
@@ -150,9 +144,7 @@ OPTIONS: dict[str, Option] = {
     "durable_directory": Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
     ),
-    "heartbeat_interval": Option(
-        0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
-    ),
+    "heartbeat_interval": Option(0, "number", "seconds between heartbeats that publishers send by themselves; 0 none"),
     "discovery_seconds": Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
     "max_services": Option(20000, _COUNT, "publishers that the nameserver keeps at most"),
     "client_secret_key_file": Option(None, "path", "CURVE: this host's secret key when it connects"),
@@ -7230,7 +7222,7 @@ class _Follower:
         self._has_warned = False
         self._timer = Timer(math.inf, self._run)
         self._interval = self.SOON
-        self._letting_go: Timer | None = None
+        self._letting_go = Timer(-math.inf, self._let_go_of_lost)
 
     def begin(self) -> None:
         """Start to follow."""
@@ -7421,14 +7413,6 @@ class _Follower:
         if self._interval > self.SELDOM:
             self._run_in(self.SELDOM)
 
-    def _let_go_later(self) -> None:
-        def let_go() -> None:
-            self._letting_go = None
-            self._let_go_of_lost()
-
-        if self._letting_go is None:
-            self._letting_go = self._loop.at(time.monotonic() + 1.2, let_go)
-
     def _let_go_of_lost(self) -> None:
         """Remove the publishers that no nameserver knows any more, if they are not connected either.
 
@@ -7441,7 +7425,8 @@ class _Follower:
             if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
                 continue
             if self._subscriber._has_unread:
-                self._let_go_later()
+                if self._letting_go.when <= time.monotonic():
+                    self._letting_go = self._loop.at(time.monotonic() + 1.2, self._let_go_of_lost)
             else:
                 del self._known[address]
                 if publisher.is_ours:
@@ -9597,38 +9582,35 @@ class _Keepers:
     def __init__(self) -> None:
         self.kept: dict[str, int] = {}
         self._services: list[_Service] = []
-        self._is_closed = False
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="posttroll keepers", daemon=True)
-        self._thread.start()
+        self._is_closed = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def follow(self, services: Iterable[_Service]) -> None:
         """Ask these publishers from now on."""
-        is_first = not self._services
         self._services = list(services)
-        if is_first:
-            self._wake.set()
+        if self._thread is None and self._services:
+            self._thread = threading.Thread(target=self._run, name="posttroll keepers", daemon=True)
+            self._thread.start()
 
     def _ask(self, service: _Service) -> int | None:
-        about = None if self._is_closed else service.about(self.PATIENCE)
+        about = None if self._is_closed.is_set() else service.about(self.PATIENCE)
         return None if about is None else cast(int, about["kept"])
 
     def _run(self) -> None:
-        while not self._is_closed:
-            self._wake.wait(self.PAUSE if self._services else None)
-            self._wake.clear()
-            services = self._services
-            for address, kept in _ask_each(self._ask, services, workers=self.WORKERS):
+        while True:
+            for address, kept in _ask_each(self._ask, self._services, workers=self.WORKERS):
                 if kept is not None:
                     self.kept = {**self.kept, address: kept}
                 else:
                     self.kept.pop(address, None)
+            if self._is_closed.wait(self.PAUSE):
+                return
 
     def close(self) -> None:
         """End the asking."""
-        self._is_closed = True
-        self._wake.set()
-        self._thread.join()
+        self._is_closed.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 class _Network:
@@ -10764,11 +10746,16 @@ def _run_help(options: argparse.Namespace) -> int:
     return 0
 
 
+def _shown_actions(command: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the arguments of a command, but for those that are not told of."""
+    return [action for action in command._actions if action.help != argparse.SUPPRESS]
+
+
 def _manual_entries(command: argparse.ArgumentParser, are_options: bool) -> str:
     """Return what the options of a command, or its other arguments, are."""
     entries = []
-    for action in command._actions:
-        if bool(action.option_strings) == are_options and action.help != argparse.SUPPRESS:
+    for action in _shown_actions(command):
+        if bool(action.option_strings) == are_options:
             value = "" if action.nargs == 0 else _value_name(action)
             names = ", ".join(f"{name} {value}".rstrip() for name in action.option_strings) or value
             meaning = (action.help or "") % {**vars(action), "prog": command.prog}
@@ -10796,7 +10783,7 @@ def _bash_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
     """Return a script that completes commands, options, and values as far as they are known; else files."""
     cases = []
     for name, parser in parsers.items():
-        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        shown = _shown_actions(parser)
         by_values: dict[str, list[str]] = {}
         for action in shown:
             if action.option_strings and action.nargs != 0:
@@ -10841,12 +10828,7 @@ def _zsh_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
 
     cases = []
     for name, parser in parsers.items():
-        words = [
-            word
-            for action in parser._actions
-            if action.help != argparse.SUPPRESS
-            for word in specification(action, parser)
-        ]
+        words = [word for action in _shown_actions(parser) for word in specification(action, parser)]
         cases.append(f"    {name}) _arguments -S {' '.join(words)} ;;")
     briefs = [f"{name}:{escaped((parser.description or name).splitlines()[0])}" for name, parser in parsers.items()]
     return f"""#compdef posttroll

@@ -23,6 +23,7 @@ import ast
 import datetime as dt
 import errno
 import logging
+import operator
 import os
 import signal
 import socket
@@ -86,6 +87,9 @@ class _Entry:
             "name": self.name,
             "receive_time": dt.datetime.fromtimestamp(self.heard + clock, _UTC),
         }
+
+
+_content = operator.attrgetter("services", "extras", "name")
 
 
 @lru_cache(maxsize=64)
@@ -164,11 +168,7 @@ class AddressBook:
         known = self._entries.get(entry.address)
         if known is None and len(self._entries) >= self.limit:
             self._make_room()
-        if known is not None and (known.services, known.extras, known.name) == (
-            entry.services,
-            entry.extras,
-            entry.name,
-        ):
+        if known is not None and _content(known) == _content(entry):
             known.heard = entry.heard
             self._entries.move_to_end(entry.address)
             return False
