@@ -1283,18 +1283,9 @@ class _Waker:
     """Ends a poll from another thread or a signal handler: a descriptor to poll, and `wake`."""
 
     def __init__(self) -> None:
-        self._read_end: io.RawIOBase
-        self._write_end: io.RawIOBase
-        if os.name == "posix":
-            read_end, write_end = os.pipe()
-            os.set_blocking(read_end, False)
-            os.set_blocking(write_end, False)
-            self._read_end, self._write_end = open(read_end, "rb", 0), open(write_end, "wb", 0)  # noqa: SIM115
-        else:  # only sockets can be polled
-            ends = socket.socketpair()
-            for end in ends:
-                end.setblocking(False)
-            self._read_end, self._write_end = ends[0].makefile("rb", 0), ends[1].makefile("wb", 0)
+        self._read_end, self._write_end = socket.socketpair()  # Windows polls nothing but sockets
+        self._read_end.setblocking(False)
+        self._write_end.setblocking(False)
 
     def fileno(self) -> int:
         return self._read_end.fileno()
@@ -1303,12 +1294,12 @@ class _Waker:
         return self._write_end.fileno()
 
     def wake(self) -> None:
-        with suppress(OSError, ValueError):  # closed: nobody waits
-            self._write_end.write(b"!")  # does nothing when the pipe is full: a wake-up is on its way
+        with suppress(OSError):  # closed: nobody waits; full: a wake-up is on its way
+            self._write_end.send(b"!")
 
     def clear(self) -> None:
-        with suppress(OSError, ValueError):
-            while self._read_end.read(1024):
+        with suppress(OSError):
+            while self._read_end.recv(1024):
                 pass
 
     def close(self) -> None:
@@ -6071,17 +6062,16 @@ def get_blake2b() -> Any:
 _DURABLE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 
 
-def _try_to_lock(file: io.FileIO) -> bool:
+def try_to_lock(descriptor: int) -> bool:
     """Lock a file for this process; return whether nobody else has. Raises OSError if the file system has no locks."""
     try:
         if sys.platform == "win32":
-            file.seek(2**16)  # what is locked cannot be read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 2**16, os.SEEK_SET)  # what is locked cannot be read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            file.close()
             raise
         return False
     return True
@@ -6129,14 +6119,14 @@ class _StateFile:
         """Open *path*, and keep others from doing so as long as this process lives."""
         lock = io.FileIO(path, "a+")
         deadline = time.monotonic() + 1  # a child that was forked just now may not have let go of it
-        while not _try_to_lock(lock):
-            if time.monotonic() > deadline:
-                with lock:
+        with on_failure(lock.close):
+            while not try_to_lock(lock.fileno()):
+                if time.monotonic() > deadline:
                     lock.seek(0)
                     first = lock.read(300).decode("utf-8", "replace") or "another process"
-                what = f"The durable name {self._name!r} is in use by {first}"
-                raise RuntimeError(f"{what}: each running subscriber needs one of its own.")
-            time.sleep(0.02)
+                    what = f"The durable name {self._name!r} is in use by {first}"
+                    raise RuntimeError(f"{what}: each running subscriber needs one of its own.")
+                time.sleep(0.02)
         with suppress(OSError):  # the disk is full
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -7685,17 +7675,9 @@ class Listener:
     def create_subscriber(self) -> None:
         """Create the subscriber; what it does not find at once, it finds while it receives."""
         if self.subscriber is None:
-            settings = {
-                "services": self.services,
-                "topics": self.topics or "",
-                "addr_listener": True,
-                "addresses": self.addresses,
-                "timeout": 0,
-                "nameserver": self.nameserver,
-                "since": self.since,
-                "durable": self.durable,
-            }
-            subscriber = create_subscriber_from_dict_config(settings)
+            own = ("services", "addresses", "nameserver", "since", "durable")
+            settings = {"topics": self.topics or "", **{key: getattr(self, key) for key in own}}
+            subscriber = create_subscriber_from_dict_config({**settings, "addr_listener": True, "timeout": 0})
             with self._lock:
                 if not self._is_stopped:
                     self.subscriber = subscriber
@@ -10431,16 +10413,16 @@ class _Doctor:
 
     def check_multicast(self) -> None:
         """Send to the multicast group, and receive it."""
+        verdict = "FAIL" if self.multicast else "note"
         try:
             with closing(MulticastSender(config.get("broadcast_port"))) as sender:
                 route = f"to group {sender.group} from {sender.own_address()}"
         except OSError as error:
-            remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255, or ff15::..."
-            if error.errno == errno.ENODEV:
-                remedy = "set multicast_interface to the name of a device here, or its address"
-            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-                remedy = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
-            self.say("FAIL" if self.multicast else "note", "multicast route", str(error), remedy)
+            route = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
+            device = "set multicast_interface to the name of a device here, or its address"
+            remedies = {errno.ENODEV: device, errno.ENETUNREACH: route, errno.EHOSTUNREACH: route}
+            group = "set mc_group to an address from 224.0.0.0 to 239.255.255.255, or ff15::..."
+            self.say(verdict, "multicast route", str(error), remedies.get(error.errno or 0, group))
             return
         self.say("ok", "multicast route", route)
         token = os.urandom(8).hex()
@@ -10453,7 +10435,7 @@ class _Doctor:
                     pass
         except OSError as error:
             remedy = "allow UDP multicast in the firewall of this host (ip link set multicast on dev INTERFACE)"
-            self.say("FAIL" if self.multicast else "note", "multicast loop-back", f"nothing came back: {error}", remedy)
+            self.say(verdict, "multicast loop-back", f"nothing came back: {error}", remedy)
         else:
             self.say("ok", "multicast loop-back", "a datagram came back")
 

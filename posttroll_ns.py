@@ -866,17 +866,6 @@ class _Daemon:
             raise PermissionError(errno.EPERM, "Not a pid file of this user; remove it, or use --pid-file", self.path)
         return descriptor
 
-    @staticmethod
-    def _lock(descriptor: int) -> bool:
-        """Lock the pid file; return False if a daemon holds the lock."""
-        import fcntl
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
     def pid(self) -> int | None:
         """Return the process id of the running daemon, None if none runs."""
         return self._read()[0]
@@ -888,7 +877,7 @@ class _Daemon:
         except FileNotFoundError:
             return None, {}
         with os.fdopen(descriptor, "rb") as stream:
-            runs = not self._lock(descriptor)
+            runs = not posttroll.try_to_lock(descriptor)
             first, _, rest = stream.read().partition(b"\n")
         try:
             options = dict(ast.literal_eval(rest.decode()))
@@ -940,7 +929,7 @@ class _Daemon:
         except OSError as error:
             os.write(write_end, f"nameserver: cannot write the pid file: {error}".encode())
             return 1
-        if not self._lock(descriptor):
+        if not posttroll.try_to_lock(descriptor):
             os.write(write_end, b"nameserver: already running")
             return 1
         os.ftruncate(descriptor, 0)
