@@ -3153,15 +3153,10 @@ def _await_number(endpoint: str, deadline: float) -> str | None:
 
 def _answer_on(sock: zmq.Socket[bytes], request: bytes, timeout: float) -> bytes | None:
     """Send *request* on a REQ socket and return its answer, None if it does not come in *timeout* seconds."""
-    try:
+    with on_failure(partial(close_socket, sock)), suppress(zmq.Again):
         sock.send(request, _NOBLOCK)
         sock.setsockopt(zmq.RCVTIMEO, max(int(timeout * 1000), 0))
         return sock.recv_multipart()[0]
-    except zmq.Again:
-        pass
-    except BaseException:
-        close_socket(sock)
-        raise
     return None
 
 
@@ -4186,7 +4181,7 @@ class _Audience(_Listeners):
                 else:
                     peer.miss()
                     missed += 1
-        self._catch_up_soon(0.02)
+        self.later(0.02, self._catch_up)
         if missed:
             self.dropped += missed
             text = "Publisher %s: the queue of a slow subscriber is full, it misses messages (%d so far)"
@@ -4215,7 +4210,7 @@ class _Audience(_Listeners):
             peer.is_intact = True
             peer.tell(number)
         else:
-            self._catch_up_soon(self.LONGEST_PAUSE)
+            self.later(self.LONGEST_PAUSE, self._catch_up)
 
     def _see_to_look(self, now: float) -> None:
         """Look now, if the last time was long ago, so that the loop has nothing to do; else have it look soon."""
@@ -4288,7 +4283,7 @@ class _Audience(_Listeners):
         peer.fall_behind(min(after, until), until)
         peer.is_answer = True
         peer.prefixes = tuple(match[8].split(b"\n"))
-        self._catch_up_soon(0)
+        self.later(0, self._catch_up)
 
     def _when_asked(self, peer: _Peer, asked: float) -> float:
         """Return when a request was sent that has come just now, and says it was *asked* then, by its host's clock.
@@ -4318,9 +4313,6 @@ class _Audience(_Listeners):
         }
         _send_once(self.socket, question, b"\0" + json.dumps(about).encode())
 
-    def _catch_up_soon(self, seconds: float) -> None:
-        self.later(seconds, self._catch_up)
-
     def _catch_up(self) -> None:
         """Send to each subscriber a part of what it has to catch up."""
         for peer in self.peers.values():
@@ -4331,7 +4323,7 @@ class _Audience(_Listeners):
         is_stuck = bool(behind) and not any(are_served)
         self._pause = min(self._pause + 0.02, self.LONGEST_PAUSE) if is_stuck else 0
         if any(peer.after is not None for peer in behind):
-            self._catch_up_soon(self._pause)
+            self.later(self._pause, self._catch_up)
 
     def _send_past(self, peer: _Peer) -> bool:
         """Send a part of what *peer* has to catch up; return False if there was no room for any of it."""
@@ -5330,10 +5322,8 @@ class _Connections:
             self._disconnect_all(address)
         self._wanted[address] = (key, begin)
         try:
-            self._connect(address)
-        except BaseException:
-            self.drop(address)
-            raise
+            with on_failure(partial(self.drop, address)):
+                self._connect(address)
         finally:
             self._close_unused()
 
