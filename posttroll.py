@@ -3978,11 +3978,9 @@ class _Listeners:
     def _take_subscriptions(self) -> None:
         """Apply the subscriptions and the ends of subscriptions that have come."""
         sock, arrived = self.socket, 0
-        while True:
-            try:
-                frame = sock.recv(_NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+        # Not until zmq.Again: if Control-C comes just then, pyzmq forgets the KeyboardInterrupt.
+        while int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
+            frame = sock.recv(_NOBLOCK, copy=False)
             change = frame.bytes
             sign, topic = change[:1], change[1:]
             if sign not in (b"\0", b"\1"):
