@@ -3077,6 +3077,7 @@ def _hosts_or_configured(given: Hosts, key: str, default: list[str] | None) -> l
     return [] if given is False else [given] if isinstance(given, str) else list(given)
 
 
+@lru_cache(maxsize=64)
 def _endpoint_at(host: str, port: int) -> str:
     """Return the address at *host*, given as ``host``, or as ``host:port`` for another port than *port*."""
     host = host.strip()
@@ -3095,8 +3096,12 @@ def lookup_endpoint(nameserver: str) -> str:
     return _endpoint_at(nameserver, secure_port or get_configured_nameserver_port())
 
 
+@lru_cache(maxsize=64)
 def lookup_request(service: str) -> bytes:
-    """Return the lookup for the publishers of *service*, in the version that every nameserver understands."""
+    """Return the lookup for the publishers of *service*, in the version that every nameserver understands.
+
+    It is made once (so its time is an old one, of which no nameserver takes note), as that takes long beside the rest.
+    """
     return Message("/oper/ns", "request", {"service": service}, version="v1.01").encode().encode()
 
 
@@ -3946,12 +3951,12 @@ class _Listeners:
                 self._waiting.remove(waiting)
 
         self._waiting.append(waiting)
-        self._tell_waiting()
+        self._take_subscriptions()
         return cancel
 
     def _tell_waiting(self) -> None:
         if self._waiting:
-            found = self.count
+            found = len(self.peers) + self.strangers
             for waiting in [waiting for waiting in self._waiting if waiting[0] <= found]:
                 with suppress(ValueError):
                     self._waiting.remove(waiting)
@@ -3973,10 +3978,9 @@ class _Listeners:
                 self.loop.unwatch(self._descriptor)
                 return
             self._take_subscriptions()
-            self._tell_waiting()
 
     def _take_subscriptions(self) -> None:
-        """Apply the subscriptions and the ends of subscriptions that have come."""
+        """Apply the subscriptions and the ends of subscriptions that have come; tell who waits for them."""
         sock, arrived = self.socket, 0
         # Not until zmq.Again: if Control-C comes just then, pyzmq forgets the KeyboardInterrupt.
         while int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
@@ -4008,6 +4012,7 @@ class _Listeners:
                 sock.setsockopt(option, _MAGICK.encode())
             elif not _MARK.startswith(topic) and not _EARLY_MARK.startswith(topic):
                 sock.setsockopt(option, topic)
+        self._tell_waiting()
 
     def _count_topic(self, topic: bytes, difference: int) -> None:
         self._topics += difference
@@ -4136,6 +4141,8 @@ class _Audience(_Listeners):
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
         now = time.monotonic()
+        if not self._topics and int(cast(int, self.socket.get(zmq.EVENTS))) & _POLLIN:
+            self._take_subscriptions()  # to send takes the news that somebody has come: the loop would not hear of it
         if len(data) > 16384:  # a few of them are a lot
             self._queue_limit.adapt(self.history.number, self.history.total)
         self.history.append(data, now)
