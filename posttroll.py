@@ -117,9 +117,7 @@ OPTIONS: dict[str, Option] = {
     "message_version": Option("v1.2", "v1.2|v1.01|auto", "format of new messages; v1.01 drops time zones"),
     "nameserver": Option(None, "hosts", "nameservers to ask in place of the default localhost; none for nobody"),
     "nameservers": Option(None, "hosts", "nameservers to register with in place of multicast; none for nowhere"),
-    "announced_address": Option(
-        None, "str", "host or host:port that publishers announce in place of the address of this host"
-    ),
+    "announced_address": Option(None, "str", "host or host:port that publishers announce in place of this host's own"),
     "nameserver_port": Option(5557, _PORT, "where the nameserver answers lookups", "NAMESERVER_PORT"),
     "secure_zmq_nameserver_port": Option(None, _PORT, "lookups with CURVE (nameserver: 5558 if unset)"),
     "address_publish_port": Option(16543, _PORT, "where the nameserver publishes new and lost addresses"),
@@ -136,13 +134,9 @@ OPTIONS: dict[str, Option] = {
     "zmtp_heartbeat_interval": Option(10, "number", "seconds of silence until a sign of life is asked for; 0 never"),
     "zmtp_heartbeat_timeout": Option(30, "number", "seconds without a sign of life until a connection is given up"),
     "send_high_water_mark": Option(200000, _COUNT, "messages queued for a slow subscriber before they are dropped"),
-    "send_high_water_bytes": Option(
-        None, _BYTES, "bytes that they may take, roughly (default: an eighth of the memory that the program may use)"
-    ),
+    "send_high_water_bytes": Option(None, _BYTES, "bytes that they may take, roughly (an eighth of the usable memory)"),
     "receive_high_water_mark": Option(
-        None,
-        _COUNT,
-        "messages in a busy subscriber, for each publisher (default: 200000, fewer below 2 GiB); 0 no limit",
+        None, _COUNT, "messages in a busy subscriber, for each publisher (200000, fewer below 2 GiB); 0 no limit"
     ),
     "history_messages": Option(5000, _COUNT, "messages that a publisher keeps for subscribers that were away; 0 none"),
     "history_bytes": Option(4194304, _BYTES, "bytes that they may take"),
@@ -150,9 +144,7 @@ OPTIONS: dict[str, Option] = {
     "durable_directory": Option(
         None, "path", "the state of durable subscribers (default: posttroll in $XDG_STATE_HOME or ~/.local/state)"
     ),
-    "heartbeat_interval": Option(
-        0, "number", "seconds between the heartbeats that publishers send by themselves; 0 none"
-    ),
+    "heartbeat_interval": Option(0, "number", "seconds between heartbeats that publishers send by themselves; 0 none"),
     "discovery_seconds": Option(1.5, "number", "how old a publisher is at least when it stops, to be found before"),
     "max_services": Option(20000, _COUNT, "publishers that the nameserver keeps at most"),
     "client_secret_key_file": Option(None, "path", "CURVE: this host's secret key when it connects"),
@@ -163,6 +155,26 @@ OPTIONS: dict[str, Option] = {
 }
 
 _UNSET: Any = object()
+
+
+@contextmanager
+def on_failure(undo: Callable[[], object]) -> Iterator[None]:
+    """Call *undo* if what follows does not end well, for whatever reason: Control-C is one, too."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+
+
+_Callback = TypeVar("_Callback", bound=Callable[[], object])
+
+
+def in_forked_child(function: _Callback) -> _Callback:
+    """Have the decorated function called in every forked child, where threads of the parent are gone for good."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+    return function
 
 
 @cache
@@ -583,8 +595,12 @@ def _read_config_file(file: str) -> Mapping[str, Any]:
 
 
 config = Config()
-if hasattr(os, "register_at_fork"):  # another thread of the parent may have held it
-    os.register_at_fork(after_in_child=lambda: setattr(config, "_lock", threading.RLock()))
+
+
+@in_forked_child
+def _renew_config_lock() -> None:
+    config._lock = threading.RLock()  # another thread of the parent may have held it
+
 
 # -- defaults and ports, by the names that existing programs know --
 
@@ -1267,18 +1283,9 @@ class _Waker:
     """Ends a poll from another thread or a signal handler: a descriptor to poll, and `wake`."""
 
     def __init__(self) -> None:
-        self._read_end: io.RawIOBase
-        self._write_end: io.RawIOBase
-        if os.name == "posix":
-            read_end, write_end = os.pipe()
-            os.set_blocking(read_end, False)
-            os.set_blocking(write_end, False)
-            self._read_end, self._write_end = open(read_end, "rb", 0), open(write_end, "wb", 0)  # noqa: SIM115
-        else:  # only sockets can be polled
-            ends = socket.socketpair()
-            for end in ends:
-                end.setblocking(False)
-            self._read_end, self._write_end = ends[0].makefile("rb", 0), ends[1].makefile("wb", 0)
+        self._read_end, self._write_end = socket.socketpair()  # Windows polls nothing but sockets
+        self._read_end.setblocking(False)
+        self._write_end.setblocking(False)
 
     def fileno(self) -> int:
         return self._read_end.fileno()
@@ -1287,12 +1294,12 @@ class _Waker:
         return self._write_end.fileno()
 
     def wake(self) -> None:
-        with suppress(OSError, ValueError):  # closed: nobody waits
-            self._write_end.write(b"!")  # does nothing when the pipe is full: a wake-up is on its way
+        with suppress(OSError):  # closed: nobody waits; full: a wake-up is on its way
+            self._write_end.send(b"!")
 
     def clear(self) -> None:
-        with suppress(OSError, ValueError):
-            while self._read_end.read(1024):
+        with suppress(OSError):
+            while self._read_end.recv(1024):
                 pass
 
     def close(self) -> None:
@@ -1484,11 +1491,8 @@ class Background:
                 self._duties = []
                 self._loop = loop = Loop()
                 self._thread = threading.Thread(target=self._run, args=(loop,), name="posttroll loop", daemon=True)
-                try:
+                with on_failure(loop.stop):  # no more threads, for example
                     self._thread.start()
-                except BaseException:  # no more threads, or Control-C
-                    loop.stop()
-                    raise
             self._duties.append(duty)
             return self._loop
 
@@ -1559,13 +1563,10 @@ class Background:
 _background = Background()
 
 
+@in_forked_child
 def _renew_background() -> None:
     global _background
     _background = Background()  # the thread runs in the parent only, and may have held the lock
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_background)
 
 
 # -- signals --
@@ -1634,6 +1635,13 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+@contextmanager
+def loop_until_signal() -> Iterator[Loop]:
+    """A loop that SIGINT and SIGTERM stop, and that is closed at the end."""
+    with closing(Loop()) as loop, signals_wake(loop), call_on_signals(loop.stop):
+        yield loop
 
 
 # ======================================================================================================================
@@ -1762,7 +1770,7 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
     group = multicast_group(mcgroup)
     ttl = min(max(config.get("mc_ttl"), 0), 255)
     sock = _udp_socket(group)
-    try:
+    with on_failure(sock.close):
         if group == "<broadcast>":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         elif ":" in group:
@@ -1775,9 +1783,6 @@ def mcast_sender(mcgroup: str | None = None) -> tuple[socket.socket, str]:
             interface = _multicast_interface()
             if interface != b"\0\0\0\0":
                 sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
-    except BaseException:
-        sock.close()
-        raise
     return sock, group
 
 
@@ -1796,7 +1801,7 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
     """
     group = multicast_group(mcgroup)
     sock = _udp_socket(group)
-    try:
+    with on_failure(sock.close):
         if sys.platform not in ("linux", "win32") and hasattr(socket, "SO_REUSEPORT"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # BSD and macOS share ports by this one
         if ":" in group:  # another socket may have the same port for IPv4
@@ -1809,9 +1814,6 @@ def mcast_receiver(port: int, mcgroup: str | None = None) -> tuple[socket.socket
                     all_groups = _IPV6_MULTICAST_ALL if level == socket.IPPROTO_IPV6 else _IP_MULTICAST_ALL
                     sock.setsockopt(level, all_groups, 0)
             sock.setsockopt(level, option, value)
-    except BaseException:
-        sock.close()
-        raise
     return sock, group
 
 
@@ -2770,6 +2772,7 @@ _access_lock = threading.RLock()
 _ZAP_ENFORCE_DOMAIN = 93  # of libzmq; pyzmq has no name for it before release 23
 
 
+@in_forked_child
 def _renew_locks_in_child() -> None:
     """Replace what another thread of the parent may have held at the time of a fork."""
     global _contexts_lock, _access_lock, _access_control, _idle_sockets, _lingering_lock
@@ -2779,10 +2782,6 @@ def _renew_locks_in_child() -> None:
     _Resolution._free_threads = threading.Semaphore(8)
     _lingering_monitors.clear()
     _kept_monitors.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks_in_child)
 
 
 def _apply_access_rules(sock: zmq.Socket[bytes], rules: AccessRules) -> Authenticator | None:
@@ -2864,7 +2863,7 @@ def _liveness_options(is_limited: bool) -> dict[int, int]:
 def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Socket[bytes]:
     """Return a socket with the options that all of ours have, and *options*."""
     sock = get_context().socket(socket_type)
-    try:
+    with on_failure(sock.close):
         sock.linger = 0
         limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
         own: dict[Any, Any] = {option: config.get(name, None) for option, name in limits.items()}
@@ -2880,9 +2879,6 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
         }
         for option, value in {**general, **own}.items():
             sock.setsockopt(option, value)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -2904,14 +2900,11 @@ def set_up_client_socket(
     """
     keys = {} if address.startswith("inproc://") else _load_client_keys(backend)
     sock = _new_socket(socket_type, options)
-    try:
+    with on_failure(sock.close):
         for option, key in keys.items():
             setattr(sock, option, key)
         if address:
             connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -3165,15 +3158,10 @@ def _await_number(endpoint: str, deadline: float) -> str | None:
 
 def _answer_on(sock: zmq.Socket[bytes], request: bytes, timeout: float) -> bytes | None:
     """Send *request* on a REQ socket and return its answer, None if it does not come in *timeout* seconds."""
-    try:
+    with on_failure(partial(close_socket, sock)), suppress(zmq.Again):
         sock.send(request, _NOBLOCK)
         sock.setsockopt(zmq.RCVTIMEO, max(int(timeout * 1000), 0))
         return sock.recv_multipart()[0]
-    except zmq.Again:
-        pass
-    except BaseException:
-        close_socket(sock)
-        raise
     return None
 
 
@@ -3994,12 +3982,9 @@ class _Listeners:
     def _take_subscriptions(self) -> None:
         """Apply the subscriptions and the ends of subscriptions that have come; tell who waits for them."""
         sock, arrived = self.socket, 0
-        while True:
-            try:
-                frame = sock.recv(_NOBLOCK, copy=False)
-            except zmq.Again:
-                self._tell_waiting()
-                return
+        # Not until zmq.Again: if Control-C comes just then, pyzmq forgets the KeyboardInterrupt.
+        while int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
+            frame = sock.recv(_NOBLOCK, copy=False)
             change = frame.bytes
             sign, topic = change[:1], change[1:]
             if sign not in (b"\0", b"\1"):
@@ -4027,6 +4012,7 @@ class _Listeners:
                 sock.setsockopt(option, _MAGICK.encode())
             elif not _MARK.startswith(topic) and not _EARLY_MARK.startswith(topic):
                 sock.setsockopt(option, topic)
+        self._tell_waiting()
 
     def _count_topic(self, topic: bytes, difference: int) -> None:
         self._topics += difference
@@ -4200,7 +4186,7 @@ class _Audience(_Listeners):
                 else:
                     peer.miss()
                     missed += 1
-        self._catch_up_soon(0.02)
+        self.later(0.02, self._catch_up)
         if missed:
             self.dropped += missed
             text = "Publisher %s: the queue of a slow subscriber is full, it misses messages (%d so far)"
@@ -4229,7 +4215,7 @@ class _Audience(_Listeners):
             peer.is_intact = True
             peer.tell(number)
         else:
-            self._catch_up_soon(self.LONGEST_PAUSE)
+            self.later(self.LONGEST_PAUSE, self._catch_up)
 
     def _see_to_look(self, now: float) -> None:
         """Look now, if the last time was long ago, so that the loop has nothing to do; else have it look soon."""
@@ -4302,7 +4288,7 @@ class _Audience(_Listeners):
         peer.fall_behind(min(after, until), until)
         peer.is_answer = True
         peer.prefixes = tuple(match[8].split(b"\n"))
-        self._catch_up_soon(0)
+        self.later(0, self._catch_up)
 
     def _when_asked(self, peer: _Peer, asked: float) -> float:
         """Return when a request was sent that has come just now, and says it was *asked* then, by its host's clock.
@@ -4332,9 +4318,6 @@ class _Audience(_Listeners):
         }
         _send_once(self.socket, question, b"\0" + json.dumps(about).encode())
 
-    def _catch_up_soon(self, seconds: float) -> None:
-        self.later(seconds, self._catch_up)
-
     def _catch_up(self) -> None:
         """Send to each subscriber a part of what it has to catch up."""
         for peer in self.peers.values():
@@ -4345,7 +4328,7 @@ class _Audience(_Listeners):
         is_stuck = bool(behind) and not any(are_served)
         self._pause = min(self._pause + 0.02, self.LONGEST_PAUSE) if is_stuck else 0
         if any(peer.after is not None for peer in behind):
-            self._catch_up_soon(self._pause)
+            self.later(self._pause, self._catch_up)
 
     def _send_past(self, peer: _Peer) -> bool:
         """Send a part of what *peer* has to catch up; return False if there was no room for any of it."""
@@ -4468,20 +4451,27 @@ def _read_about(text: bytes) -> dict[str, Any] | None:
     return {**names, **numbers, "known": known, "topics": topics}
 
 
+def tcp_sockets(port: int | None, state: str) -> Iterator[list[str]]:
+    """Yield the fields of /proc/net/tcp (see proc(5)) for the sockets of this host that have a port and a state.
+
+    Raises:
+        OSError: This is no Linux, or it does not tell.
+    """
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if table == "/proc/net/tcp" or os.path.exists(table):
+            with open(table) as lines:
+                for fields in map(str.split, lines):
+                    if fields[3] == state and int(fields[1].rpartition(":")[2], 16) == port:
+                        yield fields
+
+
 def _unsent_bytes(port: int | None) -> list[str] | None:
     """Return what the system has queued for the connections of a port, None where it does not tell."""
-    queues = []
     try:
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            if os.path.exists(table):
-                with open(table) as lines:
-                    for fields in (line.split() for line in lines):
-                        is_established = fields[3] == "01" and int(fields[1].rpartition(":")[2], 16) == port
-                        if is_established and not fields[4].startswith("00000000"):
-                            queues.append(f"{fields[2]} {fields[4][:8]}")
+        queues = [f"{fields[2]} {fields[4][:8]}" for fields in tcp_sockets(port, "01")]
     except (OSError, ValueError, IndexError):
         return None
-    return queues if os.path.exists("/proc/net/tcp") else None
+    return [queue for queue in queues if not queue.endswith(" 00000000")]
 
 
 class _Ending:
@@ -4916,6 +4906,7 @@ _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
 _live_noisy_publishers: weakref.WeakSet[NoisyPublisher] = weakref.WeakSet()
 
 
+@atexit.register
 def _stop_live_publishers() -> None:
     """At the end of the program: let those publishers that nobody stopped send what they have, and say goodbye."""
     publishers: list[AnyPublisher] = [*_live_noisy_publishers, *_live_publishers]
@@ -4923,6 +4914,7 @@ def _stop_live_publishers() -> None:
         publisher.stop()
 
 
+@in_forked_child
 def _leave_publishers_to_parent() -> None:
     """In a forked child: the parent stops its own; what is asked of them here must not wait for a thread of its."""
     for publisher in list(_live_publishers):
@@ -4930,11 +4922,6 @@ def _leave_publishers_to_parent() -> None:
         publisher._inherited, publisher._audience = publisher._audience, None
     _live_publishers.clear()
     _live_noisy_publishers.clear()
-
-
-atexit.register(_stop_live_publishers)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_publishers_to_parent)
 
 
 def _bind_address(address: str) -> str:
@@ -5130,15 +5117,7 @@ class Publish:
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
-        settings = {
-            "name": name,
-            "port": port,
-            "aliases": aliases,
-            "broadcast_interval": broadcast_interval,
-            "nameservers": nameservers,
-            "min_port": min_port,
-            "max_port": max_port,
-        }
+        settings = {key: value for key, value in locals().items() if key != "self"}
         self.publisher = create_publisher_from_dict_config(settings)
 
     def __enter__(self) -> AnyPublisher:
@@ -5174,25 +5153,19 @@ def create_publisher_from_dict_config(settings: Mapping[str, Any]) -> AnyPublish
     """
     port = settings.get("port") or 0
     if settings.get("nameservers") is False and (port or settings.get("address")):
-        _refuse_unknown(
-            settings, "Publisher", "address port nameservers name aliases broadcast_interval min_port max_port"
-        )
-        return Publisher(
-            settings.get("address") or f"tcp://*:{port}",
-            name=settings.get("name", ""),
-            **{key: settings[key] for key in ("min_port", "max_port") if settings.get(key) is not None},
-        )
+        known = "address port nameservers name aliases broadcast_interval min_port max_port"
+        _refuse_unknown(settings, "Publisher", known)
+        own = {key: settings[key] for key in ("min_port", "max_port") if settings.get(key) is not None}
+        return Publisher(settings.get("address") or f"tcp://*:{port}", name=settings.get("name", ""), **own)
     if not settings.get("name"):
         raise KeyError("NoisyPublisher requires a name")
-    return NoisyPublisher(
-        settings["name"],
-        port=port,
-        aliases=settings.get("aliases"),
-        broadcast_interval=settings.get("broadcast_interval", 2),
-        nameservers=settings.get("nameservers"),
-        min_port=settings.get("min_port"),
-        max_port=settings.get("max_port"),
-    )
+    defaults = {"aliases": None, "broadcast_interval": 2, "nameservers": None, "min_port": None, "max_port": None}
+    return NoisyPublisher(settings["name"], port=port, **_with_defaults(settings, defaults))
+
+
+def _with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those *settings* that have *defaults*."""
+    return {key: settings.get(key, default) for key, default in defaults.items()}
 
 
 def _refuse_unknown(settings: Mapping[str, Any], kind: str, known: str) -> None:
@@ -5354,10 +5327,8 @@ class _Connections:
             self._disconnect_all(address)
         self._wanted[address] = (key, begin)
         try:
-            self._connect(address)
-        except BaseException:
-            self.drop(address)
-            raise
+            with on_failure(partial(self.drop, address)):
+                self._connect(address)
         finally:
             self._close_unused()
 
@@ -6086,17 +6057,16 @@ def get_blake2b() -> Any:
 _DURABLE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 
 
-def _try_to_lock(file: io.FileIO) -> bool:
+def try_to_lock(descriptor: int) -> bool:
     """Lock a file for this process; return whether nobody else has. Raises OSError if the file system has no locks."""
     try:
         if sys.platform == "win32":
-            file.seek(2**16)  # what is locked cannot be read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 2**16, os.SEEK_SET)  # what is locked cannot be read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            file.close()
             raise
         return False
     return True
@@ -6144,14 +6114,14 @@ class _StateFile:
         """Open *path*, and keep others from doing so as long as this process lives."""
         lock = io.FileIO(path, "a+")
         deadline = time.monotonic() + 1  # a child that was forked just now may not have let go of it
-        while not _try_to_lock(lock):
-            if time.monotonic() > deadline:
-                with lock:
+        with on_failure(lock.close):
+            while not try_to_lock(lock.fileno()):
+                if time.monotonic() > deadline:
                     lock.seek(0)
                     first = lock.read(300).decode("utf-8", "replace") or "another process"
-                what = f"The durable name {self._name!r} is in use by {first}"
-                raise RuntimeError(f"{what}: each running subscriber needs one of its own.")
-            time.sleep(0.02)
+                    what = f"The durable name {self._name!r} is in use by {first}"
+                    raise RuntimeError(f"{what}: each running subscriber needs one of its own.")
+                time.sleep(0.02)
         with suppress(OSError):  # the disk is full
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -6210,14 +6180,11 @@ class _StateFile:
 _state_files: weakref.WeakSet[_StateFile] = weakref.WeakSet()
 
 
+@in_forked_child
 def _leave_state_files_to_parent() -> None:
     """Let go, in a forked child, of the locks, which else would outlive the parent."""
     for file in _state_files:
         file._lock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_state_files_to_parent)
 
 
 def _current_owner() -> Any:
@@ -6778,11 +6745,8 @@ class _SubscriberSockets:
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
             self._wanted[address] = (prefixes, backend)
             key = (prefixes, backend, address if self._translate else None)
-            try:
+            with on_failure(partial(self._wanted.pop, address, None)):
                 self._change(partial(self._connections.want, address, key, begin))
-            except BaseException:
-                self._wanted.pop(address, None)
-                raise
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
@@ -6964,11 +6928,8 @@ class Subscriber(_SubscriberSockets):
         self._stops = 0
         self._pid = os.getpid()
         super().__init__(topics, message_filter, translate, since, durable)
-        try:
+        with on_failure(self.close):
             self.update(addresses)
-        except BaseException:
-            self.close()
-            raise
         self._is_begun = durable is None  # else what was sent before an address was added is wanted, too
 
     # -- receiving --
@@ -7246,7 +7207,7 @@ class _Follower:
         self._has_warned = False
         self._timer = Timer(math.inf, self._run)
         self._interval = self.SOON
-        self._letting_go: Timer | None = None
+        self._letting_go = Timer(-math.inf, self._let_go_of_lost)
 
     def begin(self) -> None:
         """Start to follow."""
@@ -7437,14 +7398,6 @@ class _Follower:
         if self._interval > self.SELDOM:
             self._run_in(self.SELDOM)
 
-    def _let_go_later(self) -> None:
-        def let_go() -> None:
-            self._letting_go = None
-            self._let_go_of_lost()
-
-        if self._letting_go is None:
-            self._letting_go = self._loop.at(time.monotonic() + 1.2, let_go)
-
     def _let_go_of_lost(self) -> None:
         """Remove the publishers that no nameserver knows any more, if they are not connected either.
 
@@ -7457,7 +7410,8 @@ class _Follower:
             if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
                 continue
             if self._subscriber._has_unread:
-                self._let_go_later()
+                if self._letting_go.when <= time.monotonic():
+                    self._letting_go = self._loop.at(time.monotonic() + 1.2, self._let_go_of_lost)
             else:
                 del self._known[address]
                 if publisher.is_ours:
@@ -7521,22 +7475,14 @@ class NSSubscriber:
         """
         if self._subscriber is None:
             _log("subscriber").debug("Subscribing to topics %s", self._topics)
-            subscriber = Subscriber(
-                self._addresses,
-                self._topics,
-                message_filter=self._filter,
-                translate=self._translate,
-                **self._begin,
-            )
-            try:
+            hooks: dict[str, Any] = {"message_filter": self._filter, "translate": self._translate}
+            subscriber = Subscriber(self._addresses, self._topics, **hooks, **self._begin)
+            with on_failure(subscriber.close):
                 hosts = hosts_to_ask(self._nameserver)
                 if self._services and hosts:
                     self._follow(subscriber, hosts)
                 elif self._services and not self._addresses:
                     _log("subscriber").warning("No nameserver is asked for %s, and there is no address", self._services)
-            except BaseException:
-                subscriber.close()
-                raise
             self._subscriber = subscriber
         return self._subscriber
 
@@ -7620,18 +7566,7 @@ class Subscribe:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        self._settings = {
-            "services": services,
-            "topics": topics,
-            "addr_listener": addr_listener,
-            "addresses": addresses,
-            "timeout": timeout,
-            "translate": translate,
-            "nameserver": nameserver,
-            "message_filter": message_filter,
-            "since": since,
-            "durable": durable,
-        }
+        self._settings: dict[str, Any] = {key: value for key, value in locals().items() if key != "self"}
         self._subscriber: Subscriber | None = None
         asyncio = sys.modules.get("asyncio")
         if asyncio is None or asyncio._get_running_loop() is None:
@@ -7677,28 +7612,14 @@ def create_subscriber_from_dict_config(settings: Mapping[str, Any]) -> Subscribe
         ValueError: An address cannot be used.
     """
     begin = {key: settings[key] for key in ("since", "durable") if settings.get(key) is not None}
+    hooks = {"message_filter": None, "translate": False}
     nameserver = settings.get("nameserver")
     if nameserver is False and settings.get("addresses"):
         known = "addresses topics message_filter translate nameserver services addr_listener timeout port since durable"
         _refuse_unknown(settings, "Subscriber", known)
-        return Subscriber(
-            settings["addresses"],
-            topics=settings.get("topics", ""),
-            message_filter=settings.get("message_filter"),
-            translate=settings.get("translate", False),
-            **begin,
-        )
-    return NSSubscriber(
-        services=settings.get("services", ""),
-        topics=settings.get("topics", _MAGICK),
-        addr_listener=settings.get("addr_listener", False),
-        addresses=settings.get("addresses"),
-        timeout=settings.get("timeout", 10),
-        translate=settings.get("translate", False),
-        nameserver=nameserver or None,
-        message_filter=settings.get("message_filter"),
-        **begin,
-    ).start()
+        return Subscriber(settings["addresses"], **_with_defaults(settings, {"topics": "", **hooks}), **begin)
+    defaults = {"services": "", "topics": _MAGICK, "addr_listener": False, "addresses": None, "timeout": 10, **hooks}
+    return NSSubscriber(nameserver=nameserver or None, **_with_defaults(settings, defaults), **begin).start()
 
 
 # ======================================================================================================================
@@ -7749,17 +7670,9 @@ class Listener:
     def create_subscriber(self) -> None:
         """Create the subscriber; what it does not find at once, it finds while it receives."""
         if self.subscriber is None:
-            settings = {
-                "services": self.services,
-                "topics": self.topics or "",
-                "addr_listener": True,
-                "addresses": self.addresses,
-                "timeout": 0,
-                "nameserver": self.nameserver,
-                "since": self.since,
-                "durable": self.durable,
-            }
-            subscriber = create_subscriber_from_dict_config(settings)
+            own = ("services", "addresses", "nameserver", "since", "durable")
+            settings = {"topics": self.topics or "", **{key: getattr(self, key) for key in own}}
+            subscriber = create_subscriber_from_dict_config({**settings, "addr_listener": True, "timeout": 0})
             with self._lock:
                 if not self._is_stopped:
                     self.subscriber = subscriber
@@ -7835,30 +7748,22 @@ class ListenerContainer:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
+        arguments = locals()
+        self._settings = {key: arguments[key] for key in ("addresses", "nameserver", "services", "since", "durable")}
         self.logger = logging.getLogger(f"{__name__}.listener.ListenerContainer")
         import queue
 
         self.output_queue: queue.Queue[Message] = queue.Queue()
         self.listener: Listener
         self.thread: threading.Thread | None = None
-        self._settings = {
-            "addresses": addresses,
-            "nameserver": nameserver,
-            "services": services,
-            "since": since,
-            "durable": durable,
-        }
         self._start(topics)
 
     def _start(self, topics: str | Sequence[str] | None) -> None:
-        self.listener = Listener(topics=topics, queue=self.output_queue, **cast(Any, self._settings))
+        self.listener = Listener(topics=topics, queue=self.output_queue, **self._settings)
         self.listener.create_subscriber()  # here, so that a wrong argument is an error of this call
         self.thread = threading.Thread(target=self.listener.run, name="posttroll listener", daemon=True)
-        try:
+        with on_failure(self.listener.stop):
             self.thread.start()
-        except BaseException:
-            self.listener.stop()
-            raise
 
     def restart_listener(self, topics: str | Sequence[str] | None) -> None:
         """Listen to other topics; the queue stays."""
@@ -8034,6 +7939,18 @@ def _level_number(level: str) -> int | None:
     return int(nameless[1]) if nameless else known if isinstance(known, int) else None
 
 
+LOG_FORMAT = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
+
+
+def log_handler(file: str | None) -> logging.Handler:
+    """Return what writes a log to *file*, rotated at midnight (7 are kept), or to stdout if there is none."""
+    if not file:
+        return logging.StreamHandler(sys.stdout)
+    from logging.handlers import TimedRotatingFileHandler
+
+    return TimedRotatingFileHandler(file, when="midnight", backupCount=7)
+
+
 def run_logger(args: Sequence[str] | None = None) -> int:
     """Run ``pytroll-logger``: log the messages of all publishers.
 
@@ -8065,26 +7982,19 @@ def run_logger_command(options: argparse.Namespace) -> int:
       posttroll logger
       posttroll logger -s otherhost -r /var/log/posttroll.log
     """
-    text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
-    if options.rotated:
-        from logging.handlers import TimedRotatingFileHandler
-
-        handler: logging.Handler = TimedRotatingFileHandler(options.rotated, when="midnight", backupCount=7)
-        handler.setFormatter(logging.Formatter(text))
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(ColoredFormatter(text, use_color=wants_color(sys.stdout)))
+    handler = log_handler(options.rotated)
+    is_colored = not options.rotated and wants_color(sys.stdout)
+    handler.setFormatter(ColoredFormatter(LOG_FORMAT, use_color=is_colored))
+    if not options.rotated:
         handler.addFilter(_make_printable)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
     try:
-        loop = Loop()
-        with call_on_signals(loop.stop), signals_wake(loop):
+        with loop_until_signal() as loop:
             logger.start()
             loop.run()
-        loop.close()
     finally:
         logger.stop()
         root.removeHandler(handler)
@@ -8855,11 +8765,7 @@ def _run_subscribe(options: argparse.Namespace) -> int:
     """
     display = _Display(options)
     received = 0
-    try:
-        following = _following(options, display.shows_origin)
-    except RuntimeError as error:  # the durable name is in use
-        raise _CommandError(str(error)) from None
-    with following as subscriber, call_on_signals(subscriber.close):
+    with _following(options, display.shows_origin) as subscriber, call_on_signals(subscriber.close):
         for message in subscriber.recv(options.timeout):
             if message is None:
                 break
@@ -8886,18 +8792,21 @@ def _following(options: argparse.Namespace, tells_origin: bool = False) -> Subsc
         has_type = not options.type or message.type in options.type
         return has_type and all(holds(message) for holds in options.where) and is_new(message)
 
-    return Subscribe(
-        options.service or "",
-        options.topics or "",
-        addr_listener=True,
-        addresses=options.address,
-        timeout=0,
-        translate="origin" if tells_origin else False,
-        nameserver=not options.address and _nameservers(options),
-        message_filter=is_wanted,
-        since=options.since,
-        durable=options.durable,
-    )
+    try:
+        return Subscribe(
+            options.service or "",
+            options.topics or "",
+            addr_listener=True,
+            addresses=options.address,
+            timeout=0,
+            translate="origin" if tells_origin else False,
+            nameserver=not options.address and _nameservers(options),
+            message_filter=is_wanted,
+            since=options.since,
+            durable=options.durable,
+        )
+    except RuntimeError as error:  # the durable name is in use
+        raise _CommandError(str(error)) from None
 
 
 class _Display:
@@ -9022,8 +8931,6 @@ def _run_relay(options: argparse.Namespace) -> int:
                 if not echoes.is_echo(raw, message.origin):
                     out.send(raw)
                     relayed += 1
-    except RuntimeError as error:  # the durable name is in use
-        raise _CommandError(str(error)) from None
     finally:
         _talk(f"{relayed} message{'s' * (relayed != 1)} relayed", options)
     if subscriber.missed or out.dropped:
@@ -9156,8 +9063,7 @@ class _Service:
         """What is known of it, for a table."""
         received, age = self.entry.get("receive_time"), None
         if isinstance(received, datetime):
-            received = received.replace(tzinfo=received.tzinfo or timezone.utc)
-            age = round((datetime.now(timezone.utc) - received).total_seconds(), 1)
+            age = round(time.time() - _local_time(received).timestamp(), 1)
         aliases = [name for name in self._names if name != self.name]
         how = {"backend": self.entry.get("backend"), "version": self.entry.get("supported_message_version"), "age": age}
         return {"name": self.name, "aliases": aliases, "address": self.address, **how}
@@ -9486,8 +9392,7 @@ class _Heartbeats:
 
 def _age(message: Message) -> float:
     """Return how many seconds ago a message was made, by the clocks of its host and this one; 0 if it is to come."""
-    made = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
-    return max((datetime.now(timezone.utc) - made).total_seconds(), 0.0)
+    return max(time.time() - sent_at(message), 0.0)
 
 
 class _Traffic:
@@ -9509,8 +9414,7 @@ class _Traffic:
         self.ages = [0] * (len(self.AGES) + 1)
         self.age_sum = self.last = self.last_time = 0.0
         self.heartbeats = _Heartbeats()
-        self._counts = [0] * self.SECONDS
-        self._second = 0  # the last one that is in these
+        self._counts: Counter[int] = Counter()  # by second
 
     def count(self, size: int, age: float, now: float) -> None:
         """Count a message of *size* bytes that comes *now*, *age* seconds old."""
@@ -9519,13 +9423,9 @@ class _Traffic:
         self.ages[bisect_left(self.AGES, age)] += 1
         self.age_sum += age
         self.last, self.last_time = now, time.time()
-        self._advance(int(now))
-        self._counts[self._second % self.SECONDS] += 1
-
-    def _advance(self, second: int) -> None:
-        for new in range(max(self._second, second - self.SECONDS) + 1, second + 1):
-            self._counts[new % self.SECONDS] = 0
-        self._second = max(self._second, second)
+        self._counts[int(now)] += 1
+        if len(self._counts) > 2 * self.SECONDS:
+            del self._counts[min(self._counts)]
 
     def beats(self, now: float) -> dict[str, float | None]:
         """Return what is known of heartbeats; nothing if there are none to be expected."""
@@ -9536,9 +9436,7 @@ class _Traffic:
 
     def minute(self, now: float) -> list[int]:
         """Return how many came in each second of the last minute, this one included."""
-        self._advance(int(now))
-        start = self._second % self.SECONDS + 1
-        return self._counts[start:] + self._counts[:start]
+        return [self._counts[second] for second in range(int(now) - self.SECONDS + 1, int(now) + 1)]
 
 
 class _Tally:
@@ -9661,38 +9559,35 @@ class _Keepers:
     def __init__(self) -> None:
         self.kept: dict[str, int] = {}
         self._services: list[_Service] = []
-        self._is_closed = False
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="posttroll keepers", daemon=True)
-        self._thread.start()
+        self._is_closed = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def follow(self, services: Iterable[_Service]) -> None:
         """Ask these publishers from now on."""
-        is_first = not self._services
         self._services = list(services)
-        if is_first:
-            self._wake.set()
+        if self._thread is None and self._services:
+            self._thread = threading.Thread(target=self._run, name="posttroll keepers", daemon=True)
+            self._thread.start()
 
     def _ask(self, service: _Service) -> int | None:
-        about = None if self._is_closed else service.about(self.PATIENCE)
+        about = None if self._is_closed.is_set() else service.about(self.PATIENCE)
         return None if about is None else cast(int, about["kept"])
 
     def _run(self) -> None:
-        while not self._is_closed:
-            self._wake.wait(self.PAUSE if self._services else None)
-            self._wake.clear()
-            services = self._services
-            for address, kept in _ask_each(self._ask, services, workers=self.WORKERS):
+        while True:
+            for address, kept in _ask_each(self._ask, self._services, workers=self.WORKERS):
                 if kept is not None:
                     self.kept = {**self.kept, address: kept}
                 else:
                     self.kept.pop(address, None)
+            if self._is_closed.wait(self.PAUSE):
+                return
 
     def close(self) -> None:
         """End the asking."""
-        self._is_closed = True
-        self._wake.set()
-        self._thread.join()
+        self._is_closed.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 class _Network:
@@ -9843,10 +9738,8 @@ def _run_top(options: argparse.Namespace) -> int:
     views = options.count or (None if sys.stdout.isatty() else 1)
     with ExitStack() as stack:
         keyboard = stack.enter_context(_single_keys())
-        loop = stack.enter_context(closing(Loop()))
+        loop = stack.enter_context(loop_until_signal())
         network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
-        stack.enter_context(signals_wake(loop))
-        stack.enter_context(call_on_signals(loop.stop))
         if keyboard is not None:
             loop.watch(keyboard, lambda: loop.stop() if os.read(keyboard, 1) in (b"q", b"") else None)
         before: Mapping[str, Any] = {"seconds": 0.0, "traffic": []}
@@ -10284,15 +10177,13 @@ def _run_exporter(options: argparse.Namespace) -> int:
       posttroll exporter --bind 0.0.0.0 --nameserver otherhost /segment /heartbeat
     """
     with ExitStack() as stack:
-        loop = stack.enter_context(closing(Loop()))
+        loop = stack.enter_context(loop_until_signal())
         network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
         page = _Page(lambda: _exposition(network.view()))
         try:
             server = stack.enter_context(closing(_PageServer(options.bind, options.port, page)))
         except OSError as error:
             raise _CommandError(f"cannot be asked on {options.bind}, port {options.port}: {error}") from None
-        stack.enter_context(signals_wake(loop))
-        stack.enter_context(call_on_signals(loop.stop))
         host = f"[{options.bind}]" if ":" in options.bind else options.bind
         _talk(f"Metrics are at http://{host}:{server.port}/metrics", options)
         network.run()
@@ -10323,9 +10214,8 @@ def _run_map(options: argparse.Namespace) -> int:
     hosts = _nameservers(options)
     services = _look_up("", 5, hosts)
     answers = dict(_ask_each(_Service.about, services))  # before we listen to them ourselves
-    with closing(Loop()) as loop, closing(_Network(options.topics, hosts, loop)) as network:
-        with signals_wake(loop), call_on_signals(loop.stop):
-            network.run(time.monotonic() + options.seconds)
+    with loop_until_signal() as loop, closing(_Network(options.topics, hosts, loop)) as network:
+        network.run(time.monotonic() + options.seconds)
         traffic = network.view()["traffic"]
     rows = []
     for service in services:
@@ -10518,16 +10408,16 @@ class _Doctor:
 
     def check_multicast(self) -> None:
         """Send to the multicast group, and receive it."""
+        verdict = "FAIL" if self.multicast else "note"
         try:
             with closing(MulticastSender(config.get("broadcast_port"))) as sender:
                 route = f"to group {sender.group} from {sender.own_address()}"
         except OSError as error:
-            remedy = "set mc_group to an address from 224.0.0.0 to 239.255.255.255, or ff15::..."
-            if error.errno == errno.ENODEV:
-                remedy = "set multicast_interface to the name of a device here, or its address"
-            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-                remedy = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
-            self.say("FAIL" if self.multicast else "note", "multicast route", str(error), remedy)
+            route = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
+            device = "set multicast_interface to the name of a device here, or its address"
+            remedies = {errno.ENODEV: device, errno.ENETUNREACH: route, errno.EHOSTUNREACH: route}
+            group = "set mc_group to an address from 224.0.0.0 to 239.255.255.255, or ff15::..."
+            self.say(verdict, "multicast route", str(error), remedies.get(error.errno or 0, group))
             return
         self.say("ok", "multicast route", route)
         token = os.urandom(8).hex()
@@ -10540,7 +10430,7 @@ class _Doctor:
                     pass
         except OSError as error:
             remedy = "allow UDP multicast in the firewall of this host (ip link set multicast on dev INTERFACE)"
-            self.say("FAIL" if self.multicast else "note", "multicast loop-back", f"nothing came back: {error}", remedy)
+            self.say(verdict, "multicast loop-back", f"nothing came back: {error}", remedy)
         else:
             self.say("ok", "multicast loop-back", "a datagram came back")
 
@@ -10619,8 +10509,7 @@ class _Doctor:
         count = len(addresses_in(answer))
         self._answering.append(host)
         self.say("ok", name, f"answers at {endpoint} with {count} publishers")
-        sent = message.time.replace(tzinfo=message.time.tzinfo or timezone.utc)
-        lead = (sent - datetime.now(timezone.utc)).total_seconds()
+        lead = sent_at(message) - time.time()
         finding = f"that of {name} differs by {lead:+.1f} s"
         self.say("ok" if abs(lead) <= 2 else "FAIL", "clocks", finding, "synchronise them (NTP)")
 
@@ -10663,11 +10552,8 @@ def _owner_of_port(port: int) -> str:
     import glob
 
     inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError), open(table) as lines:
-            for fields in (line.split() for line in lines):
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{fields[9]}]")
+    with suppress(OSError):
+        inodes = {f"socket:[{fields[9]}]" for fields in tcp_sockets(port, "0A")}
     for path in glob.iglob("/proc/[0-9]*/fd/*"):
         with suppress(OSError):
             if os.readlink(path) in inodes:
@@ -10837,11 +10723,16 @@ def _run_help(options: argparse.Namespace) -> int:
     return 0
 
 
+def _shown_actions(command: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the arguments of a command, but for those that are not told of."""
+    return [action for action in command._actions if action.help != argparse.SUPPRESS]
+
+
 def _manual_entries(command: argparse.ArgumentParser, are_options: bool) -> str:
     """Return what the options of a command, or its other arguments, are."""
     entries = []
-    for action in command._actions:
-        if bool(action.option_strings) == are_options and action.help != argparse.SUPPRESS:
+    for action in _shown_actions(command):
+        if bool(action.option_strings) == are_options:
             value = "" if action.nargs == 0 else _value_name(action)
             names = ", ".join(f"{name} {value}".rstrip() for name in action.option_strings) or value
             meaning = (action.help or "") % {**vars(action), "prog": command.prog}
@@ -10869,7 +10760,7 @@ def _bash_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
     """Return a script that completes commands, options, and values as far as they are known; else files."""
     cases = []
     for name, parser in parsers.items():
-        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        shown = _shown_actions(parser)
         by_values: dict[str, list[str]] = {}
         for action in shown:
             if action.option_strings and action.nargs != 0:
@@ -10914,12 +10805,7 @@ def _zsh_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
 
     cases = []
     for name, parser in parsers.items():
-        words = [
-            word
-            for action in parser._actions
-            if action.help != argparse.SUPPRESS
-            for word in specification(action, parser)
-        ]
+        words = [word for action in _shown_actions(parser) for word in specification(action, parser)]
         cases.append(f"    {name}) _arguments -S {' '.join(words)} ;;")
     briefs = [f"{name}:{escaped((parser.description or name).splitlines()[0])}" for name, parser in parsers.items()]
     return f"""#compdef posttroll

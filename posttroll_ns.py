@@ -23,6 +23,7 @@ import ast
 import datetime as dt
 import errno
 import logging
+import operator
 import os
 import signal
 import socket
@@ -86,6 +87,9 @@ class _Entry:
             "name": self.name,
             "receive_time": dt.datetime.fromtimestamp(self.heard + clock, _UTC),
         }
+
+
+_content = operator.attrgetter("services", "extras", "name")
 
 
 @lru_cache(maxsize=64)
@@ -164,11 +168,7 @@ class AddressBook:
         known = self._entries.get(entry.address)
         if known is None and len(self._entries) >= self.limit:
             self._make_room()
-        if known is not None and (known.services, known.extras, known.name) == (
-            entry.services,
-            entry.extras,
-            entry.name,
-        ):
+        if known is not None and _content(known) == _content(entry):
             known.heard = entry.heard
             self._entries.move_to_end(entry.address)
             return False
@@ -417,7 +417,6 @@ class AddressReceiver:
         self._is_running = False
         self._timers: list[posttroll.Timer] = []
         self._expiry: posttroll.Timer | None = None
-        self._news: list[tuple[_Entry, bool]] = []
 
     def start(self) -> AddressReceiver:
         """Start the receiver.
@@ -431,18 +430,12 @@ class AddressReceiver:
             return self
         posttroll.get_sender()  # reads a file, and clients may have used up all file descriptors later
         self._source = self.set_up_address_receiver(self._port)
-        try:
+        with posttroll.on_failure(self._source.close):
             self._publisher = self._set_up_publisher()
             self._publisher.start()
-        except BaseException:
-            self._source.close()
-            raise
         self._is_running = True
-        try:
+        with posttroll.on_failure(self.stop):
             self._begin()
-        except BaseException:
-            self.stop()
-            raise
         return self
 
     def _begin(self) -> None:
@@ -513,12 +506,12 @@ class AddressReceiver:
     def _take(self, data: bytes) -> None:
         """Take an announcement; what is new is published when its sender has its answer."""
         assert self.loop is not None
-        is_first = not self._news
-        self.process_address_message(data, self._news)
-        if self._news and is_first:
-            self.loop.at(time.monotonic(), self._publish_news)
-        if self._expiry is None:
-            self._plan_expiry()
+        news: list[tuple[_Entry, bool]] = []
+        self.process_address_message(data, news)
+        for entry, is_new in news:
+            self.loop.at(time.monotonic(), partial(self._publish, entry, is_new, self._publisher))
+        if news or self._expiry is None:
+            self.loop.at(time.monotonic(), self._plan_expiry)
 
     def process_address_message(self, data: str | bytes, pub: Any) -> None:
         """Take an announcement, and publish it with *pub* if it is new; or a goodbye, which ends one.
@@ -547,12 +540,6 @@ class AddressReceiver:
         if not isinstance(pub, list):
             for each, is_new in news:
                 self._publish(each, is_new, pub)
-
-    def _publish_news(self) -> None:
-        news, self._news[:] = list(self._news), []
-        for entry, is_new in news:
-            self._publish(entry, is_new, self._publisher)
-        self._plan_expiry()
 
     def _publish(self, entry: _Entry, is_new: bool, publisher: Any) -> None:
         """Tell those who listen that *entry* is new, or lost; in a version that readers of any age understand."""
@@ -784,13 +771,8 @@ def setup_logging(opts: Any) -> logging.Logger:
     Returns:
         The logger of the nameserver.
     """
-    handler: logging.Handler = logging.StreamHandler(sys.stdout)
-    if opts.log:
-        from logging.handlers import TimedRotatingFileHandler
-
-        handler = TimedRotatingFileHandler(opts.log, when="midnight", backupCount=7)
-    text = "[%(levelname)s: %(asctime)s : %(name)s] %(message)s"
-    handler.setFormatter(logging.Formatter(text, "%Y-%m-%d %H:%M:%S"))
+    handler = posttroll.log_handler(opts.log)
+    handler.setFormatter(logging.Formatter(posttroll.LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if opts.verbose else logging.INFO)
@@ -884,17 +866,6 @@ class _Daemon:
             raise PermissionError(errno.EPERM, "Not a pid file of this user; remove it, or use --pid-file", self.path)
         return descriptor
 
-    @staticmethod
-    def _lock(descriptor: int) -> bool:
-        """Lock the pid file; return False if a daemon holds the lock."""
-        import fcntl
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
     def pid(self) -> int | None:
         """Return the process id of the running daemon, None if none runs."""
         return self._read()[0]
@@ -906,7 +877,7 @@ class _Daemon:
         except FileNotFoundError:
             return None, {}
         with os.fdopen(descriptor, "rb") as stream:
-            runs = not self._lock(descriptor)
+            runs = not posttroll.try_to_lock(descriptor)
             first, _, rest = stream.read().partition(b"\n")
         try:
             options = dict(ast.literal_eval(rest.decode()))
@@ -958,7 +929,7 @@ class _Daemon:
         except OSError as error:
             os.write(write_end, f"nameserver: cannot write the pid file: {error}".encode())
             return 1
-        if not self._lock(descriptor):
+        if not posttroll.try_to_lock(descriptor):
             os.write(write_end, b"nameserver: already running")
             return 1
         os.ftruncate(descriptor, 0)
