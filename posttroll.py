@@ -58,30 +58,23 @@ import time
 import types
 import warnings
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, insort_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
-from heapq import heappop, heappush
 from itertools import accumulate, chain, count, islice, takewhile
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
 
 import zmq
 
 # What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
-# argparse, asyncio, base64, glob, hashlib, ipaddress, queue, shutil, signal, subprocess, z85.
+# argparse, asyncio, base64, fcntl, glob, hashlib, ipaddress, pwd, queue, shutil, signal, subprocess, z85.
 if TYPE_CHECKING:
     import argparse
     import subprocess
-if sys.platform == "win32":
-    import getpass
-    import msvcrt
-else:
-    import fcntl
-    import pwd
 
 __version__ = "2.0.0"
 
@@ -963,8 +956,12 @@ def get_sender() -> str:
     global _sender
     if _sender is None:
         if sys.platform == "win32":
+            import getpass
+
             user = getpass.getuser()
         else:
+            import pwd
+
             try:
                 user = pwd.getpwuid(os.getuid()).pw_name
             except KeyError:  # a container whose user id has no name
@@ -1310,16 +1307,14 @@ def close_socket(sock: zmq.Socket[bytes]) -> None:
 class Timer:
     """A call at a time, as `Loop.at` returns it."""
 
-    __slots__ = ("callback", "number", "when")
-    _numbers = count()
+    __slots__ = ("callback", "when")
 
     def __init__(self, when: float, callback: Callable[[], object]) -> None:
         self.when = when
         self.callback: Callable[[], object] | None = callback
-        self.number = next(self._numbers)
 
     def __lt__(self, other: Timer) -> bool:
-        return (self.when, self.number) < (other.when, other.number)
+        return self.when > other.when  # in a list, the next one is the last
 
     def cancel(self) -> None:
         """Let it not be called; one that has been is left alone."""
@@ -1339,7 +1334,7 @@ class Loop:
         self._callbacks: dict[Any, Callable[[], object]] = {}
         self._quiet: dict[zmq.Socket[bytes], int] = {}  # their descriptors
         self._poller = zmq.Poller()
-        self._timers: list[Timer] = []
+        self._timers: list[Timer] = []  # the next one last
         self._calls: deque[Callable[[], object]] = deque()
         self._waker = _Waker()
         self._poller.register(self._waker.fileno(), _POLLIN)
@@ -1372,7 +1367,7 @@ class Loop:
     def at(self, when: float, callback: Callable[[], object]) -> Timer:
         """Have *callback* called at *when*, a time of `time.monotonic`."""
         timer = Timer(when, callback)
-        heappush(self._timers, timer)
+        insort_left(self._timers, timer)
         return timer
 
     def call(self, callback: Callable[[], object]) -> None:
@@ -1428,14 +1423,14 @@ class Loop:
         """Call what is due, and return for how many milliseconds to wait, None for ever."""
         self.settle()
         now = time.monotonic()
-        while self._timers and (self._timers[0].callback is None or self._timers[0].when <= now):
-            callback = heappop(self._timers).callback
+        while self._timers and (self._timers[-1].callback is None or self._timers[-1].when <= now):
+            callback = self._timers.pop().callback
             if callback is not None:
                 self._guard(callback)
         if self._calls or self.is_stopped:
             return 0
-        if self._timers and (deadline is None or self._timers[0].when < deadline):
-            deadline = self._timers[0].when
+        if self._timers and (deadline is None or self._timers[-1].when < deadline):
+            deadline = self._timers[-1].when
         if deadline is None:
             return None
         # One millisecond more: poll rounds down, and would return just before it is due.
@@ -6070,9 +6065,13 @@ def _try_to_lock(file: io.FileIO) -> bool:
     """Lock a file for this process; return whether nobody else has. Raises OSError if the file system has no locks."""
     try:
         if sys.platform == "win32":
+            import msvcrt
+
             file.seek(2**16)  # what is locked cannot be read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
