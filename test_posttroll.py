@@ -3590,6 +3590,7 @@ class TestCountingSubscribers:
         pub = posttroll.Publisher("tcp://*:0").start()
         results: list[bool] = []
         with in_thread(lambda: results.append(pub.wait_for_subscribers())):
+            wait_for(lambda: pub._audience._waiting)
             pub.stop()
         assert results == [False]
 
@@ -12076,6 +12077,8 @@ def _is_listening(address: str) -> bool:
         return sock.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0
 
 
+@pytest.mark.filterwarnings("ignore:unclosed :ResourceWarning")  # what is forgotten, in the order of the collector
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO")
 class TestControlC:
     """Wherever it comes, no thread, no socket and no announcement is left (the fixture looks), and all can be used."""
 
@@ -12131,8 +12134,6 @@ class TestControlC:
             status, out, err = finish(running)
             assert (status, out) == (0, "interrupted\ndone\n"), err
 
-    @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the pipe by which it would have been woken
-    @pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO")
     def test_while_a_subscriber_is_made(self, monkeypatch):
         """What is half made can be forgotten."""
         monkeypatch.setattr(posttroll, "_Inbox", interrupted(posttroll._Inbox))
