@@ -36,7 +36,6 @@ Copy it into any package; the only dependency is pyzmq.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import atexit
 import errno
@@ -59,29 +58,23 @@ import time
 import types
 import warnings
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, insort_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
-from heapq import heappop, heappush
 from itertools import accumulate, chain, count, islice, takewhile
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
 
 import zmq
 
 # What brings along much (OpenSSL, three kinds of compression), and few programs need, is imported where it is used:
-# asyncio, base64, glob, hashlib, ipaddress, queue, shutil, signal, subprocess, z85.
+# argparse, asyncio, base64, fcntl, glob, hashlib, ipaddress, pwd, queue, shutil, signal, subprocess, z85.
 if TYPE_CHECKING:
+    import argparse
     import subprocess
-if sys.platform == "win32":
-    import getpass
-    import msvcrt
-else:
-    import fcntl
-    import pwd
 
 __version__ = "2.0.0"
 
@@ -979,8 +972,12 @@ def get_sender() -> str:
     global _sender
     if _sender is None:
         if sys.platform == "win32":
+            import getpass
+
             user = getpass.getuser()
         else:
+            import pwd
+
             try:
                 user = pwd.getpwuid(os.getuid()).pw_name
             except KeyError:  # a container whose user id has no name
@@ -1317,16 +1314,14 @@ def close_socket(sock: zmq.Socket[bytes]) -> None:
 class Timer:
     """A call at a time, as `Loop.at` returns it."""
 
-    __slots__ = ("callback", "number", "when")
-    _numbers = count()
+    __slots__ = ("callback", "when")
 
     def __init__(self, when: float, callback: Callable[[], object]) -> None:
         self.when = when
         self.callback: Callable[[], object] | None = callback
-        self.number = next(self._numbers)
 
     def __lt__(self, other: Timer) -> bool:
-        return (self.when, self.number) < (other.when, other.number)
+        return self.when > other.when  # in a list, the next one is the last
 
     def cancel(self) -> None:
         """Let it not be called; one that has been is left alone."""
@@ -1346,7 +1341,7 @@ class Loop:
         self._callbacks: dict[Any, Callable[[], object]] = {}
         self._quiet: dict[zmq.Socket[bytes], int] = {}  # their descriptors
         self._poller = zmq.Poller()
-        self._timers: list[Timer] = []
+        self._timers: list[Timer] = []  # the next one last
         self._calls: deque[Callable[[], object]] = deque()
         self._waker = _Waker()
         self._poller.register(self._waker.fileno(), _POLLIN)
@@ -1379,7 +1374,7 @@ class Loop:
     def at(self, when: float, callback: Callable[[], object]) -> Timer:
         """Have *callback* called at *when*, a time of `time.monotonic`."""
         timer = Timer(when, callback)
-        heappush(self._timers, timer)
+        insort_left(self._timers, timer)
         return timer
 
     def call(self, callback: Callable[[], object]) -> None:
@@ -1435,14 +1430,14 @@ class Loop:
         """Call what is due, and return for how many milliseconds to wait, None for ever."""
         self.settle()
         now = time.monotonic()
-        while self._timers and (self._timers[0].callback is None or self._timers[0].when <= now):
-            callback = heappop(self._timers).callback
+        while self._timers and (self._timers[-1].callback is None or self._timers[-1].when <= now):
+            callback = self._timers.pop().callback
             if callback is not None:
                 self._guard(callback)
         if self._calls or self.is_stopped:
             return 0
-        if self._timers and (deadline is None or self._timers[0].when < deadline):
-            deadline = self._timers[0].when
+        if self._timers and (deadline is None or self._timers[-1].when < deadline):
+            deadline = self._timers[-1].when
         if deadline is None:
             return None
         # One millisecond more: poll rounds down, and would return just before it is due.
@@ -2278,6 +2273,8 @@ def generate_keys(args: Sequence[str] | None = None) -> None:
     Args:
         args: The command-line arguments; by default those of the process.
     """
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="posttroll-generate-keys",
         description="Create a public/secret key pair for the secure zmq backend. This will create two files (in the "
@@ -2509,13 +2506,11 @@ _IPC_PEER = r"(?a)[^:]*:\d+:\d+:\d+"  # "localhost" (or nothing), user, group, p
 def is_own_address(address: str) -> bool:
     """Whether *address* is one of this host; a name never is, as nobody here can wait until it is resolved."""
     address = address.removeprefix("::ffff:")  # an IPv4 client of a socket for both
-    if not address or re.fullmatch(_IPC_PEER, address):
-        return True
     try:
         if is_loopback(address):
             return True
     except ValueError:
-        return False
+        return not address or re.fullmatch(_IPC_PEER, address) is not None
     # A host talks to itself from the address that it talks to.
     return (source_address(address) or "").partition("%")[0] == address.partition("%")[0]
 
@@ -5201,14 +5196,6 @@ class _Link:
         self.descriptor = -1  # of the file, once it is connected
 
 
-class _OwnSocket(NamedTuple):
-    """Which socket of an address alone, as its name stands for several endpoints."""
-
-    key: Any
-    address: str
-    number: int
-
-
 class _Twins:
     """What has come over several streams of one publisher, each with the same messages: each of them counts once.
 
@@ -5316,7 +5303,8 @@ class _Connections:
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
         self._new = _NewLinks()
         self._names: dict[str, _Resolution] = {}  # of the addresses
-        self.sockets: dict[Any, zmq.Socket[bytes]] = {}  # by group; those of single addresses also by address, number
+        # By group, "" and 0; one of a single address alone, as its name stands for several endpoints: by that, from 1.
+        self.sockets: dict[tuple[Any, str, int], zmq.Socket[bytes]] = {}
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
@@ -5389,9 +5377,9 @@ class _Connections:
         key, begin = self._wanted[address]
         connected = self._connected[address]
         used = list(connected.values())
-        slots = chain([key], (_OwnSocket(key, address, number) for number in count(1)))
+        slots = chain([(key, "", 0)], ((key, address, number) for number in count(1)))
         slot = next(slot for slot in slots if self.sockets.get(slot) not in used)
-        sock = self.sockets.get(slot) or self._new_socket(slot, key)
+        sock = self.sockets.get(slot) or self._new_socket(slot)
         connect(sock, endpoint)
         self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
         connected[endpoint] = sock
@@ -5420,22 +5408,16 @@ class _Connections:
 
     def _close_unused(self) -> None:
         """Close the sockets of which no address is left."""
-        used = {key for key, _ in self._wanted.values()}
-        for slot in [slot for slot in self.sockets if not self._is_used(slot, used)]:
+        used = {(key, owner) for address, (key, _) in self._wanted.items() for owner in ("", address)}
+        for slot in [slot for slot in self.sockets if slot[:2] not in used]:
             sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(sock)
 
-    def _is_used(self, slot: Any, used: set[Any]) -> bool:
-        """Whether there is an address for the socket at *slot*; *used* are the groups that have addresses."""
-        if isinstance(slot, _OwnSocket):
-            return slot.address in self._wanted and self._wanted[slot.address][0] == slot.key
-        return slot in used
-
-    def _new_socket(self, slot: Any, key: Any) -> zmq.Socket[bytes]:
-        sock = cast("zmq.Socket[bytes]", self._open_socket(key))
+    def _new_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
+        sock = cast("zmq.Socket[bytes]", self._open_socket(slot[0]))
         events = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
         events |= zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -6061,9 +6043,13 @@ def try_to_lock(descriptor: int) -> bool:
     """Lock a file for this process; return whether nobody else has. Raises OSError if the file system has no locks."""
     try:
         if sys.platform == "win32":
+            import msvcrt
+
             os.lseek(descriptor, 2**16, os.SEEK_SET)  # what is locked cannot be read
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
+            import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
@@ -7957,6 +7943,8 @@ def run_logger(args: Sequence[str] | None = None) -> int:
     Args:
         args: The command-line arguments; by default those of the process.
     """
+    import argparse
+
     parser = argparse.ArgumentParser(prog="pytroll-logger", description="Log the messages of all publishers.")
     parser.add_argument("--nameserver", metavar="HOST", action="append", help="the same as --server")
     add_logger_arguments(parser)
@@ -8088,18 +8076,11 @@ class _CommandError(Exception):
 
 
 _AddTo = Callable[[Any], object]  # adds arguments to a parser, or to a group of one
-_Run = Callable[[argparse.Namespace], int]
+_Run = Callable[[Any], int]  # gets the options
 
 
-class _Command(NamedTuple):
-    """A command: what adds its arguments, what runs it, and its exit status if that fails."""
-
-    arguments: Sequence[_AddTo]
-    run: _Run
-    failure: int
-
-
-_commands: dict[str, _Command] = {}
+# Commands by name: what adds the arguments, what runs it, and its exit status if that fails.
+_commands: dict[str, tuple[Sequence[_AddTo], _Run, int]] = {}
 
 
 def _command(name: str, *arguments: _AddTo, failure: int = 1) -> Callable[[_Run], _Run]:
@@ -8112,15 +8093,21 @@ def _command(name: str, *arguments: _AddTo, failure: int = 1) -> Callable[[_Run]
     """
 
     def enter(run: _Run) -> _Run:
-        _commands[name] = _Command(arguments, run, failure)
+        _commands[name] = arguments, run, failure
         return run
 
     return enter
 
 
 def _option(*names: str, **settings: Any) -> _AddTo:
-    """Describe an argument, as `argparse.ArgumentParser.add_argument` does."""
-    return lambda parser: parser.add_argument(*names, **settings)
+    """Describe an argument, as `argparse.ArgumentParser.add_argument` does; without *help*, none that is shown."""
+
+    def add_to(parser: argparse.ArgumentParser) -> None:
+        import argparse
+
+        parser.add_argument(*names, **{"help": argparse.SUPPRESS, **settings})
+
+    return add_to
 
 
 _flag = partial(_option, action="store_true")
@@ -8139,21 +8126,15 @@ def _either(*options: _AddTo) -> _AddTo:
     return add_to
 
 
-class _Parser(argparse.ArgumentParser):
-    """Ends the program, if the command line is wrong, with the exit status that the command has for that."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(max(self.get_default("failure") or 0, 2), f"{self.prog}: error: {message}\n")
-
-
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser of the whole command line, and those of the commands."""
-    parser = _Parser(prog="posttroll", description="Messages between programs over ZeroMQ.")
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="posttroll", description="Messages between programs over ZeroMQ.")
     parser.add_argument("--version", action="version", version=f"posttroll {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in _commands.items():
-        first, _, rest = (command.run.__doc__ or ".").partition("\n")  # python -OO has none
+    for name, (arguments, run, _) in _commands.items():
+        first, _, rest = (run.__doc__ or ".").partition("\n")  # python -OO has none
         more, _, examples = textwrap.dedent(rest).partition("Examples:\n")
         subparser = subparsers.add_parser(
             name,
@@ -8163,11 +8144,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             formatter_class=argparse.RawDescriptionHelpFormatter,
             conflict_handler="resolve",  # what a command has of its own comes before what all have
         )
-        for add_to in (*_FOR_ALL, *command.arguments):
+        for add_to in (*_FOR_ALL, *arguments):
             add_to(subparser)
-        subparser.set_defaults(command=name, run=command.run, failure=command.failure)
+        subparser.set_defaults(command=name)
     subparsers.add_parser("nameserver", help="run the nameserver ('nameserver --help' tells more)", add_help=False)
     return parser, dict(subparsers.choices)
+
+
+def _unusable(text: str) -> Exception:
+    """Return the error that tells argparse what is wrong with a word."""
+    import argparse
+
+    return argparse.ArgumentTypeError(text)
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -8176,7 +8164,7 @@ def assignment(text: str) -> tuple[str, Any]:
     if not (key and equals) or key.replace("-", "_") not in OPTIONS:
         is_pair = key and equals
         what = f"there is no key {key!r}, see 'posttroll config'" if is_pair else f"{text!r} is not KEY=VALUE"
-        raise argparse.ArgumentTypeError(what)
+        raise _unusable(what)
     return key, parse_literal(value)
 
 
@@ -8188,7 +8176,7 @@ def _number(kind: type, least: float, most: float = 1e6) -> Callable[[str], Any]
             number = kind(text)
             if least <= number <= most:
                 return number
-        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number from {least:g} to {most:g}")
+        raise _unusable(f"{text!r} is no {'whole ' * (kind is int)}number from {least:g} to {most:g}")
 
     return read
 
@@ -8196,7 +8184,7 @@ def _number(kind: type, least: float, most: float = 1e6) -> Callable[[str], Any]
 def _name(text: str) -> str:
     """Read a name, for argparse: an empty one is a variable of a script that is not set, and would mean all."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("is a name missing? it is empty")
+        raise _unusable("is a name missing? it is empty")
     return text
 
 
@@ -8260,17 +8248,21 @@ def _run(words: Sequence[str]) -> int:
     parser, commands = _parsers()
     if not words or words[0] not in commands:
         parser.parse_args(words)  # shows help, or what is wrong
-    options = commands[words[0]].parse_intermixed_args(words[1:])
+    _, run, failure = _commands[words[0]]
+    try:
+        options = commands[words[0]].parse_intermixed_args(words[1:])
+    except SystemExit as end:  # help was shown, or the arguments are wrong
+        return max(failure, 2) if end.code else 0
     try:
         _prepare_output(options)
         _prepare_log(options)
         with config.set(dict(options.set)):
-            return cast(int, options.run(options))
+            return run(options)
     except BrokenPipeError:
         return 0
     except (_CommandError, NotImplementedError, MessageError, zmq.ZMQError, OSError, ValueError) as error:
         _talk(f"posttroll {options.command}: {error}")
-    return cast(int, options.failure)
+    return failure
 
 
 def _run_nameserver(words: list[str]) -> int:
@@ -8395,7 +8387,7 @@ def _shortened(text: str, width: int) -> str:
     _flag("--lines", help="each line of the file or stdin is a message of its own"),
     _option("--service", default="posttroll", help="name of the publisher (posttroll)"),
     _PUBLISH_PORT,
-    _repeated("--nameservers", dest="nameserver", help=argparse.SUPPRESS),  # its old name
+    _repeated("--nameservers", dest="nameserver"),  # its old name
     _seconds("--wait", 0, 10, "for subscribers"),
     _option("--subscribers", metavar="N", type=_number(int, 0), default=1, help="how many to wait for at least (1)"),
     _option("--replay", metavar="FILE", help="publish what 'subscribe --raw' has recorded (- for stdin)"),
@@ -8599,7 +8591,7 @@ def _time(text: str) -> timedelta | datetime:
         return timedelta(seconds=float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]])
     moment = parse_datetime(text)
     if moment is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a time span such as 90, 10m, 2h nor an ISO date-time")
+        raise _unusable(f"{text!r} is neither a time span such as 90, 10m, 2h nor an ISO date-time")
     return moment
 
 
@@ -8642,7 +8634,7 @@ def _condition(text: str) -> Callable[[Message], bool]:
     """Read a condition on messages, for argparse."""
     match = re.fullmatch(r"\s*([^=!<>]*[^=!<>\s])\s*([=!]=|[<>]=?(?![<>])|=(?![<>]))\s*(.*?)\s*", text, re.DOTALL)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE (or with != < > <= >= in place of =)")
+        raise _unusable(f"{text!r} is not KEY=VALUE (or with != < > <= >= in place of =)")
     name, sign, wanted = match.groups()
 
     def compared(message: Message, compare: Callable[[Any, Any], Any]) -> Any:
@@ -8659,7 +8651,7 @@ def _condition(text: str) -> Callable[[Message], bool]:
             compared(Message("/any", "any"), operator.lt)
         except TypeError:
             what = "an ISO date-time" if name == "time" else "a number of seconds"
-            raise argparse.ArgumentTypeError(f"{text!r} can never hold: {wanted!r} is not {what}") from None
+            raise _unusable(f"{text!r} can never hold: {wanted!r} is not {what}") from None
     return holds
 
 
@@ -8685,10 +8677,10 @@ class _Format(string.Formatter):
             self.names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in self.parse(text) if name is not None}
             self(Message("/any", "any"))
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {error}") from None
+            raise _unusable(f"{text!r} cannot be used: {error}") from None
         unknown = ", ".join(sorted(self.names - set(_FIELDS)))
         if not self.names <= set(_FIELDS):
-            raise argparse.ArgumentTypeError(f"there is no {{{unknown}}}, but {{{'}, {'.join(_FIELDS)}}}")
+            raise _unusable(f"there is no {{{unknown}}}, but {{{'}, {'.join(_FIELDS)}}}")
 
     def __call__(self, message: Message) -> str:
         return self.vformat(self._text, (), {"message": message})
@@ -8903,7 +8895,7 @@ def _span(seconds: float) -> str:
     _repeated("--out-nameserver", metavar="HOST", help="where to register; may be repeated; none: nowhere (multicast)"),
     _setting("--in-set", " for the end that subscribes"),
     _setting("--out-set", " for the end that publishes"),
-    _option("--role", choices=["publisher"], help=argparse.SUPPRESS),
+    _option("--role", choices=["publisher"]),
 )
 def _run_relay(options: argparse.Namespace) -> int:
     """Subscribe here, and publish the same there: between sites, networks, backends.
@@ -10596,7 +10588,7 @@ def _demo_messages() -> list[Message]:
     ]
 
 
-@_command("demo", _option("--role", choices=["subscriber"], help=argparse.SUPPRESS))
+@_command("demo", _option("--role", choices=["subscriber"]))
 def _run_demo(options: argparse.Namespace) -> int:
     """Run a nameserver, a publisher and a subscriber on this machine.
 
@@ -10723,15 +10715,17 @@ def _run_help(options: argparse.Namespace) -> int:
     return 0
 
 
-def _shown_actions(command: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Return the arguments of a command, but for those that are not told of."""
-    return [action for action in command._actions if action.help != argparse.SUPPRESS]
+def _shown_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the options of a command and its other arguments, but for those that are hidden."""
+    import argparse
+
+    return [action for action in parser._actions if action.help != argparse.SUPPRESS]
 
 
 def _manual_entries(command: argparse.ArgumentParser, are_options: bool) -> str:
     """Return what the options of a command, or its other arguments, are."""
     entries = []
-    for action in _shown_actions(command):
+    for action in _shown_arguments(command):
         if bool(action.option_strings) == are_options:
             value = "" if action.nargs == 0 else _value_name(action)
             names = ", ".join(f"{name} {value}".rstrip() for name in action.option_strings) or value
@@ -10760,7 +10754,7 @@ def _bash_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
     """Return a script that completes commands, options, and values as far as they are known; else files."""
     cases = []
     for name, parser in parsers.items():
-        shown = _shown_actions(parser)
+        shown = _shown_arguments(parser)
         by_values: dict[str, list[str]] = {}
         for action in shown:
             if action.option_strings and action.nargs != 0:
@@ -10805,7 +10799,7 @@ def _zsh_completion(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
 
     cases = []
     for name, parser in parsers.items():
-        words = [word for action in _shown_actions(parser) for word in specification(action, parser)]
+        words = [word for action in _shown_arguments(parser) for word in specification(action, parser)]
         cases.append(f"    {name}) _arguments -S {' '.join(words)} ;;")
     briefs = [f"{name}:{escaped((parser.description or name).splitlines()[0])}" for name, parser in parsers.items()]
     return f"""#compdef posttroll

@@ -981,12 +981,14 @@ class _Daemon:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nameserver", description="Tell subscribers where publishers are.")
+    description = "Tell subscribers where publishers are."
+    # To ask for the width of the terminal, with each argument, argparse imports much that a nameserver never needs.
+    width = partial(argparse.HelpFormatter, width=80)
+    parser = argparse.ArgumentParser("nameserver", None, description, allow_abbrev=False, formatter_class=width)
     parser.epilog = """examples:
   nameserver --no-multicast
   nameserver -d start -l /var/log/nameserver.log
   nameserver --set nameserver_port=5600 --local-only"""
-    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
     add = parser.add_argument
     add("-d", "--daemon", choices=["start", "stop", "status", "restart"], help="Run as a daemon")
     add("-l", "--log", help="File to log to (defaults to stdout)")
@@ -996,6 +998,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pid-file", help="file with the process id of the daemon (one for each user and port)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], type=posttroll.assignment, help="set a key")
     add("--version", action="version", version=f"nameserver of posttroll {posttroll.__version__}")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # as wide as the terminal, when help is shown
     return parser
 
 

@@ -2031,6 +2031,26 @@ class TestOwnAddress:
 # ======================================================================================================================
 
 
+class TestTimers:
+    def test_what_is_due_is_called_in_order(self):
+        """By time; of those with the same, the first that was set."""
+        called: list[str] = []
+        with contextlib.closing(posttroll.Loop()) as loop:
+            for name, when in [
+                ("b", 2),
+                ("d", 3),
+                ("a", 1),
+                ("never", float("inf")),
+                ("c", 2),
+                ("e", 3),
+                ("cancelled", 2),
+            ]:
+                timer = loop.at(when, partial(called.append, name))
+            timer.cancel()
+            loop.turn(0)
+        assert called == ["a", "b", "c", "d", "e"]
+
+
 class TestQuietSockets:
     """What is watched by its descriptor, which tells only once that something has come."""
 
@@ -8721,6 +8741,13 @@ class TestImportForms:
         code += "posttroll.ns.NameServer; print('posttroll_ns' in sys.modules)"
         with python(code) as running:
             assert finish(running)[1] == "False\nTrue\n"
+
+    def test_programs_import_only_what_they_need(self):
+        """Not what parses a command line; a nameserver not what finds out the width of a terminal."""
+        code = "import sys, posttroll; print('argparse' in sys.modules); "
+        code += "import posttroll_ns; posttroll_ns._parser(); print('shutil' in sys.modules)"
+        with python(code) as running:
+            assert finish(running)[1] == "False\nFalse\n"
 
     def test_directories_of_names(self):
         assert "Publisher" in dir(posttroll.publisher)

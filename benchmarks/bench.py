@@ -1400,7 +1400,7 @@ def measure_idle(bench: Bench) -> None:
     seconds = 10 if bench.quick else 60
     for multicast in (True, False):
         label = "with" if multicast else "without"
-        whole = bench.row(f"idle nameserver {label} multicast, {seconds} s with its start: CPU", "ms", 1.2)
+        whole = bench.row(f"idle nameserver {label} multicast, {seconds} s with its start: CPU", "ms")
         idle = bench.row("  without its start", "ms/s")
         woken = bench.row("  wake-ups", "1/s", None if multicast else 2, absolute=True)
         servers = {side.name: side.nameserver(multicast) for side in bench.sides}
@@ -1477,6 +1477,10 @@ def measure_start(bench: Bench) -> None:
         wall.add(side.name, (time.perf_counter() - start) * 1e3)
         cpu.add(side.name, (usage.ru_utime + usage.ru_stime) * 1e3)
         process.returncode = 0
+    nameserver = bench.row("start of a nameserver: CPU", "ms", 1.2)
+    for side in bench.rounds(21, 11):
+        nameserver.add(side.name, cpu_seconds(side.nameserver().pid) * 1e3)
+        side.close()
 
 
 def measure_memory(bench: Bench) -> None:
