@@ -7130,8 +7130,8 @@ class TestServicesAndTop:
             assert (status, err) == (0, "")
             assert sorted(row["answers"] for row in json.loads(out)) == [False, False, True]
             assert run_command("check", "odd")[0::2] == (2, "")
-            status, out, err = run_command("ping", "odd", "-c", 1, "--timeout", 0.1)
-            assert (status, out.count("no answer after 0.1 s")) == (1, 2)
+            status, out, err = run_command("ping", "odd", "-c", 1, "--timeout", 2)
+            assert (status, out.count("no answer after 2 s")) == (1, 2)
         assert "FAIL  nameserver a..b: the name does not resolve" in run_command("doctor", "--nameserver", "a..b")[1]
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
