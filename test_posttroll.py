@@ -17738,7 +17738,7 @@ class TestAwaiting:
 
                 with in_thread(change):
                     try:
-                        for number in range(2000):
+                        for number in range(500):
                             pub.send(text_message(number))
                             message = await sub.receive(DEADLINE)
                             assert message.data == number
