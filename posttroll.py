@@ -1429,13 +1429,14 @@ class Loop:
     def _prepare(self, deadline: float | None) -> int | None:
         """Call what is due, and return for how many milliseconds to wait, None for ever."""
         self.settle()
-        now = time.monotonic()
+        now, has_called = time.monotonic(), False
         while self._timers and (self._timers[-1].callback is None or self._timers[-1].when <= now):
             callback = self._timers.pop().callback
             if callback is not None:
                 self._guard(callback)
-        if self._calls or self.is_stopped:
-            return 0
+                has_called = True
+        if has_called or self._calls or self.is_stopped:
+            return 0  # whoever runs the loop may have been told of something
         if self._timers and (deadline is None or self._timers[-1].when < deadline):
             deadline = self._timers[-1].when
         if deadline is None:
