@@ -1435,8 +1435,10 @@ class Loop:
             if callback is not None:
                 self._guard(callback)
                 has_called = True
-        if has_called or self._calls or self.is_stopped:
-            return 0  # whoever runs the loop may have been told of something
+        if self._calls or self.is_stopped:
+            return 0
+        if has_called:
+            deadline = time.monotonic()  # soon, as whoever runs the loop may have been told of something
         if self._timers and (deadline is None or self._timers[-1].when < deadline):
             deadline = self._timers[-1].when
         if deadline is None:
@@ -4131,7 +4133,6 @@ class _Audience(_Listeners):
     ANSWERS = 100  # to questions in a second, and what is listed in each
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
     LONGEST_PAUSE = 0.1  # seconds until it is tried again whether a full queue has room
-    SHORTEST_PAUSE = 0.0005  # between two chunks, for those who send meanwhile
 
     _pause = 0.0
 
@@ -4323,7 +4324,7 @@ class _Audience(_Listeners):
         behind = [peer for peer in self.peers.values() if peer.after is not None and peer.has_asked]
         are_served = [self._hears(peer) and self._send_past(peer) for peer in behind]
         is_stuck = bool(behind) and not any(are_served)
-        self._pause = min(self._pause + 0.02, self.LONGEST_PAUSE) if is_stuck else self.SHORTEST_PAUSE
+        self._pause = min(self._pause + 0.02, self.LONGEST_PAUSE) if is_stuck else 0
         if any(peer.after is not None for peer in behind):
             self.later(self._pause, self._catch_up)
 
