@@ -5115,7 +5115,8 @@ class Publish:
         min_port: int | None = None,
         max_port: int | None = None,
     ) -> None:
-        settings = {key: value for key, value in locals().items() if key != "self"}
+        settings = dict(locals())
+        del settings["self"]
         self.publisher = create_publisher_from_dict_config(settings)
 
     def __enter__(self) -> AnyPublisher:
@@ -7555,7 +7556,8 @@ class Subscribe:
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        self._settings: dict[str, Any] = {key: value for key, value in locals().items() if key != "self"}
+        self._settings: dict[str, Any] = dict(locals())
+        del self._settings["self"]
         self._subscriber: Subscriber | None = None
         asyncio = sys.modules.get("asyncio")
         if asyncio is None or asyncio._get_running_loop() is None:
