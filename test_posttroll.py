@@ -1732,6 +1732,13 @@ class TestProperties:
         check_round_trip(data)
 
     @many
+    @given(json_data, st.sampled_from([json.encoder.c_make_encoder, None, lambda markers: None]))
+    def test_json_is_as_the_standard_library_writes_it(self, data, c_make_encoder):
+        with mock.patch.object(json.encoder, "c_make_encoder", c_make_encoder):  # not every Python has one, or this one
+            encode = posttroll._json_encoder(dt.date.isoformat)
+        assert encode(data) == json.dumps(data, default=dt.date.isoformat)
+
+    @many
     @given(st.lists(json_data, max_size=3))
     def test_json_lists(self, data):
         check_round_trip(data)
@@ -1815,7 +1822,90 @@ class TestProperties:
 
 
 # ======================================================================================================================
-# 3. Multicast sockets
+# 3. The loop
+# ======================================================================================================================
+
+
+class TestTimers:
+    def test_what_is_due_is_called_in_order(self):
+        """By time; of those with the same, the first that was set."""
+        called: list[str] = []
+        with contextlib.closing(posttroll.Loop()) as loop:
+            for name, when in [
+                ("b", 2),
+                ("d", 3),
+                ("a", 1),
+                ("never", float("inf")),
+                ("c", 2),
+                ("e", 3),
+                ("cancelled", 2),
+            ]:
+                timer = loop.at(when, partial(called.append, name))
+            timer.cancel()
+            loop.turn(0)
+        assert called == ["a", "b", "c", "d", "e"]
+
+    def test_who_runs_the_loop_sees_what_a_timer_has_done_before_it_waits(self):
+        called: list[str] = []
+        with contextlib.closing(posttroll.Loop()) as loop:
+            loop.at(0, partial(called.append, "due"))
+            try:
+                with in_thread(loop.turn):
+                    wait_for(lambda: called)
+            finally:
+                loop.wake()
+
+
+class TestQuietSockets:
+    """What is watched by its descriptor, which tells only once that something has come."""
+
+    @pytest.fixture
+    def pair(self):
+        """Give a loop, a socket whose messages it collects, and its other end, which has sent 200 before."""
+        context = posttroll.get_context()
+        with contextlib.closing(posttroll.Loop()) as loop, contextlib.closing(context.socket(zmq.PAIR)) as sender:
+            sender.linger = 0
+            sender.bind("inproc://quiet")
+            sock = context.socket(zmq.PAIR)
+            sock.connect("inproc://quiet")
+            came: list[bytes] = []
+
+            def take() -> None:
+                with contextlib.suppress(zmq.Again):
+                    while True:
+                        came.append(sock.recv(zmq.NOBLOCK))
+
+            for _ in range(200):
+                sender.send(b"before")
+            loop.watch_quiet(sock, take)
+            yield loop, sock, sender, came
+            sock.close()
+
+    def test_all_that_comes(self, pair):
+        loop, _, sender, came = pair
+        wait_for(lambda: loop.turn(time.monotonic() + 0.01) or len(came) == 200)
+        for count in range(201, 220):
+            sender.send(b"after")
+            wait_for(lambda: loop.turn(time.monotonic() + 0.01) or len(came) == count)  # noqa: B023
+
+    def test_one_that_is_watched_no_longer(self, pair):
+        loop, sock, sender, came = pair
+        loop.unwatch(sock)
+        loop.unwatch(sock)
+        del came[:]
+        sender.send(b"after")
+        for _ in range(3):
+            loop.turn(time.monotonic() + 0.01)
+        assert came == []
+
+    def test_it_is_closed_with_the_loop(self, pair):
+        loop, sock, *_ = pair
+        loop.close()
+        assert sock.closed
+
+
+# ======================================================================================================================
+# 4. Multicast sockets
 # ======================================================================================================================
 
 
@@ -2027,86 +2117,8 @@ class TestOwnAddress:
 
 
 # ======================================================================================================================
-# 4. ZeroMQ sockets
+# 5. ZeroMQ sockets
 # ======================================================================================================================
-
-
-class TestTimers:
-    def test_what_is_due_is_called_in_order(self):
-        """By time; of those with the same, the first that was set."""
-        called: list[str] = []
-        with contextlib.closing(posttroll.Loop()) as loop:
-            for name, when in [
-                ("b", 2),
-                ("d", 3),
-                ("a", 1),
-                ("never", float("inf")),
-                ("c", 2),
-                ("e", 3),
-                ("cancelled", 2),
-            ]:
-                timer = loop.at(when, partial(called.append, name))
-            timer.cancel()
-            loop.turn(0)
-        assert called == ["a", "b", "c", "d", "e"]
-
-    def test_who_runs_the_loop_sees_what_a_timer_has_done_before_it_waits(self):
-        called: list[str] = []
-        with contextlib.closing(posttroll.Loop()) as loop:
-            loop.at(0, partial(called.append, "due"))
-            try:
-                with in_thread(loop.turn):
-                    wait_for(lambda: called)
-            finally:
-                loop.wake()
-
-
-class TestQuietSockets:
-    """What is watched by its descriptor, which tells only once that something has come."""
-
-    @pytest.fixture
-    def pair(self):
-        """Give a loop, a socket whose messages it collects, and its other end, which has sent 200 before."""
-        context = posttroll.get_context()
-        with contextlib.closing(posttroll.Loop()) as loop, contextlib.closing(context.socket(zmq.PAIR)) as sender:
-            sender.linger = 0
-            sender.bind("inproc://quiet")
-            sock = context.socket(zmq.PAIR)
-            sock.connect("inproc://quiet")
-            came: list[bytes] = []
-
-            def take() -> None:
-                with contextlib.suppress(zmq.Again):
-                    while True:
-                        came.append(sock.recv(zmq.NOBLOCK))
-
-            for _ in range(200):
-                sender.send(b"before")
-            loop.watch_quiet(sock, take)
-            yield loop, sock, sender, came
-            sock.close()
-
-    def test_all_that_comes(self, pair):
-        loop, _, sender, came = pair
-        wait_for(lambda: loop.turn(time.monotonic() + 0.01) or len(came) == 200)
-        for count in range(201, 220):
-            sender.send(b"after")
-            wait_for(lambda: loop.turn(time.monotonic() + 0.01) or len(came) == count)  # noqa: B023
-
-    def test_one_that_is_watched_no_longer(self, pair):
-        loop, sock, sender, came = pair
-        loop.unwatch(sock)
-        loop.unwatch(sock)
-        del came[:]
-        sender.send(b"after")
-        for _ in range(3):
-            loop.turn(time.monotonic() + 0.01)
-        assert came == []
-
-    def test_it_is_closed_with_the_loop(self, pair):
-        loop, sock, *_ = pair
-        loop.close()
-        assert sock.closed
 
 
 class TestContexts:
@@ -2466,19 +2478,6 @@ class TestPortRanges:
             posttroll.Publisher("tcp://*:0", min_port=low, max_port=high).start()
 
 
-class TestAccessWithOldReleasesOfPyzmq:
-    """ZAP_ENFORCE_DOMAIN, 93 in libzmq's zmq.h, has no name in pyzmq before release 23."""
-
-    @pytest.mark.parametrize("local_only", [True, False])
-    def test_nobody_gets_in_while_nobody_answers(self, local_only):
-        sock, _, rules = posttroll.set_up_server_socket(zmq.REP, "tcp://127.0.0.1:0", local_only=local_only)
-        assert sock.getsockopt(93) == local_only
-        sock.close(0)
-        if rules is not None:
-            rules.stop()
-        assert (rules is not None) == local_only
-
-
 class TestNumbersAndNames:
     """In brackets only an IPv6 address, and ZeroMQ is handed numbers only: it resolves names where it serves all."""
 
@@ -2804,7 +2803,25 @@ for message in posttroll.Subscribe(addresses=addresses, **names).subscriber:
 
 
 # ======================================================================================================================
-# 5. Asking the nameserver
+# 6. Keys and access; on several hosts see further below
+# ======================================================================================================================
+
+
+class TestAccessWithOldReleasesOfPyzmq:
+    """ZAP_ENFORCE_DOMAIN, 93 in libzmq's zmq.h, has no name in pyzmq before release 23."""
+
+    @pytest.mark.parametrize("local_only", [True, False])
+    def test_nobody_gets_in_while_nobody_answers(self, local_only):
+        sock, _, rules = posttroll.set_up_server_socket(zmq.REP, "tcp://127.0.0.1:0", local_only=local_only)
+        assert sock.getsockopt(93) == local_only
+        sock.close(0)
+        if rules is not None:
+            rules.stop()
+        assert (rules is not None) == local_only
+
+
+# ======================================================================================================================
+# 7. Asking the nameserver
 # ======================================================================================================================
 
 
@@ -2964,7 +2981,7 @@ class TestAskingTheNameserver:
 
 
 # ======================================================================================================================
-# 6. Announcing an address
+# 8. Announcing an address
 # ======================================================================================================================
 
 
@@ -3315,7 +3332,7 @@ class TestAddressBroadcasters:
 
 
 # ======================================================================================================================
-# 7. Publishing
+# 9. Publishing
 # ======================================================================================================================
 
 
@@ -4024,7 +4041,174 @@ class TestPublishAndItsFactory:
 
 
 # ======================================================================================================================
-# 8. Subscribing
+# 10. Connections; on several hosts see further below, under Catching up
+# ======================================================================================================================
+
+
+class TestGivenUpConnections:
+    """ZeroMQ gives a connection up for good when the other side breaks the protocol."""
+
+    def test_a_publisher_is_heard_after_another_program_had_its_port(self, monkeypatch):
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.2)
+        port = free_port()
+        with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as subscriber:
+            with zmq.Context() as context, context.socket(zmq.REP) as other:
+                monitor = other.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                other.bind(f"tcp://*:{port}")
+                assert monitor.poll(DEADLINE * 1000)  # it has been connected, and has been given up
+                other.disable_monitor()
+                monitor.close(0)
+            next(subscriber.recv(timeout=0.1))
+            with posttroll.Publisher(f"tcp://*:{port}") as publisher:
+
+                def is_heard() -> bool:
+                    publisher.send(posttroll.Message("/a", "info", "x"))
+                    return next(subscriber.recv(timeout=0.05)) is not None
+
+                wait_for(is_heard)
+
+    def test_a_connection_that_is_given_up_each_time_is_renewed_more_and_more_seldom(self, monkeypatch):
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.01)
+        monkeypatch.setattr(posttroll._Connections, "LONGEST_RENEWAL", 0.04)
+        with zmq.Context() as context, context.socket(zmq.REP) as other:
+            address = f"tcp://127.0.0.1:{other.bind_to_random_port('tcp://*')}"
+            with posttroll.Subscriber([address]) as subscriber:
+
+                def pauses() -> list[float]:
+                    next(subscriber.recv(timeout=0.01))
+                    return [link.pause for link in subscriber._connections._links.values()]
+
+                wait_for(lambda: pauses() == [0.04])
+                assert subscriber.addresses == [address]
+
+
+WITHOUT_OWN_TWINS = posttroll._without_own_twins
+
+
+class TestNamesWithSeveralAddresses:
+    """As that of a headless service of Kubernetes, which stands for all its pods, or of a host on several networks."""
+
+    @pytest.fixture(autouse=True)
+    def names(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+        """What names stand for; it may change, and is looked up often.  The loopback network stands for others."""
+        names: dict[str, list[str]] = {}
+        resolve = socket.getaddrinfo
+
+        def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+            if host not in names:
+                return resolve(host, *args, **kwargs)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 0)) for number in names[host]]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(posttroll, "_without_own_twins", lambda endpoints: endpoints)
+        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.05)
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.1)
+        monkeypatch.setattr(posttroll._Connections, "LOOK_AGAIN", 1.05)
+        return names
+
+    @staticmethod
+    def connected(subscriber: posttroll.Subscriber) -> list[str]:
+        """Return the hosts that it is connected to."""
+        subscriber_links = subscriber._connections._links
+        return sorted(endpoint[6:].partition(":")[0] for (_, endpoint), link in subscriber_links.items() if link.is_up)
+
+    @staticmethod
+    def until(subscriber: posttroll.Subscriber, condition: Callable[[], Any]) -> list[Any]:
+        """Receive until *condition* holds; return the data of what came."""
+        messages: list[Any] = []
+        wait_for(lambda: messages.append(next(subscriber.recv(0.02))) or condition())
+        return [message.data for message in messages if message is not None]
+
+    def test_all_are_connected(self, names):
+        port = free_port()
+        names["pods"] = hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+        with contextlib.ExitStack() as stack:
+            publishers = [stack.enter_context(posttroll.Publisher(f"tcp://{host}:{port}")) for host in hosts]
+            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
+            self.until(sub, lambda: self.connected(sub) == hosts)
+            for number, publisher in enumerate(publishers):
+                publisher.wait_for_subscribers(1, DEADLINE)
+                publisher.send(Message("/a", "b", number))
+            assert sorted(message.data for message in receive(sub, 3)) == [0, 1, 2]
+            assert sub.addresses == [f"tcp://pods:{port}"]
+            sub.remove(f"tcp://pods:{port}")
+            assert sub.subscribers == []
+            wait_for(lambda: not any(publisher.subscriber_count for publisher in publishers))
+
+    def test_they_come_and_go(self, names):
+        port = free_port()
+        names["pods"] = ["127.0.0.2"]
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.2:{port}"))
+            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2"])
+            second = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.3:{port}"))
+            names["pods"] = ["127.0.0.3", "127.0.0.2"]
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"])
+            names["pods"] = ["127.0.0.3"]
+            wait_for(lambda: len(sub._connections._names[f"tcp://pods:{port}"].endpoints) == 1 or next(sub.recv(0.02)))
+            self.until(sub, lambda: True)
+            for number in range(500):  # it is not in the name any more, but it lives
+                first.send(Message("/a", "b", number))
+                second.send(Message("/a", "b", -1))
+            first.stop()
+            heard = self.until(sub, lambda: len(sub._connections._connected[f"tcp://pods:{port}"]) == 1)
+            heard += [message.data for message in receive(sub, 1000 - len(heard))]
+            assert [number for number in heard if number >= 0] == list(range(500))
+            assert len(heard) == 1000
+            assert self.connected(sub) == ["127.0.0.3"]
+            third = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.4:{port}"))
+            names["pods"] = ["127.0.0.4", "127.0.0.3"]
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.3", "127.0.0.4"])
+            assert len(sub.subscribers) == 2  # the socket of the one that has gone is used again
+            third.send(Message("/a", "b", "third"))
+            assert receive(sub)[0].data == "third"
+
+    def test_a_host_with_several_addresses_is_heard_once(self, names):
+        port = free_port()
+        names["host"] = ["127.0.0.2", "127.0.0.3"]
+        with posttroll.Publisher(f"tcp://*:{port}") as pub, posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"] and pub.subscriber_count == 2)
+            messages = [Message("/a", "b", number) for number in range(200)]
+            for message in messages:
+                pub.send(message)
+            pub.send(messages[-1])  # on purpose
+            pub.send(Message("/a", "b", "end"))
+            heard = self.until(sub, lambda: sub._inbox._streams == [] and not sub._inbox.accepted)
+            heard += [message.data for message in receive(sub, 202 - len(heard), 5)]
+            assert heard == [*range(200), 199, "end"]
+            pub.send(Message("/a", "b", "the last"))
+            assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
+
+    def test_many_names_have_their_turn(self, names, monkeypatch):
+        """However many are asked for at once: here one, and each takes a while."""
+        monkeypatch.setattr(posttroll._Resolution, "_free_threads", threading.Semaphore(1))
+        monkeypatch.setattr(posttroll._Connections, "ASK_SOON", 0.05)
+        port = free_port()
+        all_names = [f"name{number}" for number in range(30)]
+        names.update({name: ["127.0.0.2"] for name in all_names})
+        with posttroll.Publisher(f"tcp://*:{port}"):
+            with posttroll.Subscriber([f"tcp://{name}:{port}" for name in all_names]) as sub:
+                resolutions = sub._connections._names
+                self.until(sub, lambda: all(resolution.endpoints for resolution in resolutions.values()))
+                monkeypatch.setattr(posttroll._Connections, "RENEWAL", 100)
+                names.update({name: ["127.0.0.2", "127.0.0.3"] for name in all_names})
+                self.until(sub, lambda: all(len(resolution.endpoints) == 2 for resolution in resolutions.values()))
+
+    def test_of_its_own_addresses_a_host_uses_one(self, names, monkeypatch):
+        port = free_port()
+        monkeypatch.setattr(posttroll, "_without_own_twins", WITHOUT_OWN_TWINS)
+        monkeypatch.setattr(posttroll, "is_own_address", lambda address: address != "127.0.0.4")
+        names["host"] = ["127.0.0.3", "127.0.0.4", "127.0.0.2"]
+        with posttroll.Publisher(f"tcp://*:{port}"), posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
+            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.4"])
+            names["host"] = ["127.0.0.2", "127.0.0.4", "127.0.0.3"]
+            self.until(sub, lambda: sub._connections._timer is not None)
+            assert self.connected(sub) == ["127.0.0.2", "127.0.0.4"]
+
+
+# ======================================================================================================================
+# 11. Subscribing
 # ======================================================================================================================
 
 
@@ -5053,7 +5237,7 @@ class TestFollowing:
 
 
 # ======================================================================================================================
-# 9. Listening
+# 12. Listening
 # ======================================================================================================================
 
 
@@ -5232,170 +5416,8 @@ class TestListener:
                 listener.stop()
 
 
-class TestGivenUpConnections:
-    """ZeroMQ gives a connection up for good when the other side breaks the protocol."""
-
-    def test_a_publisher_is_heard_after_another_program_had_its_port(self, monkeypatch):
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.2)
-        port = free_port()
-        with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as subscriber:
-            with zmq.Context() as context, context.socket(zmq.REP) as other:
-                monitor = other.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-                other.bind(f"tcp://*:{port}")
-                assert monitor.poll(DEADLINE * 1000)  # it has been connected, and has been given up
-                other.disable_monitor()
-                monitor.close(0)
-            next(subscriber.recv(timeout=0.1))
-            with posttroll.Publisher(f"tcp://*:{port}") as publisher:
-
-                def is_heard() -> bool:
-                    publisher.send(posttroll.Message("/a", "info", "x"))
-                    return next(subscriber.recv(timeout=0.05)) is not None
-
-                wait_for(is_heard)
-
-    def test_a_connection_that_is_given_up_each_time_is_renewed_more_and_more_seldom(self, monkeypatch):
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.01)
-        monkeypatch.setattr(posttroll._Connections, "LONGEST_RENEWAL", 0.04)
-        with zmq.Context() as context, context.socket(zmq.REP) as other:
-            address = f"tcp://127.0.0.1:{other.bind_to_random_port('tcp://*')}"
-            with posttroll.Subscriber([address]) as subscriber:
-
-                def pauses() -> list[float]:
-                    next(subscriber.recv(timeout=0.01))
-                    return [link.pause for link in subscriber._connections._links.values()]
-
-                wait_for(lambda: pauses() == [0.04])
-                assert subscriber.addresses == [address]
-
-
-WITHOUT_OWN_TWINS = posttroll._without_own_twins
-
-
-class TestNamesWithSeveralAddresses:
-    """As that of a headless service of Kubernetes, which stands for all its pods, or of a host on several networks."""
-
-    @pytest.fixture(autouse=True)
-    def names(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-        """What names stand for; it may change, and is looked up often.  The loopback network stands for others."""
-        names: dict[str, list[str]] = {}
-        resolve = socket.getaddrinfo
-
-        def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
-            if host not in names:
-                return resolve(host, *args, **kwargs)
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 0)) for number in names[host]]
-
-        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-        monkeypatch.setattr(posttroll, "_without_own_twins", lambda endpoints: endpoints)
-        monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.05)
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.1)
-        monkeypatch.setattr(posttroll._Connections, "LOOK_AGAIN", 1.05)
-        return names
-
-    @staticmethod
-    def connected(subscriber: posttroll.Subscriber) -> list[str]:
-        """Return the hosts that it is connected to."""
-        subscriber_links = subscriber._connections._links
-        return sorted(endpoint[6:].partition(":")[0] for (_, endpoint), link in subscriber_links.items() if link.is_up)
-
-    @staticmethod
-    def until(subscriber: posttroll.Subscriber, condition: Callable[[], Any]) -> list[Any]:
-        """Receive until *condition* holds; return the data of what came."""
-        messages: list[Any] = []
-        wait_for(lambda: messages.append(next(subscriber.recv(0.02))) or condition())
-        return [message.data for message in messages if message is not None]
-
-    def test_all_are_connected(self, names):
-        port = free_port()
-        names["pods"] = hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
-        with contextlib.ExitStack() as stack:
-            publishers = [stack.enter_context(posttroll.Publisher(f"tcp://{host}:{port}")) for host in hosts]
-            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
-            self.until(sub, lambda: self.connected(sub) == hosts)
-            for number, publisher in enumerate(publishers):
-                publisher.wait_for_subscribers(1, DEADLINE)
-                publisher.send(Message("/a", "b", number))
-            assert sorted(message.data for message in receive(sub, 3)) == [0, 1, 2]
-            assert sub.addresses == [f"tcp://pods:{port}"]
-            sub.remove(f"tcp://pods:{port}")
-            assert sub.subscribers == []
-            wait_for(lambda: not any(publisher.subscriber_count for publisher in publishers))
-
-    def test_they_come_and_go(self, names):
-        port = free_port()
-        names["pods"] = ["127.0.0.2"]
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.2:{port}"))
-            sub = stack.enter_context(posttroll.Subscriber([f"tcp://pods:{port}"]))
-            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2"])
-            second = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.3:{port}"))
-            names["pods"] = ["127.0.0.3", "127.0.0.2"]
-            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"])
-            names["pods"] = ["127.0.0.3"]
-            wait_for(lambda: len(sub._connections._names[f"tcp://pods:{port}"].endpoints) == 1 or next(sub.recv(0.02)))
-            self.until(sub, lambda: True)
-            for number in range(500):  # it is not in the name any more, but it lives
-                first.send(Message("/a", "b", number))
-                second.send(Message("/a", "b", -1))
-            first.stop()
-            heard = self.until(sub, lambda: len(sub._connections._connected[f"tcp://pods:{port}"]) == 1)
-            heard += [message.data for message in receive(sub, 1000 - len(heard))]
-            assert [number for number in heard if number >= 0] == list(range(500))
-            assert len(heard) == 1000
-            assert self.connected(sub) == ["127.0.0.3"]
-            third = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.4:{port}"))
-            names["pods"] = ["127.0.0.4", "127.0.0.3"]
-            self.until(sub, lambda: self.connected(sub) == ["127.0.0.3", "127.0.0.4"])
-            assert len(sub.subscribers) == 2  # the socket of the one that has gone is used again
-            third.send(Message("/a", "b", "third"))
-            assert receive(sub)[0].data == "third"
-
-    def test_a_host_with_several_addresses_is_heard_once(self, names):
-        port = free_port()
-        names["host"] = ["127.0.0.2", "127.0.0.3"]
-        with posttroll.Publisher(f"tcp://*:{port}") as pub, posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
-            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"] and pub.subscriber_count == 2)
-            messages = [Message("/a", "b", number) for number in range(200)]
-            for message in messages:
-                pub.send(message)
-            pub.send(messages[-1])  # on purpose
-            pub.send(Message("/a", "b", "end"))
-            heard = self.until(sub, lambda: sub._inbox._streams == [] and not sub._inbox.accepted)
-            heard += [message.data for message in receive(sub, 202 - len(heard), 5)]
-            assert heard == [*range(200), 199, "end"]
-            pub.send(Message("/a", "b", "the last"))
-            assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
-
-    def test_many_names_have_their_turn(self, names, monkeypatch):
-        """However many are asked for at once: here one, and each takes a while."""
-        monkeypatch.setattr(posttroll._Resolution, "_free_threads", threading.Semaphore(1))
-        monkeypatch.setattr(posttroll._Connections, "ASK_SOON", 0.05)
-        port = free_port()
-        all_names = [f"name{number}" for number in range(30)]
-        names.update({name: ["127.0.0.2"] for name in all_names})
-        with posttroll.Publisher(f"tcp://*:{port}"):
-            with posttroll.Subscriber([f"tcp://{name}:{port}" for name in all_names]) as sub:
-                resolutions = sub._connections._names
-                self.until(sub, lambda: all(resolution.endpoints for resolution in resolutions.values()))
-                monkeypatch.setattr(posttroll._Connections, "RENEWAL", 100)
-                names.update({name: ["127.0.0.2", "127.0.0.3"] for name in all_names})
-                self.until(sub, lambda: all(len(resolution.endpoints) == 2 for resolution in resolutions.values()))
-
-    def test_of_its_own_addresses_a_host_uses_one(self, names, monkeypatch):
-        port = free_port()
-        monkeypatch.setattr(posttroll, "_without_own_twins", WITHOUT_OWN_TWINS)
-        monkeypatch.setattr(posttroll, "is_own_address", lambda address: address != "127.0.0.4")
-        names["host"] = ["127.0.0.3", "127.0.0.4", "127.0.0.2"]
-        with posttroll.Publisher(f"tcp://*:{port}"), posttroll.Subscriber([f"tcp://host:{port}"]) as sub:
-            self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.4"])
-            names["host"] = ["127.0.0.2", "127.0.0.4", "127.0.0.3"]
-            self.until(sub, lambda: sub._connections._timer is not None)
-            assert self.connected(sub) == ["127.0.0.2", "127.0.0.4"]
-
-
 # ======================================================================================================================
-# 10. Logging over messages
+# 13. Logging over messages
 # ======================================================================================================================
 
 
@@ -5637,7 +5659,7 @@ def text_of_log(text: str) -> str:
 
 
 # ======================================================================================================================
-# 11. Testing helpers
+# 14. Testing helpers
 # ======================================================================================================================
 
 
@@ -5742,7 +5764,7 @@ class TestPatchedPublisher:
 
 
 # ======================================================================================================================
-# 12. Command line
+# 15. Command line
 # ======================================================================================================================
 
 
@@ -8416,7 +8438,7 @@ class TestDemo:
 
 
 # ======================================================================================================================
-# 13. Documented import paths
+# 16. Documented import paths
 # ======================================================================================================================
 
 PATHS = [
