@@ -268,11 +268,16 @@ def floor_lookup(service: str) -> Any:
 # ======================================================================================================================
 
 
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return int(sock.getsockname()[1])
+def free_ports() -> Iterator[int]:
+    """Yield ports that are free, and that the system does not give to outgoing connections before they are used."""
+    for port in random.sample(range(10000, 32000), 22000):
+        with socket.socket() as sock:
+            is_free = sock.connect_ex(("127.0.0.1", port)) != 0
+        if is_free:
+            yield port
+
+
+PORTS = free_ports()
 
 
 class Counter:
@@ -1006,10 +1011,8 @@ class Side:
             self.environment.pop(unwanted, None)
         if path is not None:
             self.environment["PYTHONPATH"] = path
-        ports = {
-            key: str(free_port())
-            for key in ("NAMESERVER_PORT", "ADDRESS_PUBLISH_PORT", "BROADCAST_PORT", "BROKER_PORT")
-        }
+        keys = ("NAMESERVER_PORT", "ADDRESS_PUBLISH_PORT", "BROADCAST_PORT", "BROKER_PORT")
+        ports = {key: str(port) for key, port in zip(keys, PORTS)}
         group = f"239.{random.randrange(256)}.{random.randrange(256)}.{random.randrange(1, 255)}"
         settings = {**ports, "MC_GROUP": group, "MULTICAST_INTERFACE": "127.0.0.1"}
         self.environment.update({"POSTTROLL_" + key: text for key, text in settings.items()})
