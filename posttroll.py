@@ -7990,7 +7990,7 @@ def run_logger_command(options: argparse.Namespace) -> int:
     is_colored = not options.rotated and wants_color(sys.stdout)
     handler.setFormatter(ColoredFormatter(LOG_FORMAT, use_color=is_colored))
     if not options.rotated:
-        handler.addFilter(_make_printable)
+        handler.addFilter(make_printable)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
@@ -8006,7 +8006,7 @@ def run_logger_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _make_printable(record: logging.LogRecord) -> bool:
+def make_printable(record: logging.LogRecord) -> bool:
     """Escape in a record what a terminal would obey; for `logging.Handler.addFilter`."""
     record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
     record.name = printable(record.name)
@@ -9921,7 +9921,7 @@ class _Check:
         """Return what the nameservers know of the services, of all (by the name "") if there are none but wanted."""
         silent = self._options.silent is not None
         wanted = services or ([""] if silent else ["posttroll-check"])  # any answer is one
-        hosts = ["127.0.0.1"] if self._options.local else _nameservers(self._options)
+        hosts = [loopback_address()] if self._options.local else _nameservers(self._options)
         found: dict[str, dict[str, _Service]] = {name: {} for name in wanted}
         down, start = [], time.monotonic()
         for index, host in enumerate(hosts):
@@ -10528,6 +10528,11 @@ class _Doctor:
             finding = "without a nameserver that answers" if hosts != [] else "as publishers are announced nowhere"
             remedy = "fine if all subscribers have addresses; else see nameserver and nameservers in posttroll config"
             self.say("note", "round trip", f"not tried, {finding}", remedy)
+            return
+        own_keys = ("server_secret_key_file", "clients_public_keys_directory")
+        if configured_backend() == "secure_zmq" and not all(map(config.get, own_keys)):
+            remedy = f"fine if none is to run here; else set {' and '.join(own_keys)}"
+            self.say("note", "round trip", "not tried, a publisher has no keys here", remedy)
             return
         name = f"posttroll-doctor-{os.getpid()}"
         with Publish(name, nameservers=None if self.multicast else hosts or self._answering) as publisher:

@@ -73,6 +73,12 @@ class _Entry:
         self.extras = extras
         self.heard = 0.0
 
+    @property
+    def weight(self) -> int:
+        """How many ordinary publishers take as much memory; only long names, or dozens of them, make it more than 1."""
+        names = (self.address, self.name, *self.services)
+        return 1 + (sum(map(sys.getsizeof, names)) + 300 * len(self.services)) // 4096
+
     def describe(self, clock: float) -> dict[str, Any]:
         """Return the entry as it goes into an answer.
 
@@ -104,7 +110,8 @@ class AddressBook:
 
     Args:
         max_age: Seconds after which a publisher that is not announced any more is forgotten.
-        limit: How many publishers are kept; by default the configured `max_services`.
+        limit: How many publishers are kept, fewer if they have many or long names; by default the configured
+            `max_services`.
     """
 
     MAX_SERVICES = 1000  # of one publisher
@@ -116,6 +123,7 @@ class AddressBook:
         self.limit = posttroll.config.get("max_services") if limit is None else limit
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._by_service: dict[str, dict[str, _Entry]] = {}
+        self._weight = 0
         self.changes = 0  # how many times a publisher has come or gone
 
     def __len__(self) -> int:
@@ -166,32 +174,39 @@ class AddressBook:
         """
         entry.heard = time.monotonic()
         known = self._entries.get(entry.address)
-        if known is None and len(self._entries) >= self.limit:
-            self._make_room()
         if known is not None and _content(known) == _content(entry):
             known.heard = entry.heard
             self._entries.move_to_end(entry.address)
             return False
+        self._make_room_for(entry)
         if known is not None:
             self.remove(known.address)
         self.changes += 1
+        self._weight += entry.weight
         self._entries[entry.address] = entry
         for service in entry.services:
             self._by_service.setdefault(service, {})[entry.address] = entry
         return True
 
-    def _make_room(self) -> None:
-        """Forget the publisher that has been silent for the longest time, if it was long."""
-        oldest = next(iter(self._entries.values()), None)
-        if oldest is None or time.monotonic() - oldest.heard < self.GRACE:
-            raise AnnouncementError(f"there are {self.limit} publishers already (see max_services)")
-        self.remove(oldest.address)
+    def _make_room_for(self, entry: _Entry) -> None:
+        """Forget publishers that have been silent for long, the longest first, as long as there is no room."""
+        while True:
+            known = self._entries.get(entry.address)
+            if self._weight - (0 if known is None else known.weight) + entry.weight <= self.limit:
+                return
+            oldest = next(iter(self._entries.values()), None)
+            if oldest is None or time.monotonic() - oldest.heard < self.GRACE:
+                raise AnnouncementError(f"there are {len(self._entries)} publishers already (see max_services)")
+            self.remove(oldest.address)
 
     def remove(self, address: str) -> _Entry | None:
         """Forget the publisher at *address*."""
         self.changes += 1
         entry = self._entries.pop(address, None)
-        for service in entry.services if entry is not None else ():
+        if entry is None:
+            return None
+        self._weight -= entry.weight
+        for service in entry.services:
             addresses = self._by_service.get(service, {})
             addresses.pop(address, None)
             if not addresses:
@@ -499,6 +514,7 @@ class AddressReceiver:
             publisher.local_only = self._local_only
             publisher.keeps_history = False  # who was away asks for the addresses
             publisher.heartbeat_interval = 0  # it has its own, which readers of any age understand
+            publisher.LINGER_SECONDS = 1.0  # so a reader that is gone does not hold up a restart
         return publisher
 
     # -- taking announcements --
@@ -773,6 +789,7 @@ def setup_logging(opts: Any) -> logging.Logger:
     """
     handler = posttroll.log_handler(opts.log)
     handler.setFormatter(logging.Formatter(posttroll.LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(posttroll.make_printable)  # names come from anybody
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if opts.verbose else logging.INFO)
@@ -841,10 +858,20 @@ def _tell_systemd_ready() -> None:
         logging.getLogger("nameserver").warning("Cannot tell systemd at %s that it is ready: %s", address, error)
 
 
+def _fill_standard_descriptors() -> None:
+    """Open those of the descriptors 0 to 2 that are closed, so that no other file gets one of these numbers."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+
+
 class _Daemon:
     """The nameserver in the background, found again by its pid file."""
 
     STOP_SECONDS = 10
+    READY = "\0"  # what it tells its starter when it serves; text before that is not for the program, but its user
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -901,17 +928,17 @@ class _Daemon:
         if pid is not None:
             print(f"nameserver: already running (process {pid})", file=sys.stderr)
             return 1
+        _fill_standard_descriptors()
         read_end, write_end = os.pipe()
         child = os.fork()
         if child:
             os.close(write_end)
             with os.fdopen(read_end, "rb") as stream:
-                report = stream.read().decode()
+                text, ready, _ = stream.read().decode(errors="replace").partition(self.READY)
             os.waitpid(child, 0)
-            if report == "ready":
-                return 0
-            print(report.strip() or "nameserver: the daemon has not started", file=sys.stderr)
-            return 1
+            if text.strip() or not ready:
+                print(text.strip() or "nameserver: the daemon has not started", file=sys.stderr)
+            return 0 if ready else 1
         status = 1
         try:
             os.close(read_end)
@@ -940,7 +967,7 @@ class _Daemon:
         os.dup2(write_end, 2)  # until it is ready, what it has to say goes to whoever started it
 
         def when_ready() -> None:
-            os.write(write_end, b"ready")
+            os.write(write_end, self.READY.encode())
             os.close(write_end)
             os.dup2(null, 2)
 

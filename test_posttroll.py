@@ -8364,6 +8364,15 @@ class TestDoctor:
         assert status == 1
         assert "it speaks CURVE, this program NULL" in out
 
+    @pytest.mark.parametrize("missing", ["SERVER_SECRET_KEY_FILE", "CLIENTS_PUBLIC_KEYS_DIRECTORY"])
+    def test_a_host_that_only_subscribes(self, keys, monkeypatch, missing):
+        """It has no keys of a publisher, and shall have none."""
+        with nameserver_process("--no-multicast"):
+            monkeypatch.delenv("POSTTROLL_" + missing)
+            status, out, _ = run_command("doctor", "--no-multicast")
+        assert (status, "FAIL" in out) == (0, False), out
+        assert re.search("note  round trip: not tried, .*keys", out)
+
     def test_a_publisher_that_cannot_be_reached(self):
         """The nameserver takes its registration, but tells of an address where nothing comes from."""
         with contextlib.ExitStack() as world:
@@ -9582,6 +9591,24 @@ class TestAddressBook:
         assert not self.add(book, "tcp://h:1")  # those that are known stay
         assert len(book) == 3
 
+    def test_those_with_a_thousand_long_names_count_for_more(self):
+        """Else the nameserver would take gigabytes before it reaches its limit."""
+        book = posttroll_ns.AddressBook(10, limit=1000)
+        many = [f"{number:_>511}\U0001f6f0" for number in range(book.MAX_SERVICES)]
+        with pytest.raises(posttroll_ns.AnnouncementError, match=r"there are [1-3] publishers already"):
+            for number in range(1, 5):
+                self.add(book, f"tcp://h:{number}", many)  # takes over 2 MB
+        for address in self.addresses(book):
+            book.remove(address)
+        for number in range(1000):  # there is room again for as many as before
+            self.add(book, f"tcp://h:{number + 1}", tuple("abcdefgh"))
+        with pytest.raises(posttroll_ns.AnnouncementError, match="there are 1000 publishers already"):
+            self.add(book, "tcp://h:2000")
+        with pytest.raises(posttroll_ns.AnnouncementError, match="there are 1000 publishers already"):
+            self.add(book, "tcp://h:7", many)
+        assert "tcp://h:7" in self.addresses(book, "a")  # it is as it was
+        assert self.add(book, "tcp://h:7", ("b",))
+
     def test_silent_ones_make_room(self, monkeypatch):
         monkeypatch.setattr(posttroll_ns.AddressBook, "GRACE", 0.0)
         book = posttroll_ns.AddressBook(10, limit=2)
@@ -9976,6 +10003,13 @@ class TestNameserverCommand:
         assert value in line
         assert "Traceback" not in out
 
+    def test_names_cannot_give_orders_to_the_terminal(self):
+        with nameserver_process("--no-multicast") as running, zmq.Context() as context, context.socket(zmq.REQ) as sock:
+            sock.connect(f"tcp://127.0.0.1:{config.get('broadcast_port')}")
+            sock.send(announcement(name="\x1b]0;owned\x07").encode().encode())
+            assert sock.recv() == b"ok"
+            assert "New publisher \\u001b]0;owned\\u0007 at tcp://h:1" in await_line(running, "owned")
+
     def test_verbose(self):
         with nameserver_process("--no-multicast", "-v") as running:
             running.terminate()
@@ -10119,6 +10153,44 @@ class TestDaemon:
         assert control("restart") == (0, "", LOGS_NOWHERE)
         assert control.pid() != first
         assert posttroll.get_pub_address("a", DEADLINE) == []
+
+    def test_a_restart_while_a_reader_of_news_does_not_read(self, control):
+        """It may have gone with its host; what it has not read keeps no nameserver from ending."""
+        assert control("start")[0] == 0
+        with zmq.Context() as context, context.socket(zmq.SUB) as reader, context.socket(zmq.REQ) as sock:
+            reader.rcvhwm = 1
+            reader.setsockopt(zmq.RCVBUF, 4096)
+            reader.subscribe(b"")
+            reader.connect(f"tcp://127.0.0.1:{config.get('address_publish_port')}")
+            sock.connect(f"tcp://127.0.0.1:{config.get('broadcast_port')}")
+            assert reader.poll(0) == 0
+
+            def register(number: int) -> None:
+                sock.send(announcement(f"tcp://h:{number}", name="x" * 500).encode().encode())
+                assert sock.recv() == b"ok"
+
+            numbers = itertools.count(1)
+            wait_for(lambda: register(next(numbers)) or reader.poll(0))  # it hears, but does not take it
+            for _ in range(300):
+                register(next(numbers))
+            assert control("restart") == (0, "", LOGS_NOWHERE)
+        assert posttroll.get_pub_address("a", DEADLINE) == []
+
+    @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+    def test_started_without_standard_descriptors(self, control, closed):
+        """Its pid file must not get one of their numbers, which would cost its lock."""
+        words = [sys.executable, NAMESERVER, "--no-multicast", "--pid-file", control.pid_file, "-d", "start"]
+        with process("sh", "-c", f'exec "$0" "$@" {closed}', *words) as running:
+            assert finish(running)[0] == 0
+        assert control("status") == (0, f"nameserver: running (process {control.pid()})\n", "")
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this needs /dev/full")
+    def test_a_full_disk_at_the_start_is_told_and_does_not_make_it_a_failure(self, control):
+        status, out, err = control("start", "-l", "/dev/full")
+        assert (status, out) == (0, "")
+        assert "No space left on device" in err
+        assert "\0" not in err
+        assert control("status")[0] == 0
 
     def test_a_restart_while_the_last_one_takes_leave(self, control):
         """It has no pid file any more when nothing is heard of it: the next one can have the lock of its own."""
@@ -10742,6 +10814,14 @@ except TimeoutError:
                 status, out, err = finish(running)
             assert status == 0, out + err
             assert "own address: 2001:db8:77::1" in out
+
+    def test_a_check_of_this_host(self, two_ipv6_hosts):
+        one, _ = two_ipv6_hosts
+        with one.run(NAMESERVER, "--no-multicast") as server:
+            await_line(server, "answers on port")
+            with one.run(LIBRARY, "check", "--local") as running:
+                status, out, err = finish(running)
+            assert status == 0, out + err
 
     def test_a_host_with_both_announces_ipv4(self, two_hosts):
         """And serves both, whoever comes; peers that know nothing else see what they have always seen."""
@@ -17513,7 +17593,7 @@ class TestNothingFallsBetween:
                 for number in range(1000):
                     pub.send(text_message(number))
                 for number in range(200):  # in 2 s; it would be removed after 1.2 s
-                    assert next(messages).data == number
+                    assert wait_for(lambda: next(messages)).data == number
                     time.sleep(0.01)
                 assert len(sub.addresses) == 2
                 assert len(sub._inbox._unread) == 0
