@@ -3640,14 +3640,14 @@ sendaddressservice = AddressServiceBroadcaster
 #     hello      H <instance> <number> <ends> <port> <before> <name>  the mark is here, all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
-#     end        E <instance> <number> <ends> <sent> <gone> <answer>  what was missed up to number has come
+#     end        E <instance> <number> <ends> <sent> <gone> <kind>  what was missed up to number has come
 #     position   P <instance> <number> <ends> <sent>         all up to number has been sent
 #     intact     I <instance> <number>                       all from the hello up to number was sent live
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
-# are not in the history any more; answer: 1 if a request had been taken; port: where it is bound, 0 if not TCP; before:
-# what was sent up to that number cannot have come over the connection.  So a subscriber knows what it has, and asks for
-# what it has not.  It answers a hello by a request: it subscribes to
+# are not in the history any more; kind: 1 if a request had been taken, and 2 more if more is to come;
+# port: where it is bound, 0 if not TCP; before: what was sent up to that number cannot have come over the connection.
+# So a subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
 #
@@ -4141,6 +4141,7 @@ class _Audience(_Listeners):
     """What those who listen to a publisher get, have, and have missed."""
 
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
+    PART = 50000  # messages that it catches up until it is told how many they were
     ANSWERS = 100  # to questions in a second, and what is listed in each
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
     LONGEST_PAUSE = 0.1  # seconds until it is tried again whether a full queue has room
@@ -4181,9 +4182,11 @@ class _Audience(_Listeners):
                     peer.miss()
                     peer.is_heard = False
             self.socket.setsockopt(zmq.SNDHWM, limit)
-            self.socket.setsockopt(zmq.XPUB_NODROP, 0)
-            self.socket.send(data, _NOBLOCK)
-            self.socket.setsockopt(zmq.XPUB_NODROP, 1)
+            try:
+                self.socket.setsockopt(zmq.XPUB_NODROP, 0)
+                self.socket.send(data, _NOBLOCK)
+            finally:
+                self.socket.setsockopt(zmq.XPUB_NODROP, 1)
             missed = 1
         else:
             content = b"L %s %d\0%s" % (self.instance, number, data)
@@ -4356,7 +4359,7 @@ class _Audience(_Listeners):
                 peer.sent += 1
             peer.after = number
         if peer.after < until:
-            return True
+            return peer.sent < self.PART or self._end_part(peer)
         fields = (self.instance, until, peer.ends + 1, peer.sent, peer.gone, peer.is_answer)
         if not self._send_to(peer, b"E %s %d %d %d %d %d" % fields):
             return peer.sent > sent
@@ -4364,6 +4367,18 @@ class _Audience(_Listeners):
         peer.begin()
         peer.tell(until)
         self._look_later()  # if more was sent meanwhile, that is still to be told
+        return True
+
+    def _end_part(self, peer: _Peer) -> bool:
+        """Tell *peer* how much it has got until now; return False if there is no room for that.
+
+        It remembers what has come under its mark, one by one, until it is told how much it was.
+        """
+        fields = (self.instance, cast(int, peer.after), peer.ends + 1, peer.sent, peer.gone, peer.is_answer + 2)
+        if not self._send_to(peer, b"E %s %d %d %d %d %d" % fields):
+            return False
+        peer.ends += 1
+        peer.sent = peer.gone = 0
         return True
 
     def unserved(self) -> list[tuple[bytes, int | None]]:
@@ -4683,6 +4698,7 @@ class Publisher(_Stoppable):
         self._port: int | None = None
         self._authenticator: Authenticator | None = None
         self._is_stopped = False
+        self._stop_due = 0  # the thread that is to stop when it has done what a signal handler has interrupted
         self._lock = threading.RLock()
         self._last_beat: float | None = None
         self._inherited: _Audience | None = None  # that of the parent process, before the fork
@@ -4762,8 +4778,8 @@ class Publisher(_Stoppable):
             if audience is None:
                 audience = self._open_audience()
             audience.send(data)
-        if self._is_stopped:
-            self.stop()  # a signal handler wanted it, in the middle of the above
+        if self._stop_due:
+            self._stop_if_due()
 
     send_string = send
 
@@ -4782,8 +4798,8 @@ class Publisher(_Stoppable):
             _log("publisher").debug("Publish heartbeat (min_interval is %.1f sec)", min_interval)
             name = "_".join(self._name.split())
             self.send(Message(f"/heartbeat/{name}", "beat", {"min_interval": min_interval}).encode())
-        elif self._is_stopped:
-            self.stop()  # a signal handler wanted it, in the middle of the above
+        else:
+            self._stop_if_due()
 
     # -- who listens --
 
@@ -4810,8 +4826,7 @@ class Publisher(_Stoppable):
         """Return what *function* does under the lock; a signal handler that stops meanwhile does so after it."""
         with self._lock:
             result = function(self._open_audience())
-        if self._is_stopped:
-            self.stop()
+        self._stop_if_due()
         return result
 
     def wait_for_subscribers(self, count: int = 1, timeout: float | None = None) -> bool:
@@ -4863,7 +4878,9 @@ class Publisher(_Stoppable):
             return
         self._is_stopped = True
         if self._lock._is_owned():  # type: ignore[attr-defined]
+            self._stop_due = threading.get_ident()
             return  # in a signal handler, in the middle of something that stops it then
+        self._stop_due = 0
         with ExitStack() as stack:
             with self._lock:
                 audience = self._audience
@@ -4875,6 +4892,10 @@ class Publisher(_Stoppable):
             _live_publishers.discard(self)
             if audience is not None:
                 self._drain(audience)
+
+    def _stop_if_due(self) -> None:
+        if self._stop_due == threading.get_ident():
+            self.stop()
 
     def _drain(self, audience: _Audience) -> None:
         """Wait until what was sent has arrived."""
@@ -5203,6 +5224,7 @@ class _Link:
     def __init__(self, pause: float, begin: float) -> None:
         self.is_up = False
         self.is_tried = True  # by ZeroMQ itself
+        self.may_be_unread = False  # something that has come by it
         self.changed = time.monotonic()
         self.pause = pause  # seconds until it is made anew
         self.begin = begin
@@ -5286,7 +5308,7 @@ class _Connections:
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
         on_change: Called with a socket of which a connection begins, has come up, or gone down, and its descriptor;
             returns the index of the next message of that socket.
-        on_close: Called with a socket that is closed.
+        on_close: Called with the key of a socket that is closed, and the socket.
         on_several: Called with the sockets that are connected to what a single name stands for.
 
     A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
@@ -5304,7 +5326,7 @@ class _Connections:
         open_socket: Callable[[Any], Any],
         read_all: Callable[[Any], None],
         on_change: Callable[[Any, int], int],
-        on_close: Callable[[Any], object],
+        on_close: Callable[[Any, Any], object],
         on_several: Callable[[Iterable[Any]], object],
     ) -> None:
         self._on_change = on_change
@@ -5329,18 +5351,13 @@ class _Connections:
         if self._wanted.get(address, (key,))[0] != key:
             self._disconnect_all(address)
         self._wanted[address] = (key, begin)
-        try:
-            with on_failure(partial(self.drop, address)):
-                self._connect(address)
-        finally:
-            self._close_unused()
+        with on_failure(partial(self.drop, address)):
+            self._connect(address)
 
     def drop(self, address: str) -> None:
         """Disconnect from *address*."""
-        self._wanted.pop(address, None)
         self._names.pop(address, None)
         self._disconnect_all(address)
-        self._close_unused()
 
     def is_up(self, address: str) -> bool:
         """Whether *address* is connected, or was until a moment ago: what it sent last may still be on its way."""
@@ -5417,19 +5434,20 @@ class _Connections:
         _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
 
     def _disconnect_all(self, address: str) -> None:
+        """Disconnect from *address*, which is not wanted any more, and close the sockets that nobody else uses."""
         for endpoint in list(self._connected.get(address, ())):
             self._disconnect(address, endpoint)
         self._connected.pop(address, None)
-
-    def _close_unused(self) -> None:
-        """Close the sockets of which no address is left."""
-        used = {(key, owner) for address, (key, _) in self._wanted.items() for owner in ("", address)}
-        for slot in [slot for slot in self.sockets if slot[:2] not in used]:
+        key, _ = self._wanted.pop(address, (None, 0.0))
+        unused = [slot for slot in self.sockets if slot[1] == address]
+        if (key, "", 0) in self.sockets and all(other != key for other, _ in self._wanted.values()):
+            unused.append((key, "", 0))
+        for slot in unused:
             sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
-            self._on_close(sock)
+            self._on_close(slot[0], sock)
 
     def _new_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
         sock = cast("zmq.Socket[bytes]", self._open_socket(slot[0]))
@@ -5441,7 +5459,7 @@ class _Connections:
         except BaseException:  # no descriptors left, or Control-C
             self._loop.unwatch(sock)
             close_socket(sock)
-            self._on_close(sock)
+            self._on_close(slot[0], sock)
             raise
         self.sockets[slot] = sock
         self._loop.watch_quiet(monitor, partial(self._take_events, sock, monitor))
@@ -5477,7 +5495,7 @@ class _Connections:
             link.is_tried = True
             return
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            link.is_up = link.is_tried = True
+            link.is_up = link.is_tried = link.may_be_unread = True
             link.pause = self.RENEWAL
             link.changed = time.monotonic()
             return
@@ -5527,7 +5545,9 @@ class _Connections:
         if not link.is_tried and now - link.changed >= link.pause:
             link.changed = now
             link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
-            self._read_all(sock)
+            if link.may_be_unread:  # else it would be read again and again, for nothing, all that others send
+                self._read_all(sock)
+                link.may_be_unread = False
             with suppress(zmq.ZMQError):
                 sock.disconnect(endpoint)
             connect(sock, endpoint)
@@ -5583,7 +5603,7 @@ class _Source:
         self.is_asked = True
         self.asked = time.monotonic()
         self.came: set[int] = set()  # numbers that came under the mark since the last end
-        self.counted = 0  # those before the last position
+        self.counted: float = 0  # those before the last position
         self.live: Counter[int] | None = None  # of what came live since, while it matters
 
     def advance(self, number: int, index: int) -> None:
@@ -5596,6 +5616,16 @@ class _Source:
         self.intact = []
         self.unconfirmed = Counter()  # it may have been large
         self.was_handled = None
+        self.known = {other for other in self.known if other > self.position}
+
+    def end_part(self, number: int, ends: int, is_whole: bool) -> None:
+        """Take note that what comes under the mark has come up to *number*; it does not count if not *is_whole*."""
+        self.ends = ends
+        if not is_whole:
+            self.counted = -math.inf  # so it will not be whole at the end either, and is asked for again
+            return
+        self.position, self.counted = max(number, self.position or 0), 0
+        self.came.clear()
         self.known = {other for other in self.known if other > self.position}
 
     def note_intact(self, number: int, index: int) -> None:
@@ -5766,14 +5796,12 @@ def number_of_connections(raw: bytes) -> int:
 class _CatchUp:
     """What one SUB socket has of the publishers of ours that it hears, and what it asks them for (see 9).
 
+    It outlives the socket: the next one for the same, when they come again, goes on with what is known of them.
+
     Args:
-        sock: The socket.
         prefixes: What it has subscribed to.
-        since: Called for a publisher that has just been found, with its port and the index of the next message; returns
-            since when its messages are wanted, and the index of the first that may have come from it.
         on_gone: Called with the name of a publisher and how many of its messages are gone.
-        take_events: Called to take note of connections of the socket that have begun, or ended.
-        wake_at: Called with a time when there will be something to be received.
+        wake_at: Called with it, and a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
@@ -5784,29 +5812,19 @@ class _CatchUp:
 
     def __init__(
         self,
-        sock: zmq.Socket[bytes],
         prefixes: Sequence[bytes],
-        since: Callable[[int, int], tuple[float, int]],
         on_gone: Callable[[str, int], None],
-        take_events: Callable[[], None],
-        wake_at: Callable[[float], object],
+        wake_at: Callable[[_CatchUp, float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None = None,
     ) -> None:
-        self.recv: Callable[[int], bytes] = sock.recv
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
-        self._socket = sock
         self._prefixes = tuple(prefixes)
-        self._since = since
         self._on_gone = on_gone
-        self._take_events = take_events
-        self._wake_at = wake_at
+        self._wake_at = partial(wake_at, self)
         self._on_past = on_past
         self._durable = durable
-        self._mark = _MARK + f"{os.urandom(8).hex()}/{len(prefixes)}".encode()
-        for topic in (_EARLY_MARK[:1] + self._mark[1:], *prefixes, self._mark):
-            sock.setsockopt(zmq.SUBSCRIBE, topic)
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
         self._requests: dict[bytes, bytes] = {}
@@ -5814,6 +5832,29 @@ class _CatchUp:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
         self._open: list[_Source] = []  # those of which messages come live and under the mark
+
+    def attach(
+        self,
+        sock: zmq.Socket[bytes],
+        since: Callable[[int, int], tuple[float, int]],
+        take_events: Callable[[], None],
+    ) -> None:
+        """Subscribe with a new socket.
+
+        Args:
+            sock: The socket.
+            since: Called for a publisher that has just been found, with its port and the index of the next message;
+                returns since when its messages are wanted, and the index of the first that may have come from it.
+            take_events: Called to take note of connections of the socket that have begun, or ended.
+        """
+        self._socket = sock
+        self._since = since
+        self._take_events = take_events
+        self._requests.clear()
+        self._mark = _MARK + f"{os.urandom(8).hex()}/{len(self._prefixes)}".encode()
+        for topic in (_EARLY_MARK[:1] + self._mark[1:], *self._prefixes, self._mark):
+            sock.setsockopt(zmq.SUBSCRIBE, topic)
+        self.recv: Callable[[int], bytes] = sock.recv
         self._merge: _Merge | None = None  # while it is connected to a publisher more than once
 
     def note(self, raw: bytes) -> None:
@@ -5862,7 +5903,8 @@ class _CatchUp:
         """Return the digests of what came live, from one index to another."""
         self._freeze()
         end = self._index if until is None else until
-        return Counter(digest for index, digest in self._frozen if since <= index < end)
+        newest_first = takewhile(lambda entry: entry[0] >= since, reversed(self._frozen))
+        return Counter(digest for index, digest in newest_first if index < end)
 
     @property
     def up_to_date(self) -> int:
@@ -5888,9 +5930,9 @@ class _CatchUp:
             if len(instance) == 16 and kind in (b"H", b"L", b"C", b"E", b"P", b"I"):
                 name = fields.pop().decode("utf-8", "replace") if kind == b"H" else ""
                 numbers = [int(field) for field in fields]
-                source = self._source(instance) if kind == b"H" else self._sources.get(instance)
-                if source is None:
+                if kind != b"H" and instance not in self._sources:
                     return None
+                source = self._source(instance)
                 if kind in (b"L", b"C"):
                     (number,) = numbers
                     return self._take_past(source, number, content, kind == b"L")
@@ -5948,8 +5990,9 @@ class _CatchUp:
             what = b"%d+%d@%d" % (source.found, age, asked)
         else:
             what = b"%d+0@0" % source.position
-        source.unconfirmed += self._live(max(source.index, source.checked), source.hello_index)
-        source.checked = max(source.hello_index, source.checked)
+        if source.position is None or source.position < source.hello:  # else nothing is missing
+            source.unconfirmed += self._live(max(source.index, source.checked), source.hello_index)
+            source.checked = max(source.hello_index, source.checked)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
@@ -5992,11 +6035,17 @@ class _CatchUp:
         return True
 
     def _take_end(
-        self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, is_answer: int
+        self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, kind: int
     ) -> None:
         if ends <= source.ends:
             return  # the same over a second connection
         is_whole = sent == source.counted + len(source.came)
+        is_answer, is_part = kind & 1, kind & 2
+        if is_part and (is_answer or not source.is_asked):
+            source.end_part(number, ends, is_whole)
+            if is_whole and gone > 0:
+                self._on_gone(source.name, gone)
+            return
         self._close(source)
         if source.is_asked and not is_answer:  # a full queue came between: what was asked for is still to come
             source.ends, source.counted = ends, 0
@@ -6682,6 +6731,8 @@ class _Inbox:
 class _SubscriberSockets:
     """Where the messages of a subscriber come from: its addresses and hooks, and the sockets for them."""
 
+    LEFT = 32  # groups of addresses of which none is left, but of whose publishers it is remembered what has come
+
     def __init__(
         self,
         topics: str | Iterable[str] | None,
@@ -6703,12 +6754,13 @@ class _SubscriberSockets:
         self._loop = Loop()
         self._turning: Any = None  # the asyncio task that waits for all who await
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
+        self._left: OrderedDict[tuple[Any, ...], _CatchUp] = OrderedDict()  # without a socket
         self._connections = _Connections(
             self._loop,
             self._open_socket,
             lambda sock: self._inbox.read_all(self._streams[sock]),
             self._note_change,
-            lambda sock: self._streams.pop(sock, None),
+            self._leave_stream,
             self._note_several,
         )
         self._twins = _Twins()
@@ -6719,7 +6771,7 @@ class _SubscriberSockets:
         self._is_closed = False  # last: there is something to be closed
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
-        """Add an address.
+        """Add an address; one that was removed goes on where it was left.
 
         Args:
             address: A publisher's address, as text or as `get_pub_address` returns it.
@@ -6839,19 +6891,25 @@ class _SubscriberSockets:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
         prefixes, backend, origin = key
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
-        topics = [prefix.encode() for prefix in prefixes]
+        stream = self._left.pop(key, None)
+        if stream is None:
+            topics = [prefix.encode() for prefix in prefixes]
+            stream = _CatchUp(topics, self._note_missed, self._wake_at, self._note_past, self._durable)
+            stream.origin = origin or ""
         since = partial(self._connections.greet, sock, self._begin)
-        take_events = partial(self._connections.take_pending_events, sock)
-
-        def wake_at(when: float) -> None:
-            self._loop.at(when, partial(self._inbox.note_ready, stream))
-
-        self._streams[sock] = stream = _CatchUp(
-            sock, topics, since, self._note_missed, take_events, wake_at, self._note_past, self._durable
-        )
-        stream.origin = origin or ""
+        stream.attach(sock, since, partial(self._connections.take_pending_events, sock))
+        self._streams[sock] = stream
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
+
+    def _wake_at(self, stream: _CatchUp, when: float) -> None:
+        self._loop.at(when, partial(self._inbox.note_ready, stream))
+
+    def _leave_stream(self, key: tuple[Any, ...], sock: zmq.Socket[bytes]) -> None:
+        """Keep what is known of those that were heard by a socket, which is closed: they may come again."""
+        self._left[key] = self._streams.pop(sock)
+        if len(self._left) > self.LEFT:
+            self._left.popitem(last=False)
 
     def _note_change(self, sock: zmq.Socket[bytes], descriptor: int) -> int:
         return self._streams[sock].note_change(descriptor)
@@ -7059,7 +7117,8 @@ class Subscriber(_SubscriberSockets):
         return None
 
     def _end_turning(self, turning: Any) -> None:
-        self._turning = None
+        if self._turning is turning:  # else somebody has begun the next one
+            self._turning = None
         if not turning.cancelled() and turning.exception() is not None:
             self._failure = turning.exception()
         if self._is_closed and not self._receivers:

@@ -3569,6 +3569,29 @@ class TestPublisher:
             pub.stop()
 
 
+class TestStopWhileOthersSend:
+    def test_who_stops_it_waits_and_those_who_send_do_not(self, monkeypatch):
+        drained: list[int] = []
+        drain = posttroll.Publisher._drain
+        monkeypatch.setattr(
+            posttroll.Publisher,
+            "_drain",
+            lambda pub, audience: drained.append(threading.get_ident()) or drain(pub, audience),
+        )
+
+        def send_on(pub: Any) -> None:
+            with pytest.raises(posttroll.PublisherStoppedError):
+                while True:
+                    pub.send("pytroll:/a info x@h 2026-01-01T00:00:00 v1.01 text/ascii x")
+
+        for _ in range(30):
+            with posttroll.Publisher("tcp://127.0.0.1:0") as pub:
+                with in_thread(partial(send_on, pub)), in_thread(partial(send_on, pub)):
+                    wait_for(lambda: pub.history_length)
+                    pub.stop()
+        assert set(drained) == {threading.get_ident()}
+
+
 class TestCountingSubscribers:
     def test_they_come_and_go(self):
         with connected(count=3) as (pub, first, second, third):
@@ -4066,6 +4089,25 @@ class TestGivenUpConnections:
                     return next(subscriber.recv(timeout=0.05)) is not None
 
                 wait_for(is_heard)
+
+    def test_one_that_is_given_up_each_time_does_not_fill_the_memory(self, monkeypatch):
+        """What others send lies in ZeroMQ's queue, which has a bound, until it is handed out."""
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.02)
+        monkeypatch.setattr(posttroll._Connections, "LONGEST_RENEWAL", 0.02)
+        with zmq.Context() as context, context.socket(zmq.REP) as other, posttroll.Publisher("tcp://*:0") as pub:
+            address = f"tcp://127.0.0.1:{other.bind_to_random_port('tcp://*')}"
+            with posttroll.Subscriber([local_address(pub.port_number), address]) as subscriber:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                given_up = next(link for (_, end), link in subscriber._connections._links.items() if end == address)
+                for number in range(500):
+                    pub.send(text_message(number))
+                renewed = set()
+                for number in range(50):
+                    assert received_data(subscriber, 1) == [number]
+                    time.sleep(0.01)
+                    renewed.add(given_up.changed)
+                assert len(renewed) > 2
+                assert len(subscriber._inbox._unread) == 0
 
     def test_a_connection_that_is_given_up_each_time_is_renewed_more_and_more_seldom(self, monkeypatch):
         monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.01)
@@ -4799,6 +4841,23 @@ class TestAsyncio:
 
         with connected() as (pub, sub):
             assert asyncio.run(consume(pub, sub)) == list(range(5))
+
+    def test_a_task_that_has_waited_does_not_forget_the_next_one(self):
+        """The news that the last one has ended may come when another receiver has begun the next one."""
+
+        async def consume(pub: Any, sub: Any) -> Any:
+            receiving = asyncio.ensure_future(sub.receive(DEADLINE))
+            while sub._turning is None:
+                await asyncio.sleep(0)
+            turning, earlier = sub._turning, asyncio.ensure_future(asyncio.sleep(0))
+            await earlier
+            sub._end_turning(earlier)
+            assert sub._turning is turning
+            pub.send(text_message("after that"))
+            return await receiving
+
+        with connected() as (pub, sub):
+            assert asyncio.run(consume(pub, sub)).data == "after that"
 
     @pytest.mark.parametrize("how", ["stop", "close"])
     def test_the_end_from_another_thread(self, how):
@@ -15636,6 +15695,109 @@ class TestCatchingUp:
             relay.mend()
             wait_for(lambda: len(data) == 3001)
             assert data == list(range(3001))
+
+    @pytest.mark.parametrize("translate", [False, "origin"])
+    def test_a_publisher_that_is_let_go_and_comes_again(self, translate, short_heartbeats):
+        """As a nameserver may take it for lost while its network is: what came before does not come again."""
+        with behind_relay(translate=translate) as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            for _ in range(3):
+                numbers.send(20)
+                await_count(data, numbers.count)
+                relay.cut()
+                sub.remove(relay.address)
+                wait_for(lambda: not pub.subscriber_count)
+                numbers.send(5)
+                relay.mend()
+                sub._add(relay.address, None, sub._begin)  # as those are that are found by their names
+                await_count(data, numbers.count)
+            numbers.check(data)
+            assert (sub.caught_up, sub.missed) == (15, 0)
+
+    def test_what_is_known_of_those_that_are_gone_is_not_kept_without_bound(self, monkeypatch):
+        monkeypatch.setattr(posttroll.Subscriber, "LEFT", 2)
+        with posttroll.Subscriber([], translate=True) as sub:
+            for port in range(1, 6):
+                sub.add(f"tcp://127.0.0.1:{port}")
+            for port in range(1, 5):
+                sub.remove(f"tcp://127.0.0.1:{port}")
+            for topic in "abcdef":  # another one for the same address
+                sub.add("tcp://127.0.0.1:5", topic)
+            assert (len(sub.subscribers), len(sub._streams), len(sub._left)) == (1, 1, 2)
+
+    def test_one_that_stays_while_many_come_and_go(self, monkeypatch):
+        """What is known of it is not forgotten before what is known of those that are gone."""
+        monkeypatch.setattr(posttroll._CatchUp, "SOURCES", 3)
+        monkeypatch.setenv("POSTTROLL_SEND_HIGH_WATER_MARK", "20")
+        monkeypatch.setenv("POSTTROLL_RECEIVE_HIGH_WATER_MARK", "20")
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            address = local_address(pub.port_number)
+            with posttroll.Subscriber([address]) as sub, serving(sub) as data:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                numbers = Numbers(pub, padding="x" * 20_000)
+                for _ in range(5):
+                    with posttroll.Publisher("tcp://*:0", "short") as short:
+                        sub.add(local_address(short.port_number))
+                        assert short.wait_for_subscribers(1, DEADLINE)
+                        wait_for(lambda: sub.up_to_date == min(len(positions_of(sub)), 3))
+                        numbers.send(1)
+                        (peer,) = pub._audience.peers.values()
+                        wait_for(lambda peer=peer: peer.told == numbers.count)
+                        sub.remove(local_address(short.port_number))
+                with posttroll.Subscriber([address]):  # it reads nothing, so the other is served by its mark
+                    assert pub.wait_for_subscribers(2, DEADLINE)
+                    while not pub.dropped:
+                        numbers.send(10, 0.001)
+                    numbers.send(300, 0.001)
+                    await_count(data, numbers.count)
+            assert sorted(number for number, _ in data) == list(range(numbers.count))
+
+    @pytest.mark.parametrize("lost", [None, 150, 950])
+    def test_more_than_is_remembered_at_once(self, lost, monkeypatch):
+        """It comes in parts, also if one of them is broken; and no part comes for ever."""
+        monkeypatch.setattr(posttroll._Audience, "PART", 300)
+        monkeypatch.setattr(posttroll._CatchUp, "PAST", 1200)
+        take_past = posttroll._CatchUp._take_past
+        lose = [lost]
+
+        def take_some(stream: Any, source: Any, number: int, *args: Any) -> Any:
+            if number in lose:
+                lose.remove(number)
+                return None
+            return take_past(stream, source, number, *args)
+
+        monkeypatch.setattr(posttroll._CatchUp, "_take_past", take_some)
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            numbers = Numbers(pub)
+            numbers.send(4000 if lost is None else 1100)
+            with posttroll.Subscriber([local_address(pub.port_number)], since=600) as sub, serving(sub) as data:
+                numbers.check(data)
+                wait_for(lambda: sub.up_to_date == 1)
+            assert (sub.caught_up, sub.missed) == (numbers.count, 0)
+
+    def test_nothing_is_looked_for_where_nothing_is_missing(self, monkeypatch, short_heartbeats):
+        """To look at all that has come, for each of many publishers that come again at once, would take long."""
+        looked_for = []
+        live = posttroll._CatchUp._live
+        monkeypatch.setattr(
+            posttroll._CatchUp, "_live", lambda stream, *args: looked_for.append(args) or live(stream, *args)
+        )
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            numbers.send(10)
+            wait_for(lambda: positions_of(sub) == [10])
+            looked_for.clear()
+            for missing in (0, 1):
+                relay.cut()
+                wait_for(lambda: not pub.subscriber_count)
+                numbers.send(missing)
+                relay.mend()
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                (peer,) = wait_for(lambda: list(pub._audience.peers.values()))
+                wait_for(lambda peer=peer: peer.has_asked and peer.after is None)
+                await_count(data, numbers.count)
+                assert bool(looked_for) == bool(missing)
+            numbers.check(data)
 
     def test_two_publishers_with_one_port_on_two_hosts(self):
         """Neither is taken for the other, also when one is connected again: what they repeat comes each time."""
