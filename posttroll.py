@@ -3795,6 +3795,7 @@ class _Peer:
         self.newest = b""  # what is sent under this goes over the newest connection alone; empty: over all
         self.greeted = 0.0  # when
         self.has_asked = False  # since then, for what it has not
+        self.request = b""  # the last one
         self.hello: int | None = None  # the number that the last hello has told, None: a hello is still to be sent
         self.prefixes: tuple[bytes, ...] = (b"",)
         self.intact = 0  # the number up to which it was told last that all has come since the hello
@@ -4291,6 +4292,9 @@ class _Audience(_Listeners):
         until = min(until, history.number)
         if peer.hello is None or until < peer.hello:
             return  # that was over an earlier connection; it asks again when it has our hello
+        if peer.is_answer and peer.request == match[0]:
+            return  # the same over a second, slower connection
+        peer.request = match[0]
         if age:
             since = self._when_asked(peer, asked / 1000) - age / 1000
             after = min(after, history.last_before(since))
@@ -5304,11 +5308,11 @@ class _Connections:
 
     Args:
         loop: The loop to use; whoever runs it is the only one to call the methods.
-        open_socket: Called with the key of a group of addresses; returns a new SUB socket for them.
+        open_socket: Called with a slot (see `sockets`); returns a new SUB socket for it.
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
         on_change: Called with a socket of which a connection begins, has come up, or gone down, and its descriptor;
             returns the index of the next message of that socket.
-        on_close: Called with the key of a socket that is closed, and the socket.
+        on_close: Called with the slot of a socket that is closed, and the socket.
         on_several: Called with the sockets that are connected to what a single name stands for.
 
     A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
@@ -5395,7 +5399,7 @@ class _Connections:
             resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect_again, address)))
             self._names[address] = resolution
         resolution.check()
-        endpoints = _without_own_twins(resolution.endpoints)
+        endpoints = sorted(_without_own_twins(resolution.endpoints))  # so each has the socket that it had before
         connected = self._connected.setdefault(address, {})
         for endpoint, sock in list(connected.items()):
             if endpoint not in endpoints and not self._links[sock, endpoint].is_up:
@@ -5447,10 +5451,10 @@ class _Connections:
             self._monitors.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
-            self._on_close(slot[0], sock)
+            self._on_close(slot, sock)
 
     def _new_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
-        sock = cast("zmq.Socket[bytes]", self._open_socket(slot[0]))
+        sock = cast("zmq.Socket[bytes]", self._open_socket(slot))
         events = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
         events |= zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -5459,7 +5463,7 @@ class _Connections:
         except BaseException:  # no descriptors left, or Control-C
             self._loop.unwatch(sock)
             close_socket(sock)
-            self._on_close(slot[0], sock)
+            self._on_close(slot, sock)
             raise
         self.sockets[slot] = sock
         self._loop.watch_quiet(monitor, partial(self._take_events, sock, monitor))
@@ -5543,6 +5547,9 @@ class _Connections:
             return
         self._tend_later(self.RENEWAL)
         if not link.is_tried and now - link.changed >= link.pause:
+            self.take_pending_events(sock)  # it may have come up while nobody ran the loop
+            if link.is_up or link.is_tried:
+                return
             link.changed = now
             link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
             if link.may_be_unread:  # else it would be read again and again, for nothing, all that others send
@@ -5581,6 +5588,7 @@ class _Source:
     """What a subscriber has of a publisher of ours."""
 
     def __init__(self) -> None:
+        self.is_left = False  # heard by no socket any more
         self.name = ""
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
         self.since: Any = None  # since when its messages are wanted
@@ -5820,6 +5828,7 @@ class _CatchUp:
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
+        self.is_later = False  # others had brought something before
         self._prefixes = tuple(prefixes)
         self._on_gone = on_gone
         self._wake_at = partial(wake_at, self)
@@ -5851,11 +5860,23 @@ class _CatchUp:
         self._since = since
         self._take_events = take_events
         self._requests.clear()
+        for source in self._sources.values():
+            source.is_left = False
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(self._prefixes)}".encode()
         for topic in (_EARLY_MARK[:1] + self._mark[1:], *self._prefixes, self._mark):
             sock.setsockopt(zmq.SUBSCRIBE, topic)
         self.recv: Callable[[int], bytes] = sock.recv
         self._merge: _Merge | None = None  # while it is connected to a publisher more than once
+
+    def leave(self) -> None:
+        """Keep what may still be needed, when the socket is closed."""
+        for source in self._sources.values():
+            source.is_left = True
+        self._freeze()
+        self._recent.clear()
+        oldest = min((max(source.index, source.checked) for source in self._sources.values()), default=self._index)
+        while self._frozen and self._frozen[0][0] < oldest:
+            self._frozen.popleft()
 
     def note(self, raw: bytes) -> None:
         """Take note of a message that came live."""
@@ -5952,7 +5973,7 @@ class _CatchUp:
         if source is None:
             source = self._sources[instance] = _Source()
             if self._durable is not None:
-                self._durable.restore(instance, source)
+                self._durable.restore(instance, source, self.is_later)
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
             forgotten, old = self._sources.popitem(last=False)
@@ -6141,7 +6162,7 @@ class _StateFile:
         self._name = name
         self._log = LimitedLogger("subscriber")
         self._file: io.FileIO | None = None
-        self._growth = 0
+        self._growth = self._size = 0  # since it was written anew, and then
         self._next_attempt = 0.0
         default = os.path.join(os.environ.get("XDG_STATE_HOME") or "~/.local/state", "posttroll")
         directory = os.path.expanduser(config.get("durable_directory") or default)
@@ -6195,7 +6216,7 @@ class _StateFile:
         if self._file is None and time.monotonic() < self._next_attempt:
             return
         try:
-            if self._file is None or self._growth > self.GROWTH:
+            if self._file is None or self._growth > max(self.GROWTH, self._size):
                 self._rewrite(all_lines())
             elif self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -6213,7 +6234,7 @@ class _StateFile:
             file.writelines(lines)
         os.replace(new, self.path)
         self._file = io.FileIO(self.path, "a")
-        self._growth = 0
+        self._growth, self._size = 0, os.fstat(self._file.fileno()).st_size
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
@@ -6247,7 +6268,9 @@ def _current_owner() -> Any:
 
 
 _DURABLE_HEAD = rb"posttroll-durable 1 (\d{1,15})\n"
-_DURABLE_LINE = rb"([0-9a-f]{16}|\+[0-9a-f]{16} \d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
+_DURABLE_LINE = (
+    rb"([0-9a-f]{16})\n|\+([0-9a-f]{16}) (\d{1,15})\n|@([0-9a-f]{16}) (n\d{1,15}|a\d{1,15},\d{1,15}) (\d{1,15})\n"
+)
 
 
 class _DurableState:
@@ -6260,7 +6283,7 @@ class _DurableState:
         <digest>                       a message that came live has been handled
         +<instance> <number>           a message of the past has been handled
         @<instance> n<number> <lines>  all messages of a publisher up to this number have been handled; the last so many
-                                       lines of the first two kinds may be about later ones
+                                       lines of the first kind may be about later ones
         @<instance> a<time>,<number> <lines>
                                        a publisher has been found when it was at this number; what it sent after that
                                        number, or since that time, is wanted
@@ -6270,16 +6293,16 @@ class _DurableState:
         since: If the name is new: since when messages are wanted, in seconds since the epoch.
     """
 
-    LINES = 16384  # of the first two kinds
+    LINES = 16384  # of the first kind
     PUBLISHERS = 5000
 
     def __init__(self, name: str, since: float) -> None:
         self._file = _StateFile(name)
         self._since = since
-        self.lines = 0  # how many of the first two kinds there have been
+        self.lines = 0  # how many of the first kind there have been
         self._handled: deque[bytes] = deque(maxlen=self.LINES)  # the newest of them
-        self._past: dict[bytes, list[int]] = {}  # those of earlier programs, and how many there were up to each
-        # What is written after "@", and how many lines of the first two kinds belong to what is before it.
+        self._numbers: dict[bytes, set[int]] = {}  # of the messages of the past that are handled, behind the places
+        # What is written after "@", and how many lines of the first kind belong to what is before it.
         self._places: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
         # The same for each of the sockets that hear one publisher; that which is behind the others counts.
         self._sources: dict[bytes, weakref.WeakKeyDictionary[_Source, tuple[int, bytes, int]]] = {}
@@ -6291,7 +6314,10 @@ class _DurableState:
         self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
         self._read()
-        self._earlier = dict(self._places)  # as earlier programs have left them
+        # As earlier programs have left them:
+        self._earlier = dict(self._places)
+        self._earlier_handled = self._index_handled()
+        self._earlier_numbers = {instance: set(numbers) for instance, numbers in self._numbers.items()}
         self._file.append(b"", self._all)
 
     @property
@@ -6312,57 +6338,77 @@ class _DurableState:
                 self._since = changed
             return
         self._since = int(head[1]) / 1000
+        if self._since > time.time():  # the clock was ahead: rather too much of the past than too little
+            self._since = 0.0
         for entry in cast("list[re.Match[bytes]]", entries):
             if entry[1] is not None:
                 self._handled.append(entry[0])
                 self.lines += 1
-                self._past.setdefault(entry[0], []).append(self.lines)
+            elif entry[2] is not None:
+                self._numbers.setdefault(entry[2], set()).add(int(entry[3]))
             else:
-                self._places[entry[2]] = (entry[3], self.lines - int(entry[4]))
+                self._places[entry[4]] = (entry[5], self.lines - int(entry[6]))
+                self._forget_numbers(entry[4])
+
+    def _index_handled(self) -> dict[bytes, list[int]]:
+        """Return for each of the newest lines how many there were up to it, each time that it was written."""
+        index: dict[bytes, list[int]] = {}
+        for number, line in enumerate(self._handled, self.lines - len(self._handled) + 1):
+            index.setdefault(line, []).append(number)
+        return index
 
     def _place(self, instance: bytes, source: _Source, number: int, lines: int, found: bytes = b"") -> None:
         """Keep a line about a publisher, and write it; *found* is what it tells as long as there is no number."""
         sources = self._sources.setdefault(instance, weakref.WeakKeyDictionary())
         sources[source] = (-1, found, lines) if found else (number, b"n%d" % number, lines)
-        _, place, lines = min(sources.values())
+        _, place, lines = min([value for other, value in sources.items() if not other.is_left] or sources.values())
         self._places[instance] = (place, lines)
+        self._forget_numbers(instance)
         self._places.move_to_end(instance)
         if len(self._places) > self.PUBLISHERS:
             forgotten, _ = self._places.popitem(last=False)
             self._sources.pop(forgotten, None)
+            self._numbers.pop(forgotten, None)
         self._file.append(self._place_line(instance), self._all)
+
+    def _forget_numbers(self, instance: bytes) -> None:
+        place, _ = self._places[instance]
+        if place[:1] == b"n" and instance in self._numbers:
+            self._numbers[instance] = {number for number in self._numbers[instance] if number > int(place[1:])}
 
     def _all(self) -> Iterable[bytes]:
         """Return all lines that still count."""
         head = b"posttroll-durable 1 %d\n" % max(int(self._since * 1000), 0)
-        return chain([head], self._handled, map(self._place_line, self._places))
+        numbers = (b"+%s %d\n" % (instance, number) for instance, each in self._numbers.items() for number in each)
+        return chain([head], self._handled, map(self._place_line, self._places), numbers)
 
     def _place_line(self, instance: bytes) -> bytes:
         place, lines = self._places[instance]
         return b"@%s %s %d\n" % (instance, place, self.lines - lines)
 
-    def restore(self, instance: bytes, source: _Source) -> None:
-        """Let *source*, the publisher *instance* that has just been found, begin where it ended the last time."""
+    def restore(self, instance: bytes, source: _Source, is_later: bool) -> None:
+        """Let *source*, the publisher *instance* that has just been found, begin where it ended the last time.
+
+        If it *is_later* than others have brought something, it begins where they are.
+        """
         with self._guard:
-            is_heard = bool(self._sources.get(instance))  # by another socket, which has other topics
-            place, lines = (self._earlier if is_heard else self._places).get(instance, (b"", 0))
+            # By another socket, which has other topics.
+            is_heard = any(not other.is_left for other in self._sources.get(instance, ()))
+            if is_later:
+                places: Mapping[bytes, tuple[bytes, int]] = self._places
+                handled, numbers = self._index_handled(), self._numbers
+            else:
+                places = self._earlier if is_heard else self._places
+                handled, numbers = self._earlier_handled, self._earlier_numbers
+            place, lines = places.get(instance, (b"", 0))
+            known = set(numbers.get(instance, ()))
         if place:
-            source.was_handled = partial(self._was_handled, instance, lines)
+            source.was_handled = partial(_was_handled, handled, known, lines)
             if place[:1] == b"n":
                 source.position = int(place[1:])
             else:
                 milliseconds, source.found = map(int, place[1:].split(b","))
                 source.since = time.monotonic() - max(time.time() - milliseconds / 1000, 0)
-
-    def _was_handled(self, instance: bytes, lines: int, number: int, content: bytes) -> bool:
-        """Whether an earlier program has handled a message, according to what came after so many *lines*."""
-        if b"+%s %d\n" % (instance, number) in self._past:
-            return True
-        found = self._past.get(_digest_line(content))
-        if not found or found[-1] <= lines:
-            return False
-        found.pop()  # the same text once more is another message
-        return True
 
     def begin_with(self, instance: bytes, source: _Source, came: int) -> None:
         """Take note that *source*, a publisher, has just been found; so many messages may have come from it already."""
@@ -6403,9 +6449,14 @@ class _DurableState:
 
     def _note_handled(self, owner: Any) -> None:
         raw = self._handed.pop(owner)[1]
-        line = b"+" + raw.split(b"\0", 2)[1][2:] + b"\n" if raw[:1] == b"~" else _digest_line(raw)
-        self._handled.append(line)
-        self.lines += 1
+        if raw[:1] == b"~":
+            instance, number = raw.split(b"\0", 2)[1].split(b" ")[1:]
+            line = b"+%s %s\n" % (instance, number)
+            self._numbers.setdefault(instance, set()).add(int(number))
+        else:
+            line = _digest_line(raw)
+            self._handled.append(line)
+            self.lines += 1
         self._file.append(line, self._all)
 
     def leave(self, receiving: Sequence[Any], is_handled: bool, is_left: bool) -> None:
@@ -6437,6 +6488,17 @@ class _DurableState:
         _, raw = self._handed.pop(owner, (0, b""))
         if raw:
             self.on_unhandled(raw.split(b"\0", 2)[2] if raw[:1] == b"~" else raw)
+
+
+def _was_handled(handled: dict[bytes, list[int]], numbers: set[int], lines: int, number: int, content: bytes) -> bool:
+    """Whether a message is among those *handled*, according to what came after so many *lines*."""
+    if number in numbers:
+        return True
+    found = handled.get(_digest_line(content))
+    if not found or found[-1] <= lines:
+        return False
+    found.pop()  # the same text once more is another message
+    return True
 
 
 def _has_ended(owner: Any) -> bool:
@@ -6731,7 +6793,7 @@ class _Inbox:
 class _SubscriberSockets:
     """Where the messages of a subscriber come from: its addresses and hooks, and the sockets for them."""
 
-    LEFT = 32  # groups of addresses of which none is left, but of whose publishers it is remembered what has come
+    LEFT = 4096  # closed sockets of whose publishers it is remembered what has come
 
     def __init__(
         self,
@@ -6754,7 +6816,7 @@ class _SubscriberSockets:
         self._loop = Loop()
         self._turning: Any = None  # the asyncio task that waits for all who await
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
-        self._left: OrderedDict[tuple[Any, ...], _CatchUp] = OrderedDict()  # without a socket
+        self._left: OrderedDict[Any, _CatchUp] = OrderedDict()  # by slot: those without a socket
         self._connections = _Connections(
             self._loop,
             self._open_socket,
@@ -6887,15 +6949,16 @@ class _SubscriberSockets:
                 self._lock.release()
         self._loop.call(change)
 
-    def _open_socket(self, key: tuple[Any, ...]) -> zmq.Socket[bytes]:
+    def _open_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
-        prefixes, backend, origin = key
+        prefixes, backend, origin = slot[0]
         sock = set_up_client_socket(zmq.SUB, "", None, backend)
-        stream = self._left.pop(key, None)
+        stream = self._left.pop(slot, None)
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]
             stream = _CatchUp(topics, self._note_missed, self._wake_at, self._note_past, self._durable)
             stream.origin = origin or ""
+            stream.is_later = self._inbox.last_heard is not None
         since = partial(self._connections.greet, sock, self._begin)
         stream.attach(sock, since, partial(self._connections.take_pending_events, sock))
         self._streams[sock] = stream
@@ -6905,9 +6968,10 @@ class _SubscriberSockets:
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))
 
-    def _leave_stream(self, key: tuple[Any, ...], sock: zmq.Socket[bytes]) -> None:
+    def _leave_stream(self, slot: tuple[Any, str, int], sock: zmq.Socket[bytes]) -> None:
         """Keep what is known of those that were heard by a socket, which is closed: they may come again."""
-        self._left[key] = self._streams.pop(sock)
+        self._left[slot] = stream = self._streams.pop(sock)
+        stream.leave()
         if len(self._left) > self.LEFT:
             self._left.popitem(last=False)
 
@@ -7071,6 +7135,9 @@ class Subscriber(_SubscriberSockets):
 
     async def receive(self, timeout: float | None = None) -> Message | None:
         """Receive one message, in an asyncio program.
+
+        With *durable*, await it in the task that handles the message, and with its own *timeout*: `asyncio.create_task`
+        and (before Python 3.12) `asyncio.wait_for` make a task that ends with the message, which so counts as handled.
 
         Args:
             timeout: How long to wait, in seconds; None for ever.
