@@ -1601,7 +1601,7 @@ def signals_wake(loop: Loop) -> Iterator[None]:
 
 
 @contextmanager
-def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
+def call_on_signals(callback: Callable[[], object], *more: int) -> Iterator[None]:
     """Have SIGINT and SIGTERM call *callback*, so that a loop over messages ends cleanly.
 
     For example::
@@ -1616,13 +1616,14 @@ def call_on_signals(callback: Callable[[], object]) -> Iterator[None]:
     Args:
         callback: What to call; it must be safe to call in a signal handler, as `Subscriber.stop`, `Subscriber.close`
             and `Publisher.stop` are.  In other threads than the main thread it is never called.
+        more: The numbers of other signals that shall call it, too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     import signal
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, *more)}
     pid = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
@@ -8079,6 +8080,39 @@ def log_handler(file: str | None) -> logging.Handler:
     return TimedRotatingFileHandler(file, when="midnight", backupCount=7)
 
 
+class _OutputHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes a log to stdout, until that fails.
+
+    Args:
+        on_failure: Called when it has failed; may be called in any thread.
+    """
+
+    def __init__(self, on_failure: Callable[[], object]) -> None:
+        super().__init__(sys.stdout)
+        self._on_failure = on_failure
+        self.failure: OSError | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging calls it so
+        """Take note of an error."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self.failure = error
+            self._on_failure()
+        else:
+            super().handleError(record)
+
+
+def _settle(stream: Any) -> OSError | None:
+    """Write what *stream* still holds; what cannot be written is not tried again when Python ends, but returned."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
+
+
 def run_logger(args: Sequence[str] | None = None) -> int:
     """Run ``pytroll-logger``: log the messages of all publishers.
 
@@ -8092,6 +8126,8 @@ def run_logger(args: Sequence[str] | None = None) -> int:
     add_logger_arguments(parser)
     try:
         return run_logger_command(parser.parse_args(args))
+    except BrokenPipeError:  # whoever reads has had enough
+        return 0
     except (OSError, ValueError, NotImplementedError, zmq.ZMQError) as error:
         print(f"pytroll-logger: {error}", file=sys.stderr)
         return 1
@@ -8112,23 +8148,26 @@ def run_logger_command(options: argparse.Namespace) -> int:
       posttroll logger
       posttroll logger -s otherhost -r /var/log/posttroll.log
     """
-    handler = log_handler(options.rotated)
     is_colored = not options.rotated and wants_color(sys.stdout)
-    handler.setFormatter(ColoredFormatter(LOG_FORMAT, use_color=is_colored))
-    if not options.rotated:
-        handler.addFilter(make_printable)
     root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
-    try:
-        with loop_until_signal() as loop:
+    with loop_until_signal() as loop:
+        handler = log_handler(options.rotated) if options.rotated else _OutputHandler(loop.stop)
+        handler.setFormatter(ColoredFormatter(LOG_FORMAT, use_color=is_colored))
+        if not options.rotated:
+            handler.addFilter(make_printable)
+        root.addHandler(handler)
+        root.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+        logger = Logger(options.nameserver or "localhost", options.port or config.get("address_publish_port"))
+        try:
             logger.start()
             loop.run()
-    finally:
-        logger.stop()
-        root.removeHandler(handler)
-        handler.close()
+        finally:
+            logger.stop()
+            root.removeHandler(handler)
+            handler.close()
+    if isinstance(handler, _OutputHandler) and handler.failure is not None:
+        _settle(sys.stdout)
+        raise handler.failure
     return 0
 
 
@@ -8416,17 +8455,6 @@ def _run_nameserver(words: list[str]) -> int:
     return cast(int, nameserver.main(words))
 
 
-def _settle(stream: Any) -> OSError | None:
-    """Write what *stream* still holds; what cannot be written is not tried again when Python ends, but returned."""
-    try:
-        if stream is not None:
-            stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return error
-    return None
-
-
 def _prepare_output(options: argparse.Namespace) -> None:
     """Let stdout take any message: what a terminal cannot show is escaped, files and pipes get UTF-8."""
     if sys.stdout is None and options.command != "publish":
@@ -8434,6 +8462,10 @@ def _prepare_output(options: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+        raw = sys.stdout.buffer
+        if isinstance(raw, io.RawIOBase):  # python -u: of a write that a signal cuts short, the rest would be lost
+            buffer = io.BufferedWriter(raw)
+            sys.stdout = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=raw.isatty())
 
 
 def _prepare_log(options: argparse.Namespace) -> None:
@@ -9060,6 +9092,7 @@ def _run_relay(options: argparse.Namespace) -> int:
             out = stack.enter_context(_PublishingEnd(options))
             subscriber = stack.enter_context(_following(options, tells_origin=True))
             stack.enter_context(call_on_signals(subscriber.close))
+            out.when_ended(subscriber.stop)
             for message in subscriber:
                 raw = cast(str, message.raw).encode()
                 if not echoes.is_echo(raw, message.origin):
@@ -9123,6 +9156,15 @@ class _PublishingEnd:
     def __enter__(self) -> _PublishingEnd:
         self._await_done()
         return self
+
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Have *callback* called, in another thread, when the process has ended."""
+
+        def wait() -> None:
+            self._process.wait()
+            callback()
+
+        threading.Thread(target=wait, name="posttroll relay", daemon=True).start()
 
     def send(self, raw: bytes) -> None:
         """Have a message sent; raises _CommandError if it cannot be."""
@@ -10757,16 +10799,22 @@ def _run_demo(options: argparse.Namespace) -> int:
     where = ", ".join(options.nameserver or [f"port {changes['nameserver_port']} (without multicast)"])
     print(f"Nameserver on {where}, a publisher and a subscriber, three processes.", flush=True)
     environment = {**os.environ, **{f"POSTTROLL_{key.upper()}": str(value) for key, value in changes.items()}}
+    import signal
     import subprocess
 
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for command in commands:
-            processes.append(subprocess.Popen([sys.executable, *command], env=environment))
-        with config.set(changes), Publish("demo", nameservers=hosts) as publisher:
-            _feed_demo(publisher, processes[0])
-        if processes[0].wait():
-            raise _CommandError(f"The demo failed: the subscriber ended with status {processes[0].returncode}.")
+        ended = threading.Event()
+        with call_on_signals(ended.set, getattr(signal, "SIGHUP", signal.SIGTERM)):  # else the others would go on
+            for command in commands:
+                processes.append(subprocess.Popen([sys.executable, *command], env=environment))
+            with config.set(changes), Publish("demo", nameservers=hosts) as publisher:
+                while processes[0].poll() is None and not ended.is_set():
+                    _feed_demo(publisher)
+            if ended.is_set():
+                raise KeyboardInterrupt
+            if processes[0].wait():
+                raise _CommandError(f"The demo failed: the subscriber ended with status {processes[0].returncode}.")
     except (OSError, ValueError, zmq.ZMQError) as error:
         raise _CommandError(f"The demo failed: {error}") from None
     finally:
@@ -10777,12 +10825,11 @@ def _run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _feed_demo(publisher: AnyPublisher, subscriber: subprocess.Popen[bytes]) -> None:
-    """Send the messages until the subscriber, which is not the only one that listens perhaps, has got them all."""
-    while subscriber.poll() is None:
-        for message in _demo_messages():
-            publisher.send(message)
-        time.sleep(0.1)
+def _feed_demo(publisher: AnyPublisher) -> None:
+    """Send the messages: again and again, as the subscriber is not the only one that listens perhaps."""
+    for message in _demo_messages():
+        publisher.send(message)
+    time.sleep(0.1)
 
 
 def _run_demo_subscriber(nameservers: Sequence[str]) -> int:
@@ -10823,7 +10870,8 @@ def _command_parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 _EXIT_STATUS = """\
-0 on success, 1 if something failed (stderr tells what, and what to do), 2 for wrong arguments, 130 after Control-C."""
+0 on success, also when Control-C ends what else would not end; 1 if something failed (stderr tells what, and what to
+do), 2 for wrong arguments, 130 if Control-C came before it was done."""
 
 
 def _add_about(parser: argparse.ArgumentParser) -> None:

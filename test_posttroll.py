@@ -7,6 +7,7 @@ Each test has ports and a multicast group of its own, on the loopback interface,
 from __future__ import annotations
 
 import argparse
+import array
 import ast
 import asyncio
 import base64
@@ -5701,6 +5702,29 @@ sys.exit(posttroll.run_logger())
                     other.heartbeat()
                     await_line(running, "/heartbeat/b")
 
+    @pytest.mark.parametrize("script", ["pytroll-logger", "posttroll logger"])
+    @pytest.mark.parametrize("output", ["full", "closed"])
+    def test_an_output_that_takes_nothing_ends_it(self, script, output):
+        """With a success only if whoever reads has had enough."""
+        start = ("-c", self.CODE) if script == "pytroll-logger" else (LIBRARY, "logger")
+        with contextlib.ExitStack() as world:
+            if output == "full":
+                if not os.path.exists("/dev/full"):
+                    pytest.skip("this needs /dev/full")
+                out = world.enter_context(open("/dev/full", "w"))
+            else:
+                out = subprocess.PIPE
+            world.enter_context(nameserver())
+            pub = world.enter_context(posttroll.Publish("a", nameservers=["localhost"]))
+            running = world.enter_context(process(sys.executable, "-u", *start, stdout=out))
+            if output == "closed":
+                running.stdout.close()
+                running.stdout = None
+            wait_for(lambda: pub.heartbeat() or running.poll() is not None)
+            _, err = running.communicate(timeout=DEADLINE)
+        assert running.returncode == (1 if output == "full" else 0)
+        assert err == (f"{script}: [Errno 28] No space left on device\n" if output == "full" else "")
+
     def test_a_log_file(self, tmp_path):
         log = tmp_path / "messages.log"
         with nameserver(), posttroll.Publish("a", nameservers=["localhost"]) as pub:
@@ -6065,6 +6089,37 @@ class TestCommands:
 
 class TestPublishAndSubscribe:
     """From the shell into the shell."""
+
+    @pytest.mark.parametrize("unbuffered", ["-u", "-X utf8"])
+    def test_a_signal_while_the_reader_is_slow_cuts_no_line_short(self, unbuffered):
+        """What is being written comes to its end, whether Python buffers it or not."""
+        if not os.path.exists("/proc/self/status"):
+            pytest.skip("this needs /proc")
+        import fcntl
+        import termios
+
+        with posttroll.Publisher("tcp://*:0") as pub:
+            words = [*unbuffered.split(), LIBRARY, "subscribe", "--json", "--address", local_address(pub.port_number)]
+            with process(sys.executable, *words) as running:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                for number in range(8):
+                    pub.send(posttroll.Message("/a", "info", [number, "x" * 50_000]))
+                waiting = array.array("i", [0])
+
+                def is_full() -> bool:
+                    fcntl.ioctl(running.stdout, termios.FIONREAD, waiting)
+                    return waiting[0] > 55_000  # in the midst of the second line
+
+                def has_signal() -> bool:
+                    return any(int(each, 16) for each in re.findall(r"Pnd:\t(\w+)", proc.read_text()))
+
+                wait_for(is_full)
+                running.terminate()
+                proc = Path(f"/proc/{running.pid}/status")
+                wait_for(lambda: not has_signal())
+                status, out, err = finish(running)
+        assert (status, err) == (0, "")
+        assert [json.loads(line)["data"][0] for line in out.splitlines()] == list(range(out.count("\n")))
 
     @pytest.mark.parametrize(
         ("words", "data"),
@@ -7155,6 +7210,15 @@ class TestRelayCommand:
         assert err == "0 messages relayed\nposttroll relay: the end that publishes has ended, with status -9.\n"
         with posttroll.Subscriber([local_address(port)]) as sub, self.relay(source, port, "--durable", "name"):
             assert sorted(received_data(sub, 5)) == list(range(5))
+
+    def test_an_end_that_dies_is_noticed_before_the_next_message(self, source):
+        """A supervisor that starts it again must not wait for one."""
+        with self.relay(source, free_port()) as running:
+            (child,) = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            status, out, err = finish(running)
+        assert (status, out) == (1, "")
+        assert err == "0 messages relayed\nposttroll relay: the end that publishes has ended, with status -9.\n"
 
     def test_only_one_of_several_copies(self, source):
         port = free_port()
@@ -8537,6 +8601,15 @@ class TestDemo:
         assert "2 of 3 messages arrived" in err
         assert "The demo failed" in err
         assert "All 3 messages" not in out
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_a_signal_ends_all_of_it(self, number):
+        with command("demo", start_new_session=True) as demo:
+            children = Path(f"/proc/{demo.pid}/task/{demo.pid}/children")
+            started = wait_for(lambda: len(children.read_text().split()) == 2 and children.read_text().split())
+            demo.send_signal(number)
+            assert finish(demo)[0] == 130
+            wait_for(lambda: not any(os.path.exists(f"/proc/{child}") for child in started))
 
     def test_with_a_nameserver_that_runs_already(self):
         """It is asked, and told, in place of one of the demo's own."""
@@ -10491,7 +10564,7 @@ class TestDemoAndKeys:
         text = LIBRARY.read_text()
         for before, after in (
             ("_DEMO_SECONDS = 20", "_DEMO_SECONDS = 6"),
-            ("        for message in _demo_messages():\n", "        for message in _demo_messages()[:-1]:\n"),
+            ("    for message in _demo_messages():\n", "    for message in _demo_messages()[:-1]:\n"),
         ):
             assert text.count(before) == 1
             text = text.replace(before, after)
