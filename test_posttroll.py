@@ -2400,7 +2400,7 @@ class TestServerAndClientSockets:
     def test_descriptors_run_out_half_way(self, keys, make):
         """However few are left: an error, and all else that the process has goes on."""
         code = f"""
-            import os, resource, zmq, posttroll
+            import errno, os, resource, zmq, posttroll
             steady = posttroll.Publisher("tcp://127.0.0.1:0").start()
             address = f"tcp://127.0.0.1:{{steady.port_number}}"
             reader = posttroll.Subscriber([address])
@@ -2420,7 +2420,8 @@ class TestServerAndClientSockets:
                     {make}.close()
                     outcomes.append("made")
                 except (OSError, posttroll.ConfigurationError, zmq.ZMQError) as error:
-                    assert "Too many open files" in str(error), error
+                    # libzmq may tell of what it could not close either, as it was never opened.
+                    assert "Too many open files" in str(error) or error.errno == errno.EBADF, error
                     outcomes.append("error")
                 for descriptor in taken:
                     os.close(descriptor)
