@@ -8464,7 +8464,7 @@ def _prepare_output(options: argparse.Namespace) -> None:
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
         raw = sys.stdout.buffer
         if isinstance(raw, io.RawIOBase):  # python -u: of a write that a signal cuts short, the rest would be lost
-            buffer = io.BufferedWriter(raw)
+            buffer = io.BufferedWriter(io.FileIO(raw.fileno(), "w", closefd=False))
             sys.stdout = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=raw.isatty())
 
 
@@ -9092,7 +9092,7 @@ def _run_relay(options: argparse.Namespace) -> int:
             out = stack.enter_context(_PublishingEnd(options))
             subscriber = stack.enter_context(_following(options, tells_origin=True))
             stack.enter_context(call_on_signals(subscriber.close))
-            out.when_ended(subscriber.stop)
+            out.when_ended(subscriber.close)
             for message in subscriber:
                 raw = cast(str, message.raw).encode()
                 if not echoes.is_echo(raw, message.origin):
