@@ -1981,7 +1981,7 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     """
     endpoint = f"inproc://posttroll-monitor-{next(_monitor_numbers)}"
     monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
-    _keep_monitor(monitor)
+    _keep_monitor(monitor, sock)
     monitor.linger = 0
     monitor.rcvhwm = 100000  # when it is full, ZeroMQ's own thread waits
     monitor.connect(endpoint)
@@ -1995,20 +1995,21 @@ def _open_monitor(sock: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     return monitor
 
 
-_kept_monitors: deque[zmq.Socket[bytes]] = deque()
+_kept_monitors: deque[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]] = deque()
 
 
-def _keep_monitor(monitor: zmq.Socket[bytes]) -> None:
-    """Keep a monitor until somebody closes it: to be forgotten (by whom Control-C interrupts) would close it too early.
+def _keep_monitor(monitor: zmq.Socket[bytes], sock: zmq.Socket[bytes]) -> None:
+    """Keep a monitor and its socket until somebody closes them; if they are forgotten, it would be in any order.
 
-    ZeroMQ's own thread, and whoever closes its socket, would wait for ever to tell it of an event.
+    If the monitor is closed first, ZeroMQ's own threads, and whoever closes the socket, wait for ever to tell it of an
+    event; no socket of the process would end any more.
     """
     for _ in range(min(len(_kept_monitors), 2)):  # so those that are closed do not pile up
         with suppress(IndexError):  # another thread was faster
             oldest = _kept_monitors.popleft()
-            if not oldest.closed:
+            if not oldest[0].closed:
                 _kept_monitors.append(oldest)
-    _kept_monitors.append(monitor)
+    _kept_monitors.append((monitor, sock))
 
 
 _lingering_monitors: list[zmq.Socket[bytes]] = []
@@ -7263,7 +7264,6 @@ class Subscriber(_SubscriberSockets):
         self._leave(kind is None, is_left=True)
 
     def __del__(self) -> None:
-        # Not left to chance: a socket must be closed before its monitor.
         if hasattr(self, "_is_closed"):  # also if it is closed: that may have been interrupted
             self._close()
 
