@@ -68,7 +68,7 @@ import posttroll.testing
 import pytest
 import zmq
 from freezegun import freeze_time
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from posttroll.message import Message, MessageError
 from prometheus_client.parser import text_string_to_metric_families
@@ -1738,6 +1738,18 @@ class TestProperties:
         with mock.patch.object(json.encoder, "c_make_encoder", c_make_encoder):  # not every Python has one, or this one
             encode = posttroll._json_encoder(dt.date.isoformat)
         assert encode(data) == json.dumps(data, default=dt.date.isoformat)
+
+    @many
+    @given(st.datetimes() | st.datetimes(timezones=st.sampled_from([UTC, dt.timezone(dt.timedelta(0, 5))])))
+    @example(dt.datetime.min.replace(microsecond=1, tzinfo=UTC))
+    @example(dt.datetime.max.replace(tzinfo=UTC))
+    @example(NOON.replace(microsecond=0))
+    def test_time_is_as_the_standard_library_writes_it(self, moment):
+        message = posttroll.Message("/a", "info", "", version="v1.2")
+        message.time = moment
+        assert message.encode().split()[3] == moment.isoformat()
+        message.version = "v1.01"
+        assert message.encode().split()[3] == moment.replace(tzinfo=None).isoformat()
 
     @many
     @given(st.lists(json_data, max_size=3))
