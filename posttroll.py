@@ -3810,6 +3810,7 @@ class _Peer:
         self.host = host  # where its connection comes from
         self.topics = topics
         self.connections = 0
+        self.is_forwarded = False  # by a proxy
         self.newest = b""  # what is sent under this goes over the newest connection alone; empty: over all
         self.greeted = 0.0  # when
         self.has_asked = False  # since then, for what it has not
@@ -3911,6 +3912,14 @@ def _plain_send(sock: zmq.Socket[bytes]) -> Callable[[bytes, int], object]:
     return super(zmq.Socket, sock).send if type(sock) is zmq.Socket else sock.send
 
 
+def _property(frame: zmq.Frame, name: str) -> str:
+    """Return what is known of the connection that *frame* has come by, empty if nothing is."""
+    try:
+        return str(frame.get(name))
+    except zmq.ZMQError:  # it has not come by TCP
+        return ""
+
+
 class _Listeners:
     """The socket of a publisher and those who listen to it.
 
@@ -3935,6 +3944,7 @@ class _Listeners:
         self._serials = count(1)  # of connections
         self._topics = 0
         self._by_topic: Counter[bytes] = Counter()
+        self._other_topics = 0  # that are not told apart
         self._answering = 0.0  # since when answers are counted
         self._answers = 0
         self._name = "_".join(name.split()).encode() or b"-"
@@ -3956,7 +3966,16 @@ class _Listeners:
     @property
     def strangers(self) -> int:
         """How many topics others than subscribers of ours have subscribed to."""
-        return max(self._topics - sum(peer.topics * peer.connections for peer in self.peers.values()), 0)
+        return max(self._topics - self._own_topics, 0)
+
+    @property
+    def _own_topics(self) -> int:
+        return sum(peer.topics * peer.connections for peer in self.peers.values())
+
+    @property
+    def may_have_strangers(self) -> bool:
+        """Whether others may listen, too: a proxy passes on equal topics as one, which may be those of strangers."""
+        return self._topics != self._own_topics or any(peer.is_forwarded for peer in self.peers.values())
 
     @property
     def count(self) -> int:
@@ -4037,17 +4056,21 @@ class _Listeners:
             arrived += sign == b"\1"
             self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
-                sock.setsockopt(option, _MAGICK.encode())
+                sock.setsockopt(option, _MAGICK[:-1].encode())  # with "/" it would end together with just that topic
             elif not _MARK.startswith(topic) and not _EARLY_MARK.startswith(topic):
                 sock.setsockopt(option, topic)
         self._tell_waiting()
 
     def _count_topic(self, topic: bytes, difference: int) -> None:
-        self._topics += difference
-        if topic in self._by_topic or len(self._by_topic) < self.TOPICS:
+        if topic in self._by_topic or (difference > 0 and len(self._by_topic) < self.TOPICS):
             self._by_topic[topic] += difference
-            if self._by_topic[topic] <= 0:
+            if not self._by_topic[topic]:
                 del self._by_topic[topic]
+        elif self._other_topics + difference < 0:
+            return  # the end of what has never begun
+        else:
+            self._other_topics += difference
+        self._topics += difference
 
     def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame, arrived: int) -> None:
         """Take note that a subscriber of ours has come (again), or gone; *arrived*: how many topics did just before."""
@@ -4063,10 +4086,7 @@ class _Listeners:
             if len(self.peers) >= self.PEERS:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
-            try:
-                host = str(frame.get("Peer-Address")).removeprefix("::ffff:")
-            except zmq.ZMQError:  # not a TCP connection
-                host = ""
+            host = _property(frame, "Peer-Address").removeprefix("::ffff:")
             # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.
             before = self.history.number if arrived == topics else 0
             peer = self.peers[mark] = _Peer(mark, topics, host, before)
@@ -4074,6 +4094,7 @@ class _Listeners:
         if len(self._seen) < self.PEERS:
             self._seen.add(mark)
         peer.connections += 1
+        peer.is_forwarded = peer.is_forwarded or _property(frame, "Socket-Type") == "XSUB"
         peer.begin()  # it will ask for what it has not
         self.socket.setsockopt(option, mark + b"\0")
         if peer.connections > 1:
@@ -4192,7 +4213,7 @@ class _Audience(_Listeners):
         """
         self._take_subscriptions()
         number, missed = self.history.number, 0
-        if self.strangers:
+        if self.may_have_strangers:
             limit = cast(int, self.socket.getsockopt(zmq.SNDHWM))
             self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
             for peer in self.peers.values():
@@ -5969,6 +5990,8 @@ class _CatchUp:
             if len(instance) == 16 and kind in (b"H", b"L", b"C", b"E", b"P", b"I"):
                 name = fields.pop().decode("utf-8", "replace") if kind == b"H" else ""
                 numbers = [int(field) for field in fields]
+                if not b"".join(fields).isdigit() or max(numbers) >= 10**15:
+                    raise ValueError(f"no numbers: {head[:200]!r}")
                 if kind != b"H" and instance not in self._sources:
                     return None
                 source = self._source(instance)
@@ -5989,6 +6012,8 @@ class _CatchUp:
     def _source(self, instance: bytes) -> _Source:
         source = self._sources.get(instance)
         if source is None:
+            if not re.fullmatch(rb"[0-9a-f]{16}", instance):
+                raise ValueError(f"no instance: {instance!r}")
             source = self._sources[instance] = _Source()
             if self._durable is not None:
                 self._durable.restore(instance, source, self.is_later)

@@ -16853,6 +16853,29 @@ class TestDurable:
 
     # -- the file --
 
+    @pytest.mark.parametrize(
+        "wrong",
+        [b"zzzzzzzzzzzzzzzz 5 0 0 0", b"0123456789abcdef 1000000000000000 0 0 0", b"0123456789abcdef 1_0 0 0 0"],
+    )
+    def test_a_publisher_that_greets_wrongly(self, numbers, wrong, caplog):
+        """What it says of itself stays out of the file, which is that of others, too."""
+        numbers.send(1)
+        with raw_socket(zmq.XPUB) as other:
+            port = other.bind_to_random_port("tcp://127.0.0.1")
+            addresses = [local_address(number) for number in (numbers.publisher.port_number, port)]
+            with posttroll.Subscriber(addresses, "/numbers", durable="name", since=60) as sub:
+                mark = b""
+                while not mark.startswith(posttroll._MARK):
+                    assert other.poll(DEADLINE * 1000)
+                    mark = other.recv()[1:]
+                other.send(mark + b"\0H " + wrong + b" name")
+                data = []
+                wait_for(lambda: data.append(next(sub.recv(0.02))) or "Skipped something broken" in caplog.text)
+        numbers.send(1)
+        assert self.rest(numbers) == [1]
+        assert [message.data for message in data if message] == [0]
+        assert "is damaged" not in caplog.text
+
     @pytest.mark.parametrize("damage", ["empty", "other", "line", "beginning"])
     def test_a_damaged_file(self, numbers, directory, damage, caplog):
         """It is not known what has been handled: begun anew, with what is sent from now on."""
@@ -17639,6 +17662,57 @@ class TestProxiesAndNeighbours:
                             await_count(second, numbers.count)
                         wait_for(lambda: not pub._audience.unserved())
                         assert sorted(first) == sorted(second) == list(range(numbers.count))
+
+    @pytest.mark.skipif(
+        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+    )
+    def test_who_hears_all_comes_and_goes_behind_a_proxy(self):
+        """It shares the connection of the others, and must not take their topics along."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, proxy(pub.port_number) as port:
+            with posttroll.Subscriber([local_address(port)]) as sub, serving(sub) as data:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                with raw_socket(zmq.SUB, port) as other:
+                    other.subscribe(b"")
+                    wait_for(lambda: pub.subscriber_count == 2)
+                wait_for(lambda: pub.subscriber_count == 1)
+                pub.send(text_message("heard"))
+                wait_for(lambda: data == ["heard"])
+
+    @pytest.mark.parametrize("first", [b"", b"pytroll:/"])
+    def test_all_and_all_messages_are_two_topics(self, first):
+        with posttroll.Publisher("tcp://*:0") as pub, raw_socket(zmq.SUB, pub.port_number) as sub:
+            for topic in (b"", b"pytroll:/"):
+                sub.subscribe(topic)
+            assert pub.wait_for_subscribers(2, DEADLINE)
+            sub.unsubscribe(first)
+            wait_for(lambda: pub.subscriber_count == 1)
+            pub.send(text_message("heard"))
+            assert sub.poll(DEADLINE * 1000)
+
+    @pytest.mark.skipif(
+        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+    )
+    def test_those_behind_a_proxy_hide_nobody(self):
+        """It passes on their topics as one, but each of their marks; others still get all when a queue is full."""
+        config.set(send_high_water_mark=20)
+        with posttroll.Publisher("tcp://*:0") as pub, proxy(pub.port_number) as port:
+            with contextlib.ExitStack() as stack:
+                for _ in range(3):
+                    stack.enter_context(posttroll.Subscriber([local_address(port)], "/other"))
+                assert pub.wait_for_subscribers(3, DEADLINE)
+                fast, slow = (stack.enter_context(raw_socket(zmq.SUB, pub.port_number)) for _ in range(2))
+                slow.rcvhwm = 1
+                for sock in (fast, slow):
+                    sock.subscribe(b"pytroll:/")
+                wait_for(lambda: pub._audience.count and pub._audience._topics == 3)
+                while not pub.dropped:
+                    pub.send(text_message("x" * 100_000))
+                    assert fast.poll(DEADLINE * 1000)
+                    fast.recv()
+                for _ in range(3):
+                    pub.send(text_message("x"))
+                    assert fast.poll(DEADLINE * 1000)
+                    fast.recv()
 
     def test_the_topics_are_between_two_marks(self):
         """Also when a connection has come back, and when a proxy passes them on: else what comes between is lost."""
