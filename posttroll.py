@@ -5257,6 +5257,11 @@ def _refuse_unknown(settings: Mapping[str, Any], kind: str, known: str) -> None:
 # ======================================================================================================================
 
 
+def uptime() -> float:
+    """Return the seconds since the host was started; those in which it was suspended count, where that can be told."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 class _Link:
     """A connection to an endpoint over a socket.
 
@@ -6050,7 +6055,7 @@ class _CatchUp:
         self._cancel_request(instance)
         if source.position is None:
             asked = time.time() * 1000  # before the age: in between time may pass, and the age is what counts
-            age = max(math.ceil((time.monotonic() - source.since) * 1000), 1)
+            age = max(math.ceil((uptime() - source.since) * 1000), 1)
             what = b"%d+%d@%d" % (source.found, age, asked)
         else:
             what = b"%d+0@0" % source.position
@@ -6451,12 +6456,12 @@ class _DurableState:
                 source.position = int(place[1:])
             else:
                 milliseconds, source.found = map(int, place[1:].split(b","))
-                source.since = time.monotonic() - max(time.time() - milliseconds / 1000, 0)
+                source.since = uptime() - max(time.time() - milliseconds / 1000, 0)
 
     def begin_with(self, instance: bytes, source: _Source, came: int) -> None:
         """Take note that *source*, a publisher, has just been found; so many messages may have come from it already."""
         with self._guard:
-            milliseconds = max(int((time.time() - time.monotonic() + source.since) * 1000), 0)
+            milliseconds = max(int((time.time() - uptime() + source.since) * 1000), 0)
             found = b"a%d,%d" % (milliseconds, source.found)
             self._place(instance, source, 0, max(self.lines - came, 0), found)
 
@@ -6850,10 +6855,10 @@ class _SubscriberSockets:
         self._topics = _topic_prefixes(topics)
         self._translate = translate
         # Time that passes between two clocks must not make it later: rather too much of the past than too little.
-        wall, now = time.time(), time.monotonic()
+        wall, now = time.time(), uptime()
         seconds = _seconds_since(since)
         self._durable = None if durable is None else _DurableState(durable, wall - seconds)
-        self._begin = now - seconds if self._durable is None else time.monotonic() - self._durable.seconds
+        self._begin = now - seconds if self._durable is None else uptime() - self._durable.seconds
         self._is_begun = False
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._loop = Loop()
@@ -6886,7 +6891,7 @@ class _SubscriberSockets:
             ValueError: The address cannot be used.
             ConfigurationError: The secure backend is not set up.
         """
-        self._add(address, topics, time.monotonic() if self._is_begun else self._begin)
+        self._add(address, topics, uptime() if self._is_begun else self._begin)
 
     def _add(self, address: Any, topics: str | Iterable[str] | None, begin: float) -> None:
         announced = address.get("backend") if isinstance(address, Mapping) else None

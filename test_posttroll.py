@@ -17051,15 +17051,28 @@ class TestSince:
                 with make(since=begin, **settings) as sub:
                     assert received_data(sub, 2) == [0, 1]
 
+    @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="it cannot be told how long it was suspended")
+    def test_what_was_sent_while_the_host_was_suspended(self, monkeypatch):
+        """That time is none for `time.monotonic`; to the publisher, it was long ago that the subscriber was made."""
+        clock_gettime = time.clock_gettime
+        with posttroll.Publisher("tcp://*:0") as pub:
+            for number in range(3):
+                pub.send(text_message(number))
+            time.sleep(0.3)  # time is what tells old from new
+            with posttroll.Subscriber([local_address(pub.port_number)]) as sub:
+                monkeypatch.setattr(time, "clock_gettime", lambda clock: clock_gettime(clock) + 60)
+                assert received_data(sub, 3) == [0, 1, 2]
+
     @pytest.mark.parametrize("durable", [None, "slow"])
     def test_time_that_passes_between_two_clocks_takes_no_message(self, durable, monkeypatch, tmp_path):
         """A busy host may stop a thread between any two lines."""
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
-        def after_a_while(clock: Callable[[], float]) -> Callable[[], float]:
-            return lambda: (time.sleep(0.02), clock())[1]
+        def after_a_while(clock: Callable[..., float]) -> Callable[..., float]:
+            return lambda *which: (time.sleep(0.02), clock(*which))[1]
 
-        clocks = {name: after_a_while(getattr(time, name)) for name in ("time", "monotonic")}
+        names = {"time", "monotonic", "clock_gettime"} & set(dir(time))
+        clocks = {name: after_a_while(getattr(time, name)) for name in names}
         with posttroll.Publisher("tcp://*:0", "numbers") as pub:
             Numbers(pub).send(3)
             time.sleep(0.5)
