@@ -9993,6 +9993,7 @@ class _Listener:
     def __init__(self, name: str, services: Iterable[_Service], topic: str, seconds: float) -> None:
         self.name = name or "all"
         self.age: float | None = None
+        self._topic = topic
         self._seconds = seconds
         self._start = time.monotonic()
         self._heartbeats: dict[tuple[str, str], _Heartbeats] = {}
@@ -10014,7 +10015,9 @@ class _Listener:
 
     @property
     def _knows_past(self) -> bool:
-        """Whether all publishers have told what they had sent before; only ours do."""
+        """Whether all publishers have told what they had sent before; only ours do, of what they keep."""
+        if self._topic and self._subscriber.missed:  # of whatever subject it was
+            return False
         return not self._has_more and self._subscriber.up_to_date >= len(self._subscriber.addresses)
 
     @property
@@ -10034,11 +10037,14 @@ class _Listener:
         waited = time.monotonic() - self._start
         if self.age is not None:
             return 0, f"{self.name} heard {self.age:.0f} s ago"
-        if self._subscriber.missed:
+        if self._subscriber.missed and not self._topic:
             return 0, f"{self.name} sent something in the last {self._seconds:g} s"
         if self._knows_past or waited >= self._seconds:
             return 2, f"nothing from {self.name} in {self._seconds:g} s"
         remedy = "it may keep no history: raise --timeout above --silent"
+        if self._subscriber.missed:
+            less = f"what it keeps does not reach back {self._seconds:g} s"
+            remedy = f"{less}: raise its history_seconds or history_messages"
         return 3, f"nothing from {self.name} in {waited:.0f} s ({remedy})"
 
     def close(self) -> None:
@@ -10181,7 +10187,7 @@ def _run_check(options: argparse.Namespace) -> int:
     Examples:
       posttroll check --local --timeout 2
       posttroll check receiver gatherer --silent 300
-      posttroll check receiver --silent 900 --topic /segment
+      posttroll check receiver --silent 300 --topic /segment
       posttroll check tcp://localhost:9010
     """
     if options.topic and options.silent is None:

@@ -7803,6 +7803,26 @@ class TestCheck:
             status, text, _ = self.check(capsys, address, "--silent", 60)
             assert (status, text) == (0, f"{address} answers; {address} sent something in the last 60 s")
 
+    def test_what_is_not_in_the_history_any_more_may_have_been_of_another_topic(self, capsys):
+        """That is known once one has listened oneself for so long, or something comes."""
+        with config.set(history_messages=1), posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://127.0.0.1:{publisher.port_number}"
+            for _ in range(3):
+                publisher.send(posttroll.Message("/other", "info"))
+            words = (address, "--topic", "/segment", "--silent")
+            status, text, _ = self.check(capsys, *words, 60, "--timeout", 0.8)
+            assert (status, "what it keeps does not reach back 60 s: raise its history_seconds" in text) == (3, True)
+            publisher.send(posttroll.Message("/other", "info"))
+            status, text, _ = self.check(capsys, *words, 0.3)
+            assert (status, text.partition(";")[0]) == (2, f"nothing from {address} in 0.3 s")
+            results: list[tuple[int, str, dict[str, str]]] = []
+            with in_thread(lambda: results.append(self.check(capsys, *words, 60, "--timeout", 20))) as thread:
+                while thread.is_alive():
+                    publisher.send(posttroll.Message("/segment", "info"))
+                    publisher.send(posttroll.Message("/other", "info"))
+                    time.sleep(0.01)
+            assert results[0][0] == 0
+
     def test_overdue_heartbeats(self, capsys):
         """One that promised to beat has stopped to do so, while it says other things."""
         with posttroll.Publisher("tcp://*:0", "late") as publisher:
