@@ -10544,6 +10544,34 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
         finally:
             assert control("stop")[0] == 0
 
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["-l", "/nonesuch/log"], "/nonesuch/log"),
+            (["--set", "backend=secure_zmq"], "server_secret_key_file"),
+            (["--set", "max_services=some"], "max_services is 'some'"),
+            (["--set", "address_publish_port=some"], "address_publish_port is 'some'"),
+        ],
+    )
+    def test_a_restart_that_cannot_succeed_stops_nothing(self, control, words, reason):
+        control("start")
+        pid = control.pid()
+        status, _, err = control("restart", *words)
+        assert (status, err.count("\n"), reason in err) == (1, 1, True), err
+        assert control("status") == (0, f"nameserver: running (process {pid})\n", "")
+
+    def test_a_restart_after_one_that_failed_keeps_the_options(self, control, tmp_path):
+        log, port = tmp_path / "daemon.log", config.get("nameserver_port")
+        assert control("start", "-l", log) == (0, "", "")
+        with socket.socket() as other:
+            other.bind(("", free_port()))
+            other.listen()
+            status, _, err = control("restart", "--set", f"nameserver_port={other.getsockname()[1]}")
+        assert (status, "in use" in err) == (1, True)
+        assert control("status")[0] == 3
+        assert control("restart", "--set", f"nameserver_port={port}") == (0, "", "nameserver: not running\n")
+        assert log.read_text().count("answers on port") == 2
+
     def test_what_it_logs_without_a_log_file_is_said(self, control):
         status, out, err = control("start")
         assert (status, out, err) == (0, "", LOGS_NOWHERE)
