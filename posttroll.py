@@ -9953,8 +9953,8 @@ def _run_top(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _single_keys() -> Iterator[int | None]:
-    """Let single keys be read, without Enter; gives the descriptor to read from, None if there is no terminal."""
-    if os.name != "posix" or sys.stdin is None or not sys.stdin.isatty():  # on Windows, Control-C ends it
+    """Let single keys be read, without Enter; gives the descriptor to read from, None if no keys are for us."""
+    if os.name != "posix" or not _has_keyboard():  # on Windows, Control-C ends it
         yield None
         return
     import termios
@@ -9967,6 +9967,16 @@ def _single_keys() -> Iterator[int | None]:
         yield descriptor
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _has_keyboard() -> bool:
+    """Whether there is a terminal, and we are seen there: in its background, we would be stopped if we set it up."""
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:  # it is not that of our session, and stops nobody
+        return True
 
 
 # -- check --

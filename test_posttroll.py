@@ -6663,6 +6663,35 @@ class TestTerminal:
                 assert termios.tcgetattr(terminal)[3] == before
                 assert running.returncode == 0
 
+    def test_top_in_the_background_is_not_stopped(self):
+        """As by ``top &``: it leaves the terminal alone."""
+        master, slave = pty.openpty()
+
+        def own_terminal() -> None:
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+        job = (sys.executable, "-m", "posttroll", "top", "-n", "1", "--interval", "0.1")
+        words = ("bash", "-c", 'set -m; "$0" "$@" & wait $!', *job)
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+        with nameserver(), process(*words, **streams, preexec_fn=own_terminal) as shell:
+            os.close(slave)
+            assert shell.wait(DEADLINE) == 0
+            assert "posttroll top" in os.read(master, 4096).decode()
+        os.close(master)
+
+    def test_top_into_a_file_leaves_the_terminal_alone(self, tmp_path):
+        master, slave = pty.openpty()
+        views = tmp_path / "views"
+        with nameserver(), views.open("w") as stdout:
+            with command("top", "-n", 99, "--interval", 0.1, stdin=slave, stdout=stdout) as top:
+                wait_for(lambda: "posttroll top" in views.read_text())
+                assert termios.tcgetattr(slave)[3] & termios.ICANON
+                top.terminate()
+                assert finish(top)[::2] == (0, "")
+        os.close(slave)
+        os.close(master)
+
     def test_top_shortens_subjects_so_that_the_numbers_are_seen(self):
         subject = "/a/subject" + "/with/many/words" * 10 + "/end"
         with contextlib.ExitStack() as world:
