@@ -9449,7 +9449,7 @@ def _ask_about_nameserver(host: str, timeout: float) -> str:
     """Ask a nameserver by a lookup; return what is known of it, nothing if it does not answer."""
     try:
         version = describe_nameserver(host, timeout).get("version")
-    except TimeoutError:
+    except (TimeoutError, MessageError):
         return ""
     return f"posttroll {printable(version)}" if version else "version unknown"
 
@@ -10713,7 +10713,12 @@ class _Doctor:
             remedy = "check its authorized_client_addresses, --local-only and keys (its log names refused clients)"
             self.say("FAIL", name, f"it lets us connect to {endpoint}, but does not answer", remedy)
             return
-        message = Message.decode(answer)
+        try:
+            message = Message.decode(answer)
+        except MessageError as error:
+            finding = f"what answers at {endpoint} is no message: {error}"
+            self.say("FAIL", name, finding, "another program has this port")
+            return
         count = len(addresses_in(answer))
         self._answering.append(host)
         self.say("ok", name, f"answers at {endpoint} with {count} publishers")

@@ -7063,6 +7063,15 @@ class TestPing:
         assert (status, err) == (1, "posttroll ping: no answer from nameserver localhost.\n")
         assert "PING nameserver localhost: no answer yet" in out
 
+    def test_an_answer_that_is_no_message(self):
+        """It ends nothing: the others are asked."""
+        port = free_port()
+        with answering(b"\xffjunk", port), nameserver():
+            hosts = ("--nameserver", f"localhost:{port}", "--nameserver", "localhost")
+            status, out, err = run_here("ping", *hosts, "-c", 1, "--timeout", DEADLINE)
+        assert (status, err) == (1, f"posttroll ping: no answer from nameserver localhost:{port}.\n")
+        assert "--- nameserver localhost: 1 asked, 1 answered" in out
+
     def test_control_c_ends_it_with_the_summary_and_quiet_shows_that_alone(self):
         summary = r"--- nameserver localhost: \d+ asked, \d+ answered, \d+% lost.*\n"
         with nameserver():
@@ -8451,6 +8460,18 @@ class TestDoctor:
         assert status == 1
         assert re.search("FAIL  nameserver localhost: what answers .* is not ZeroMQ", out)
         assert re.search(rf"taken by process {os.getpid()} ", out)
+
+    def test_an_answer_that_is_no_message(self):
+        """It ends nothing: the others are asked."""
+        port = free_port()
+        with answering(b"\xffjunk", port), nameserver():
+            hosts = ("--nameserver", f"localhost:{port}", "--nameserver", "localhost")
+            status, out, _ = run_here("doctor", "--no-multicast", *hosts)
+        assert status == 1
+        (line,) = [line for line in out.splitlines() if line.startswith("FAIL")]
+        assert line.startswith(f"FAIL  nameserver localhost:{port}: what answers at ")
+        assert line.endswith("  -> another program has this port")
+        assert "hear each other (by localhost)" in out
 
     def test_a_nameserver_that_listens_to_multicast_only(self):
         with nameserver_process():
