@@ -8535,22 +8535,24 @@ def _show(lines: Sequence[str]) -> None:
         print("\n".join(lines) + "\n" * (len(lines) > 1), flush=True)
 
 
-def _table(rows: Sequence[Sequence[str]], headings: Sequence[str], width: int = 0, elastic: str = "") -> list[str]:
+def _table(
+    rows: Sequence[Sequence[str]], headings: Sequence[str], width: int = 0, elastic: Sequence[int] = ()
+) -> list[str]:
     """Return the lines of a table with aligned columns.
 
     Args:
         rows: Their cells.
         headings: Those of the columns.
         width: What has to be enough for a line; 0 for no limit.
-        elastic: The headings of the columns whose cells are shortened for that, the widest first.
+        elastic: The columns, numbered from 0, whose cells are shortened for that, the widest first.
     """
     lines = [headings, *rows]
-    widths = {heading: max(map(len, column)) for heading, column in zip(headings, zip(*lines))}
-    surplus = sum(widths.values()) + 2 * (len(widths) - 1) - (width or sys.maxsize)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    surplus = sum(widths) + 2 * (len(widths) - 1) - (width or sys.maxsize)
     for _ in range(surplus):
-        widest = max(elastic.split(), key=widths.__getitem__)
+        widest = max(elastic, key=widths.__getitem__)
         widths[widest] -= widths[widest] > 12
-    padded = ([_shortened(cell, size).ljust(size) for cell, size in zip(line, widths.values())] for line in lines)
+    padded = ([_shortened(cell, size).ljust(size) for cell, size in zip(line, widths)] for line in lines)
     return ["  ".join(cells)[: width or None].rstrip() for cells in padded]
 
 
@@ -8887,10 +8889,10 @@ class _Format(string.Formatter):
             return "", field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """Return a value in its format, or as it is if that is for another kind of value."""
+        """Return a value in its format, or as it is if that is for another kind of value, or for smaller ones."""
         try:
             return cast(str, super().format_field(_shown(value), format_spec))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return str(value)
 
 
@@ -9031,7 +9033,7 @@ class _Display:
     def _lines(self) -> list[str]:
         with self._lock:
             rows = [[str(count), printable(kind)] for kind, count in self._counts.most_common()]
-        return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
+        return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], elastic=[1])
 
     def finish(self) -> None:
         """Show what there is at the end."""
@@ -9395,7 +9397,7 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
         line = [row["name"], ",".join(row["aliases"]), row["address"], row["backend"] or "", row["version"] or "", age]
         cells.append([*map(printable, line), "yes" if row["answers"] else "no"])
     headings = ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS")
-    head, *lines = _table(cells, headings, _view_size()[0], "NAME ALIASES")
+    head, *lines = _table(cells, headings, _view_size()[0], elastic=[0, 1])
     if color:
         ends = {"yes": colored("yes", GREEN), "no": colored("no", RED)}
         lines = [re.sub("(yes|no)$", lambda word: ends[word[0]], line) for line in lines]
@@ -9899,7 +9901,8 @@ def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str,
             del cells[1]
     has_picture = not 0 < width < 70
     room = width and width - 14 * has_picture
-    lines = _table([cells for _, cells, _ in shown], headings, room, "PUBLISHER SUBJECT TYPE")
+    elastic = list(map(headings.index, ("PUBLISHER", "SUBJECT", "TYPE")))
+    lines = _table([cells for _, cells, _ in shown], headings, room, elastic)
     if has_picture:
         longest = max(map(len, lines))
         room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2

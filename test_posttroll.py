@@ -6825,6 +6825,10 @@ class TestLookingIn:
             f"/b|/data/c|12|{year}|v1.2|{sender}||{{}}",
         ]
 
+    def test_numbers_that_are_too_large_for_a_format_end_nothing(self):
+        form = posttroll._Format("{data[size]:.1f}")
+        assert form(posttroll.Message("/a", "info", {"size": 10**400})) == str(10**400)
+
     def test_a_format_in_a_format_and_what_holds_others(self):
         when = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)
         messages = [("/a", "info", {"width": 6, "of": {"when": when, "list": [None, True]}})]
@@ -6941,6 +6945,18 @@ class TestLookingIn:
         assert {kind: int(number) for number, _, kind in (row.partition("  ") for row in rows)} == {} or {
             row[len("MESSAGES") + 2 :]: int(row.split()[0]) for row in rows
         } == counts
+
+    @pytest.mark.parametrize("key", ["messages", "data.my key"])
+    def test_count_by_any_key_on_a_narrow_terminal(self, key):
+        """Whatever the heading: also that of the other column, and one with a blank."""
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = local_address(publisher.port_number)
+            publisher.send(posttroll.Message("/a", "info", {"my key": "x" * 50, "messages": "x" * 50}))
+            words = ("--since", "1m", "-n", "1", "--count-by", key)
+            with on_terminal("subscribe", "--address", address, *words, size=(40, 9)) as (running, read_to, _):
+                assert running.wait(DEADLINE) == 0
+                seen = read_to("xxx")
+        assert re.search(rf"MESSAGES  {key.upper()}\r\n1         x{{14}}\.\.\.x{{13}}\r\n", seen)
 
     def test_sample(self):
         messages = [("/a", "info", str(number)) for number in range(10)]
@@ -7629,9 +7645,9 @@ class TestSparkline:
     def test_narrow_tables(self):
         """Columns that are narrow anyway do not become wider, and there is a table before there is a picture."""
         rows = [["a", "/a", "12"], ["b" * 30, "/b", "3"]]
-        lines = posttroll._table(rows, ["NAME", "SUBJECT", "MSG/S"], 28, "NAME SUBJECT")
+        lines = posttroll._table(rows, ["NAME", "SUBJECT", "MSG/S"], 28, [0, 1])
         assert lines == ["NAME          SUBJECT  MSG/S", "a             /a       12", "bbbbb...bbbb  /b       3"]
-        assert posttroll._table(rows[:1], ["NAME", "SUBJECT", "MSG/S"], 12, "NAME SUBJECT") == [
+        assert posttroll._table(rows[:1], ["NAME", "SUBJECT", "MSG/S"], 12, [0, 1]) == [
             "NAME  SUBJEC",
             "a     /a",
         ]
