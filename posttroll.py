@@ -8603,6 +8603,8 @@ def _run_publish(options: argparse.Namespace) -> int:
     if path == "-" and sys.stdin is None:
         raise _CommandError("there is no standard input to read from.")
     source = sys.stdin.fileno() if path == "-" else path
+    if path == "-" and os.name == "posix":
+        os.set_blocking(sys.stdin.fileno(), True)  # else it would end where whoever writes to it pauses
     with nullcontext() if source is None else open(source, "rb", closefd=path != "-") as stream:
         messages = _messages_to_publish(options, stream)
         with publishing as publisher, call_on_signals(_interrupt):
@@ -9355,26 +9357,31 @@ def _run_services(options: argparse.Namespace) -> int:
       posttroll services --nameserver otherhost --json
       posttroll services --watch
     """
-    rows: list[Any] = []
-    while True:
-        problem = ""
-        try:
-            rows, missing = _find_services(options)
-        except TimeoutError as error:
-            if not options.watch:
-                raise
-            problem = str(error)  # the nameserver may come back
-        lines = [_as_json(rows)] if options.json else _services_table(rows, _colors(options))
-        if not options.watch:
-            break
-        _show(lines)
-        if problem:
-            _talk(problem)
-        time.sleep(options.watch)
-    print("\n".join(lines))
+    if options.watch:
+        _watch_services(options)
+        return 0
+    rows, missing = _find_services(options)
+    print("\n".join(_services_lines(rows, options)))
     if missing:
         raise _CommandError(f"no publisher of {', '.join(missing)} answers.")
     return 0
+
+
+def _watch_services(options: argparse.Namespace) -> None:
+    """List them again and again, until a signal comes; what was known last while no nameserver answers."""
+    rows: list[dict[str, Any]] = []
+    end = threading.Event()
+    with call_on_signals(end.set):
+        while not end.is_set():
+            problem = ""
+            try:
+                rows, _ = _find_services(options)
+            except TimeoutError as error:  # the nameserver may come back
+                problem = str(error)
+            _show(_services_lines(rows, options))
+            if problem:
+                _talk(problem)
+            end.wait(options.watch)
 
 
 def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
@@ -9389,8 +9396,10 @@ def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], l
     return rows, missing
 
 
-def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
-    """Return the lines of the table, in the colours of the word at their end."""
+def _services_lines(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Return the lines that list them: as a table, in the colours of the word at their end."""
+    if options.json:
+        return [_as_json(rows)]
     cells = []
     for row in rows:
         age = "" if row["age"] is None else f"{row['age']:.0f} s"
@@ -9398,7 +9407,7 @@ def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]
         cells.append([*map(printable, line), "yes" if row["answers"] else "no"])
     headings = ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS")
     head, *lines = _table(cells, headings, _view_size()[0], elastic=[0, 1])
-    if color:
+    if _colors(options):
         ends = {"yes": colored("yes", GREEN), "no": colored("no", RED)}
         lines = [re.sub("(yes|no)$", lambda word: ends[word[0]], line) for line in lines]
     return [head, *lines]
@@ -9415,6 +9424,7 @@ class _Pinged:
         ask: Asks it, and waits so many seconds for the answer; returns what is known of it then, else nothing.
 
     Attributes:
+        asked: How many times it was.
         times: In seconds, those of the answers.
     """
 
@@ -9422,23 +9432,23 @@ class _Pinged:
         self.name = printable(name)
         self.ask = ask
         self.times: list[float] = []
-        self._asked = 0
+        self.asked = 0
 
     def measure(self, timeout: float) -> str:
         """Ask; return a line that tells how that went."""
-        self._asked += 1
+        self.asked += 1
         start = time.monotonic()
         is_answered = self.ask(timeout)
         if is_answered:
             self.times.append(time.monotonic() - start)
         what = f"time={1000 * self.times[-1]:.3f} ms" if is_answered else f"no answer after {timeout:g} s"
-        return f"{self.name}: seq={self._asked} {what}"
+        return f"{self.name}: seq={self.asked} {what}"
 
     @property
     def summary(self) -> str:
         """How often it was asked, how often it answered, and how fast."""
-        lost = 100 * (self._asked - len(self.times)) / max(self._asked, 1)
-        text = f"--- {self.name}: {self._asked} asked, {len(self.times)} answered, {lost:.0f}% lost"
+        lost = 100 * (self.asked - len(self.times)) / max(self.asked, 1)
+        text = f"--- {self.name}: {self.asked} asked, {len(self.times)} answered, {lost:.0f}% lost"
         if not self.times:
             return text
         mean = sum(self.times) / len(self.times)
@@ -9512,7 +9522,7 @@ def _run_ping(options: argparse.Namespace) -> int:
             if number == options.count or end.wait(options.interval):
                 break
     print("\n".join(peer.summary for peer in peers))
-    silent = [peer.name for peer in peers if not peer.times]
+    silent = [peer.name for peer in peers if peer.asked and not peer.times]
     if silent:
         raise _CommandError(f"no answer from {', '.join(silent)}.")
     return 0

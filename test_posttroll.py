@@ -6168,6 +6168,21 @@ class TestPublishAndSubscribe:
         assert [line["data"] for line in lines] == ["one", "two", "three"]
         assert {(line["subject"], line["type"]) for line in lines} == {("/log", "line")}
 
+    def test_an_input_that_does_not_block(self):
+        """As that of a program which has its own loop: it ends where the other end is closed, not at a pause."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(read_end, False)
+        port = free_port()
+        words = ("publish", "/a", "info", "-", "--lines", "--port", port, "--nameserver", "none")
+        with posttroll.Subscriber([local_address(port)]) as subscriber:
+            with command(*words, stdin=read_end) as publish, os.fdopen(write_end, "w") as stdin:
+                for text in ("one", "two"):
+                    print(text, file=stdin, flush=True)
+                    assert received_data(subscriber) == [text]
+                stdin.close()
+                assert finish(publish) == (0, "", "2 messages to 1 subscriber\n")
+        os.close(read_end)
+
     def test_a_file(self, tmp_path):
         path = tmp_path / "data.json"
         path.write_text('{"start_time": "2026-11-23T12:00:00+00:00"}\n')
@@ -6738,7 +6753,7 @@ class TestTerminal:
             read_to("name00", before.count("name00") + 2)
             read_to("\033[H\033[J", read_to("NAME").count("\033[H\033[J") + 2)
             running.send_signal(signal.SIGINT)
-            assert running.wait(DEADLINE) == 130
+            assert running.wait(DEADLINE) == 0
             seen = read_to("NAME")
         for view in seen.split("\033[H\033[J")[1:-1]:
             lines = view.replace("\r", "").splitlines()
@@ -7102,6 +7117,17 @@ class TestPing:
             assert status == 0
             assert re.fullmatch("PING .*\n" + summary, out)
 
+    def test_control_c_during_the_first_question(self, monkeypatch):
+        """Which is not counted: so nobody can be said not to have answered."""
+
+        def interrupt(*args: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            raise TimeoutError
+
+        monkeypatch.setattr(posttroll, "describe_nameserver", interrupt)
+        status, out, err = run_here("ping", "--interval", 0.01)
+        assert (status, out.splitlines()[-1], err) == (0, "--- nameserver localhost: 0 asked, 0 answered, 0% lost", "")
+
     def test_names_that_do_not_resolve_for_minutes(self, monkeypatch):
         over, ended = threading.Event(), []
 
@@ -7367,7 +7393,7 @@ class TestServicesAndTop:
             for _ in range(3):
                 await_line(watch, "ANSWERS")
             watch.send_signal(signal.SIGINT)
-            assert finish(watch)[0] == 130
+            assert finish(watch)[0] == 0
 
     def test_top_without_a_terminal_prints_so_many_views(self):
         with nameserver(), posttroll.Publish("feeder", nameservers=["localhost"]) as publisher:
@@ -7470,7 +7496,7 @@ class TestServicesAndTop:
                 for _ in range(12):  # what was known is shown meanwhile
                     line = await_line(watch, "alive")
             watch.send_signal(signal.SIGINT)
-            assert finish(watch)[0] == 130
+            assert finish(watch)[0] == 0
         if form:
             assert json.loads(line)[0]["name"] == "alive"
 
