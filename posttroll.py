@@ -8565,22 +8565,24 @@ def _show(lines: Sequence[str]) -> None:
         print("\n".join(lines) + "\n" * (len(lines) > 1), flush=True)
 
 
-def _table(rows: Sequence[Sequence[str]], headings: Sequence[str], width: int = 0, elastic: str = "") -> list[str]:
+def _table(
+    rows: Sequence[Sequence[str]], headings: Sequence[str], width: int = 0, elastic: Sequence[int] = ()
+) -> list[str]:
     """Return the lines of a table with aligned columns.
 
     Args:
         rows: Their cells.
         headings: Those of the columns.
         width: What has to be enough for a line; 0 for no limit.
-        elastic: The headings of the columns whose cells are shortened for that, the widest first.
+        elastic: The columns, numbered from 0, whose cells are shortened for that, the widest first.
     """
     lines = [headings, *rows]
-    widths = {heading: max(map(len, column)) for heading, column in zip(headings, zip(*lines))}
-    surplus = sum(widths.values()) + 2 * (len(widths) - 1) - (width or sys.maxsize)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    surplus = sum(widths) + 2 * (len(widths) - 1) - (width or sys.maxsize)
     for _ in range(surplus):
-        widest = max(elastic.split(), key=widths.__getitem__)
+        widest = max(elastic, key=widths.__getitem__)
         widths[widest] -= widths[widest] > 12
-    padded = ([_shortened(cell, size).ljust(size) for cell, size in zip(line, widths.values())] for line in lines)
+    padded = ([_shortened(cell, size).ljust(size) for cell, size in zip(line, widths)] for line in lines)
     return ["  ".join(cells)[: width or None].rstrip() for cells in padded]
 
 
@@ -8631,6 +8633,8 @@ def _run_publish(options: argparse.Namespace) -> int:
     if path == "-" and sys.stdin is None:
         raise _CommandError("there is no standard input to read from.")
     source = sys.stdin.fileno() if path == "-" else path
+    if path == "-" and os.name == "posix":
+        os.set_blocking(sys.stdin.fileno(), True)  # else it would end where whoever writes to it pauses
     with nullcontext() if source is None else open(source, "rb", closefd=path != "-") as stream:
         messages = _messages_to_publish(options, stream)
         with publishing as publisher, call_on_signals(_interrupt):
@@ -8917,10 +8921,10 @@ class _Format(string.Formatter):
             return "", field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """Return a value in its format, or as it is if that is for another kind of value."""
+        """Return a value in its format, or as it is if that is for another kind of value, or for smaller ones."""
         try:
             return cast(str, super().format_field(_shown(value), format_spec))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return str(value)
 
 
@@ -9061,7 +9065,7 @@ class _Display:
     def _lines(self) -> list[str]:
         with self._lock:
             rows = [[str(count), printable(kind)] for kind, count in self._counts.most_common()]
-        return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], self._by.upper())
+        return _table(rows, ("MESSAGES", self._by.upper()), _view_size()[0], elastic=[1])
 
     def finish(self) -> None:
         """Show what there is at the end."""
@@ -9383,26 +9387,31 @@ def _run_services(options: argparse.Namespace) -> int:
       posttroll services --nameserver otherhost --json
       posttroll services --watch
     """
-    rows: list[Any] = []
-    while True:
-        problem = ""
-        try:
-            rows, missing = _find_services(options)
-        except TimeoutError as error:
-            if not options.watch:
-                raise
-            problem = str(error)  # the nameserver may come back
-        lines = [_as_json(rows)] if options.json else _services_table(rows, _colors(options))
-        if not options.watch:
-            break
-        _show(lines)
-        if problem:
-            _talk(problem)
-        time.sleep(options.watch)
-    print("\n".join(lines))
+    if options.watch:
+        _watch_services(options)
+        return 0
+    rows, missing = _find_services(options)
+    print("\n".join(_services_lines(rows, options)))
     if missing:
         raise _CommandError(f"no publisher of {', '.join(missing)} answers.")
     return 0
+
+
+def _watch_services(options: argparse.Namespace) -> None:
+    """List them again and again, until a signal comes; what was known last while no nameserver answers."""
+    rows: list[dict[str, Any]] = []
+    end = threading.Event()
+    with call_on_signals(end.set):
+        while not end.is_set():
+            problem = ""
+            try:
+                rows, _ = _find_services(options)
+            except TimeoutError as error:  # the nameserver may come back
+                problem = str(error)
+            _show(_services_lines(rows, options))
+            if problem:
+                _talk(problem)
+            end.wait(options.watch)
 
 
 def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
@@ -9417,16 +9426,18 @@ def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], l
     return rows, missing
 
 
-def _services_table(rows: Sequence[Mapping[str, Any]], color: bool) -> list[str]:
-    """Return the lines of the table, in the colours of the word at their end."""
+def _services_lines(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Return the lines that list them: as a table, in the colours of the word at their end."""
+    if options.json:
+        return [_as_json(rows)]
     cells = []
     for row in rows:
         age = "" if row["age"] is None else f"{row['age']:.0f} s"
         line = [row["name"], ",".join(row["aliases"]), row["address"], row["backend"] or "", row["version"] or "", age]
         cells.append([*map(printable, line), "yes" if row["answers"] else "no"])
     headings = ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS")
-    head, *lines = _table(cells, headings, _view_size()[0], "NAME ALIASES")
-    if color:
+    head, *lines = _table(cells, headings, _view_size()[0], elastic=[0, 1])
+    if _colors(options):
         ends = {"yes": colored("yes", GREEN), "no": colored("no", RED)}
         lines = [re.sub("(yes|no)$", lambda word: ends[word[0]], line) for line in lines]
     return [head, *lines]
@@ -9443,6 +9454,7 @@ class _Pinged:
         ask: Asks it, and waits so many seconds for the answer; returns what is known of it then, else nothing.
 
     Attributes:
+        asked: How many times it was.
         times: In seconds, those of the answers.
     """
 
@@ -9450,23 +9462,23 @@ class _Pinged:
         self.name = printable(name)
         self.ask = ask
         self.times: list[float] = []
-        self._asked = 0
+        self.asked = 0
 
     def measure(self, timeout: float) -> str:
         """Ask; return a line that tells how that went."""
-        self._asked += 1
+        self.asked += 1
         start = time.monotonic()
         is_answered = self.ask(timeout)
         if is_answered:
             self.times.append(time.monotonic() - start)
         what = f"time={1000 * self.times[-1]:.3f} ms" if is_answered else f"no answer after {timeout:g} s"
-        return f"{self.name}: seq={self._asked} {what}"
+        return f"{self.name}: seq={self.asked} {what}"
 
     @property
     def summary(self) -> str:
         """How often it was asked, how often it answered, and how fast."""
-        lost = 100 * (self._asked - len(self.times)) / max(self._asked, 1)
-        text = f"--- {self.name}: {self._asked} asked, {len(self.times)} answered, {lost:.0f}% lost"
+        lost = 100 * (self.asked - len(self.times)) / max(self.asked, 1)
+        text = f"--- {self.name}: {self.asked} asked, {len(self.times)} answered, {lost:.0f}% lost"
         if not self.times:
             return text
         mean = sum(self.times) / len(self.times)
@@ -9479,7 +9491,7 @@ def _ask_about_nameserver(host: str, timeout: float) -> str:
     """Ask a nameserver by a lookup; return what is known of it, nothing if it does not answer."""
     try:
         version = describe_nameserver(host, timeout).get("version")
-    except TimeoutError:
+    except (TimeoutError, MessageError):
         return ""
     return f"posttroll {printable(version)}" if version else "version unknown"
 
@@ -9540,7 +9552,7 @@ def _run_ping(options: argparse.Namespace) -> int:
             if number == options.count or end.wait(options.interval):
                 break
     print("\n".join(peer.summary for peer in peers))
-    silent = [peer.name for peer in peers if not peer.times]
+    silent = [peer.name for peer in peers if peer.asked and not peer.times]
     if silent:
         raise _CommandError(f"no answer from {', '.join(silent)}.")
     return 0
@@ -9929,7 +9941,8 @@ def _top_lines(view: Mapping[str, Any], before: Mapping[str, Any], problem: str,
             del cells[1]
     has_picture = not 0 < width < 70
     room = width and width - 14 * has_picture
-    lines = _table([cells for _, cells, _ in shown], headings, room, "PUBLISHER SUBJECT TYPE")
+    elastic = list(map(headings.index, ("PUBLISHER", "SUBJECT", "TYPE")))
+    lines = _table([cells for _, cells, _ in shown], headings, room, elastic)
     if has_picture:
         longest = max(map(len, lines))
         room = min(width - longest - 2, _Traffic.SECONDS) if width else _Traffic.SECONDS // 2
@@ -9983,8 +9996,8 @@ def _run_top(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _single_keys() -> Iterator[int | None]:
-    """Let single keys be read, without Enter; gives the descriptor to read from, None if there is no terminal."""
-    if os.name != "posix" or sys.stdin is None or not sys.stdin.isatty():  # on Windows, Control-C ends it
+    """Let single keys be read, without Enter; gives the descriptor to read from, None if no keys are for us."""
+    if os.name != "posix" or not _has_keyboard():  # on Windows, Control-C ends it
         yield None
         return
     import termios
@@ -9997,6 +10010,16 @@ def _single_keys() -> Iterator[int | None]:
         yield descriptor
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _has_keyboard() -> bool:
+    """Whether there is a terminal, and we are seen there: in its background, we would be stopped if we set it up."""
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:  # it is not that of our session, and stops nobody
+        return True
 
 
 # -- check --
@@ -10023,6 +10046,7 @@ class _Listener:
     def __init__(self, name: str, services: Iterable[_Service], topic: str, seconds: float) -> None:
         self.name = name or "all"
         self.age: float | None = None
+        self._topic = topic
         self._seconds = seconds
         self._start = time.monotonic()
         self._heartbeats: dict[tuple[str, str], _Heartbeats] = {}
@@ -10044,7 +10068,9 @@ class _Listener:
 
     @property
     def _knows_past(self) -> bool:
-        """Whether all publishers have told what they had sent before; only ours do."""
+        """Whether all publishers have told what they had sent before; only ours do, of what they keep."""
+        if self._topic and self._subscriber.missed:  # of whatever subject it was
+            return False
         return not self._has_more and self._subscriber.up_to_date >= len(self._subscriber.addresses)
 
     @property
@@ -10064,11 +10090,14 @@ class _Listener:
         waited = time.monotonic() - self._start
         if self.age is not None:
             return 0, f"{self.name} heard {self.age:.0f} s ago"
-        if self._subscriber.missed:
+        if self._subscriber.missed and not self._topic:
             return 0, f"{self.name} sent something in the last {self._seconds:g} s"
         if self._knows_past or waited >= self._seconds:
             return 2, f"nothing from {self.name} in {self._seconds:g} s"
         remedy = "it may keep no history: raise --timeout above --silent"
+        if self._subscriber.missed:
+            less = f"what it keeps does not reach back {self._seconds:g} s"
+            remedy = f"{less}: raise its history_seconds or history_messages"
         return 3, f"nothing from {self.name} in {waited:.0f} s ({remedy})"
 
     def close(self) -> None:
@@ -10211,7 +10240,7 @@ def _run_check(options: argparse.Namespace) -> int:
     Examples:
       posttroll check --local --timeout 2
       posttroll check receiver gatherer --silent 300
-      posttroll check receiver --silent 900 --topic /segment
+      posttroll check receiver --silent 300 --topic /segment
       posttroll check tcp://localhost:9010
     """
     if options.topic and options.silent is None:
@@ -10727,7 +10756,12 @@ class _Doctor:
             remedy = "check its authorized_client_addresses, --local-only and keys (its log names refused clients)"
             self.say("FAIL", name, f"it lets us connect to {endpoint}, but does not answer", remedy)
             return
-        message = Message.decode(answer)
+        try:
+            message = Message.decode(answer)
+        except MessageError as error:
+            finding = f"what answers at {endpoint} is no message: {error}"
+            self.say("FAIL", name, finding, "another program has this port")
+            return
         count = len(addresses_in(answer))
         self._answering.append(host)
         self.say("ok", name, f"answers at {endpoint} with {count} publishers")

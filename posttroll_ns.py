@@ -741,6 +741,15 @@ class NameServer:
             if has_keys and secure_port != port:
                 yield f"tcp://*:{secure_port}", "secure_zmq"
 
+    def check(self) -> None:
+        """Raise what `run` would raise of the configuration, while somebody else has the ports."""
+        for _, backend in self._addresses(None):
+            if backend == "secure_zmq":
+                posttroll.load_key("server_secret_key_file", "secret")
+                posttroll.ClientKeys("clients_public_keys_directory")
+        AddressReceiver()
+        posttroll.config.get("address_publish_port")
+
     def _answer(self, address_receiver: Any, request: bytes) -> bytes:
         """Return the answer to a lookup: of its version, and empty if it is broken."""
         version = "v1.01"
@@ -971,14 +980,16 @@ class _Daemon:
             os.close(write_end)
             os.dup2(null, 2)
 
+        os.chdir("/")
+        status = serve(when_ready)
+        if status:
+            os.close(descriptor)  # the options stay for a restart, as after a crash
+            return status
         try:
-            os.chdir("/")
-            return serve(when_ready)
+            os.unlink(self.path)  # first, as what is there, empty and locked, keeps the next one from starting
         finally:
-            try:
-                os.unlink(self.path)  # first, as what is there, empty and locked, keeps the next one from starting
-            finally:
-                os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, 0)
+        return 0
 
     def stop(self) -> int:
         """Stop the daemon, and wait until it has ended; return the exit status."""
@@ -1076,6 +1087,8 @@ def _control_daemon(options: Any, serve: Callable[[Callable[[], None]], int]) ->
     if options.daemon == "restart":
         daemon.keep_options()
         posttroll.config.set(dict(options.set))
+        NameServer().check()  # what is wrong is an error while the one before still runs
+        posttroll.log_handler(options.log).close()
     if options.daemon in ("stop", "restart"):
         status = daemon.stop()
         if options.daemon == "stop" or status:

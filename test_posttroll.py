@@ -6168,6 +6168,21 @@ class TestPublishAndSubscribe:
         assert [line["data"] for line in lines] == ["one", "two", "three"]
         assert {(line["subject"], line["type"]) for line in lines} == {("/log", "line")}
 
+    def test_an_input_that_does_not_block(self):
+        """As that of a program which has its own loop: it ends where the other end is closed, not at a pause."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(read_end, False)
+        port = free_port()
+        words = ("publish", "/a", "info", "-", "--lines", "--port", port, "--nameserver", "none")
+        with posttroll.Subscriber([local_address(port)]) as subscriber:
+            with command(*words, stdin=read_end) as publish, os.fdopen(write_end, "w") as stdin:
+                for text in ("one", "two"):
+                    print(text, file=stdin, flush=True)
+                    assert received_data(subscriber) == [text]
+                stdin.close()
+                assert finish(publish) == (0, "", "2 messages to 1 subscriber\n")
+        os.close(read_end)
+
     def test_a_file(self, tmp_path):
         path = tmp_path / "data.json"
         path.write_text('{"start_time": "2026-11-23T12:00:00+00:00"}\n')
@@ -6663,6 +6678,35 @@ class TestTerminal:
                 assert termios.tcgetattr(terminal)[3] == before
                 assert running.returncode == 0
 
+    def test_top_in_the_background_is_not_stopped(self):
+        """As by ``top &``: it leaves the terminal alone."""
+        master, slave = pty.openpty()
+
+        def own_terminal() -> None:
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+        job = (sys.executable, "-m", "posttroll", "top", "-n", "1", "--interval", "0.1")
+        words = ("bash", "-c", 'set -m; "$0" "$@" & wait $!', *job)
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+        with nameserver(), process(*words, **streams, preexec_fn=own_terminal) as shell:
+            os.close(slave)
+            assert shell.wait(DEADLINE) == 0
+            assert "posttroll top" in os.read(master, 4096).decode()
+        os.close(master)
+
+    def test_top_into_a_file_leaves_the_terminal_alone(self, tmp_path):
+        master, slave = pty.openpty()
+        views = tmp_path / "views"
+        with nameserver(), views.open("w") as stdout:
+            with command("top", "-n", 99, "--interval", 0.1, stdin=slave, stdout=stdout) as top:
+                wait_for(lambda: "posttroll top" in views.read_text())
+                assert termios.tcgetattr(slave)[3] & termios.ICANON
+                top.terminate()
+                assert finish(top)[::2] == (0, "")
+        os.close(slave)
+        os.close(master)
+
     def test_top_shortens_subjects_so_that_the_numbers_are_seen(self):
         subject = "/a/subject" + "/with/many/words" * 10 + "/end"
         with contextlib.ExitStack() as world:
@@ -6709,7 +6753,7 @@ class TestTerminal:
             read_to("name00", before.count("name00") + 2)
             read_to("\033[H\033[J", read_to("NAME").count("\033[H\033[J") + 2)
             running.send_signal(signal.SIGINT)
-            assert running.wait(DEADLINE) == 130
+            assert running.wait(DEADLINE) == 0
             seen = read_to("NAME")
         for view in seen.split("\033[H\033[J")[1:-1]:
             lines = view.replace("\r", "").splitlines()
@@ -6795,6 +6839,10 @@ class TestLookingIn:
             f"/b|/data/b|12.5|{year}|v1.2|{sender}||{{}}",
             f"/b|/data/c|12|{year}|v1.2|{sender}||{{}}",
         ]
+
+    def test_numbers_that_are_too_large_for_a_format_end_nothing(self):
+        form = posttroll._Format("{data[size]:.1f}")
+        assert form(posttroll.Message("/a", "info", {"size": 10**400})) == str(10**400)
 
     def test_a_format_in_a_format_and_what_holds_others(self):
         when = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)
@@ -6912,6 +6960,18 @@ class TestLookingIn:
         assert {kind: int(number) for number, _, kind in (row.partition("  ") for row in rows)} == {} or {
             row[len("MESSAGES") + 2 :]: int(row.split()[0]) for row in rows
         } == counts
+
+    @pytest.mark.parametrize("key", ["messages", "data.my key"])
+    def test_count_by_any_key_on_a_narrow_terminal(self, key):
+        """Whatever the heading: also that of the other column, and one with a blank."""
+        with posttroll.Publisher("tcp://*:0") as publisher:
+            address = local_address(publisher.port_number)
+            publisher.send(posttroll.Message("/a", "info", {"my key": "x" * 50, "messages": "x" * 50}))
+            words = ("--since", "1m", "-n", "1", "--count-by", key)
+            with on_terminal("subscribe", "--address", address, *words, size=(40, 9)) as (running, read_to, _):
+                assert running.wait(DEADLINE) == 0
+                seen = read_to("xxx")
+        assert re.search(rf"MESSAGES  {key.upper()}\r\n1         x{{14}}\.\.\.x{{13}}\r\n", seen)
 
     def test_sample(self):
         messages = [("/a", "info", str(number)) for number in range(10)]
@@ -7034,6 +7094,15 @@ class TestPing:
         assert (status, err) == (1, "posttroll ping: no answer from nameserver localhost.\n")
         assert "PING nameserver localhost: no answer yet" in out
 
+    def test_an_answer_that_is_no_message(self):
+        """It ends nothing: the others are asked."""
+        port = free_port()
+        with answering(b"\xffjunk", port), nameserver():
+            hosts = ("--nameserver", f"localhost:{port}", "--nameserver", "localhost")
+            status, out, err = run_here("ping", *hosts, "-c", 1, "--timeout", DEADLINE)
+        assert (status, err) == (1, f"posttroll ping: no answer from nameserver localhost:{port}.\n")
+        assert "--- nameserver localhost: 1 asked, 1 answered" in out
+
     def test_control_c_ends_it_with_the_summary_and_quiet_shows_that_alone(self):
         summary = r"--- nameserver localhost: \d+ asked, \d+ answered, \d+% lost.*\n"
         with nameserver():
@@ -7047,6 +7116,17 @@ class TestPing:
                 status, out, _ = finish(running)
             assert status == 0
             assert re.fullmatch("PING .*\n" + summary, out)
+
+    def test_control_c_during_the_first_question(self, monkeypatch):
+        """Which is not counted: so nobody can be said not to have answered."""
+
+        def interrupt(*args: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            raise TimeoutError
+
+        monkeypatch.setattr(posttroll, "describe_nameserver", interrupt)
+        status, out, err = run_here("ping", "--interval", 0.01)
+        assert (status, out.splitlines()[-1], err) == (0, "--- nameserver localhost: 0 asked, 0 answered, 0% lost", "")
 
     def test_names_that_do_not_resolve_for_minutes(self, monkeypatch):
         over, ended = threading.Event(), []
@@ -7313,7 +7393,7 @@ class TestServicesAndTop:
             for _ in range(3):
                 await_line(watch, "ANSWERS")
             watch.send_signal(signal.SIGINT)
-            assert finish(watch)[0] == 130
+            assert finish(watch)[0] == 0
 
     def test_top_without_a_terminal_prints_so_many_views(self):
         with nameserver(), posttroll.Publish("feeder", nameservers=["localhost"]) as publisher:
@@ -7416,7 +7496,7 @@ class TestServicesAndTop:
                 for _ in range(12):  # what was known is shown meanwhile
                     line = await_line(watch, "alive")
             watch.send_signal(signal.SIGINT)
-            assert finish(watch)[0] == 130
+            assert finish(watch)[0] == 0
         if form:
             assert json.loads(line)[0]["name"] == "alive"
 
@@ -7591,9 +7671,9 @@ class TestSparkline:
     def test_narrow_tables(self):
         """Columns that are narrow anyway do not become wider, and there is a table before there is a picture."""
         rows = [["a", "/a", "12"], ["b" * 30, "/b", "3"]]
-        lines = posttroll._table(rows, ["NAME", "SUBJECT", "MSG/S"], 28, "NAME SUBJECT")
+        lines = posttroll._table(rows, ["NAME", "SUBJECT", "MSG/S"], 28, [0, 1])
         assert lines == ["NAME          SUBJECT  MSG/S", "a             /a       12", "bbbbb...bbbb  /b       3"]
-        assert posttroll._table(rows[:1], ["NAME", "SUBJECT", "MSG/S"], 12, "NAME SUBJECT") == [
+        assert posttroll._table(rows[:1], ["NAME", "SUBJECT", "MSG/S"], 12, [0, 1]) == [
             "NAME  SUBJEC",
             "a     /a",
         ]
@@ -7802,6 +7882,26 @@ class TestCheck:
             publisher.send(posttroll.Message("/a", "info"))
             status, text, _ = self.check(capsys, address, "--silent", 60)
             assert (status, text) == (0, f"{address} answers; {address} sent something in the last 60 s")
+
+    def test_what_is_not_in_the_history_any_more_may_have_been_of_another_topic(self, capsys):
+        """That is known once one has listened oneself for so long, or something comes."""
+        with config.set(history_messages=1), posttroll.Publisher("tcp://*:0") as publisher:
+            address = f"tcp://127.0.0.1:{publisher.port_number}"
+            for _ in range(3):
+                publisher.send(posttroll.Message("/other", "info"))
+            words = (address, "--topic", "/segment", "--silent")
+            status, text, _ = self.check(capsys, *words, 60, "--timeout", 0.8)
+            assert (status, "what it keeps does not reach back 60 s: raise its history_seconds" in text) == (3, True)
+            publisher.send(posttroll.Message("/other", "info"))
+            status, text, _ = self.check(capsys, *words, 0.3)
+            assert (status, text.partition(";")[0]) == (2, f"nothing from {address} in 0.3 s")
+            results: list[tuple[int, str, dict[str, str]]] = []
+            with in_thread(lambda: results.append(self.check(capsys, *words, 60, "--timeout", 20))) as thread:
+                while thread.is_alive():
+                    publisher.send(posttroll.Message("/segment", "info"))
+                    publisher.send(posttroll.Message("/other", "info"))
+                    time.sleep(0.01)
+            assert results[0][0] == 0
 
     def test_overdue_heartbeats(self, capsys):
         """One that promised to beat has stopped to do so, while it says other things."""
@@ -8402,6 +8502,18 @@ class TestDoctor:
         assert status == 1
         assert re.search("FAIL  nameserver localhost: what answers .* is not ZeroMQ", out)
         assert re.search(rf"taken by process {os.getpid()} ", out)
+
+    def test_an_answer_that_is_no_message(self):
+        """It ends nothing: the others are asked."""
+        port = free_port()
+        with answering(b"\xffjunk", port), nameserver():
+            hosts = ("--nameserver", f"localhost:{port}", "--nameserver", "localhost")
+            status, out, _ = run_here("doctor", "--no-multicast", *hosts)
+        assert status == 1
+        (line,) = [line for line in out.splitlines() if line.startswith("FAIL")]
+        assert line.startswith(f"FAIL  nameserver localhost:{port}: what answers at ")
+        assert line.endswith("  -> another program has this port")
+        assert "hear each other (by localhost)" in out
 
     def test_a_nameserver_that_listens_to_multicast_only(self):
         with nameserver_process():
@@ -10523,6 +10635,34 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
             assert not registers()
         finally:
             assert control("stop")[0] == 0
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["-l", "/nonesuch/log"], "/nonesuch/log"),
+            (["--set", "backend=secure_zmq"], "server_secret_key_file"),
+            (["--set", "max_services=some"], "max_services is 'some'"),
+            (["--set", "address_publish_port=some"], "address_publish_port is 'some'"),
+        ],
+    )
+    def test_a_restart_that_cannot_succeed_stops_nothing(self, control, words, reason):
+        control("start")
+        pid = control.pid()
+        status, _, err = control("restart", *words)
+        assert (status, err.count("\n"), reason in err) == (1, 1, True), err
+        assert control("status") == (0, f"nameserver: running (process {pid})\n", "")
+
+    def test_a_restart_after_one_that_failed_keeps_the_options(self, control, tmp_path):
+        log, port = tmp_path / "daemon.log", config.get("nameserver_port")
+        assert control("start", "-l", log) == (0, "", "")
+        with socket.socket() as other:
+            other.bind(("", free_port()))
+            other.listen()
+            status, _, err = control("restart", "--set", f"nameserver_port={other.getsockname()[1]}")
+        assert (status, "in use" in err) == (1, True)
+        assert control("status")[0] == 3
+        assert control("restart", "--set", f"nameserver_port={port}") == (0, "", "nameserver: not running\n")
+        assert log.read_text().count("answers on port") == 2
 
     def test_what_it_logs_without_a_log_file_is_said(self, control):
         status, out, err = control("start")
