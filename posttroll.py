@@ -5276,6 +5276,7 @@ class _Link:
         self.changed = time.monotonic()
         self.pause = pause  # seconds until it is made anew
         self.begin = begin
+        self.was_up = False
         self.is_greeted = False
         self.index = 0  # of the first message after it has come up
         self.descriptor = -1  # of the file, once it is connected
@@ -5358,6 +5359,8 @@ class _Connections:
             returns the index of the next message of that socket.
         on_close: Called with the slot of a socket that is closed, and the socket.
         on_several: Called with the sockets that are connected to what a single name stands for.
+        on_doubt: Called with a socket of which a connection has come up again, and False; and with True when those who
+            notice that have greeted us.
 
     A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
     over a socket of its own but for the first, so that it is known which of them a message came from.  One that the
@@ -5366,6 +5369,7 @@ class _Connections:
 
     RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
     LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
+    GREETING = 1.0  # seconds after which nobody will greet a connection any more
     ASK_SOON = 0.5  # seconds until what could not be asked for, as there are so many, has its turn
 
     def __init__(
@@ -5376,16 +5380,19 @@ class _Connections:
         on_change: Callable[[Any, int], int],
         on_close: Callable[[Any, Any], object],
         on_several: Callable[[Iterable[Any]], object],
+        on_doubt: Callable[[Any, bool], object],
     ) -> None:
         self._on_change = on_change
         self._on_close = on_close
         self._on_several = on_several
+        self._on_doubt = on_doubt
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
         self._wanted: dict[str, tuple[Any, float]] = {}
         self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
+        self._ports: dict[zmq.Socket[bytes], set[str]] = {}  # of the links, as far as they have been asked for
         self._new = _NewLinks()
         self._names: dict[str, _Resolution] = {}  # of the addresses
         # By group, "" and 0; one of a single address alone, as its name stands for several endpoints: by that, from 1.
@@ -5462,6 +5469,7 @@ class _Connections:
         sock = self.sockets.get(slot) or self._new_socket(slot)
         connect(sock, endpoint)
         self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
+        self._ports.pop(sock, None)
         connected[endpoint] = sock
         if used:
             self._on_several(connected.values())
@@ -5473,6 +5481,7 @@ class _Connections:
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
             link = self._links.pop((sock, endpoint))
+            self._ports.pop(sock, None)
             link.is_up = False
             self._new.note(sock, endpoint, link)
             self._read_all(sock)
@@ -5493,6 +5502,7 @@ class _Connections:
         for slot in unused:
             sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
+            self._ports.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(slot, sock)
@@ -5537,6 +5547,26 @@ class _Connections:
                 if was_up != link.is_up:
                     link.index = self._on_change(sock, link.descriptor)
                     self._new.note(sock, endpoint.decode("utf-8", "replace"), link)
+                    self._look_for_greeting(sock, link)
+
+    def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
+        """If *link* has come up again, doubt whether all has come: a proxy may not have noticed that it was down."""
+        if not link.is_up or not link.was_up:
+            link.was_up = link.was_up or link.is_up
+            return
+
+        def look() -> None:
+            if sock in self._monitors:
+                self._on_doubt(sock, True)
+
+        self._on_doubt(sock, False)
+        self._loop.at(time.monotonic() + self.GREETING, look)
+
+    def has_port(self, sock: zmq.Socket[bytes], port: int) -> bool:
+        """Whether *sock* is connected to an endpoint with this port."""
+        if sock not in self._ports:
+            self._ports[sock] = {endpoint.rpartition(":")[2] for other, endpoint in self._links if other is sock}
+        return str(port) in self._ports[sock]
 
     def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
         if event == zmq.EVENT_CONNECT_RETRIED:
@@ -5634,6 +5664,7 @@ class _Source:
     def __init__(self) -> None:
         self.is_left = False  # heard by no socket any more
         self.name = ""
+        self.port = 0
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
         self.since: Any = None  # since when its messages are wanted
         self.found = 0  # the number of the first hello
@@ -5653,6 +5684,7 @@ class _Source:
         self.hello_index = index
         self.ends = ends
         self.is_asked = True
+        self.is_doubted = False
         self.asked = time.monotonic()
         self.came: set[int] = set()  # numbers that came under the mark since the last end
         self.counted: float = 0  # those before the last position
@@ -5682,10 +5714,15 @@ class _Source:
 
     def note_intact(self, number: int, index: int) -> None:
         """Take note that all from the hello up to *number* has come live, and nothing behind it."""
-        if self.is_asked and number > self.hello:
+        if self.is_asked and not self.is_doubted and number > self.hello:
             self.intact = [place for place in self.intact if place[0] != self.hello]
             self.intact.append((self.hello, number, index))
             self.checked = index
+
+    def doubt(self) -> None:
+        """Do not take its word for what has come: something may have been lost of which it does not know."""
+        self.is_asked = self.is_doubted = True
+        self.asked = time.monotonic()
 
     def came_live(self, number: int) -> bool:
         """Whether it is known that the message with this *number* came live."""
@@ -5884,6 +5921,7 @@ class _CatchUp:
         self._recent: deque[int] = deque(maxlen=self.RECENT)  # digests of what came live
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
         self._index = 0  # of what comes live next
+        self._doubts = count(1)
         self._open: list[_Source] = []  # those of which messages come live and under the mark
 
     def attach(
@@ -5891,6 +5929,7 @@ class _CatchUp:
         sock: zmq.Socket[bytes],
         since: Callable[[int, int], tuple[float, int]],
         take_events: Callable[[], None],
+        has_port: Callable[[int], bool],
     ) -> None:
         """Subscribe with a new socket.
 
@@ -5899,8 +5938,10 @@ class _CatchUp:
             since: Called for a publisher that has just been found, with its port and the index of the next message;
                 returns since when its messages are wanted, and the index of the first that may have come from it.
             take_events: Called to take note of connections of the socket that have begun, or ended.
+            has_port: Called with the port of a publisher; returns whether the socket is connected to such a port.
         """
         self._socket = sock
+        self._has_port = has_port
         self._since = since
         self._take_events = take_events
         self._requests.clear()
@@ -5937,6 +5978,18 @@ class _CatchUp:
             self._merge.note_change(descriptor)
         self._freeze()
         return self._index
+
+    def doubt(self, is_over: bool) -> None:
+        """Doubt whether all has come of publishers behind a proxy; ask those who have not greeted us when *is_over*.
+
+        To others we have a connection of our own, which they greet.  A proxy that holds the old connection for alive
+        passes nothing on of the new one: all that is subscribed to is known to it, but for a request that is new.
+        """
+        for instance, source in self._sources.items():
+            if is_over and source.is_doubted:
+                self._ask(instance, source, 10**15 - next(self._doubts))
+            elif not is_over and source.since is not None and not self._has_port(source.port):
+                source.doubt()
 
     def _take_connections(self, raw: bytes) -> None:
         """Take what tells how many connections to a publisher there are: the first that comes by a new one."""
@@ -6032,7 +6085,7 @@ class _CatchUp:
     def _take_hello(
         self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int
     ) -> None:
-        source.name = name
+        source.name, source.port = name, port
         if source.since is None:
             source.found, source.before = number, before
             source.since, source.index = self._since(port, self._index)
@@ -6048,8 +6101,8 @@ class _CatchUp:
         if self._durable is not None and is_later:
             source.hello_lines = self._durable.lines
 
-    def _ask(self, instance: bytes, source: _Source) -> None:
-        """Ask for what is missing up to the hello."""
+    def _ask(self, instance: bytes, source: _Source, until: int | None = None) -> None:
+        """Ask for what is missing, up to the hello or *until* another number."""
         if self._socket.closed:
             return  # this is of what it had received before
         self._cancel_request(instance)
@@ -6062,7 +6115,13 @@ class _CatchUp:
         if source.position is None or source.position < source.hello:  # else nothing is missing
             source.unconfirmed += self._live(max(source.index, source.checked), source.hello_index)
             source.checked = max(source.hello_index, source.checked)
-        request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
+        request = b"%s/%s/%s,%d/%s" % (
+            self._mark,
+            instance,
+            what,
+            source.hello if until is None else until,
+            self._topics,
+        )
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
 
@@ -6872,6 +6931,7 @@ class _SubscriberSockets:
             self._note_change,
             self._leave_stream,
             self._note_several,
+            lambda sock, is_over: self._streams[sock].doubt(is_over),
         )
         self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
@@ -7008,7 +7068,8 @@ class _SubscriberSockets:
             stream.origin = origin or ""
             stream.is_later = self._inbox.last_heard is not None
         since = partial(self._connections.greet, sock, self._begin)
-        stream.attach(sock, since, partial(self._connections.take_pending_events, sock))
+        has_port = partial(self._connections.has_port, sock)
+        stream.attach(sock, since, partial(self._connections.take_pending_events, sock), has_port)
         self._streams[sock] = stream
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock

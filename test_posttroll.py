@@ -15728,6 +15728,7 @@ class Relay:
         self.port = self._listener.getsockname()[1]
         self.address = f"tcp://{host}:{self.port}"
         self._is_cut = False
+        self._is_half_open = False
         self._flows = threading.Event()
         self._flows.set()
         self._ends: list[socket.socket] = []
@@ -15761,7 +15762,7 @@ class Relay:
                 if not data:
                     break
                 sink.sendall(data)
-        for end in (source, sink):
+        for end in () if self._is_half_open else (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
@@ -15769,6 +15770,13 @@ class Relay:
         """End all connections; what is under way is lost, and new ones are refused."""
         self._is_cut = True
         self._end_all()
+
+    def cut_on_one_side(self) -> None:
+        """End all connections, as `cut` does, but the other side does not notice."""
+        self._is_cut = self._is_half_open = True
+        for near in self._ends[::2]:
+            with contextlib.suppress(OSError):
+                near.shutdown(socket.SHUT_RDWR)
 
     def _end_all(self) -> None:
         for end in self._ends:
@@ -17830,6 +17838,32 @@ class TestProxiesAndNeighbours:
                 wait_for(lambda: pub.subscriber_count == 1)
                 pub.send(text_message("heard"))
                 wait_for(lambda: data == ["heard"])
+
+    @pytest.mark.skipif(
+        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+    )
+    @pytest.mark.parametrize("more", [0, 5])
+    def test_a_proxy_that_holds_a_dead_connection_for_alive(self, more, monkeypatch):
+        """It passes nothing on of the new one, so the publisher does not know that something was lost."""
+        monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, proxy(pub.port_number) as port:
+            with Relay(port) as relay, posttroll.Subscriber([relay.address], "/numbers") as sub, serving(sub) as data:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                numbers = Numbers(pub)
+                for _ in range(2):
+                    numbers.send(5)
+                    await_count(data, numbers.count)
+                    (link,) = sub._connections._links.values()
+                    relay.cut_on_one_side()
+                    wait_for(lambda link=link: not link.is_up)
+                    numbers.send(5)
+                    relay.mend()
+                    wait_for(lambda link=link: link.is_up)
+                    for _ in range(more):
+                        numbers.send(1, 0.05)
+                    await_count(data, numbers.count)
+                assert sorted(data) == list(range(numbers.count))
+                assert pub.subscriber_count == 1
 
     @pytest.mark.parametrize("first", [b"", b"pytroll:/"])
     def test_all_and_all_messages_are_two_topics(self, first):
