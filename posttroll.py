@@ -4875,7 +4875,11 @@ class Publisher(_Stoppable):
 
         loop = asyncio.get_running_loop()
         found = asyncio.Event()
-        there_are = partial(loop.call_soon_threadsafe, found.set)
+
+        def there_are() -> None:
+            with suppress(RuntimeError):  # its event loop has been closed meanwhile
+                loop.call_soon_threadsafe(found.set)
+
         cancel = self._use(lambda audience: audience.when_there_are(count, there_are))
         try:
             await asyncio.wait_for(found.wait(), timeout)
@@ -7257,12 +7261,15 @@ class Subscriber(_SubscriberSockets):
         # Whoever receives in another thread closes them; this thread waits for it, but not for ever.
         if self._lock.acquire(timeout=1):
             try:
-                if self._is_awaited:
+                is_suspended = self._is_awaited and not self._turning.get_loop().is_running()
+                if is_suspended:
+                    self._turning.cancel()  # its event loop may never run again, and nobody else would close them
+                elif self._is_awaited:
                     return
                 self._connections.close()
                 self._loop.close()
                 self._inbox.clear()
-                if self._durable is not None and not self._receivers:
+                if self._durable is not None and (is_suspended or not self._receivers):
                     self._durable.close()
             finally:
                 self._lock.release()

@@ -3675,6 +3675,24 @@ class TestCountingSubscribers:
             pub.stop()
         assert results == [False]
 
+    @pytest.mark.parametrize("has_come", [True, False])
+    def test_the_event_loop_of_who_waits_is_closed(self, has_come, caplog):
+        """Nobody is told when somebody comes, or when it stops; nobody else is concerned."""
+        loop = asyncio.new_event_loop()
+        pub = posttroll.Publisher("tcp://*:0").start()
+        waiting = loop.create_task(pub.wait_for_subscribers_async())
+        while not pub._audience._waiting:
+            loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        if has_come:
+            with posttroll.Subscriber([local_address(pub.port_number)]):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                wait_for(lambda: not pub._audience._waiting)
+        pub.stop()
+        assert caplog.text == ""
+        waiting._log_destroy_pending = False
+        waiting.get_coro().close()
+
     def test_sending_goes_on_while_somebody_waits(self):
         with connected() as (pub, sub), in_thread(lambda: pub.wait_for_subscribers(2, DEADLINE)):
             pub.send(text_message("in the meantime"))
@@ -4968,6 +4986,20 @@ class TestAsyncio:
 
         with connected() as (pub, sub):
             assert asyncio.run(consume(pub, sub)).data == "from another task"
+
+    def test_the_end_while_its_loop_stands_still(self, tmp_path):
+        """As after Control-C in the midst of `run_until_complete`: the loop may run again, or never."""
+        loop = asyncio.new_event_loop()
+        with config.set(durable_directory=str(tmp_path)):
+            sub = posttroll.Subscriber(["tcp://127.0.0.1:1"], durable="a_name")
+            waiting = loop.create_task(sub.receive())
+            while not sub._is_awaited:
+                loop.run_until_complete(asyncio.sleep(0))
+            sub.close()
+            assert sub.subscribers == []
+            posttroll.Subscriber([], durable="a_name").close()  # others can have it
+            assert loop.run_until_complete(asyncio.wait_for(waiting, DEADLINE)) is None
+        loop.close()
 
     def test_following(self):
         async def consume(sub: Any) -> Any:
