@@ -2171,10 +2171,56 @@ def tcp_address(number: str, port: int) -> str:
     return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
 
 
+# Of each socket: at which side it has which addresses.
+_endpoints: weakref.WeakKeyDictionary[zmq.Socket[bytes], set[tuple[str, str]]] = weakref.WeakKeyDictionary()
+
+
 def connect(sock: zmq.Socket[bytes], endpoint: str) -> None:
     """Connect *sock* to *endpoint*, by IPv6 if it is such an address."""
     sock.setsockopt(zmq.IPV6, int("[" in endpoint))  # of the next connection only
     sock.connect(endpoint)
+    _endpoints.setdefault(sock, set()).add(("getpeername", endpoint))
+
+
+def disconnect(sock: zmq.Socket[bytes], endpoint: str) -> None:
+    """Disconnect *sock* from *endpoint*; if it is not connected, that is ignored."""
+    _endpoints.get(sock, set()).discard(("getpeername", endpoint))
+    with suppress(zmq.ZMQError):
+        sock.disconnect(endpoint)
+
+
+def _endpoints_of(descriptor: int) -> Iterator[tuple[str, str]]:
+    """Yield at which side a socket of the system has which address; raises OSError if it is none."""
+    sock = socket.socket(fileno=descriptor)
+    try:
+        for side in ("getsockname", "getpeername"):
+            with suppress(OSError):  # it has no such side
+                name = getattr(sock, side)()
+                if isinstance(name, str):
+                    yield side, f"ipc://{name}"
+                elif sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+                    yield side, tcp_address(name[0].removeprefix("::ffff:"), name[1])
+                    yield side, f"tcp://*:{name[1]}"
+    finally:
+        sock.detach()
+
+
+@in_forked_child
+def _close_inherited() -> None:
+    """Close, in a forked child, the connections and ports of the parent, where the system tells of them (Linux).
+
+    They would last as long as the child: the port stays taken, and others do not hear that the parent has closed them.
+    """
+    ours = {each for sock, endpoints in _endpoints.items() if not sock.closed for each in endpoints}
+    _endpoints.clear()
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)  # any other would be set on all sockets that are looked at, for the parent, too
+    with suppress(OSError):
+        for name in os.listdir("/proc/self/fd") if ours else ():
+            with suppress(OSError):  # no socket
+                if not ours.isdisjoint(list(_endpoints_of(int(name)))):
+                    os.close(int(name))
+    socket.setdefaulttimeout(timeout)
 
 
 def split_tcp_address(address: str) -> tuple[str, int] | None:
@@ -3022,6 +3068,7 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
                 raise
             sock.setsockopt(zmq.IPV6, 0)  # this host may not use IPv6
             sock.bind(address)
+        _endpoints[sock] = {("getsockname", address)}
     except (OSError, zmq.ZMQError) as error:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
@@ -5454,8 +5501,7 @@ class _Connections:
             link.is_up = False
             self._new.note(sock, endpoint, link)
             self._read_all(sock)
-            with suppress(zmq.ZMQError):  # it may be gone already (inproc)
-                sock.disconnect(endpoint)
+            disconnect(sock, endpoint)  # it may be gone already (inproc)
             self._on_change(sock, link.descriptor)
         _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
 
@@ -5577,8 +5623,7 @@ class _Connections:
             if link.may_be_unread:  # else it would be read again and again, for nothing, all that others send
                 self._read_all(sock)
                 link.may_be_unread = False
-            with suppress(zmq.ZMQError):
-                sock.disconnect(endpoint)
+            disconnect(sock, endpoint)
             connect(sock, endpoint)
 
     def close(self) -> None:

@@ -2190,6 +2190,39 @@ print("parent", status >> 8)
         with python(code) as running:
             assert finish(running, 60)[:2] == (0, "parent 7\n")  # newer Pythons warn of forks on stderr
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is open")
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+    @pytest.mark.parametrize("address", ["tcp://*:0", "tcp://localhost:0", "tcp://[::1]:0", "ipc://{}/socket"])
+    def test_a_forked_child_keeps_no_connections_and_ports(self, address, tmp_path):
+        """But those of others, with the same port at another address, too."""
+        pub = posttroll.Publisher(address.format(tmp_path)).start()
+        port = pub.port_number
+        host = {"*": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "[::1]"}.get(address[6:-2])
+        sub = posttroll.Subscriber([f"tcp://{host}:{port}" if host else pub.address])
+        assert pub.wait_for_subscribers(1, DEADLINE)
+        with socket.socket() as others, contextlib.ExitStack() as stack:
+            others.bind(("127.0.0.2", port if address == "tcp://localhost:0" else 0))
+            others.listen()
+            reading, writing = os.pipe()
+            child = os.fork()
+            if not child:
+                os.close(writing)
+                os.read(reading, 1)  # until the parent is done
+                others.accept()
+                os._exit(7)
+            stack.callback(os.close, reading)
+            stack.callback(os.kill, child, signal.SIGKILL)
+            sub.close()
+            wait_for(lambda: pub.subscriber_count == 0)
+            pub.stop()
+            with posttroll.Publisher(pub.address.replace(":0", f":{port}")):
+                pass
+            stack.pop_all()
+            with socket.create_connection(others.getsockname()):
+                os.close(writing)
+                assert os.waitpid(child, 0)[1] >> 8 == 7
+            os.close(reading)
+
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
     def test_a_child_may_be_forked_while_a_publisher_announces_itself(self):
         code = """
