@@ -3968,6 +3968,30 @@ class TestNoisyPublisher:
         pub.stop()
         assert time.monotonic() - start < 5
 
+    def test_a_forgotten_one_says_goodbye(self):
+        with nameserver(), posttroll.Publisher("tcp://*:0"):  # the program goes on
+            pub = posttroll.NoisyPublisher("a_name", nameservers=["localhost"]).start()
+            wait_for(lambda: posttroll.get_pub_address("a_name"))
+            del pub
+            wait_for(lambda: posttroll.get_pub_address("", timeout=DEADLINE) == [])
+
+    def test_stop_in_the_midst_of_sending(self, monkeypatch):
+        """By a signal handler: what was being sent still arrives, then it counts, and says goodbye."""
+        order = []
+        pub = posttroll.NoisyPublisher("a_name", nameservers=["localhost"]).start()
+        drain, goodbye = pub._publisher._drain, pub._broadcaster._say_goodbye
+        monkeypatch.setattr(pub._publisher, "_drain", lambda audience: drain(audience) or order.append("sent"))
+        monkeypatch.setattr(pub._broadcaster, "_say_goodbye", lambda done: order.append("goodbye") or goodbye(done))
+        with posttroll.Subscriber([local_address(pub.port_number)]) as sub:
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            append = pub._publisher._audience.history.append
+            monkeypatch.setattr(
+                pub._publisher._audience.history, "append", lambda *args: pub.stop() or append(*args)
+            )  # under the lock, as in a signal handler
+            pub.send(text_message("the last one"))
+            assert received_data(sub) == ["the last one"]
+        assert (order, pub.reached, pub.dropped) == (["sent", "goodbye"], 1, 0)
+
     def test_what_it_hands_through(self):
         with posttroll.NoisyPublisher("a_name", nameservers=["localhost"]) as pub:
             with posttroll.Subscriber([f"tcp://127.0.0.1:{pub.port_number}"]) as sub:
@@ -5673,7 +5697,31 @@ class TestHandlerAndLogger:
         handler.close()
         handler.close()
         handler.handle(log_record("too late"))
-        assert "is not started" in capsys.readouterr().err
+        assert capsys.readouterr().err == ""
+
+    def test_only_the_end_is_no_error(self, capsys):
+        """After the publisher has stopped, and in a forked child, there is nothing to say; of all else there is."""
+        handler = posttroll.PytrollHandler("a_program")
+        handler.handle(log_record("%d", "no number"))
+        assert "TypeError" in capsys.readouterr().err
+        handler._publisher.stop()  # as at the end of the program
+        handler.handle(log_record("too late"))
+        handler.close()
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_in_a_forked_worker(self):
+        code = """
+            import logging, multiprocessing, warnings, posttroll
+            warnings.simplefilter("ignore")
+            logging.getLogger().addHandler(posttroll.PytrollHandler("a_program"))
+            worker = multiprocessing.get_context("fork").Process(target=logging.warning, args=("from a worker",))
+            worker.start()
+            worker.join()
+            print(worker.exitcode)
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "0\n", "")
 
     @pytest.mark.parametrize(
         "end", ["logging.shutdown()", "logging.config.dictConfig({'version': 1})", "handler.close()"]
@@ -12355,6 +12403,50 @@ sys.stdin.read()
             assert finish(running) == (0, "", "")
             wait_for(lambda: posttroll.get_pub_address("", timeout=DEADLINE) == [])
 
+    @pytest.mark.parametrize(
+        ("kind", "how"),
+        [
+            ("Publisher('tcp://127.0.0.1:{port}')", "send()"),
+            ("Publisher('tcp://127.0.0.1:{port}')", "send(); time.sleep(30)"),
+            ("Publisher('tcp://127.0.0.1:{port}')", "run('fork')"),
+            ("NoisyPublisher('pub', {port})", "run('fork', True)"),
+        ],
+    )
+    def test_a_publisher_that_is_not_stopped(self, kind, how, tmp_path):
+        """What it has sent still comes, as after `stop`: if it is out of scope, and in a child of multiprocessing."""
+        port = free_port()
+        code = f"""
+import multiprocessing, sys, time, warnings, posttroll
+warnings.simplefilter("ignore")
+
+kept = []
+
+def send(is_kept=False):
+    publisher = posttroll.{kind.format(port=port)}.start()
+    for number in range(5):
+        publisher.send(posttroll.Message("/a", "info", number))
+    kept.extend([publisher] * is_kept)
+
+def run(method, *args):
+    worker = multiprocessing.get_context(method).Process(target=send, args=args)
+    worker.start()
+    worker.join()
+    sys.exit(worker.exitcode)
+
+if __name__ == "__main__":
+    {how}
+"""
+        script = tmp_path / "script.py"  # a file, as spawned children read it
+        script.write_text(code)
+        environment = {**os.environ, "POSTTROLL_DISCOVERY_SECONDS": "1.5"}
+        with (
+            posttroll.Subscriber([local_address(port)]) as sub,
+            process(sys.executable, script, env=environment) as running,
+        ):
+            assert received_data(sub, 5) == list(range(5))
+            if "sleep" not in how:
+                assert finish(running) == (0, "", "")
+
     def test_fork_after_use(self):
         """Parent and child can both work; what the parent has made stays the parent's."""
         code = """
@@ -18199,6 +18291,22 @@ print("fine", flush=True)
 
 
 class TestEndsOfPublishers:
+    def test_forgotten_ones_end_in_the_background(self, monkeypatch):
+        """Nothing waits where the last one lets go of it, with any lock; the next one gets its port."""
+        port, before = free_port(), threading.active_count()
+        is_free = threading.Event()
+        drain = posttroll._Ending.drain
+        monkeypatch.setattr(posttroll._Ending, "drain", lambda *args: is_free.wait(DEADLINE) and drain(*args))
+        pub = posttroll.Publisher(f"tcp://127.0.0.1:{port}").start()
+        pub.send(text_message("x"))
+        with pub._lock, threading._active_limbo_lock:
+            del pub
+        wait_for(lambda: "posttroll end" in [thread.name for thread in threading.enumerate()])
+        threading.Timer(0.05, is_free.set).start()
+        posttroll.Publisher(f"tcp://127.0.0.1:{port}").start().stop()
+        wait_for(lambda: threading.active_count() == before)
+        assert not posttroll._forgotten
+
     @pytest.mark.network
     def test_stop_on_a_slow_link(self, two_faulty_hosts):
         """8 Mbit/s: 3,000 messages of 1 kB, and an end: it waits as long as they drain."""
