@@ -2171,10 +2171,56 @@ def tcp_address(number: str, port: int) -> str:
     return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
 
 
+# Of each socket: at which side it has which addresses.
+_endpoints: weakref.WeakKeyDictionary[zmq.Socket[bytes], set[tuple[str, str]]] = weakref.WeakKeyDictionary()
+
+
 def connect(sock: zmq.Socket[bytes], endpoint: str) -> None:
     """Connect *sock* to *endpoint*, by IPv6 if it is such an address."""
     sock.setsockopt(zmq.IPV6, int("[" in endpoint))  # of the next connection only
     sock.connect(endpoint)
+    _endpoints.setdefault(sock, set()).add(("getpeername", endpoint))
+
+
+def disconnect(sock: zmq.Socket[bytes], endpoint: str) -> None:
+    """Disconnect *sock* from *endpoint*; if it is not connected, that is ignored."""
+    _endpoints.get(sock, set()).discard(("getpeername", endpoint))
+    with suppress(zmq.ZMQError):
+        sock.disconnect(endpoint)
+
+
+def _endpoints_of(descriptor: int) -> Iterator[tuple[str, str]]:
+    """Yield at which side a socket of the system has which address; raises OSError if it is none."""
+    sock = socket.socket(fileno=descriptor)
+    try:
+        for side in ("getsockname", "getpeername"):
+            with suppress(OSError):  # it has no such side
+                name = getattr(sock, side)()
+                if isinstance(name, str):
+                    yield side, f"ipc://{name}"
+                elif sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+                    yield side, tcp_address(name[0].removeprefix("::ffff:"), name[1])
+                    yield side, f"tcp://*:{name[1]}"
+    finally:
+        sock.detach()
+
+
+@in_forked_child
+def _close_inherited() -> None:
+    """Close, in a forked child, the connections and ports of the parent, where the system tells of them (Linux).
+
+    They would last as long as the child: the port stays taken, and others do not hear that the parent has closed them.
+    """
+    ours = {each for sock, endpoints in _endpoints.items() if not sock.closed for each in endpoints}
+    _endpoints.clear()
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)  # any other would be set on all sockets that are looked at, for the parent, too
+    with suppress(OSError):
+        for name in os.listdir("/proc/self/fd") if ours else ():
+            with suppress(OSError):  # no socket
+                if not ours.isdisjoint(list(_endpoints_of(int(name)))):
+                    os.close(int(name))
+    socket.setdefaulttimeout(timeout)
 
 
 def split_tcp_address(address: str) -> tuple[str, int] | None:
@@ -3022,6 +3068,7 @@ def _bind_to(sock: zmq.Socket[bytes], address: str) -> None:
                 raise
             sock.setsockopt(zmq.IPV6, 0)  # this host may not use IPv6
             sock.bind(address)
+        _endpoints[sock] = {("getsockname", address)}
     except (OSError, zmq.ZMQError) as error:
         raise zmq.ZMQError(error.errno, f"{zmq.strerror(error.errno or 0)} (addr={address!r})") from None
 
@@ -4745,6 +4792,8 @@ class Publisher(_Stoppable):
         self._lock = threading.RLock()
         self._last_beat: float | None = None
         self._inherited: _Audience | None = None  # that of the parent process, before the fork
+        self._ending = threading.RLock()  # held by who stops it after it was forgotten
+        self._at_end: Callable[[], object] = lambda: None  # called by `stop`, when what was sent has arrived
         self._dropped = 0
         self.reached = 0
 
@@ -4758,8 +4807,10 @@ class Publisher(_Stoppable):
         with self._lock:
             if self._audience is None and self._inherited is None:
                 self._is_stopped = False
+                _await_forgotten(self._address)
                 self._bind()
                 _live_publishers.add(self)
+                _stop_at_the_end(os.getpid())
                 _log("publisher").info("Publisher for %s started on port %s.", self._address, self._port)
         return self
 
@@ -4789,7 +4840,8 @@ class Publisher(_Stoppable):
                 text = f"Cannot send: the publisher {self._name or self._address} has been stopped."
                 raise PublisherStoppedError(text)
             if self._inherited is not None:
-                raise RuntimeError("Cannot send: the publisher was started before the fork, by the parent process.")
+                text = "Cannot send: the publisher was started before the fork, by the parent process."
+                raise PublisherStoppedError(text)
             self.start()
             audience = cast(_Audience, self._audience)
         return audience
@@ -4804,7 +4856,8 @@ class Publisher(_Stoppable):
             msg: An encoded message as str or bytes, or a `Message`.
 
         Raises:
-            PublisherStoppedError: The publisher has been stopped; it is a RuntimeError and a zmq.ZMQError.
+            PublisherStoppedError: The publisher has been stopped, or was started before a fork, by the parent process;
+                it is a RuntimeError and a zmq.ZMQError.
             TypeError: *msg* is something else.
             MessageError: A `Message` that cannot be encoded.
         """
@@ -4896,7 +4949,11 @@ class Publisher(_Stoppable):
 
         loop = asyncio.get_running_loop()
         found = asyncio.Event()
-        there_are = partial(loop.call_soon_threadsafe, found.set)
+
+        def there_are() -> None:
+            with suppress(RuntimeError):  # its event loop has been closed meanwhile
+                loop.call_soon_threadsafe(found.set)
+
         cancel = self._use(lambda audience: audience.when_there_are(count, there_are))
         try:
             await asyncio.wait_for(found.wait(), timeout)
@@ -4914,7 +4971,8 @@ class Publisher(_Stoppable):
         It waits as long as the queues drain, and in the first seconds of a publisher's life (`discovery_seconds`) for
         subscribers that are just finding it.  What is left after `LINGER_SECONDS` without progress, or when Control-C
         ends the waiting, is counted in `dropped`, and logged; so is what a subscriber may have missed that came at the
-        end, too busy to ask for it.
+        end, too busy to ask for it.  A publisher that is dropped without it is stopped in the background, which the end
+        of the program, and the next publisher on its port, wait for.
         """
         if self._inherited is not None:
             self._inherited, self._is_stopped = None, True  # the parent stops its own
@@ -4925,6 +4983,7 @@ class Publisher(_Stoppable):
             return  # in a signal handler, in the middle of something that stops it then
         self._stop_due = 0
         with ExitStack() as stack:
+            stack.callback(self._at_end)
             with self._lock:
                 audience = self._audience
                 if self._authenticator is not None:
@@ -4954,10 +5013,13 @@ class Publisher(_Stoppable):
             self._dropped += audience.dropped + ending.left
 
     def __del__(self) -> None:
-        # Nobody waits for what is queued, but it has its time.
+        # What it has sent arrives all the same.  Nothing may wait here: any thread comes by, whatever locks it holds.
         audience = getattr(self, "_audience", None)
-        if audience is not None:
-            audience.abandon(int(self.LINGER_SECONDS * 1000), self._authenticator)
+        if audience is not None and not audience.loop.is_stopped:
+            heir = object.__new__(Publisher)
+            vars(heir).update(vars(self), LINGER_SECONDS=self.LINGER_SECONDS)
+            _forgotten.add(heir)
+            audience.loop.call(partial(_start_to_end, heir))
 
     @property
     def name(self) -> str:
@@ -4976,25 +5038,53 @@ class Publisher(_Stoppable):
 
 
 _live_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
-_live_noisy_publishers: weakref.WeakSet[NoisyPublisher] = weakref.WeakSet()
+_forgotten: set[Publisher] = set()  # what is left of those that were dropped without a stop
+
+
+def _start_to_end(forgotten: Publisher) -> None:
+    with suppress(RuntimeError):  # no more threads: seen to at the end of the program
+        threading.Thread(target=_end, args=(forgotten,), name="posttroll end", daemon=True).start()
+
+
+def _end(forgotten: Publisher) -> None:
+    """Stop a forgotten publisher, or wait for the thread that does."""
+    with forgotten._ending:
+        forgotten.stop()
+        _forgotten.discard(forgotten)
+
+
+def _await_forgotten(address: str) -> None:
+    """Wait until forgotten publishers have let go of *address*."""
+    for forgotten in list(_forgotten):
+        if address.endswith(f":{forgotten._port}" if forgotten._port else forgotten._address):
+            _end(forgotten)
 
 
 @atexit.register
 def _stop_live_publishers() -> None:
     """At the end of the program: let those publishers that nobody stopped send what they have, and say goodbye."""
-    publishers: list[AnyPublisher] = [*_live_noisy_publishers, *_live_publishers]
-    for publisher in publishers:
+    for publisher in list(_live_publishers):
         publisher.stop()
+    for forgotten in list(_forgotten):
+        _end(forgotten)
+
+
+@cache
+def _stop_at_the_end(pid: int) -> None:
+    """See to it also in a child of `multiprocessing`, which ends without what is registered with `atexit`."""
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        sys.modules["multiprocessing.util"].Finalize(None, _stop_live_publishers, exitpriority=-1)
 
 
 @in_forked_child
 def _leave_publishers_to_parent() -> None:
     """In a forked child: the parent stops its own; what is asked of them here must not wait for a thread of its."""
-    for publisher in list(_live_publishers):
+    for publisher in [*_live_publishers, *_forgotten]:
         publisher._lock = threading.RLock()
         publisher._inherited, publisher._audience = publisher._audience, None
     _live_publishers.clear()
-    _live_noisy_publishers.clear()
+    _forgotten.clear()
 
 
 def _bind_address(address: str) -> str:
@@ -5058,9 +5148,8 @@ class NoisyPublisher(_Stoppable):
         self.min_port = min_port
         self.max_port = max_port
         self._publisher: Publisher | None = None
+        self._stopped: Publisher | None = None  # the last one
         self._broadcaster: AddressServiceBroadcaster | None = None
-        self._dropped = 0
-        self.reached = 0  # as `Publisher.reached`
 
     def start(self) -> NoisyPublisher:
         """Start the publisher, and to announce it.
@@ -5082,6 +5171,7 @@ class NoisyPublisher(_Stoppable):
                         self._name, f"tcp://*:{port}", self._aliases, self._broadcast_interval, self._nameservers
                     )
                     self._broadcaster.start()
+                    publisher._at_end = self._broadcaster.stop
             except BaseException:
                 broadcaster, self._broadcaster = self._broadcaster, None
                 if broadcaster is not None:
@@ -5089,7 +5179,6 @@ class NoisyPublisher(_Stoppable):
                 publisher.stop()
                 raise
             self._publisher = publisher
-            _live_noisy_publishers.add(self)
         return self
 
     def _started(self) -> Publisher:
@@ -5119,12 +5208,13 @@ class NoisyPublisher(_Stoppable):
         """Stop the publisher, as `Publisher.stop` does, and then tell the nameservers that it is gone."""
         publisher, self._publisher = self._publisher, None
         broadcaster, self._broadcaster = self._broadcaster, None
+        if publisher is None:
+            return
+        self._stopped = publisher
         try:
-            if publisher is not None:
-                publisher.stop()
-                self._dropped, self.reached = publisher.dropped, publisher.reached
-        finally:
-            if broadcaster is not None:
+            publisher.stop()
+        finally:  # if it is due only later, in a signal handler, so is this: `_at_end`
+            if broadcaster is not None and publisher._stop_due != threading.get_ident():
                 broadcaster.stop()
 
     @property
@@ -5140,7 +5230,13 @@ class NoisyPublisher(_Stoppable):
     @property
     def dropped(self) -> int:
         """How many messages subscribers missed, as `Publisher.dropped`; after `stop` it tells the last number."""
-        return self._dropped if self._publisher is None else self._publisher.dropped
+        publisher = self._publisher or self._stopped
+        return 0 if publisher is None else publisher.dropped
+
+    @property
+    def reached(self) -> int:
+        """How many subscribers there had been when it stopped, as `Publisher.reached`."""
+        return 0 if self._stopped is None else self._stopped.reached
 
     @property
     def subscriber_count(self) -> int:
@@ -5151,11 +5247,6 @@ class NoisyPublisher(_Stoppable):
     def history_length(self) -> int:
         """How many messages are kept for subscribers that were away."""
         return self._started().history_length
-
-    def __del__(self) -> None:
-        broadcaster = getattr(self, "_broadcaster", None)
-        if broadcaster is not None:
-            broadcaster.abandon()
 
 
 AnyPublisher = Union[Publisher, NoisyPublisher]
@@ -5485,8 +5576,7 @@ class _Connections:
             link.is_up = False
             self._new.note(sock, endpoint, link)
             self._read_all(sock)
-            with suppress(zmq.ZMQError):  # it may be gone already (inproc)
-                sock.disconnect(endpoint)
+            disconnect(sock, endpoint)  # it may be gone already (inproc)
             self._on_change(sock, link.descriptor)
         _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
 
@@ -5629,8 +5719,7 @@ class _Connections:
             if link.may_be_unread:  # else it would be read again and again, for nothing, all that others send
                 self._read_all(sock)
                 link.may_be_unread = False
-            with suppress(zmq.ZMQError):
-                sock.disconnect(endpoint)
+            disconnect(sock, endpoint)
             connect(sock, endpoint)
 
     def close(self) -> None:
@@ -7348,12 +7437,15 @@ class Subscriber(_SubscriberSockets):
         # Whoever receives in another thread closes them; this thread waits for it, but not for ever.
         if self._lock.acquire(timeout=1):
             try:
-                if self._is_awaited:
+                is_suspended = self._is_awaited and not self._turning.get_loop().is_running()
+                if is_suspended:
+                    self._turning.cancel()  # its event loop may never run again, and nobody else would close them
+                elif self._is_awaited:
                     return
                 self._connections.close()
                 self._loop.close()
                 self._inbox.clear()
-                if self._durable is not None and not self._receivers:
+                if self._durable is not None and (is_suspended or not self._receivers):
                     self._durable.close()
             finally:
                 self._lock.release()
@@ -8090,6 +8182,8 @@ class PytrollHandler(logging.Handler):
         """Publish *record*."""
         try:
             self._publisher.send(self.format(record))
+        except PublisherStoppedError:
+            pass  # at the end of the program, or in a forked child: it has no publisher, and that is no error
         except Exception:  # a log handler must not stop the program that logs; this prints the error
             self.handleError(record)
 

@@ -2190,6 +2190,39 @@ print("parent", status >> 8)
         with python(code) as running:
             assert finish(running, 60)[:2] == (0, "parent 7\n")  # newer Pythons warn of forks on stderr
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is open")
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+    @pytest.mark.parametrize("address", ["tcp://*:0", "tcp://localhost:0", "tcp://[::1]:0", "ipc://{}/socket"])
+    def test_a_forked_child_keeps_no_connections_and_ports(self, address, tmp_path):
+        """But those of others, with the same port at another address, too."""
+        pub = posttroll.Publisher(address.format(tmp_path)).start()
+        port = pub.port_number
+        host = {"*": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "[::1]"}.get(address[6:-2])
+        sub = posttroll.Subscriber([f"tcp://{host}:{port}" if host else pub.address])
+        assert pub.wait_for_subscribers(1, DEADLINE)
+        with socket.socket() as others, contextlib.ExitStack() as stack:
+            others.bind(("127.0.0.2", port if address == "tcp://localhost:0" else 0))
+            others.listen()
+            reading, writing = os.pipe()
+            child = os.fork()
+            if not child:
+                os.close(writing)
+                os.read(reading, 1)  # until the parent is done
+                others.accept()
+                os._exit(7)
+            stack.callback(os.close, reading)
+            stack.callback(os.kill, child, signal.SIGKILL)
+            sub.close()
+            wait_for(lambda: pub.subscriber_count == 0)
+            pub.stop()
+            with posttroll.Publisher(pub.address.replace(":0", f":{port}")):
+                pass
+            stack.pop_all()
+            with socket.create_connection(others.getsockname()):
+                os.close(writing)
+                assert os.waitpid(child, 0)[1] >> 8 == 7
+            os.close(reading)
+
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
     def test_a_child_may_be_forked_while_a_publisher_announces_itself(self):
         code = """
@@ -3675,6 +3708,24 @@ class TestCountingSubscribers:
             pub.stop()
         assert results == [False]
 
+    @pytest.mark.parametrize("has_come", [True, False])
+    def test_the_event_loop_of_who_waits_is_closed(self, has_come, caplog):
+        """Nobody is told when somebody comes, or when it stops; nobody else is concerned."""
+        loop = asyncio.new_event_loop()
+        pub = posttroll.Publisher("tcp://*:0").start()
+        waiting = loop.create_task(pub.wait_for_subscribers_async())
+        while not pub._audience._waiting:
+            loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        if has_come:
+            with posttroll.Subscriber([local_address(pub.port_number)]):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                wait_for(lambda: not pub._audience._waiting)
+        pub.stop()
+        assert caplog.text == ""
+        waiting._log_destroy_pending = False
+        waiting.get_coro().close()
+
     def test_sending_goes_on_while_somebody_waits(self):
         with connected() as (pub, sub), in_thread(lambda: pub.wait_for_subscribers(2, DEADLINE)):
             pub.send(text_message("in the meantime"))
@@ -3916,6 +3967,30 @@ class TestNoisyPublisher:
         start = time.monotonic()
         pub.stop()
         assert time.monotonic() - start < 5
+
+    def test_a_forgotten_one_says_goodbye(self):
+        with nameserver(), posttroll.Publisher("tcp://*:0"):  # the program goes on
+            pub = posttroll.NoisyPublisher("a_name", nameservers=["localhost"]).start()
+            wait_for(lambda: posttroll.get_pub_address("a_name"))
+            del pub
+            wait_for(lambda: posttroll.get_pub_address("", timeout=DEADLINE) == [])
+
+    def test_stop_in_the_midst_of_sending(self, monkeypatch):
+        """By a signal handler: what was being sent still arrives, then it counts, and says goodbye."""
+        order = []
+        pub = posttroll.NoisyPublisher("a_name", nameservers=["localhost"]).start()
+        drain, goodbye = pub._publisher._drain, pub._broadcaster._say_goodbye
+        monkeypatch.setattr(pub._publisher, "_drain", lambda audience: drain(audience) or order.append("sent"))
+        monkeypatch.setattr(pub._broadcaster, "_say_goodbye", lambda done: order.append("goodbye") or goodbye(done))
+        with posttroll.Subscriber([local_address(pub.port_number)]) as sub:
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            append = pub._publisher._audience.history.append
+            monkeypatch.setattr(
+                pub._publisher._audience.history, "append", lambda *args: pub.stop() or append(*args)
+            )  # under the lock, as in a signal handler
+            pub.send(text_message("the last one"))
+            assert received_data(sub) == ["the last one"]
+        assert (order, pub.reached, pub.dropped) == (["sent", "goodbye"], 1, 0)
 
     def test_what_it_hands_through(self):
         with posttroll.NoisyPublisher("a_name", nameservers=["localhost"]) as pub:
@@ -4969,6 +5044,20 @@ class TestAsyncio:
         with connected() as (pub, sub):
             assert asyncio.run(consume(pub, sub)).data == "from another task"
 
+    def test_the_end_while_its_loop_stands_still(self, tmp_path):
+        """As after Control-C in the midst of `run_until_complete`: the loop may run again, or never."""
+        loop = asyncio.new_event_loop()
+        with config.set(durable_directory=str(tmp_path)):
+            sub = posttroll.Subscriber(["tcp://127.0.0.1:1"], durable="a_name")
+            waiting = loop.create_task(sub.receive())
+            while not sub._is_awaited:
+                loop.run_until_complete(asyncio.sleep(0))
+            sub.close()
+            assert sub.subscribers == []
+            posttroll.Subscriber([], durable="a_name").close()  # others can have it
+            assert loop.run_until_complete(asyncio.wait_for(waiting, DEADLINE)) is None
+        loop.close()
+
     def test_following(self):
         async def consume(sub: Any) -> Any:
             with nameserver(), posttroll.Publish("a_service", nameservers=["localhost"]) as pub:
@@ -5608,7 +5697,31 @@ class TestHandlerAndLogger:
         handler.close()
         handler.close()
         handler.handle(log_record("too late"))
-        assert "is not started" in capsys.readouterr().err
+        assert capsys.readouterr().err == ""
+
+    def test_only_the_end_is_no_error(self, capsys):
+        """After the publisher has stopped, and in a forked child, there is nothing to say; of all else there is."""
+        handler = posttroll.PytrollHandler("a_program")
+        handler.handle(log_record("%d", "no number"))
+        assert "TypeError" in capsys.readouterr().err
+        handler._publisher.stop()  # as at the end of the program
+        handler.handle(log_record("too late"))
+        handler.close()
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_in_a_forked_worker(self):
+        code = """
+            import logging, multiprocessing, warnings, posttroll
+            warnings.simplefilter("ignore")
+            logging.getLogger().addHandler(posttroll.PytrollHandler("a_program"))
+            worker = multiprocessing.get_context("fork").Process(target=logging.warning, args=("from a worker",))
+            worker.start()
+            worker.join()
+            print(worker.exitcode)
+        """
+        with python(inspect.cleandoc(code)) as running:
+            assert finish(running) == (0, "0\n", "")
 
     @pytest.mark.parametrize(
         "end", ["logging.shutdown()", "logging.config.dictConfig({'version': 1})", "handler.close()"]
@@ -12430,6 +12543,50 @@ sys.stdin.read()
             assert finish(running) == (0, "", "")
             wait_for(lambda: posttroll.get_pub_address("", timeout=DEADLINE) == [])
 
+    @pytest.mark.parametrize(
+        ("kind", "how"),
+        [
+            ("Publisher('tcp://127.0.0.1:{port}')", "send()"),
+            ("Publisher('tcp://127.0.0.1:{port}')", "send(); time.sleep(30)"),
+            ("Publisher('tcp://127.0.0.1:{port}')", "run('fork')"),
+            ("NoisyPublisher('pub', {port})", "run('fork', True)"),
+        ],
+    )
+    def test_a_publisher_that_is_not_stopped(self, kind, how, tmp_path):
+        """What it has sent still comes, as after `stop`: if it is out of scope, and in a child of multiprocessing."""
+        port = free_port()
+        code = f"""
+import multiprocessing, sys, time, warnings, posttroll
+warnings.simplefilter("ignore")
+
+kept = []
+
+def send(is_kept=False):
+    publisher = posttroll.{kind.format(port=port)}.start()
+    for number in range(5):
+        publisher.send(posttroll.Message("/a", "info", number))
+    kept.extend([publisher] * is_kept)
+
+def run(method, *args):
+    worker = multiprocessing.get_context(method).Process(target=send, args=args)
+    worker.start()
+    worker.join()
+    sys.exit(worker.exitcode)
+
+if __name__ == "__main__":
+    {how}
+"""
+        script = tmp_path / "script.py"  # a file, as spawned children read it
+        script.write_text(code)
+        environment = {**os.environ, "POSTTROLL_DISCOVERY_SECONDS": "1.5"}
+        with (
+            posttroll.Subscriber([local_address(port)]) as sub,
+            process(sys.executable, script, env=environment) as running,
+        ):
+            assert received_data(sub, 5) == list(range(5))
+            if "sleep" not in how:
+                assert finish(running) == (0, "", "")
+
     def test_fork_after_use(self):
         """Parent and child can both work; what the parent has made stays the parent's."""
         code = """
@@ -18395,6 +18552,22 @@ print("fine", flush=True)
 
 
 class TestEndsOfPublishers:
+    def test_forgotten_ones_end_in_the_background(self, monkeypatch):
+        """Nothing waits where the last one lets go of it, with any lock; the next one gets its port."""
+        port, before = free_port(), threading.active_count()
+        is_free = threading.Event()
+        drain = posttroll._Ending.drain
+        monkeypatch.setattr(posttroll._Ending, "drain", lambda *args: is_free.wait(DEADLINE) and drain(*args))
+        pub = posttroll.Publisher(f"tcp://127.0.0.1:{port}").start()
+        pub.send(text_message("x"))
+        with pub._lock, threading._active_limbo_lock:
+            del pub
+        wait_for(lambda: "posttroll end" in [thread.name for thread in threading.enumerate()])
+        threading.Timer(0.05, is_free.set).start()
+        posttroll.Publisher(f"tcp://127.0.0.1:{port}").start().stop()
+        wait_for(lambda: threading.active_count() == before)
+        assert not posttroll._forgotten
+
     @pytest.mark.network
     def test_stop_on_a_slow_link(self, two_faulty_hosts):
         """8 Mbit/s: 3,000 messages of 1 kB, and an end: it waits as long as they drain."""
