@@ -3191,6 +3191,10 @@ def addresses_in(answer: bytes) -> list[dict[str, Any]]:
     good = [entry for entry in entries if isinstance(entry, dict) and is_connectable(entry.get("URI"))]
     if len(good) < len(entries):
         _lookup_log.warning("entries", "Skipped %d broken entries of an answer", len(entries) - len(good))
+    for entry in good:
+        heard = entry.get("receive_time")
+        if isinstance(heard, datetime) and not heard.tzinfo:  # in UTC, but an answer of version v1.01 cannot tell
+            entry["receive_time"] = heard.replace(tzinfo=timezone.utc)
     return good
 
 
@@ -7034,7 +7038,8 @@ class _SubscriberSockets:
 
         Args:
             address: A publisher's address, as text or as `get_pub_address` returns it.
-            topics: The topics to subscribe to there; None for those of the subscriber.
+            topics: The topics to subscribe to there, besides those that it is subscribed to there already; None for
+                those of the subscriber, if there are no others.
 
         Raises:
             ValueError: The address cannot be used.
@@ -7051,7 +7056,10 @@ class _SubscriberSockets:
             raise ValueError(
                 f"{address} uses the backend {announced!r}, this program {configured_backend()!r}: not connected."
             )
-        prefixes = self._topics if topics is None else _topic_prefixes(topics)
+        prefixes, _ = self._wanted.get(address, ((), None))
+        if topics is not None or not prefixes:  # what it was subscribed to before, it stays subscribed to
+            new = self._topics if topics is None else _topic_prefixes(topics)
+            prefixes = tuple(dict.fromkeys((*prefixes, *new)))
         if self._wanted.get(address) != (prefixes, backend):
             if not address.startswith("inproc:"):
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
@@ -8136,7 +8144,7 @@ def printable(value: Any) -> str:
 
 
 class PytrollFormatter(logging.Formatter):
-    """Formats log records as messages: subject ``/log/LEVEL/NAME``, type ``log.level``, data the text.
+    """Formats log records as messages: subject ``log/LEVEL/NAME``, type ``log.level``, data the text.
 
     Args:
         fmt: The format of the text, as for `logging.Formatter`; by default the log message alone.
@@ -8151,7 +8159,7 @@ class PytrollFormatter(logging.Formatter):
         text = super().format(record)
         name = "_".join(record.name.split()) or "root"
         level = "_".join(record.levelname.split()) or str(record.levelno)  # one without a name is "Level 15"
-        return Message(f"/log/{level}/{name}", f"log.{level.lower()}", text).encode()
+        return Message(f"log/{level}/{name}", f"log.{level.lower()}", text).encode()
 
 
 class PytrollHandler(logging.Handler):

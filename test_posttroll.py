@@ -4555,6 +4555,23 @@ class TestSubscriber:
                 sender.send(text_message(f"b from {sender.name}", "/b"))
             assert sorted(received_data(sub, 2)) == ["a from a_publisher", "b from "]
 
+    def test_topics_are_added_and_stay(self):
+        """Also those of an address alone, when all are given once more."""
+        with connected(["/a"]) as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
+            first, second = (local_address(sender.port_number) for sender in (pub, other))
+            sub.add(second, ["/b"])
+            assert sub.update([first, second]) is False
+            sub.add(first, ["/c"])
+            for sender, topics in ((pub, 2), (other, 1)):
+                wait_for(
+                    lambda sender=sender, topics=topics: (
+                        sender._audience.count and len(sender._audience._by_topic) == topics
+                    )
+                )
+                for topic in ("/a", "/b", "/c"):
+                    sender.send(text_message(topic, topic))
+            assert sorted(received_data(sub, 3)) == ["/a", "/b", "/c"]
+
     def test_broken_messages_between_good_ones(self, caplog):
         """Every good one is delivered, and the log does not grow with the broken ones."""
         broken = [
@@ -5637,10 +5654,10 @@ class TestFormatters:
     def test_a_record_as_a_message(self):
         text = posttroll.PytrollFormatter().format(log_record("hello %s", "world", level=logging.WARNING))
         message = posttroll.Message.decode(text)
-        assert (message.subject, message.type, message.data) == ("/log/WARNING/a.logger", "log.warning", "hello world")
+        assert (message.subject, message.type, message.data) == ("log/WARNING/a.logger", "log.warning", "hello world")
 
     def test_a_name_with_blanks_and_no_name(self):
-        for name, subject in (("two words", "/log/INFO/two_words"), ("", "/log/INFO/root")):
+        for name, subject in (("two words", "log/INFO/two_words"), ("", "log/INFO/root")):
             text = posttroll.PytrollFormatter().format(log_record("x", name=name))
             assert posttroll.Message.decode(text).subject == subject
 
@@ -5787,7 +5804,7 @@ class TestHandlerAndLogger:
         record.levelname, record.levelno = name, 15
         message = posttroll.Message.decode(posttroll.PytrollFormatter().format(record))
         level = "_".join(name.split()) or "15"
-        assert (message.subject, message.type, message.data) == (f"/log/{level}/a.logger", f"log.{level.lower()}", "x")
+        assert (message.subject, message.type, message.data) == (f"log/{level}/a.logger", f"log.{level.lower()}", "x")
 
 
 class TestLoggerCommand:
