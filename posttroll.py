@@ -4138,8 +4138,9 @@ class _Listeners:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
             host = _property(frame, "Peer-Address").removeprefix("::ffff:")
-            # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.
-            before = self.history.number if arrived == topics else 0
+            # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.  But
+            # libzmq before 4.3.5 may have taken a new connection for an old one that ended before its topics were read.
+            before = self.history.number if arrived == topics and zmq.zmq_version_info() >= (4, 3, 5) else 0
             peer = self.peers[mark] = _Peer(mark, topics, host, before)
             peer.tell(self.history.number)
         if len(self._seen) < self.PEERS:

@@ -16776,7 +16776,7 @@ class TestDurable:
         output = tmp_path / "output"
         output.touch()
         ended = threading.Event()
-        firsts, lasts = [], []
+        lasts = []
 
         def send() -> None:
             while not ended.is_set():
@@ -16786,15 +16786,17 @@ class TestDurable:
         def live(condition: Callable[[], bool]) -> None:
             begin = output.stat().st_size
             with python(DURABLE_PROCESS, local_address(pub.port_number), output) as running:
-                wait_for(lambda: output.stat().st_size > begin or running.poll() is not None)
+                wait_for(lambda: output.stat().st_size > begin or has_all() or running.poll() is not None)
                 wait_for(condition)
                 running.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
                 running.wait()
             with output.open("rb") as lines:
                 lines.seek(begin)
                 life = [int(line) for line in lines]
-            firsts.append(life[0])
-            lasts.append(life[-1])
+            lasts.extend(life[-1:])
+
+        def has_all() -> bool:
+            return ended.is_set() and len(set(output.read_bytes().split())) == numbers.count
 
         with posttroll.Publisher("tcp://*:0", "numbers") as pub:
             numbers = Numbers(pub)
@@ -16806,7 +16808,7 @@ class TestDurable:
                     end = time.monotonic() + chance.uniform(0, 0.4)
                     live(lambda end=end: time.monotonic() > end)
                 ended.set()
-            live(lambda: len(set(output.read_bytes().split())) == numbers.count)  # the last may have come before others
+            live(has_all)  # the last may have come before others
         counts = collections.Counter(map(int, output.read_text().split()))
         assert sorted(counts) == list(range(numbers.count))
         assert {number for number, count in counts.items() if count > 1} <= set(lasts)
