@@ -5376,6 +5376,7 @@ class _Link:
         self.is_greeted = False
         self.index = 0  # of the first message after it has come up
         self.descriptor = -1  # of the file, once it is connected
+        self.keys: dict[str, bytes] = {}  # that it was made with
 
 
 class _Twins:
@@ -5457,6 +5458,7 @@ class _Connections:
         on_several: Called with the sockets that are connected to what a single name stands for.
         on_doubt: Called with a socket of which a connection has come up again, and False; and with True when those who
             notice that have greeted us.
+        load_keys: Called with the key of a group; returns the socket options for the keys of its connections.
 
     A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
     over a socket of its own but for the first, so that it is known which of them a message came from.  One that the
@@ -5477,11 +5479,13 @@ class _Connections:
         on_close: Callable[[Any, Any], object],
         on_several: Callable[[Iterable[Any]], object],
         on_doubt: Callable[[Any, bool], object],
+        load_keys: Callable[[Any], dict[str, bytes]],
     ) -> None:
         self._on_change = on_change
         self._on_close = on_close
         self._on_several = on_several
         self._on_doubt = on_doubt
+        self._load_keys = load_keys
         self._loop = loop
         self._open_socket = open_socket
         self._read_all = read_all
@@ -5494,6 +5498,7 @@ class _Connections:
         # By group, "" and 0; one of a single address alone, as its name stands for several endpoints: by that, from 1.
         self.sockets: dict[tuple[Any, str, int], zmq.Socket[bytes]] = {}
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
+        self._keys: dict[zmq.Socket[bytes], dict[str, bytes]] = {}  # for new connections
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
@@ -5563,14 +5568,25 @@ class _Connections:
         slots = chain([(key, "", 0)], ((key, address, number) for number in count(1)))
         slot = next(slot for slot in slots if self.sockets.get(slot) not in used)
         sock = self.sockets.get(slot) or self._new_socket(slot)
+        keys = self._renew_keys(sock, key)
         connect(sock, endpoint)
-        self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin))
+        self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin)).keys = keys
         self._ports.pop(sock, None)
         connected[endpoint] = sock
         if used:
             self._on_several(connected.values())
         _warn_of_descriptors(len(self._links))
         _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
+
+    def _renew_keys(self, sock: zmq.Socket[bytes], key: Any) -> dict[str, bytes]:
+        """Have new connections of *sock* use the keys that there are now; return them."""
+        with suppress(ConfigurationError):  # they are just being replaced
+            keys = self._load_keys(key)
+            if keys != self._keys.get(sock):
+                for option, value in keys.items():
+                    setattr(sock, option, value)
+                self._keys[sock] = keys
+        return self._keys.get(sock, {})
 
     def _disconnect(self, address: str, endpoint: str) -> None:
         """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
@@ -5598,6 +5614,7 @@ class _Connections:
             sock = self.sockets.pop(slot)
             self._monitors.pop(sock, None)
             self._ports.pop(sock, None)
+            self._keys.pop(sock, None)
             self._loop.unwatch(sock)
             close_socket(sock)
             self._on_close(slot, sock)
@@ -5698,7 +5715,7 @@ class _Connections:
                 self._connect_again(address)
                 continue
             for endpoint, sock in connected.items():
-                self._renew(sock, endpoint)
+                self._renew(sock, endpoint, self._wanted[address][0])
             if set(connected) - set(resolution.endpoints):
                 self._connect_again(address)
             if resolution.is_name:
@@ -5709,16 +5726,18 @@ class _Connections:
     def _last_asked(self, address: str) -> float:
         return self._names[address].asked if address in self._names else float("-inf")
 
-    def _renew(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
-        """Make a connection anew if ZeroMQ has given it up some time ago."""
+    def _renew(self, sock: zmq.Socket[bytes], endpoint: str, key: Any) -> None:
+        """Make a connection anew if ZeroMQ has given it up some time ago, or if there are other keys by now."""
         link, now = self._links[sock, endpoint], time.monotonic()
         if link.is_up:
             return
         self._tend_later(self.RENEWAL)
-        if not link.is_tried and now - link.changed >= link.pause:
+        keys = self._renew_keys(sock, key)
+        if link.keys != keys or (not link.is_tried and now - link.changed >= link.pause):
             self.take_pending_events(sock)  # it may have come up while nobody ran the loop
-            if link.is_up or link.is_tried:
+            if link.is_up or (link.is_tried and link.keys == keys):
                 return
+            link.keys = keys
             link.changed = now
             link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
             if link.may_be_unread:  # else it would be read again and again, for nothing, all that others send
@@ -7026,6 +7045,7 @@ class _SubscriberSockets:
             self._leave_stream,
             self._note_several,
             lambda sock, is_over: self._streams[sock].doubt(is_over),
+            lambda key: _load_client_keys(key[1]),
         )
         self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}

@@ -4212,7 +4212,7 @@ class TestGivenUpConnections:
                 publisher.bind(f"tcp://*:{port}")
                 for _ in range(2):
                     link.changed = 0.0
-                    connections._renew(sock, endpoint)
+                    connections._renew(sock, endpoint, next(iter(connections._wanted.values()))[0])
                     assert publisher.poll(DEADLINE * 1000)
                     for number in range(5):
                         publisher.send(text_message(number).encode())
@@ -7771,7 +7771,8 @@ class TestServicesAndTop:
             world.enter_context(nameserver())
             wait_for(lambda: subjects() == steady and not network.problem and len(posttroll.get_pub_address("")) == 3)
             silent = publishers.pop("b")
-            silent._publisher.stop()  # and it is still announced
+            silent._publisher._at_end = lambda: None  # it is still announced
+            silent._publisher.stop()
             wait_for(lambda: subjects() == {"/steady/a", "/steady/c"})
             addresses = {each["publisher"]: each["address"] for each in network.view()["publishers"]}
             assert posttroll.get_pub_address("b")[0]["URI"] == addresses["b"]  # it may come back as long as it is known
@@ -13303,6 +13304,24 @@ class TestStrangers:
             finally:
                 for connection in silent:
                     connection.close()
+
+
+class TestOtherKeys:
+    """Keys are exchanged while programs run."""
+
+    @pytest.mark.parametrize("which", ["server", "friend"])
+    def test_a_subscriber_connects_with_the_new_ones(self, keys, which, monkeypatch):
+        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.2)
+        port = free_port()
+        with subscribing(port) as sub:
+            with posttroll.Publisher(f"tcp://*:{port}") as pub:
+                assert deliver(pub, sub, "before")
+            for file in (f"{which}.key", f"{which}.key_secret"):
+                (keys.directory / file).unlink()
+            posttroll.write_key_pair(which, keys.directory)
+            keys.admit("friend")
+            with posttroll.Publisher(f"tcp://*:{port}") as pub:
+                assert deliver(pub, sub, "afterwards")
 
 
 class TestKeyDirectory:
