@@ -3996,6 +3996,7 @@ class _Listeners:
         self._topics = 0
         self._by_topic: Counter[bytes] = Counter()
         self._other_topics = 0  # that are not told apart
+        self._has_ghosts = False  # topics of connections that are gone: libzmq may take new ones for these
         self._answering = 0.0  # since when answers are counted
         self._answers = 0
         self._name = "_".join(name.split()).encode() or b"-"
@@ -4079,7 +4080,7 @@ class _Listeners:
 
     def _take_subscriptions(self) -> None:
         """Apply the subscriptions and the ends of subscriptions that have come; tell who waits for them."""
-        sock, arrived = self.socket, 0
+        sock, arrived, begun = self.socket, 0, set()
         # Not until zmq.Again: if Control-C comes just then, pyzmq forgets the KeyboardInterrupt.
         while int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
             frame = sock.recv(_NOBLOCK, copy=False)
@@ -4105,6 +4106,10 @@ class _Listeners:
                     arrived = 0
                 continue
             arrived += sign == b"\1"
+            if sign == b"\1":
+                begun.add(topic)
+            elif topic in begun and zmq.zmq_version_info() < (4, 3, 5):  # the connection had ended before it was read
+                self._has_ghosts = True
             self._count_topic(topic, 1 if sign == b"\1" else -1)
             if not topic:  # all messages, but not what is sent under the marks of others
                 sock.setsockopt(option, _MAGICK[:-1].encode())  # with "/" it would end together with just that topic
@@ -4138,9 +4143,8 @@ class _Listeners:
                 self._log.warning("peers", "More than %d subscribers: one of them will not catch up", self.PEERS)
                 return
             host = _property(frame, "Peer-Address").removeprefix("::ffff:")
-            # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.  But
-            # libzmq before 4.3.5 may have taken a new connection for an old one that ended before its topics were read.
-            before = self.history.number if arrived == topics and zmq.zmq_version_info() >= (4, 3, 5) else 0
+            # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.
+            before = self.history.number if arrived == topics and not self._has_ghosts else 0
             peer = self.peers[mark] = _Peer(mark, topics, host, before)
             peer.tell(self.history.number)
         if len(self._seen) < self.PEERS:

@@ -17774,6 +17774,25 @@ with posttroll.Publish("first", nameservers={way}) as pub:
             request.getfixturevalue("keys")
         self.run_processes(way, 10, 5)
 
+    @pytest.mark.skipif(zmq.zmq_version_info() >= (4, 3, 5), reason="this libzmq knows who is gone")
+    def test_topics_of_a_connection_that_is_gone(self):
+        """A later connection may get what is sent before it has subscribed: that is no proof of anything any more."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+
+            def leave_topics() -> bool:
+                with pub._lock:
+                    with raw_socket(zmq.SUB, pub.port_number) as sub:
+                        sub.subscribe(b"pytroll:/")
+                        time.sleep(0.01)
+                    time.sleep(0.01)
+                return pub.subscriber_count == 0 and pub._audience._has_ghosts
+
+            wait_for(leave_topics)
+            pub.send(text_message("x"))
+            with posttroll.Subscriber([local_address(pub.port_number)]):
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                assert [peer.before for peer in pub._audience.peers.values()] == [0]
+
     def test_the_same_as_another_publisher_sends_meanwhile(self):
         """It is live, while the other, which sent it before, is connected, but has not said hello."""
         text = text_message("the same to the byte")
