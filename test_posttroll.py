@@ -16904,7 +16904,7 @@ class TestDurable:
             ("stop", [3]),
             ("close in the loop", [3]),
             ("close in a signal handler, then killed", [2, 3]),
-            ("forgotten", [2, 3]),
+            pytest.param("forgotten", [2, 3], marks=pytest.mark.filterwarnings("ignore:unclosed :ResourceWarning")),
         ],
     )
     def test_how_a_loop_is_left(self, numbers, kill, how, rest):
