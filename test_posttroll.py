@@ -4565,7 +4565,7 @@ class TestSubscriber:
             for sender, topics in ((pub, 2), (other, 1)):
                 wait_for(
                     lambda sender=sender, topics=topics: (
-                        sender._audience.count and len(sender._audience._by_topic) == topics
+                        sender.subscriber_count and len(sender._audience._by_topic) == topics
                     )
                 )
                 for topic in ("/a", "/b", "/c"):
@@ -17679,6 +17679,7 @@ class TestFullQueues:
                     assert len(came) == len(slow)
                     assert {*range(numbers.count - 400, numbers.count)} <= came  # what the history reaches
                     assert subs[1].missed >= numbers.count - len(came) > 0
+                await_count(quick, numbers.count)
                 assert sorted(number for number, _ in quick) == list(range(numbers.count))
 
     def test_the_limit_follows_the_sizes(self):
@@ -18105,7 +18106,7 @@ class TestProxiesAndNeighbours:
                 slow.rcvhwm = 1
                 for sock in (fast, slow):
                     sock.subscribe(b"pytroll:/")
-                wait_for(lambda: pub._audience.count and pub._audience._topics == 3)
+                wait_for(lambda: pub.subscriber_count and pub._audience._topics == 3)
                 while not pub.dropped:
                     pub.send(text_message("x" * 100_000))
                     assert fast.poll(DEADLINE * 1000)
