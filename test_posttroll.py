@@ -16680,7 +16680,7 @@ class TestCatchingUp:
             if end != "patience":
                 (stream,) = sub._streams.values()
                 merge = wait_for(lambda: stream._merge)
-                wait_for(lambda: [len(behind) > 10 for _, behind in merge._paused.values()] == [True])
+                wait_for(lambda: [sum(raw[:1] == b"p" for raw in each) for _, each in merge._paused.values()] == [10])
                 assert not data
             if end == "removed":
                 sub.update([])
