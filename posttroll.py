@@ -5781,7 +5781,7 @@ class _Source:
     def __init__(self) -> None:
         self.is_left = False  # heard by no socket any more
         self.name = ""
-        self.port = 0
+        self.is_forwarded = False  # by a proxy: we have no connection of our own to it
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
         self.since: Any = None  # since when its messages are wanted
         self.found = 0  # the number of the first hello
@@ -6105,7 +6105,7 @@ class _CatchUp:
         for instance, source in self._sources.items():
             if is_over and source.is_doubted:
                 self._ask(instance, source, 10**15 - next(self._doubts))
-            elif not is_over and source.since is not None and not self._has_port(source.port):
+            elif not is_over and source.is_forwarded:
                 source.doubt()
 
     def _take_connections(self, raw: bytes) -> None:
@@ -6202,7 +6202,7 @@ class _CatchUp:
     def _take_hello(
         self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int
     ) -> None:
-        source.name, source.port = name, port
+        source.name, source.is_forwarded = name, not self._has_port(port)
         if source.since is None:
             source.found, source.before = number, before
             source.since, source.index = self._since(port, self._index)
@@ -6232,13 +6232,8 @@ class _CatchUp:
         if source.position is None or source.position < source.hello:  # else nothing is missing
             source.unconfirmed += self._live(max(source.index, source.checked), source.hello_index)
             source.checked = max(source.hello_index, source.checked)
-        request = b"%s/%s/%s,%d/%s" % (
-            self._mark,
-            instance,
-            what,
-            source.hello if until is None else until,
-            self._topics,
-        )
+        until = source.hello if until is None else until
+        request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, until, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
 
