@@ -12601,7 +12601,7 @@ if __name__ == "__main__":
             posttroll.Subscriber([local_address(port)]) as sub,
             process(sys.executable, script, env=environment) as running,
         ):
-            assert received_data(sub, 5) == list(range(5))
+            assert sorted(received_data(sub, 5)) == list(range(5))  # what is live may come first
             if "sleep" not in how:
                 assert finish(running) == (0, "", "")
 
@@ -18203,7 +18203,7 @@ class TestMarks:
             numbers.send(10)
             numbers.check(data)
             assert len(pub._audience.peers) < 10
-            assert len(pub._audience._early_marks.connections) == 2
+            wait_for(lambda: len(pub._audience._early_marks.connections) == 2)
             assert pub.dropped == 0
 
     def test_what_is_asked_of_another_publisher(self):
