@@ -5999,6 +5999,59 @@ def number_of_connections(raw: bytes) -> int:
     return int(number)
 
 
+class _LiveRecord:
+    """What came live over a socket, in order: it is recognised when it comes once more."""
+
+    SIZE = 16384  # messages
+
+    def __init__(self) -> None:
+        self.index = 0  # of what comes next
+        self._recent: deque[int] = deque(maxlen=self.SIZE)  # digests
+        self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.SIZE)  # with their indices, before an outage
+        self._open: list[_Source] = []  # those of which messages come live and under the mark
+
+    def note(self, raw: bytes) -> None:
+        """Take note of a message."""
+        self.index += 1
+        digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
+        self._recent.append(digest)
+        if self._open:
+            for source in self._open:
+                source.live[digest] += 1  # type: ignore[index]
+
+    def freeze(self) -> None:
+        """Remember what came until now, as a connection is down: its end may not have been confirmed."""
+        first = self.index - len(self._recent)
+        start = max(self._frozen[-1][0] + 1 - first, 0) if self._frozen else 0
+        self._frozen.extend((first + start + i, digest) for i, digest in enumerate(islice(self._recent, start, None)))
+
+    def count(self, since: int, until: int | None = None) -> Counter[int]:
+        """Return the digests of what came, from one index to another."""
+        self.freeze()
+        end = self.index if until is None else until
+        newest_first = takewhile(lambda entry: entry[0] >= since, reversed(self._frozen))
+        return Counter(digest for index, digest in newest_first if index < end)
+
+    def forget_before(self, index: int) -> None:
+        """Keep what came from *index* on; nothing more comes, for now."""
+        self.freeze()
+        self._recent.clear()
+        while self._frozen and self._frozen[0][0] < index:
+            self._frozen.popleft()
+
+    def open(self, source: _Source, since: int) -> Counter[int]:
+        """Have *source* know what came since an index, which is returned, and what comes from now on."""
+        source.live = live = self.count(since)
+        self._open.append(source)
+        return live
+
+    def close(self, source: _Source) -> None:
+        """Have *source* forget what came, all of which is confirmed."""
+        if source in self._open:
+            self._open.remove(source)
+        source.live = None
+
+
 class _CatchUp:
     """What one SUB socket has of the publishers of ours that it hears, and what it asks them for (see 9).
 
@@ -6012,7 +6065,6 @@ class _CatchUp:
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
     """
 
-    RECENT = 16384  # live messages that are recognised when they come once more
     SOURCES = 20000
     PAST = 1000000  # messages that come under the mark until there is an end
 
@@ -6035,11 +6087,9 @@ class _CatchUp:
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
         self._requests: dict[bytes, bytes] = {}
-        self._recent: deque[int] = deque(maxlen=self.RECENT)  # digests of what came live
-        self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.RECENT)  # with their numbers, before an outage
-        self._index = 0  # of what comes live next
+        self._live = _LiveRecord()
+        self.note: Callable[[bytes], None] = self._live.note  # to be called with each message that comes live
         self._doubts = count(1)
-        self._open: list[_Source] = []  # those of which messages come live and under the mark
 
     def attach(
         self,
@@ -6072,29 +6122,18 @@ class _CatchUp:
 
     def leave(self) -> None:
         """Keep what may still be needed, when the socket is closed."""
-        for source in self._sources.values():
+        sources = self._sources.values()
+        for source in sources:
             source.is_left = True
-        self._freeze()
-        self._recent.clear()
-        oldest = min((max(source.index, source.checked) for source in self._sources.values()), default=self._index)
-        while self._frozen and self._frozen[0][0] < oldest:
-            self._frozen.popleft()
-
-    def note(self, raw: bytes) -> None:
-        """Take note of a message that came live."""
-        self._index += 1
-        digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
-        self._recent.append(digest)
-        if self._open:
-            for source in self._open:
-                source.live[digest] += 1  # type: ignore[index]
+        oldest = min((max(source.index, source.checked) for source in sources), default=self._live.index)
+        self._live.forget_before(oldest)
 
     def note_change(self, descriptor: int) -> int:
         """Take note that a connection has begun, come up or gone down; return the index of what comes next."""
         if self._merge is not None:
             self._merge.note_change(descriptor)
-        self._freeze()
-        return self._index
+        self._live.freeze()
+        return self._live.index
 
     def doubt(self, is_over: bool) -> None:
         """Doubt whether all has come of publishers behind a proxy; ask those who have not greeted us when *is_over*.
@@ -6128,29 +6167,10 @@ class _CatchUp:
         """Have what waits for something received next; return whether there is something."""
         return self._merge is not None and self._merge.release()
 
-    def _freeze(self) -> None:
-        """Remember what came until now, as a connection is down: its end may not have been confirmed."""
-        first = self._index - len(self._recent)
-        start = max(self._frozen[-1][0] + 1 - first, 0) if self._frozen else 0
-        self._frozen.extend((first + start + i, digest) for i, digest in enumerate(islice(self._recent, start, None)))
-
-    def _live(self, since: int, until: int | None = None) -> Counter[int]:
-        """Return the digests of what came live, from one index to another."""
-        self._freeze()
-        end = self._index if until is None else until
-        newest_first = takewhile(lambda entry: entry[0] >= since, reversed(self._frozen))
-        return Counter(digest for index, digest in newest_first if index < end)
-
     @property
     def up_to_date(self) -> int:
         """How many publishers of ours have sent all that is wanted of the past."""
         return sum(1 for source in list(self._sources.values()) if not source.is_asked)
-
-    def _close(self, source: _Source) -> None:
-        """Forget what came live, all of which is confirmed."""
-        if source in self._open:
-            self._open.remove(source)
-        source.live = None
 
     def take(self, raw: bytes) -> bytes | None:
         """Take what came under a mark, or nothing; return the message in it, if it is one that is not here yet."""
@@ -6177,7 +6197,7 @@ class _CatchUp:
                     self._take_hello(instance, source, name, *numbers)
                 elif kind == b"I":
                     (number,) = numbers
-                    source.note_intact(number, self._index)
+                    source.note_intact(number, self._live.index)
                 else:
                     (self._take_end if kind == b"E" else self._take_position)(instance, source, *numbers)
         except (ValueError, TypeError) as error:
@@ -6196,7 +6216,7 @@ class _CatchUp:
         if len(self._sources) > self.SOURCES:
             forgotten, old = self._sources.popitem(last=False)
             self._cancel_request(forgotten)
-            self._close(old)
+            self._live.close(old)
         return source
 
     def _take_hello(
@@ -6205,16 +6225,16 @@ class _CatchUp:
         source.name, source.is_forwarded = name, not self._has_port(port)
         if source.since is None:
             source.found, source.before = number, before
-            source.since, source.index = self._since(port, self._index)
+            source.since, source.index = self._since(port, self._live.index)
             if self._durable is not None and source.position is None:
-                self._durable.begin_with(instance, source, self._index - source.index)
-        self._close(source)
+                self._durable.begin_with(instance, source, self._live.index - source.index)
+        self._live.close(source)
         self._begin(source, number, ends)
         self._ask(instance, source)
 
     def _begin(self, source: _Source, number: int, ends: int) -> None:
         is_later = number > source.hello
-        source.begin(number, ends, self._index if is_later else source.hello_index)
+        source.begin(number, ends, self._live.index if is_later else source.hello_index)
         if self._durable is not None and is_later:
             source.hello_lines = self._durable.lines
 
@@ -6230,7 +6250,7 @@ class _CatchUp:
         else:
             what = b"%d+0@0" % source.position
         if source.position is None or source.position < source.hello:  # else nothing is missing
-            source.unconfirmed += self._live(max(source.index, source.checked), source.hello_index)
+            source.unconfirmed += self._live.count(max(source.index, source.checked), source.hello_index)
             source.checked = max(source.hello_index, source.checked)
         until = source.hello if until is None else until
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, until, self._topics)
@@ -6264,11 +6284,8 @@ class _CatchUp:
         """Whether a message of the past has come live before, as far as can be told: from any publisher."""
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
-            if source.live is None:
-                behind = max(source.hello_index, source.checked) if source.is_asked else 0
-                source.live = self._live(max(source.index, behind))
-                self._open.append(source)
-            seen = source.live
+            behind = max(source.hello_index, source.checked) if source.is_asked else 0
+            seen = source.live if source.live is not None else self._live.open(source, max(source.index, behind))
         if seen[digest] <= 0:
             return False
         seen[digest] -= 1
@@ -6286,13 +6303,13 @@ class _CatchUp:
             if is_whole and gone > 0:
                 self._on_gone(source.name, gone)
             return
-        self._close(source)
+        self._live.close(source)
         if source.is_asked and not is_answer:  # a full queue came between: what was asked for is still to come
             source.ends, source.counted = ends, 0
             source.came.clear()
             return
         if is_whole:
-            source.advance(number, source.hello_index if number <= source.hello else self._index)
+            source.advance(number, source.hello_index if number <= source.hello else self._live.index)
             if self._durable is not None:
                 lines = source.hello_lines if number <= source.hello else self._durable.lines
                 self._durable.advance(instance, source, number, lines)
@@ -6309,11 +6326,11 @@ class _CatchUp:
         is_whole = ends == source.ends and sent == source.counted + len(source.came)
         if not number or (source.is_asked and time.monotonic() - source.asked < 5):
             if is_whole:
-                source.note_intact(number, self._index)
+                source.note_intact(number, self._live.index)
             return
-        self._close(source)
+        self._live.close(source)
         if not source.is_asked and is_whole:
-            source.advance(number, self._index)
+            source.advance(number, self._live.index)
             if self._durable is not None:
                 self._durable.advance(instance, source, number, self._durable.lines)
             source.counted += len(source.came)

@@ -5591,7 +5591,7 @@ class TestListener:
                     pub.send(text_message(str(number)))
                 wait_for(listener.queue.full)
                 (stream,) = listener.subscriber._streams.values()
-                wait_for(lambda: stream._index == 2 and not listener.subscriber._inbox.accepted)
+                wait_for(lambda: stream._live.index == 2 and not listener.subscriber._inbox.accepted)
                 listener.restart()
                 with in_thread(listener.run):
                     assert [listener.queue.get(timeout=DEADLINE).data for _ in range(2)] == ["0", "1"]
@@ -16153,7 +16153,7 @@ class TestCatchingUp:
 
     def test_much_that_comes_before_all_is_caught_up(self, short_heartbeats, monkeypatch):
         """More live messages than are remembered, and the connection fails before the end, again and again."""
-        monkeypatch.setattr(posttroll._CatchUp, "RECENT", 100)
+        monkeypatch.setattr(posttroll._LiveRecord, "SIZE", 100)
         monkeypatch.setattr(posttroll._Audience, "CHUNK", 1)
         monkeypatch.setattr(posttroll._Audience, "LOOK_SECONDS", 0.01)
         config.set(history_messages=100_000, history_bytes=10**8)
@@ -16200,7 +16200,7 @@ class TestCatchingUp:
                 relay.cut()
                 sub.remove(relay.address)
                 wait_for(lambda: sub._left)
-                assert sum(len(left._frozen) for left in sub._left.values()) <= 20  # what may still be needed
+                assert sum(len(left._live._frozen) for left in sub._left.values()) <= 20  # what may still be needed
                 wait_for(lambda: not pub.subscriber_count)
                 numbers.send(5)
                 relay.mend()
@@ -16273,9 +16273,9 @@ class TestCatchingUp:
     def test_nothing_is_looked_for_where_nothing_is_missing(self, monkeypatch, short_heartbeats):
         """To look at all that has come, for each of many publishers that come again at once, would take long."""
         looked_for = []
-        live = posttroll._CatchUp._live
+        count = posttroll._LiveRecord.count
         monkeypatch.setattr(
-            posttroll._CatchUp, "_live", lambda stream, *args: looked_for.append(args) or live(stream, *args)
+            posttroll._LiveRecord, "count", lambda record, *args: looked_for.append(args) or count(record, *args)
         )
         with behind_relay() as (pub, relay, sub), serving(sub) as data:
             numbers = Numbers(pub)
