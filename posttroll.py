@@ -5367,20 +5367,50 @@ class _Link:
 
     ZeroMQ itself connects again, but for good gives up a connection whose other side breaks the protocol: another
     program on the port, for a moment, or a publisher with another backend.
+
+    Args:
+        begin: Since when its messages are wanted.
+        keys: The socket options for the keys that it is made with.
     """
 
-    def __init__(self, pause: float, begin: float) -> None:
+    RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until one that ZeroMQ gave up is made anew, first and last
+
+    def __init__(self, begin: float, keys: dict[str, bytes]) -> None:
         self.is_up = False
         self.is_tried = True  # by ZeroMQ itself
         self.may_be_unread = False  # something that has come by it
         self.changed = time.monotonic()
-        self.pause = pause  # seconds until it is made anew
+        self.pause = self.RENEWAL
         self.begin = begin
+        self.keys = keys
         self.was_up = False
         self.is_greeted = False
         self.index = 0  # of the first message after it has come up
         self.descriptor = -1  # of the file, once it is connected
-        self.keys: dict[str, bytes] = {}  # that it was made with
+
+    def take_event(self, event: int) -> None:
+        """Take note of what ZeroMQ says of it."""
+        if event == zmq.EVENT_CONNECT_RETRIED:
+            self.is_tried = True
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.is_up = self.is_tried = self.may_be_unread = True
+            self.pause = self.RENEWAL
+            self.changed = time.monotonic()
+        else:
+            if self.is_up or self.is_tried:
+                self.changed = time.monotonic()
+            self.is_up = self.is_tried = self.is_greeted = False
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether ZeroMQ has given it up, long enough ago to make it anew."""
+        return not self.is_tried and time.monotonic() - self.changed >= self.pause
+
+    def note_renewal(self, keys: dict[str, bytes]) -> None:
+        """Take note that it is made anew, with these keys."""
+        self.keys = keys
+        self.changed = time.monotonic()
+        self.pause = min(2 * self.pause, self.LONGEST_RENEWAL)
 
 
 class _Twins:
@@ -5449,12 +5479,109 @@ class _NewLinks:
         return None
 
 
+class _MonitoredSockets:
+    """SUB sockets, each with a monitor of its connections, and with the keys for those that it makes next.
+
+    A slot, which there is one for, is a group, "" and 0; or, for a single address of a group whose name stands for
+    several endpoints, that group, the address, and a number from 1.
+
+    Args:
+        loop: The loop in which the monitors are read.
+        open_socket: Called with a slot; returns a new SUB socket for it.
+        on_event: Called with a socket, the endpoint of a connection of it, what happened to that, and the value to it.
+        on_close: Called with the slot of a socket that is closed, and the socket.
+        load_keys: Called with a group; returns the socket options for the keys of its connections.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        open_socket: Callable[[Any], Any],
+        on_event: Callable[[Any, str, int, int], object],
+        on_close: Callable[[Any, Any], object],
+        load_keys: Callable[[Any], dict[str, bytes]],
+    ) -> None:
+        self._loop = loop
+        self._open_socket = open_socket
+        self._on_event = on_event
+        self._on_close = on_close
+        self._load_keys = load_keys
+        self.by_slot: dict[tuple[Any, str, int], zmq.Socket[bytes]] = {}
+        self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
+        self._keys: dict[zmq.Socket[bytes], dict[str, bytes]] = {}
+
+    def __contains__(self, sock: object) -> bool:
+        return sock in self._monitors
+
+    def open(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
+        """Return the socket for *slot*, which there is none for yet."""
+        sock = cast("zmq.Socket[bytes]", self._open_socket(slot))
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
+        events |= zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
+        failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        try:
+            monitor = _open_monitor(sock, events | failures)
+        except BaseException:  # no descriptors left, or Control-C
+            self._end(slot, sock)
+            raise
+        self.by_slot[slot] = sock
+        self._loop.watch_quiet(monitor, partial(self._take_events, sock, monitor))
+        self._monitors[sock] = monitor
+        return sock
+
+    def close(self, slot: tuple[Any, str, int]) -> None:
+        """Close the socket for *slot*."""
+        sock = self.by_slot.pop(slot)
+        self._monitors.pop(sock, None)
+        self._keys.pop(sock, None)
+        self._end(slot, sock)
+
+    def _end(self, slot: tuple[Any, str, int], sock: zmq.Socket[bytes]) -> None:
+        self._loop.unwatch(sock)
+        close_socket(sock)
+        self._on_close(slot, sock)
+
+    def close_all(self) -> None:
+        """Close all sockets, at the end: nobody is told."""
+        for sock in self.by_slot.values():
+            close_socket(sock)
+        self.by_slot = {}
+
+    def renew_keys(self, sock: zmq.Socket[bytes], group: Any) -> dict[str, bytes]:
+        """Have new connections of *sock* use the keys that there are now; return them."""
+        with suppress(ConfigurationError):  # they are just being replaced
+            keys = self._load_keys(group)
+            if keys != self._keys.get(sock):
+                for option, value in keys.items():
+                    setattr(sock, option, value)
+                self._keys[sock] = keys
+        return self._keys.get(sock, {})
+
+    def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
+        """Take note of what has happened to the connections of *sock* until now."""
+        if sock in self._monitors:  # else it is closed, and this is of what it had received before
+            self._take_events(sock, self._monitors[sock])
+
+    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                data, endpoint = monitor.recv_multipart(_NOBLOCK)
+            except zmq.Again:
+                return
+            event, value = struct.unpack("=HI", data)
+            if event == zmq.EVENT_MONITOR_STOPPED:
+                self._loop.unwatch(monitor)
+                monitor.close(0)
+                return
+            self._on_event(sock, endpoint.decode("utf-8", "replace"), event, value)
+
+
 class _Connections:
     """Keeps connected what is wanted.
 
     Args:
         loop: The loop to use; whoever runs it is the only one to call the methods.
-        open_socket: Called with a slot (see `sockets`); returns a new SUB socket for it.
+        open_socket: Called with a slot (see `_MonitoredSockets`); returns a new SUB socket for it.
         read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
         on_change: Called with a socket of which a connection begins, has come up, or gone down, and its descriptor;
             returns the index of the next message of that socket.
@@ -5469,7 +5596,6 @@ class _Connections:
     name does not stand for any more is left alone as long as it is connected.
     """
 
-    RENEWAL, LONGEST_RENEWAL = 5.0, 60.0  # seconds until a connection that ZeroMQ gave up is renewed, first and last
     LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
     GREETING = 1.0  # seconds after which nobody will greet a connection any more
     ASK_SOON = 0.5  # seconds until what could not be asked for, as there are so many, has its turn
@@ -5486,23 +5612,18 @@ class _Connections:
         load_keys: Callable[[Any], dict[str, bytes]],
     ) -> None:
         self._on_change = on_change
-        self._on_close = on_close
         self._on_several = on_several
         self._on_doubt = on_doubt
-        self._load_keys = load_keys
         self._loop = loop
-        self._open_socket = open_socket
         self._read_all = read_all
+        self._sockets = _MonitoredSockets(loop, open_socket, self._take_event, on_close, load_keys)
+        self.take_pending_events = self._sockets.take_pending_events
         self._wanted: dict[str, tuple[Any, float]] = {}
         self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
         self._ports: dict[zmq.Socket[bytes], set[str]] = {}  # of the links, as far as they have been asked for
         self._new = _NewLinks()
         self._names: dict[str, _Resolution] = {}  # of the addresses
-        # By group, "" and 0; one of a single address alone, as its name stands for several endpoints: by that, from 1.
-        self.sockets: dict[tuple[Any, str, int], zmq.Socket[bytes]] = {}
-        self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
-        self._keys: dict[zmq.Socket[bytes], dict[str, bytes]] = {}  # for new connections
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
 
@@ -5534,10 +5655,10 @@ class _Connections:
         link = self._new.take(sock, port)
         return (begin, index) if link is None else (link.begin, link.index)
 
-    def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
-        """Take note of what has happened to the connections of *sock* until now."""
-        if sock in self._monitors:  # else it is closed, and this is of what it had received before
-            self._take_events(sock, self._monitors[sock])
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """The sockets that there are."""
+        return list(self._sockets.by_slot.values())
 
     def _connect_again(self, address: str) -> None:
         try:
@@ -5549,7 +5670,7 @@ class _Connections:
         """Connect to all that *address* stands for, no longer to what it does not stand for if that is down."""
         if address not in self._wanted:
             return
-        self._tend_later(self.RENEWAL)
+        self._tend_later(_Link.RENEWAL)
         resolution = self._names.get(address)
         if resolution is None:
             resolution = _Resolution(address, lambda: self._loop.call(partial(self._connect_again, address)))
@@ -5570,27 +5691,18 @@ class _Connections:
         connected = self._connected[address]
         used = list(connected.values())
         slots = chain([(key, "", 0)], ((key, address, number) for number in count(1)))
-        slot = next(slot for slot in slots if self.sockets.get(slot) not in used)
-        sock = self.sockets.get(slot) or self._new_socket(slot)
-        keys = self._renew_keys(sock, key)
+        sockets = self._sockets.by_slot
+        slot = next(slot for slot in slots if sockets.get(slot) not in used)
+        sock = sockets.get(slot) or self._sockets.open(slot)
+        keys = self._sockets.renew_keys(sock, key)
         connect(sock, endpoint)
-        self._links.setdefault((sock, endpoint), _Link(self.RENEWAL, begin)).keys = keys
+        self._links.setdefault((sock, endpoint), _Link(begin, keys)).keys = keys
         self._ports.pop(sock, None)
         connected[endpoint] = sock
         if used:
             self._on_several(connected.values())
         _warn_of_descriptors(len(self._links))
         _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
-
-    def _renew_keys(self, sock: zmq.Socket[bytes], key: Any) -> dict[str, bytes]:
-        """Have new connections of *sock* use the keys that there are now; return them."""
-        with suppress(ConfigurationError):  # they are just being replaced
-            keys = self._load_keys(key)
-            if keys != self._keys.get(sock):
-                for option, value in keys.items():
-                    setattr(sock, option, value)
-                self._keys[sock] = keys
-        return self._keys.get(sock, {})
 
     def _disconnect(self, address: str, endpoint: str) -> None:
         """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
@@ -5611,59 +5723,34 @@ class _Connections:
             self._disconnect(address, endpoint)
         self._connected.pop(address, None)
         key, _ = self._wanted.pop(address, (None, 0.0))
-        unused = [slot for slot in self.sockets if slot[1] == address]
-        if (key, "", 0) in self.sockets and all(other != key for other, _ in self._wanted.values()):
+        sockets = self._sockets.by_slot
+        unused = [slot for slot in sockets if slot[1] == address]
+        if (key, "", 0) in sockets and all(other != key for other, _ in self._wanted.values()):
             unused.append((key, "", 0))
         for slot in unused:
-            sock = self.sockets.pop(slot)
-            self._monitors.pop(sock, None)
-            self._ports.pop(sock, None)
-            self._keys.pop(sock, None)
-            self._loop.unwatch(sock)
-            close_socket(sock)
-            self._on_close(slot, sock)
+            self._ports.pop(sockets[slot], None)
+            self._sockets.close(slot)
 
-    def _new_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
-        sock = cast("zmq.Socket[bytes]", self._open_socket(slot))
-        events = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
-        events |= zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CONNECT_RETRIED
-        failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        try:
-            monitor = _open_monitor(sock, events | failures)
-        except BaseException:  # no descriptors left, or Control-C
-            self._loop.unwatch(sock)
-            close_socket(sock)
-            self._on_close(slot, sock)
-            raise
-        self.sockets[slot] = sock
-        self._loop.watch_quiet(monitor, partial(self._take_events, sock, monitor))
-        self._monitors[sock] = monitor
-        return sock
-
-    def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
-        """Take note of which connections of *sock* go down and come up."""
-        while True:
-            try:
-                data, endpoint = monitor.recv_multipart(_NOBLOCK)
-            except zmq.Again:
-                return
-            event, value = struct.unpack("=HI", data)
-            if event == zmq.EVENT_MONITOR_STOPPED:
-                self._loop.unwatch(monitor)
-                monitor.close(0)
-                return
-            link = self._links.get((sock, endpoint.decode("utf-8", "replace")))
-            if link is not None:
-                was_up = link.is_up
-                if event == zmq.EVENT_CONNECTED:
-                    link.descriptor = value
-                    self._on_change(sock, value)
-                else:
-                    self._take_event(link, event, endpoint.decode("utf-8", "replace"))
-                if was_up != link.is_up:
-                    link.index = self._on_change(sock, link.descriptor)
-                    self._new.note(sock, endpoint.decode("utf-8", "replace"), link)
-                    self._look_for_greeting(sock, link)
+    def _take_event(self, sock: zmq.Socket[bytes], endpoint: str, event: int, value: int) -> None:
+        """Take note of what has happened to a connection."""
+        link = self._links.get((sock, endpoint))
+        if link is None:
+            return
+        if event == zmq.EVENT_CONNECTED:
+            link.descriptor = value
+            self._on_change(sock, value)
+            return
+        if event not in (zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+            text = "%s does not speak our protocol, or has another backend or key (trying again)"
+            self._log.warning("handshake", text, endpoint)
+        was_up = link.is_up
+        link.take_event(event)
+        if not link.is_tried:
+            self._tend_later(link.RENEWAL)
+        if was_up != link.is_up:
+            link.index = self._on_change(sock, link.descriptor)
+            self._new.note(sock, endpoint, link)
+            self._look_for_greeting(sock, link)
 
     def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
         """If *link* has come up again, doubt whether all has come: a proxy may not have noticed that it was down."""
@@ -5672,7 +5759,7 @@ class _Connections:
             return
 
         def look() -> None:
-            if sock in self._monitors:
+            if sock in self._sockets:
                 self._on_doubt(sock, True)
 
         self._on_doubt(sock, False)
@@ -5683,23 +5770,6 @@ class _Connections:
         if sock not in self._ports:
             self._ports[sock] = {endpoint.rpartition(":")[2] for other, endpoint in self._links if other is sock}
         return str(port) in self._ports[sock]
-
-    def _take_event(self, link: _Link, event: int, endpoint: str) -> None:
-        if event == zmq.EVENT_CONNECT_RETRIED:
-            link.is_tried = True
-            return
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            link.is_up = link.is_tried = link.may_be_unread = True
-            link.pause = self.RENEWAL
-            link.changed = time.monotonic()
-            return
-        if event != zmq.EVENT_DISCONNECTED:
-            text = "%s does not speak our protocol, or has another backend or key (trying again)"
-            self._log.warning("handshake", text, endpoint)
-        if link.is_up or link.is_tried:
-            link.changed = time.monotonic()
-        link.is_up = link.is_tried = link.is_greeted = False
-        self._tend_later(self.RENEWAL)
 
     def _tend_later(self, seconds: float) -> None:
         when = time.monotonic() + seconds
@@ -5732,18 +5802,16 @@ class _Connections:
 
     def _renew(self, sock: zmq.Socket[bytes], endpoint: str, key: Any) -> None:
         """Make a connection anew if ZeroMQ has given it up some time ago, or if there are other keys by now."""
-        link, now = self._links[sock, endpoint], time.monotonic()
+        link = self._links[sock, endpoint]
         if link.is_up:
             return
-        self._tend_later(self.RENEWAL)
-        keys = self._renew_keys(sock, key)
-        if link.keys != keys or (not link.is_tried and now - link.changed >= link.pause):
+        self._tend_later(link.RENEWAL)
+        keys = self._sockets.renew_keys(sock, key)
+        if link.keys != keys or link.is_given_up:
             self.take_pending_events(sock)  # it may have come up while nobody ran the loop
             if link.is_up or (link.is_tried and link.keys == keys):
                 return
-            link.keys = keys
-            link.changed = now
-            link.pause = min(2 * link.pause, self.LONGEST_RENEWAL)
+            link.note_renewal(keys)
             if link.may_be_unread:  # else it would be read again and again, for nothing, all that others send
                 self._read_all(sock)
                 link.may_be_unread = False
@@ -5752,9 +5820,8 @@ class _Connections:
 
     def close(self) -> None:
         """Close all sockets."""
-        for sock in self.sockets.values():
-            close_socket(sock)
-        self._wanted, self._connected, self._links, self.sockets = {}, {}, {}, {}
+        self._sockets.close_all()
+        self._wanted, self._connected, self._links = {}, {}, {}
 
 
 def get_descriptor_limit() -> int:
@@ -7136,7 +7203,7 @@ class _SubscriberSockets:
     @property
     def subscribers(self) -> list[zmq.Socket[bytes]]:
         """The sockets that messages come from; many addresses share one."""
-        return list(self._connections.sockets.values())
+        return self._connections.sockets
 
     def add_hook_sub(self, address: str, topics: str | Iterable[str], callback: Callable[[Message], Any]) -> None:
         """Subscribe to *address*, and have *callback* called with its messages, in the thread that receives.
@@ -7437,7 +7504,7 @@ class Subscriber(_SubscriberSockets):
     @property
     def _has_unread(self) -> bool:
         """Whether there is something to receive without any waiting."""
-        sockets = self._connections.sockets.values()
+        sockets = self._connections.sockets
         return self._inbox.is_ready or any(cast(int, sock.get(zmq.EVENTS)) & zmq.POLLIN for sock in sockets)
 
     @property

@@ -2716,7 +2716,7 @@ def hosts_with_names(two_hosts):
         shutil.rmtree(directory)
 
 
-IMPATIENT = "import posttroll, time\nposttroll._Resolution.RETRY = posttroll._Connections.RENEWAL = 0.2\n"
+IMPATIENT = "import posttroll, time\nposttroll._Resolution.RETRY = posttroll._Link.RENEWAL = 0.2\n"
 
 
 @pytest.mark.network
@@ -4161,7 +4161,7 @@ class TestGivenUpConnections:
     """ZeroMQ gives a connection up for good when the other side breaks the protocol."""
 
     def test_a_publisher_is_heard_after_another_program_had_its_port(self, monkeypatch):
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.2)
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.2)
         port = free_port()
         with posttroll.Subscriber([f"tcp://127.0.0.1:{port}"]) as subscriber:
             with zmq.Context() as context, context.socket(zmq.REP) as other:
@@ -4181,8 +4181,8 @@ class TestGivenUpConnections:
 
     def test_one_that_is_given_up_each_time_does_not_fill_the_memory(self, monkeypatch):
         """What others send lies in ZeroMQ's queue, which has a bound, until it is handed out."""
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.02)
-        monkeypatch.setattr(posttroll._Connections, "LONGEST_RENEWAL", 0.02)
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.02)
+        monkeypatch.setattr(posttroll._Link, "LONGEST_RENEWAL", 0.02)
         with zmq.Context() as context, context.socket(zmq.REP) as other, posttroll.Publisher("tcp://*:0") as pub:
             address = f"tcp://127.0.0.1:{other.bind_to_random_port('tcp://*')}"
             with posttroll.Subscriber([local_address(pub.port_number), address]) as subscriber:
@@ -4219,8 +4219,8 @@ class TestGivenUpConnections:
                 assert sorted(received_data(subscriber, 10)) == sorted([*range(5)] * 2)
 
     def test_a_connection_that_is_given_up_each_time_is_renewed_more_and_more_seldom(self, monkeypatch):
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.01)
-        monkeypatch.setattr(posttroll._Connections, "LONGEST_RENEWAL", 0.04)
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.01)
+        monkeypatch.setattr(posttroll._Link, "LONGEST_RENEWAL", 0.04)
         with zmq.Context() as context, context.socket(zmq.REP) as other:
             address = f"tcp://127.0.0.1:{other.bind_to_random_port('tcp://*')}"
             with posttroll.Subscriber([address]) as subscriber:
@@ -4253,7 +4253,7 @@ class TestNamesWithSeveralAddresses:
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
         monkeypatch.setattr(posttroll, "_without_own_twins", lambda endpoints: endpoints)
         monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.05)
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.1)
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.1)
         monkeypatch.setattr(posttroll._Connections, "LOOK_AGAIN", 1.05)
         return names
 
@@ -4367,7 +4367,7 @@ class TestNamesWithSeveralAddresses:
             with posttroll.Subscriber([f"tcp://{name}:{port}" for name in all_names]) as sub:
                 resolutions = sub._connections._names
                 self.until(sub, lambda: all(resolution.endpoints for resolution in resolutions.values()))
-                monkeypatch.setattr(posttroll._Connections, "RENEWAL", 100)
+                monkeypatch.setattr(posttroll._Link, "RENEWAL", 100)
                 names.update({name: ["127.0.0.2", "127.0.0.3"] for name in all_names})
                 self.until(sub, lambda: all(len(resolution.endpoints) == 2 for resolution in resolutions.values()))
 
@@ -12797,7 +12797,7 @@ class TestControlC:
         with pytest.raises(KeyboardInterrupt):
             posttroll.Subscriber([local_address(9)])
         gc.collect()
-        monkeypatch.setattr(posttroll, "_Link", interrupted(posttroll._Link))
+        monkeypatch.setattr(posttroll._Link, "__init__", interrupted(posttroll._Link.__init__))
         with pytest.raises(KeyboardInterrupt):
             posttroll.Subscriber([local_address(9)])
 
@@ -13311,7 +13311,7 @@ class TestOtherKeys:
 
     @pytest.mark.parametrize("which", ["server", "friend"])
     def test_a_subscriber_connects_with_the_new_ones(self, keys, which, monkeypatch):
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.2)
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.2)
         port = free_port()
         with subscribing(port) as sub:
             with posttroll.Publisher(f"tcp://*:{port}") as pub:
@@ -18519,7 +18519,7 @@ class TestNothingFallsBetween:
         where = ["127.0.0.9"]
         real = socket.getaddrinfo
         monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.2)
-        monkeypatch.setattr(posttroll._Connections, "RENEWAL", 0.2)
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.2)
 
         def moving(host, *args, **kwargs):
             return real(where[0] if host == "mover.example" else host, *args, **kwargs)
