@@ -3729,6 +3729,10 @@ sendaddressservice = AddressServiceBroadcaster
 #
 # If there are several the first is sent twice: it makes a subscriber look over which connection each message comes.
 #
+# A proxy that holds a dead connection for alive passes nothing on of the one that took its place, as nothing of it is
+# new.  So whoever was not greeted when his connection came up again subscribes to <mark>/again/<turn>: publishers
+# behind a proxy greet him once more.
+#
 # Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
 # one message under it, <mark>/?\0<JSON>.
 # ======================================================================================================================
@@ -3739,6 +3743,7 @@ _MARK_PATTERN = (
     _MARK + rb"([0-9a-f]{16})/(\d{1,6})"
     rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?"
 )
+_AGAIN_PATTERN = _MARK + rb"[0-9a-f]{16}/\d{1,6}/again/\d{1,15}"
 _QUESTION_PATTERN = _MARK + rb"[0-9a-f]{16}/\?"
 
 
@@ -4096,6 +4101,8 @@ class _Listeners:
                     arrived = 0
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
+                elif sign == b"\1" and re.fullmatch(_AGAIN_PATTERN, topic):
+                    self._greet_again(topic.rpartition(b"/again/")[0])
                 elif sign == b"\1" and re.fullmatch(_QUESTION_PATTERN, topic):
                     self._answer(topic)
                 continue
@@ -4157,6 +4164,12 @@ class _Listeners:
             peer.newest = b"%s/%d" % (mark, next(self._serials))
             self.socket.setsockopt(option, peer.newest + b"\0")
         self._greet(peer)
+
+    def _greet_again(self, mark: bytes) -> None:
+        peer = self.peers.get(mark)
+        if peer is not None and peer.is_forwarded:  # others were greeted when their connection came up
+            peer.begin()
+            self._greet(peer)
 
     def _is_heard(self, early_mark: bytes) -> bool:
         peer = self.peers.get(_MARK[:1] + early_mark[1:])
@@ -5385,7 +5398,7 @@ class _Link:
         self.keys = keys
         self.was_up = False
         self.is_greeted = False
-        self.index = 0  # of the first message after it has come up
+        self.index: int | None = None  # of the first message that may have come by it since it was greeted last
         self.descriptor = -1  # of the file, once it is connected
 
     def take_event(self, event: int) -> None:
@@ -5399,6 +5412,8 @@ class _Link:
         else:
             if self.is_up or self.is_tried:
                 self.changed = time.monotonic()
+            if self.is_greeted:
+                self.index = None
             self.is_up = self.is_tried = self.is_greeted = False
 
     @property
@@ -5467,9 +5482,12 @@ class _NewLinks:
             elif not links:
                 del self._links[place]
 
-    def take(self, sock: zmq.Socket[bytes], port: int) -> _Link | None:
-        """Return the oldest, but of the last 5 s, with this port, else the oldest of all: it is greeted now."""
-        for place in ((sock, str(port)), (sock, "")):
+    def take(self, sock: zmq.Socket[bytes], port: int, is_known: bool) -> _Link | None:
+        """Return the oldest, but of the last 5 s, with this port, else the oldest of all: it is greeted now.
+
+        One by a publisher that *is_known* has this port, or we have no connection of our own to it.
+        """
+        for place in ((sock, str(port)),) if is_known else ((sock, str(port)), (sock, "")):
             while self._links.get(place):
                 endpoint, link = next(iter(self._links[place].items()))
                 link.is_greeted = True
@@ -5645,15 +5663,16 @@ class _Connections:
         links = [self._links[sock, endpoint] for endpoint, sock in self._connected.get(address, {}).items()]
         return any(link.is_up or time.monotonic() - link.changed < 1 for link in links)
 
-    def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int) -> tuple[float, int]:
+    def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int, is_known: bool) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
 
         And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
-        can be told by the *port*, but for one that is forwarded: then it is that which has waited longest.
+        can be told by the *port*, but for one that is forwarded: then it is that which has waited longest, unless the
+        publisher *is_known*, as then it does not matter.
         """
         self.take_pending_events(sock)
-        link = self._new.take(sock, port)
-        return (begin, index) if link is None else (link.begin, link.index)
+        link = self._new.take(sock, port, is_known)
+        return (begin, index) if link is None or link.index is None else (link.begin, link.index)
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
@@ -5748,7 +5767,8 @@ class _Connections:
         if not link.is_tried:
             self._tend_later(link.RENEWAL)
         if was_up != link.is_up:
-            link.index = self._on_change(sock, link.descriptor)
+            index = self._on_change(sock, link.descriptor)
+            link.index = index if link.index is None else link.index
             self._new.note(sock, endpoint, link)
             self._look_for_greeting(sock, link)
 
@@ -6156,12 +6176,13 @@ class _CatchUp:
         self._requests: dict[bytes, bytes] = {}
         self._live = _LiveRecord()
         self.note: Callable[[bytes], None] = self._live.note  # to be called with each message that comes live
-        self._doubts = count(1)
+        self._is_greeted = True  # since a connection came up again
+        self._turns = count(1)
 
     def attach(
         self,
         sock: zmq.Socket[bytes],
-        since: Callable[[int, int], tuple[float, int]],
+        since: Callable[[int, int, bool], tuple[float, int]],
         take_events: Callable[[], None],
         has_port: Callable[[int], bool],
     ) -> None:
@@ -6169,8 +6190,8 @@ class _CatchUp:
 
         Args:
             sock: The socket.
-            since: Called for a publisher that has just been found, with its port and the index of the next message;
-                returns since when its messages are wanted, and the index of the first that may have come from it.
+            since: Called for a publisher that has greeted us, with its port, the index of the next message, and whether
+                it is known; returns since when its messages are wanted, and the index of the first that may be its.
             take_events: Called to take note of connections of the socket that have begun, or ended.
             has_port: Called with the port of a publisher; returns whether the socket is connected to such a port.
         """
@@ -6179,6 +6200,7 @@ class _CatchUp:
         self._since = since
         self._take_events = take_events
         self._requests.clear()
+        self._again = b""  # what it asks to be greeted again by
         for source in self._sources.values():
             source.is_left = False
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(self._prefixes)}".encode()
@@ -6203,16 +6225,21 @@ class _CatchUp:
         return self._live.index
 
     def doubt(self, is_over: bool) -> None:
-        """Doubt whether all has come of publishers behind a proxy; ask those who have not greeted us when *is_over*.
+        """Doubt whether all has come of publishers behind a proxy; ask to be greeted by them when *is_over*."""
+        if not is_over:
+            self._is_greeted = False
+            for source in self._sources.values():
+                if source.is_forwarded:
+                    source.doubt()
+        elif not self._is_greeted or any(source.is_doubted for source in self._sources.values()):
+            self._cancel_again()
+            self._again = b"%s/again/%d" % (self._mark, next(self._turns))
+            self._socket.setsockopt(zmq.SUBSCRIBE, self._again)
 
-        To others we have a connection of our own, which they greet.  A proxy that holds the old connection for alive
-        passes nothing on of the new one: all that is subscribed to is known to it, but for a request that is new.
-        """
-        for instance, source in self._sources.items():
-            if is_over and source.is_doubted:
-                self._ask(instance, source, 10**15 - next(self._doubts))
-            elif not is_over and source.is_forwarded:
-                source.doubt()
+    def _cancel_again(self) -> None:
+        if self._again and not self._socket.closed:
+            self._socket.setsockopt(zmq.UNSUBSCRIBE, self._again)
+        self._again = b""
 
     def _take_connections(self, raw: bytes) -> None:
         """Take what tells how many connections to a publisher there are: the first that comes by a new one."""
@@ -6290,9 +6317,12 @@ class _CatchUp:
         self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int
     ) -> None:
         source.name, source.is_forwarded = name, not self._has_port(port)
+        self._is_greeted = True
+        self._cancel_again()
+        since, index = self._since(port, self._live.index, source.since is not None)
         if source.since is None:
             source.found, source.before = number, before
-            source.since, source.index = self._since(port, self._live.index)
+            source.since, source.index = since, index
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._live.index - source.index)
         self._live.close(source)
@@ -6305,8 +6335,8 @@ class _CatchUp:
         if self._durable is not None and is_later:
             source.hello_lines = self._durable.lines
 
-    def _ask(self, instance: bytes, source: _Source, until: int | None = None) -> None:
-        """Ask for what is missing, up to the hello or *until* another number."""
+    def _ask(self, instance: bytes, source: _Source) -> None:
+        """Ask for what is missing, up to the hello."""
         if self._socket.closed:
             return  # this is of what it had received before
         self._cancel_request(instance)
@@ -6319,8 +6349,7 @@ class _CatchUp:
         if source.position is None or source.position < source.hello:  # else nothing is missing
             source.unconfirmed += self._live.count(max(source.index, source.checked), source.hello_index)
             source.checked = max(source.hello_index, source.checked)
-        until = source.hello if until is None else until
-        request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, until, self._topics)
+        request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
 

@@ -16370,8 +16370,23 @@ class TestCatchingUp:
             expected += [begin for begin in found if begin not in expected]
             sub.remove(hosts[expected.pop()])
             links[sock, hosts[expected.pop()]].changed -= 5
-            greeted = [sub._connections.greet(sock, -1, port, 0)[0] for port in (ports[1], *[1] * 4)]
+            assert sub._connections.greet(sock, -1, 1, 7, True) == (-1, 7)  # who is known does not take another's
+            greeted = [sub._connections.greet(sock, -1, port, 0, False)[0] for port in (ports[1], *[1] * 4)]
             assert greeted == [*expected, -1]
+
+    def test_from_where_on_a_connection_may_have_brought_something(self, short_heartbeats):
+        """From where it came up, if it was greeted before it went down."""
+        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            (link,) = sub._connections._links.values()
+            for turn in range(3):
+                wait_for(lambda: link.is_greeted)
+                assert link.index == 5 * turn
+                numbers.send(5)
+                await_count(data, numbers.count)
+                relay.cut()
+                wait_for(lambda: not link.is_up and not pub.subscriber_count)
+                relay.mend()
 
     @pytest.mark.parametrize("is_announced", [True, False])
     def test_a_publisher_behind_a_forwarded_port(self, is_announced):
@@ -17988,8 +18003,9 @@ class TestNewcomers:
 @contextlib.contextmanager
 def proxy(port: int) -> Iterator[int]:
     """Run an XSUB-XPUB proxy before a publisher; gives the port of the proxy."""
-    with zmq.Context() as context:
-        front, back, control, steer = (context.socket(kind) for kind in (zmq.XSUB, zmq.XPUB, zmq.PAIR, zmq.PAIR))
+    kinds = (zmq.XSUB, zmq.XPUB, zmq.PAIR, zmq.PAIR)
+    with zmq.Context() as context, contextlib.ExitStack() as stack:
+        front, back, control, steer = (stack.enter_context(context.socket(kind)) for kind in kinds)
         for sock in (front, back, control, steer):
             sock.linger = 0
         front.connect(local_address(port))
@@ -18001,8 +18017,6 @@ def proxy(port: int) -> Iterator[int]:
                 yield out
             finally:
                 steer.send(b"TERMINATE")
-        for sock in (front, back, control, steer):
-            sock.close()
 
 
 def binds(sock: Any, port: int) -> bool:
@@ -18079,6 +18093,97 @@ class TestProxiesAndNeighbours:
                     await_count(data, numbers.count)
                 assert sorted(data) == list(range(numbers.count))
                 assert pub.subscriber_count == 1
+
+    @pytest.mark.skipif(
+        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+    )
+    def test_another_publisher_greets_us_while_one_is_hidden_by_its_proxy(self, monkeypatch):
+        monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
+        with contextlib.ExitStack() as stack:
+            pubs = [stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers")) for _ in range(2)]
+            ports = [stack.enter_context(proxy(pubs[0].port_number)), pubs[1].port_number]
+            relays = [stack.enter_context(Relay(port, "127.0.0.2", port)) for port in ports]
+            sub = stack.enter_context(posttroll.Subscriber([relay.address for relay in relays], "/numbers"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 2)
+            numbers = Numbers(pubs[0])
+            links = list(sub._connections._links.values())
+            relays[0].cut_on_one_side()
+            relays[1].cut()
+            wait_for(lambda: not any(link.is_up for link in links))
+            numbers.send(5)
+            for relay in relays:
+                relay.mend()
+            numbers.check(data)
+
+    @pytest.mark.skipif(
+        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+    )
+    @pytest.mark.parametrize("is_forwarded", [False, True])
+    def test_the_connection_fails_before_the_greeting_has_come(self, is_forwarded, monkeypatch):
+        """What came before is recognised; a proxy that holds it for alive does not have the publisher greet anew."""
+        monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
+        greetings = []
+
+        def lose_the_first(stream: Any, *fields: Any) -> None:
+            greetings.append(fields)
+            if len(greetings) > 1:
+                take_hello(stream, *fields)
+
+        take_hello = posttroll._CatchUp._take_hello
+        monkeypatch.setattr(posttroll._CatchUp, "_take_hello", lose_the_first)
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers"))
+            port = stack.enter_context(proxy(pub.port_number)) if is_forwarded else pub.port_number
+            relay = stack.enter_context(Relay(port, "127.0.0.2", port))
+            sub = stack.enter_context(posttroll.Subscriber([relay.address], "/numbers"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: greetings)
+            numbers = Numbers(pub)
+            for _ in range(2):
+                numbers.send(5)
+                await_count(data, numbers.count)
+                (link,) = sub._connections._links.values()
+                relay.cut_on_one_side()
+                wait_for(lambda link=link: not link.is_up)
+                numbers.send(5)
+                relay.mend()
+                await_count(data, numbers.count)
+            wait_for(lambda: sub.up_to_date == 1)
+            assert data == list(range(numbers.count))
+            assert (pub.subscriber_count, sub.missed) == (1, 0)
+
+    @pytest.mark.skipif(
+        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+    )
+    def test_a_publisher_that_comes_while_its_proxy_holds_a_dead_connection_for_alive(self, monkeypatch):
+        """Its greeting went to the dead one."""
+        monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
+        port = free_port()
+        with contextlib.ExitStack() as stack:
+            relay = stack.enter_context(Relay(stack.enter_context(proxy(port))))
+            sub = stack.enter_context(posttroll.Subscriber([relay.address], "/numbers"))
+            data = stack.enter_context(serving(sub))
+            with posttroll.Publisher(f"tcp://127.0.0.1:{port}", "numbers") as pub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                Numbers(pub).send(3)
+                await_count(data, 3)
+                wait_for(lambda: sub.up_to_date == 1)
+                (link,) = sub._connections._links.values()
+                relay.cut_on_one_side()
+                wait_for(lambda: not link.is_up)
+            data.clear()
+            with posttroll.Publisher(f"tcp://127.0.0.1:{port}", "numbers") as pub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                wait_for(lambda: all(peer.hello is not None for peer in pub._audience.peers.values()))
+                numbers = Numbers(pub)
+                numbers.send(5)
+                relay.mend()
+                await_count(data, numbers.count)
+                numbers.send(5)
+                await_count(data, numbers.count)
+                assert data == list(range(numbers.count))
+                assert sub.missed == 0
 
     @pytest.mark.parametrize("first", [b"", b"pytroll:/"])
     def test_all_and_all_messages_are_two_topics(self, first):
