@@ -3715,7 +3715,8 @@ sendaddressservice = AddressServiceBroadcaster
 #
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
 # are not in the history any more; kind: 1 if a request had been taken, and 2 more if more is to come;
-# port: where it is bound, 0 if not TCP; before: what was sent up to that number cannot have come over the connection.
+# port: where it is bound, 0 if not TCP, or behind a proxy; before: what was sent up to that number cannot have come
+# over the connection.
 # So a subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
@@ -3730,8 +3731,8 @@ sendaddressservice = AddressServiceBroadcaster
 # If there are several the first is sent twice: it makes a subscriber look over which connection each message comes.
 #
 # A proxy that holds a dead connection for alive passes nothing on of the one that took its place, as nothing of it is
-# new.  So whoever was not greeted when his connection came up again subscribes to <mark>/again/<turn>: publishers
-# behind a proxy greet him once more.
+# new.  So whoever was not greeted when his connection came up again subscribes to <mark>/again/<turn>, and is greeted
+# once more by all whom that reaches.
 #
 # Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
 # one message under it, <mark>/?\0<JSON>.
@@ -4167,7 +4168,7 @@ class _Listeners:
 
     def _greet_again(self, mark: bytes) -> None:
         peer = self.peers.get(mark)
-        if peer is not None and peer.is_forwarded:  # others were greeted when their connection came up
+        if peer is not None:
             peer.begin()
             self._greet(peer)
 
@@ -4330,7 +4331,8 @@ class _Audience(_Listeners):
         """Say hello; later if the queue of *peer* is full."""
         peer.greeted, peer.has_asked = time.monotonic(), False
         peer.hello, number = None, self.history.number
-        fields = (self.instance, number, peer.ends, self._port, peer.before, self._name)
+        port = 0 if peer.is_forwarded else self._port
+        fields = (self.instance, number, peer.ends, port, peer.before, self._name)
         if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %d %s" % fields):
             peer.hello = peer.intact = number
             peer.is_intact = True

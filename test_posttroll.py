@@ -16374,6 +16374,24 @@ class TestCatchingUp:
             greeted = [sub._connections.greet(sock, -1, port, 0, False)[0] for port in (ports[1], *[1] * 4)]
             assert greeted == [*expected, -1]
 
+    def test_others_are_not_doubted_for_ever_when_one_comes_again(self, monkeypatch):
+        """Those behind a forwarded port cannot be told from those behind a proxy."""
+        monkeypatch.setattr(posttroll._Connections, "GREETING", 0.1)
+        with contextlib.ExitStack() as stack:
+            pubs = [stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0")) for _ in range(2)]
+            relays = [stack.enter_context(Relay(pub.port_number)) for pub in pubs]
+            sub = stack.enter_context(posttroll.Subscriber([relay.address for relay in relays]))
+            stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 2)
+            doubted = []
+            doubt = posttroll._Source.doubt
+            monkeypatch.setattr(posttroll._Source, "doubt", lambda source: (doubt(source), doubted.append(source)))
+            relays[0].cut()
+            wait_for(lambda: not pubs[0].subscriber_count)
+            relays[0].mend()
+            wait_for(lambda: len(doubted) == 2)
+            wait_for(lambda: sub.up_to_date == 2)
+
     def test_from_where_on_a_connection_may_have_brought_something(self, short_heartbeats):
         """From where it came up, if it was greeted before it went down."""
         with behind_relay() as (pub, relay, sub), serving(sub) as data:
@@ -18072,11 +18090,19 @@ class TestProxiesAndNeighbours:
         not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
     )
     @pytest.mark.parametrize("more", [0, 5])
-    def test_a_proxy_that_holds_a_dead_connection_for_alive(self, more, monkeypatch):
+    @pytest.mark.parametrize("has_same_port", [False, True])
+    def test_a_proxy_that_holds_a_dead_connection_for_alive(self, has_same_port, more, monkeypatch):
         """It passes nothing on of the new one, so the publisher does not know that something was lost."""
         monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
-        with posttroll.Publisher("tcp://*:0", "numbers") as pub, proxy(pub.port_number) as port:
-            with Relay(port) as relay, posttroll.Subscriber([relay.address], "/numbers") as sub, serving(sub) as data:
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers"))
+            port = stack.enter_context(proxy(pub.port_number))
+            own_port = pub.port_number if has_same_port else 0
+            with (
+                Relay(port, "127.0.0.2", own_port) as relay,
+                posttroll.Subscriber([relay.address], "/numbers") as sub,
+                serving(sub) as data,
+            ):
                 assert pub.wait_for_subscribers(1, DEADLINE)
                 numbers = Numbers(pub)
                 for _ in range(2):
