@@ -5770,7 +5770,8 @@ class _Connections:
             self._tend_later(link.RENEWAL)
         if was_up != link.is_up:
             index = self._on_change(sock, link.descriptor)
-            link.index = index if link.index is None else link.index
+            if link.is_up and link.index is None:
+                link.index = index
             self._new.note(sock, endpoint, link)
             self._look_for_greeting(sock, link)
 

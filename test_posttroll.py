@@ -16394,16 +16394,20 @@ class TestCatchingUp:
 
     def test_from_where_on_a_connection_may_have_brought_something(self, short_heartbeats):
         """From where it came up, if it was greeted before it went down."""
-        with behind_relay() as (pub, relay, sub), serving(sub) as data:
+        with behind_relay() as (pub, relay, sub), serving(sub) as data, posttroll.Publisher("tcp://*:0") as other:
             numbers = Numbers(pub)
             (link,) = sub._connections._links.values()
+            sub.add(local_address(other.port_number))
+            assert other.wait_for_subscribers(1, DEADLINE)
             for turn in range(3):
                 wait_for(lambda: link.is_greeted)
-                assert link.index == 5 * turn
+                assert link.index == 6 * turn
                 numbers.send(5)
-                await_count(data, numbers.count)
+                await_count(data, 6 * turn + 5)
                 relay.cut()
                 wait_for(lambda: not link.is_up and not pub.subscriber_count)
+                other.send(text_message("of another"))
+                await_count(data, 6 * turn + 6)
                 relay.mend()
 
     @pytest.mark.parametrize("is_announced", [True, False])
