@@ -15912,6 +15912,30 @@ with posttroll.Subscriber(sys.argv[1:]) as subscriber:
 """
 
 
+needs_proxy = pytest.mark.skipif(
+    not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
+)
+
+
+@contextlib.contextmanager
+def proxy(port: int) -> Iterator[int]:
+    """Run an XSUB-XPUB proxy before a publisher; gives the port of the proxy."""
+    kinds = (zmq.XSUB, zmq.XPUB, zmq.PAIR, zmq.PAIR)
+    with zmq.Context() as context, contextlib.ExitStack() as stack:
+        front, back, control, steer = (stack.enter_context(context.socket(kind)) for kind in kinds)
+        for sock in (front, back, control, steer):
+            sock.linger = 0
+        front.connect(local_address(port))
+        out = back.bind_to_random_port("tcp://127.0.0.1")
+        control.bind("inproc://control")
+        steer.connect("inproc://control")
+        with in_thread(lambda: zmq.proxy_steerable(front, back, None, control)):
+            try:
+                yield out
+            finally:
+                steer.send(b"TERMINATE")
+
+
 class Relay:
     """A TCP relay before a port of this host: a cable that can be cut, or go silent as if a host had vanished."""
 
@@ -16724,9 +16748,7 @@ class TestCatchingUp:
             await_count(data, 10)
             assert sorted(data) == list(range(10))
 
-    @pytest.mark.skipif(
-        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
-    )
+    @needs_proxy
     def test_a_proxy_beside_the_direct_way(self):
         """By both comes each message once, also if one of them ends."""
         with posttroll.Publisher("tcp://127.0.0.1:0") as pub, proxy(pub.port_number) as port:
@@ -18022,25 +18044,6 @@ class TestNewcomers:
             posttroll.Subscriber([], since=wrong)
 
 
-@contextlib.contextmanager
-def proxy(port: int) -> Iterator[int]:
-    """Run an XSUB-XPUB proxy before a publisher; gives the port of the proxy."""
-    kinds = (zmq.XSUB, zmq.XPUB, zmq.PAIR, zmq.PAIR)
-    with zmq.Context() as context, contextlib.ExitStack() as stack:
-        front, back, control, steer = (stack.enter_context(context.socket(kind)) for kind in kinds)
-        for sock in (front, back, control, steer):
-            sock.linger = 0
-        front.connect(local_address(port))
-        out = back.bind_to_random_port("tcp://127.0.0.1")
-        control.bind("inproc://control")
-        steer.connect("inproc://control")
-        with in_thread(lambda: zmq.proxy_steerable(front, back, None, control)):
-            try:
-                yield out
-            finally:
-                steer.send(b"TERMINATE")
-
-
 def binds(sock: Any, port: int) -> bool:
     """Bind a socket to a port of this host, if it is free already."""
     try:
@@ -18053,9 +18056,7 @@ def binds(sock: Any, port: int) -> bool:
 
 
 class TestProxiesAndNeighbours:
-    @pytest.mark.skipif(
-        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
-    )
+    @needs_proxy
     def test_through_a_proxy(self, short_heartbeats):
         with posttroll.Publisher("tcp://*:0", "numbers") as pub, Relay(pub.port_number) as relay:
             with proxy(relay.port) as port, posttroll.Subscriber([local_address(port)]) as one:
@@ -18075,9 +18076,7 @@ class TestProxiesAndNeighbours:
                         wait_for(lambda: not pub._audience.unserved())
                         assert sorted(first) == sorted(second) == list(range(numbers.count))
 
-    @pytest.mark.skipif(
-        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
-    )
+    @needs_proxy
     def test_who_hears_all_comes_and_goes_behind_a_proxy(self):
         """It shares the connection of the others, and must not take their topics along."""
         with posttroll.Publisher("tcp://*:0", "numbers") as pub, proxy(pub.port_number) as port:
@@ -18090,9 +18089,7 @@ class TestProxiesAndNeighbours:
                 pub.send(text_message("heard"))
                 wait_for(lambda: data == ["heard"])
 
-    @pytest.mark.skipif(
-        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
-    )
+    @needs_proxy
     @pytest.mark.parametrize("more", [0, 5])
     @pytest.mark.parametrize("has_same_port", [False, True])
     def test_a_proxy_that_holds_a_dead_connection_for_alive(self, has_same_port, more, monkeypatch):
@@ -18124,9 +18121,7 @@ class TestProxiesAndNeighbours:
                 assert sorted(data) == list(range(numbers.count))
                 assert pub.subscriber_count == 1
 
-    @pytest.mark.skipif(
-        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
-    )
+    @needs_proxy
     def test_another_publisher_greets_us_while_one_is_hidden_by_its_proxy(self, monkeypatch):
         monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
         with contextlib.ExitStack() as stack:
@@ -18146,9 +18141,7 @@ class TestProxiesAndNeighbours:
                 relay.mend()
             numbers.check(data)
 
-    @pytest.mark.skipif(
-        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
-    )
+    @needs_proxy
     @pytest.mark.parametrize("is_forwarded", [False, True])
     def test_the_connection_fails_before_the_greeting_has_come(self, is_forwarded, monkeypatch):
         """What came before is recognised; a proxy that holds it for alive does not have the publisher greet anew."""
@@ -18183,9 +18176,7 @@ class TestProxiesAndNeighbours:
             assert data == list(range(numbers.count))
             assert (pub.subscriber_count, sub.missed) == (1, 0)
 
-    @pytest.mark.skipif(
-        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
-    )
+    @needs_proxy
     def test_a_publisher_that_comes_while_its_proxy_holds_a_dead_connection_for_alive(self, monkeypatch):
         """Its greeting went to the dead one."""
         monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
@@ -18226,9 +18217,7 @@ class TestProxiesAndNeighbours:
             pub.send(text_message("heard"))
             assert sub.poll(DEADLINE * 1000)
 
-    @pytest.mark.skipif(
-        not hasattr(zmq, "proxy_steerable") or zmq.zmq_version_info() >= (4, 3, 6), reason="no way to end it"
-    )
+    @needs_proxy
     def test_those_behind_a_proxy_hide_nobody(self):
         """It passes on their topics as one, but each of their marks; others still get all when a queue is full."""
         config.set(send_high_water_mark=20)
