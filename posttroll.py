@@ -3642,7 +3642,9 @@ class AddressBroadcaster(MessageBroadcaster):
         tcp = split_tcp_address(self._address)
         if tcp is None or tcp[0] != "*":
             return {"URI": self._address}
-        host = config.get("announced_address") or (target and target.own_address()) or get_own_ip()
+        host = config.get("announced_address")
+        if not host:  # without a target it is only to be seen whether it can be announced
+            host = "127.0.0.1" if target is None else target.own_address() or get_own_ip()
         return {"URI": _endpoint_at(host, tcp[1])}
 
     def _text(self, target: Any = None) -> str:

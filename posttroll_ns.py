@@ -559,10 +559,10 @@ class AddressReceiver:
 
     def _publish(self, entry: _Entry, is_new: bool, publisher: Any) -> None:
         """Tell those who listen that *entry* is new, or lost; in a version that readers of any age understand."""
-        kind, text = ("new", "New publisher %s at %s") if is_new else ("lost", "Lost publisher %s at %s")
-        self._log.log(logging.INFO, kind, text, entry.name, entry.address)
         data = {"URI": entry.address, "service": list(entry.services), **entry.extras, "status": is_new}
         publisher.send(posttroll.Message(f"/address/{entry.name}", "info", data, version="v1.01").encode())
+        kind, text = ("new", "New publisher %s at %s") if is_new else ("lost", "Lost publisher %s at %s")
+        self._log.log(logging.INFO, kind, text, entry.name, entry.address)
         if is_new:
             self._retire_loopback(entry)
 
