@@ -160,6 +160,9 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setenv("POSTTROLL_" + name, value)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     config.refresh()
+    for log in vars(posttroll).values():
+        if isinstance(log, posttroll.LimitedLogger):
+            monkeypatch.setattr(log, "_kinds", {})  # it has not said enough yet
     threads, root = set(threading.enumerate()), logging.getLogger()
     level = root.level
     yield
@@ -2974,8 +2977,7 @@ class TestAskingTheNameserver:
         with answering(answer):
             assert posttroll.get_pub_address("a_service", timeout=DEADLINE) == []
 
-    def test_the_good_entries_of_an_answer_are_used(self, caplog, monkeypatch):
-        monkeypatch.setattr(posttroll, "_lookup_log", posttroll.LimitedLogger("ns"))  # it has not said enough yet
+    def test_the_good_entries_of_an_answer_are_used(self, caplog):
         entries = [{"URI": "tcp://"}, {"URI": "tcp://good:9000", "service": ["a"]}, "nonsense"]
         with answering(answer_with(entries)):
             assert posttroll.get_pub_address("a", timeout=DEADLINE) == [entries[1]]
@@ -3345,7 +3347,6 @@ class TestAddressBroadcasters:
     def test_a_host_that_does_not_resolve_is_a_warning_and_tried_again(self, monkeypatch, caplog):
         """It is registered with once its name is known: here with the help of a resolver that learns it."""
         monkeypatch.setattr(posttroll._Resolution, "RETRY", 0.02)
-        monkeypatch.setattr(posttroll, "_resolution_log", posttroll.LimitedLogger("backends.zmq"))
         names: dict[str, str] = {}
         resolve = socket.getaddrinfo
 
@@ -4608,8 +4609,7 @@ class TestSubscriber:
             [message] = receive(sub)
             assert (message.sender, message.user, message.host) == ("me@127.0.0.1", "me", "127.0.0.1")
 
-    def test_a_host_that_does_not_resolve_does_not_hold_up_others(self, caplog, monkeypatch):
-        monkeypatch.setattr(posttroll, "_resolution_log", posttroll.LimitedLogger("backends.zmq"))
+    def test_a_host_that_does_not_resolve_does_not_hold_up_others(self, caplog):
         with posttroll.Publisher("tcp://*:0") as pub:
             addresses = ["tcp://no-such-host.invalid:9000", f"tcp://127.0.0.1:{pub.port_number}"]
             with posttroll.Subscriber(addresses) as sub:
