@@ -2198,14 +2198,15 @@ print("parent", status >> 8)
     @pytest.mark.parametrize("address", ["tcp://*:0", "tcp://localhost:0", "tcp://[::1]:0", "ipc://{}/socket"])
     def test_a_forked_child_keeps_no_connections_and_ports(self, address, tmp_path):
         """But those of others, with the same port at another address, too."""
-        pub = posttroll.Publisher(address.format(tmp_path)).start()
-        port = pub.port_number
-        host = {"*": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "[::1]"}.get(address[6:-2])
-        sub = posttroll.Subscriber([f"tcp://{host}:{port}" if host else pub.address])
-        assert pub.wait_for_subscribers(1, DEADLINE)
-        with socket.socket() as others, contextlib.ExitStack() as stack:
-            others.bind(("127.0.0.2", port if address == "tcp://localhost:0" else 0))
-            others.listen()
+        with contextlib.ExitStack() as all_ends, contextlib.ExitStack() as stack:
+            pub = all_ends.enter_context(posttroll.Publisher(address.format(tmp_path)))
+            port = pub.port_number
+            host = {"*": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "[::1]"}.get(address[6:-2])
+            sub = all_ends.enter_context(posttroll.Subscriber([f"tcp://{host}:{port}" if host else pub.address]))
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            # It may just have been another test's: so not without SO_REUSEADDR.
+            other_port = port if address == "tcp://localhost:0" else 0
+            others = all_ends.enter_context(socket.create_server(("127.0.0.2", other_port)))
             reading, writing = os.pipe()
             child = os.fork()
             if not child:
