@@ -10837,11 +10837,9 @@ class TestDemoAndKeys:
             status, out, err = finish(running, 60)
         assert (status, err) == (0, "")
         lines = out.splitlines()
-        assert [line.split()[1].partition("/demo/")[2] for line in lines if "received" in line] == [
-            "text",
-            "file",
-            "list",
-        ]
+        # They are sent again and again: it may hear of the publisher between two of them.
+        received = [line.split()[1].partition("/demo/")[2] for line in lines if "received" in line]
+        assert sorted(received) == ["file", "list", "text"]
         assert lines[-1].startswith("All 3 messages arrived")
 
     def test_the_demo_fails_if_a_message_does_not_arrive(self, tmp_path):
