@@ -10520,10 +10520,11 @@ class _Check:
                 self.find(status, text)
                 age = "U" if listener.age is None else f"{listener.age:.1f}s"
                 self.measure(f"{listener.name}_silent", age, critical=f"{seconds:.9g}")
-                if listener.overdue is not None:
-                    self.measure(f"{listener.name}_heartbeats_overdue", str(listener.overdue), warn="0")
-                if listener.overdue:
-                    self.find(1, f"{listener.name}: {listener.overdue} heartbeats are overdue")
+                overdue = listener.overdue  # now: all that is said of it is the same
+                if overdue is not None:
+                    self.measure(f"{listener.name}_heartbeats_overdue", str(overdue), warn="0")
+                if overdue:
+                    self.find(1, f"{listener.name}: {overdue} heartbeats are overdue")
 
 
 @_command(

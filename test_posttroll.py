@@ -8048,6 +8048,19 @@ class TestCheck:
             assert (status, text.partition(";")[0]) == (1, f"{address}: 1 heartbeats are overdue")
             assert data[f"{address}_heartbeats_overdue"] == "1;0;"
 
+    def test_a_heartbeat_that_falls_due_meanwhile(self, capsys, monkeypatch):
+        """What it measures and what it finds are of the same moment."""
+        overdue = itertools.count()
+        monkeypatch.setattr(posttroll._Heartbeats, "overdue", lambda *args: next(overdue))
+        with posttroll.Publisher("tcp://*:0", "late") as publisher:
+            publisher.heartbeat(1)
+            publisher.send(posttroll.Message("/a", "info"))
+            address = f"tcp://127.0.0.1:{publisher.port_number}"
+            status, text, data = self.check(capsys, address, "--silent", 60)
+        measured = data[f"{address}_heartbeats_overdue"].partition(";")[0]
+        assert status == int(measured != "0")
+        assert text.startswith(f"{address}: {measured} heartbeats are overdue") == (measured != "0")
+
     @pytest.mark.parametrize(
         "words",
         [["--frob"], ["a", "--timeout", "soon"], ["--silent", "-1"], ["--set", "nonesuch=1"], ["a", "--topic"], ["-n"]],
