@@ -5504,13 +5504,13 @@ class _NewLinks:
 class _MonitoredSockets:
     """SUB sockets, each with a monitor of its connections, and with the keys for those that it makes next.
 
-    A slot, which there is one for, is a group, "" and 0; or, for a single address of a group whose name stands for
-    several endpoints, that group, the address, and a number from 1.
+    There is one for each slot: a group, "" and 0; or, for a single address of a group whose name stands for several
+    endpoints, that group, the address, and a number from 1.
 
     Args:
         loop: The loop in which the monitors are read.
         open_socket: Called with a slot; returns a new SUB socket for it.
-        on_event: Called with a socket, the endpoint of a connection of it, what happened to that, and the value to it.
+        on_event: Called with a socket, the endpoint of a connection of it, and the event and value of ZeroMQ's monitor.
         on_close: Called with the slot of a socket that is closed, and the socket.
         load_keys: Called with a group; returns the socket options for the keys of its connections.
     """

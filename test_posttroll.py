@@ -18153,8 +18153,7 @@ class TestProxiesAndNeighbours:
                 relay.mend()
             numbers.check(data)
 
-    @needs_proxy
-    @pytest.mark.parametrize("is_forwarded", [False, True])
+    @pytest.mark.parametrize("is_forwarded", [False, pytest.param(True, marks=needs_proxy)])
     def test_the_connection_fails_before_the_greeting_has_come(self, is_forwarded, monkeypatch):
         """What came before is recognised; a proxy that holds it for alive does not have the publisher greet anew."""
         monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
