@@ -5885,6 +5885,7 @@ class _Source:
         self.unconfirmed: Counter[int] = Counter()  # digests of what else came live between the position and the hello
         self.checked = 0  # the index up to which they are
         self.index = 0  # how many messages had come live when the position was told
+        self.is_doubted = False
         self.begin(0, 0, 0)
 
     def begin(self, hello: int, ends: int, index: int) -> None:
@@ -5893,7 +5894,6 @@ class _Source:
         self.hello_index = index
         self.ends = ends
         self.is_asked = True
-        self.is_doubted = False
         self.asked = time.monotonic()
         self.came: set[int] = set()  # numbers that came under the mark since the last end
         self.counted: float = 0  # those before the last position
@@ -5929,7 +5929,7 @@ class _Source:
             self.checked = index
 
     def doubt(self) -> None:
-        """Do not take its word for what has come: something may have been lost of which it does not know."""
+        """Until it greets us do not take its word for what has come: it may not know of all that was lost."""
         self.is_asked = self.is_doubted = True
         self.asked = time.monotonic()
 
@@ -6331,6 +6331,7 @@ class _CatchUp:
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._live.index - source.index)
         self._live.close(source)
+        source.is_doubted = False
         self._begin(source, number, ends)
         self._ask(instance, source)
 
@@ -6418,7 +6419,7 @@ class _CatchUp:
         if not is_whole:
             self._ask(instance, source)
             return
-        source.is_asked = False
+        source.is_asked = source.is_doubted  # that may have been asked for before
         self._cancel_request(instance)
         if gone > 0:
             self._on_gone(source.name, gone)

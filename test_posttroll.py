@@ -18134,6 +18134,34 @@ class TestProxiesAndNeighbours:
                 assert pub.subscriber_count == 1
 
     @needs_proxy
+    def test_an_answer_to_what_was_asked_before_the_connection_failed(self, monkeypatch):
+        """It says nothing of what was lost while a proxy held the dead connection for alive."""
+        take_request, held = posttroll._Audience._take_request, []
+        monkeypatch.setattr(posttroll._Audience, "_take_request", lambda *request: held.append(request))
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers"))
+            relay = stack.enter_context(Relay(stack.enter_context(proxy(pub.port_number))))
+            sub = stack.enter_context(posttroll.Subscriber([relay.address], "/numbers"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: held)
+            numbers = Numbers(pub)
+            numbers.send(5)
+            await_count(data, numbers.count)
+            (link,) = sub._connections._links.values()
+            relay.cut_on_one_side()
+            wait_for(lambda: not link.is_up)
+            numbers.send(5)
+            relay.mend()
+            wait_for(lambda: link.is_up)
+            monkeypatch.setattr(posttroll._Audience, "_take_request", take_request)
+            with pub._audience.lock:
+                for request in held:
+                    take_request(*request)
+            for _ in range(5):
+                numbers.send(1, 0.05)
+            numbers.check(data)
+
+    @needs_proxy
     def test_another_publisher_greets_us_while_one_is_hidden_by_its_proxy(self, monkeypatch):
         monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
         with contextlib.ExitStack() as stack:
