@@ -3708,7 +3708,7 @@ sendaddressservice = AddressServiceBroadcaster
 # Catching up: a subscriber of ours also subscribes to its mark, which no message begins with.  What is sent under the
 # mark goes to that one subscriber alone, wherever the mark has come from (through a proxy, too):
 #
-#     hello      H <instance> <number> <ends> <port> <before> <name>  the mark is here, all after number will come
+#     hello      H <instance> <number> <ends> <port> <before> <turn> <name>  all after number will come
 #     live       L <instance> <number>\0<message>            a message that others get otherwise, or not at all
 #     caught up  C <instance> <number>\0<message>            a message of the past, which may be there already
 #     end        E <instance> <number> <ends> <sent> <gone> <kind>  what was missed up to number has come
@@ -3718,7 +3718,7 @@ sendaddressservice = AddressServiceBroadcaster
 # ends: how many ends there were; sent: how many messages were sent under the mark since the last one; gone: how many
 # are not in the history any more; kind: 1 if a request had been taken, and 2 more if more is to come;
 # port: where it is bound, 0 if not TCP, or behind a proxy; before: what was sent up to that number cannot have come
-# over the connection.
+# over the connection; turn: that of the last request to be greeted again, see below.
 # So a subscriber knows what it has, and asks for what it has not.  It answers a hello by a request: it subscribes to
 # <mark>/<instance>/<number>+<age>@<time>,<until>/<topics>, for what follows that number, and also (if there is an age)
 # for what was not older at that time; all times in milliseconds; until: the number of the hello.
@@ -3733,8 +3733,9 @@ sendaddressservice = AddressServiceBroadcaster
 # If there are several the first is sent twice: it makes a subscriber look over which connection each message comes.
 #
 # A proxy that holds a dead connection for alive passes nothing on of the one that took its place, as nothing of it is
-# new.  So whoever was not greeted when his connection came up again subscribes to <mark>/again/<turn>, and is greeted
-# once more by all whom that reaches.
+# new.  So whoever was not greeted when his connection came up again, or hears publishers through a proxy, subscribes
+# to <mark>/again/<turn>, and is greeted once more by all whom that reaches.  How often a connection has come up again
+# is the turn: a hello with an older one may have been sent before.
 #
 # Whoever subscribes to <mark>/? asks who the publisher is and who listens, and is not taken for a subscriber: he gets
 # one message under it, <mark>/?\0<JSON>.
@@ -3746,7 +3747,7 @@ _MARK_PATTERN = (
     _MARK + rb"([0-9a-f]{16})/(\d{1,6})"
     rb"(?:/([0-9a-f]{16})/(\d{1,15})\+(\d{1,15})@(\d{1,15}),(\d{1,15})/([^\0]{0,2000}))?"
 )
-_AGAIN_PATTERN = _MARK + rb"[0-9a-f]{16}/\d{1,6}/again/\d{1,15}"
+_AGAIN_PATTERN = _MARK + rb"[0-9a-f]{16}/\d{1,6}/again/(\d{1,15})"
 _QUESTION_PATTERN = _MARK + rb"[0-9a-f]{16}/\?"
 
 
@@ -3871,6 +3872,7 @@ class _Peer:
         self.connections = 0
         self.is_forwarded = False  # by a proxy
         self.newest = b""  # what is sent under this goes over the newest connection alone; empty: over all
+        self.turn = 0  # in which it has asked to be greeted again
         self.greeted = 0.0  # when
         self.has_asked = False  # since then, for what it has not
         self.request = b""  # the last one
@@ -4104,8 +4106,8 @@ class _Listeners:
                     arrived = 0
                 elif match is not None and sign == b"\1":
                     self._take_request(topic[: match.end(2)], match)
-                elif sign == b"\1" and re.fullmatch(_AGAIN_PATTERN, topic):
-                    self._greet_again(topic.rpartition(b"/again/")[0])
+                elif sign == b"\1" and (again := re.fullmatch(_AGAIN_PATTERN, topic)):
+                    self._greet_again(topic.rpartition(b"/again/")[0], int(again[1]))
                 elif sign == b"\1" and re.fullmatch(_QUESTION_PATTERN, topic):
                     self._answer(topic)
                 continue
@@ -4168,9 +4170,10 @@ class _Listeners:
             self.socket.setsockopt(option, peer.newest + b"\0")
         self._greet(peer)
 
-    def _greet_again(self, mark: bytes) -> None:
+    def _greet_again(self, mark: bytes, turn: int) -> None:
         peer = self.peers.get(mark)
         if peer is not None:
+            peer.turn = turn
             peer.begin()
             self._greet(peer)
 
@@ -4334,8 +4337,8 @@ class _Audience(_Listeners):
         peer.greeted, peer.has_asked = time.monotonic(), False
         peer.hello, number = None, self.history.number
         port = 0 if peer.is_forwarded else self._port
-        fields = (self.instance, number, peer.ends, port, peer.before, self._name)
-        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %d %s" % fields):
+        fields = (self.instance, number, peer.ends, port, peer.before, peer.turn, self._name)
+        if self._hears(peer) and self._send_to(peer, b"H %s %d %d %d %d %d %s" % fields):
             peer.hello = peer.intact = number
             peer.is_intact = True
             peer.tell(number)
@@ -5609,8 +5612,9 @@ class _Connections:
             returns the index of the next message of that socket.
         on_close: Called with the slot of a socket that is closed, and the socket.
         on_several: Called with the sockets that are connected to what a single name stands for.
-        on_doubt: Called with a socket of which a connection has come up again, and False; and with True when those who
-            notice that have greeted us.
+        on_up_again: Called with a socket of which a connection has come up again.
+        on_waited: Called later with that socket, and whether a publisher has greeted us over that connection, as all do
+            who notice that it is a new one.
         load_keys: Called with the key of a group; returns the socket options for the keys of its connections.
 
     A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
@@ -5630,12 +5634,14 @@ class _Connections:
         on_change: Callable[[Any, int], int],
         on_close: Callable[[Any, Any], object],
         on_several: Callable[[Iterable[Any]], object],
-        on_doubt: Callable[[Any, bool], object],
+        on_up_again: Callable[[Any], object],
+        on_waited: Callable[[Any, bool], object],
         load_keys: Callable[[Any], dict[str, bytes]],
     ) -> None:
         self._on_change = on_change
         self._on_several = on_several
-        self._on_doubt = on_doubt
+        self._on_up_again = on_up_again
+        self._on_waited = on_waited
         self._loop = loop
         self._read_all = read_all
         self._sockets = _MonitoredSockets(loop, open_socket, self._take_event, on_close, load_keys)
@@ -5778,16 +5784,16 @@ class _Connections:
             self._look_for_greeting(sock, link)
 
     def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
-        """If *link* has come up again, doubt whether all has come: a proxy may not have noticed that it was down."""
+        """If *link* has come up again, say so: a proxy may not have noticed that it was down."""
         if not link.is_up or not link.was_up:
             link.was_up = link.was_up or link.is_up
             return
 
         def look() -> None:
             if sock in self._sockets:
-                self._on_doubt(sock, True)
+                self._on_waited(sock, link.is_greeted)
 
-        self._on_doubt(sock, False)
+        self._on_up_again(sock)
         self._loop.at(time.monotonic() + self.GREETING, look)
 
     def has_port(self, sock: zmq.Socket[bytes], port: int) -> bool:
@@ -6181,8 +6187,6 @@ class _CatchUp:
         self._requests: dict[bytes, bytes] = {}
         self._live = _LiveRecord()
         self.note: Callable[[bytes], None] = self._live.note  # to be called with each message that comes live
-        self._is_greeted = True  # since a connection came up again
-        self._turns = count(1)
 
     def attach(
         self,
@@ -6205,7 +6209,8 @@ class _CatchUp:
         self._since = since
         self._take_events = take_events
         self._requests.clear()
-        self._again = b""  # what it asks to be greeted again by
+        self._turn = 0  # how often a connection has come up again
+        self._again = b""  # what it asks to be greeted again by, in this turn
         for source in self._sources.values():
             source.is_left = False
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(self._prefixes)}".encode()
@@ -6229,22 +6234,25 @@ class _CatchUp:
         self._live.freeze()
         return self._live.index
 
-    def doubt(self, is_over: bool) -> None:
-        """Doubt whether all has come of publishers behind a proxy; ask to be greeted by them when *is_over*."""
-        if not is_over:
-            self._is_greeted = False
-            for source in self._sources.values():
-                if source.is_forwarded:
-                    source.doubt()
-        elif not self._is_greeted or any(source.is_doubted for source in self._sources.values()):
-            self._cancel_again()
-            self._again = b"%s/again/%d" % (self._mark, next(self._turns))
-            self._socket.setsockopt(zmq.SUBSCRIBE, self._again)
-
-    def _cancel_again(self) -> None:
-        if self._again and not self._socket.closed:
+    def begin_turn(self) -> None:
+        """Doubt whether all has come of publishers behind a proxy, as a connection has come up again."""
+        self._turn += 1
+        if self._again:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, self._again)
-        self._again = b""
+            self._again = b""
+        for source in self._sources.values():
+            if source.is_forwarded:
+                source.doubt()
+
+    def look_for_greeting(self, is_greeted: bool) -> None:
+        """Ask to be greeted again, if somebody may not know that there is a new connection."""
+        if not is_greeted or any(source.is_doubted for source in self._sources.values()):
+            self._ask_for_greeting()
+
+    def _ask_for_greeting(self) -> None:
+        if not self._again and not self._socket.closed:
+            self._again = b"%s/again/%d" % (self._mark, self._turn)
+            self._socket.setsockopt(zmq.SUBSCRIBE, self._again)
 
     def _take_connections(self, raw: bytes) -> None:
         """Take what tells how many connections to a publisher there are: the first that comes by a new one."""
@@ -6319,11 +6327,9 @@ class _CatchUp:
         return source
 
     def _take_hello(
-        self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int
+        self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int, turn: int
     ) -> None:
         source.name, source.is_forwarded = name, not self._has_port(port)
-        self._is_greeted = True
-        self._cancel_again()
         since, index = self._since(port, self._live.index, source.since is not None)
         if source.since is None:
             source.found, source.before = number, before
@@ -6331,7 +6337,7 @@ class _CatchUp:
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._live.index - source.index)
         self._live.close(source)
-        source.is_doubted = False
+        source.is_doubted = source.is_forwarded and turn != self._turn  # it may be of before
         self._begin(source, number, ends)
         self._ask(instance, source)
 
@@ -6419,8 +6425,10 @@ class _CatchUp:
         if not is_whole:
             self._ask(instance, source)
             return
-        source.is_asked = source.is_doubted  # that may have been asked for before
         self._cancel_request(instance)
+        source.is_asked = source.is_doubted
+        if source.is_doubted:
+            self._ask_for_greeting()
         if gone > 0:
             self._on_gone(source.name, gone)
 
@@ -7162,7 +7170,8 @@ class _SubscriberSockets:
             self._note_change,
             self._leave_stream,
             self._note_several,
-            lambda sock, is_over: self._streams[sock].doubt(is_over),
+            lambda sock: self._streams[sock].begin_turn(),
+            lambda sock, is_greeted: self._streams[sock].look_for_greeting(is_greeted),
             lambda key: _load_client_keys(key[1]),
         )
         self._twins = _Twins()
