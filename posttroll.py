@@ -7047,7 +7047,7 @@ class _Inbox:
         self.batch_end = 0.0
         self._is_alone = False  # the next message, most likely: look for more only after it has been handed out
         self._heard: float | None = None  # the end of the batch in which the last message came
-        self.bad_log = LimitedLogger("subscriber")
+        self.limited_log = LimitedLogger("subscriber")
         forget = getattr(message_filter, "forget", None)
         if durable is not None and forget is not None:
             durable.on_unhandled = lambda content: forget(Message.decode(content))
@@ -7137,7 +7137,7 @@ class _Inbox:
         try:
             message = Message.decode(content)
         except MessageError as error:
-            self.bad_log.warning("message", "Skipped a bad message: %s", error)
+            self.limited_log.warning("message", "Skipped a bad message: %s", error)
             return None
         self._heard = self.batch_end
         if self._translate:
@@ -7231,10 +7231,15 @@ class _SubscriberSockets:
         if self._wanted.get(address) != (prefixes, backend):
             if not address.startswith("inproc:"):
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
-            self._wanted[address] = (prefixes, backend)
-            key = (prefixes, backend, address if self._translate else None)
+            wanted = self._wanted[address] = (prefixes, backend)
+            key = (*wanted, address if self._translate else None)
+
+            def want() -> None:
+                if self._wanted.get(address) == wanted:  # still
+                    self._connections.want(address, key, begin)
+
             with on_failure(partial(self._wanted.pop, address, None)):
-                self._change(partial(self._connections.want, address, key, begin))
+                self._change(want)
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
@@ -7295,7 +7300,7 @@ class _SubscriberSockets:
             try:
                 message = Message.decode(frames[0])
             except MessageError as error:
-                self._inbox.bad_log.warning("hook", "Skipped a bad message from %s: %s", address, error)
+                self._inbox.limited_log.warning("hook", "Skipped a bad message from %s: %s", address, error)
             else:
                 callback(message)
 
@@ -7320,7 +7325,15 @@ class _SubscriberSockets:
                     return
             finally:
                 self._lock.release()
-        self._loop.call(change)
+        self._loop.call(partial(self._change_later, change))
+
+    def _change_later(self, change: Callable[[], None]) -> None:
+        """Apply *change*, which nobody waits for, once it can be: it may be that no descriptor is left."""
+        try:
+            change()
+        except (ConfigurationError, zmq.ZMQError) as error:
+            self._inbox.limited_log.warning("change", "Cannot connect (trying again): %s", error)
+            self._loop.at(time.monotonic() + _Link.RENEWAL, partial(self._change_later, change))
 
     def _open_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""

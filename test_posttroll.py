@@ -5389,6 +5389,49 @@ class TestFollowing:
                 self.check(pub, data, "it is back")
 
     @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
+    @pytest.mark.parametrize("what", ["address", "hook"])
+    def test_what_is_added_while_another_thread_receives_and_there_are_no_descriptors(self, what, fault, monkeypatch):
+        """Nobody can be told, so it is tried again."""
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.05)
+        set_up, failures = posttroll.set_up_client_socket, []
+
+        def fail_at_first(*args: Any) -> Any:
+            if len(failures) < 5:
+                failures.append(args)
+                raise fault
+            return set_up(*args)
+
+        with posttroll.Publisher("tcp://127.0.0.1:0") as pub, posttroll.Subscriber([], "/a") as sub:
+            address = local_address(pub.port_number)
+            with serving(sub) as data:
+                monkeypatch.setattr(posttroll, "set_up_client_socket", fail_at_first)
+                if what == "address":
+                    sub.add(address)
+                else:
+                    sub.add_hook_sub(address, ["/a"], lambda message: data.append(message.data))
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                assert len(failures) == 5
+                pub.send(text_message("heard", "/a"))
+                wait_for(lambda: data == ["heard"])
+
+    def test_what_could_not_be_connected_and_is_removed_meanwhile_is_not_tried_again(self, monkeypatch):
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.05)
+        change_later, tried = posttroll._SubscriberSockets._change_later, []
+
+        def note(sockets: Any, change: Any) -> None:
+            change_later(sockets, change)
+            tried.append(change)
+
+        monkeypatch.setattr(posttroll._SubscriberSockets, "_change_later", note)
+        with posttroll.Subscriber([]) as sub, serving(sub):
+            with mock.patch("posttroll.set_up_client_socket", side_effect=zmq.ZMQError(errno.EMFILE)):
+                sub.add(local_address(free_port()))
+                wait_for(lambda: tried)
+                sub.remove(sub.addresses[0])
+            wait_for(lambda: tried.count(tried[0]) == 2)
+            assert (sub.addresses, sub._connections._links) == ([], {})
+
+    @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
     @pytest.mark.parametrize("what", ["lookups", "news", "their monitor"])
     def test_nameservers_that_cannot_be_asked_for_a_while(self, impatient, monkeypatch, what, fault):
         """Of the tries nothing is left, and what is published meanwhile comes."""
