@@ -256,47 +256,63 @@ class AddressBook:
 
 
 class _MulticastSource:
-    """Announcements by UDP.  As long as the network cannot be used, it is tried again."""
+    """Announcements by UDP.
+
+    It joins the group again and again: an interface that goes away takes the membership along, without any error, and
+    as long as the network cannot be used, there is none.
+    """
 
     RETRY = 2.0
+    RENEWAL = 30.0
 
     def __init__(self, port: int, rules: posttroll.AccessRules, log: posttroll.LimitedLogger) -> None:
         self._port = port
         self._rules = rules
         self._log = log
-        self._receiver: posttroll.MulticastReceiver | None = None
         self._loop: posttroll.Loop | None = None
+        self._timer: posttroll.Timer | None = None
         self._group = posttroll.multicast_group(None)  # a wrong group is an error now, a missing network is not
-        self._try_to_open()
+        self._receiver = self._open()
 
-    def _try_to_open(self) -> None:
+    def _open(self) -> posttroll.MulticastReceiver | None:
+        """Return a new receiver, None if the network cannot be used."""
         try:
-            self._receiver = posttroll.MulticastReceiver(self._port, self._group)
-            self._receiver.socket.setblocking(False)
+            receiver = posttroll.MulticastReceiver(self._port, self._group)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
             self._log.warning("multicast", "Cannot receive multicast (trying again): %s", error)
+            return None
+        receiver.socket.setblocking(False)
+        return receiver
 
     def watch(self, loop: posttroll.Loop, handle: Callable[[bytes], None]) -> None:
         """Have *handle* called with the announcements that come."""
         self._loop, self._handle = loop, handle
-        if self._receiver is None:
-            loop.at(time.monotonic() + self.RETRY, self._retry)
-        else:
+        if self._receiver is not None:
             loop.watch(self._receiver.fileno(), self._receive)
+        pause = self.RETRY if self._receiver is None else self.RENEWAL
+        self._timer = loop.at(time.monotonic() + pause, self._renew)
 
-    def _retry(self) -> None:
+    def _renew(self) -> None:
+        """Join the group again, and let go of the old socket when it is read empty; what comes to both is harmless."""
         assert self._loop is not None
+        self._timer = self._loop.at(time.monotonic() + self.RETRY, self._renew)  # whatever happens here
+        receiver = self._open()
+        if receiver is None:
+            return
         try:
-            self._try_to_open()
+            if self._receiver is not None:
+                self._receive(1000)
         finally:
+            self.close()
+            self._receiver = receiver
             self.watch(self._loop, self._handle)
 
-    def _receive(self) -> None:
+    def _receive(self, limit: int = 100) -> None:
         assert self._receiver is not None
         assert self._loop is not None
-        for _ in range(100):
+        for _ in range(limit):
             try:
                 data, sender = self._receiver.socket.recvfrom(posttroll.DATAGRAM_SIZE)
             except BlockingIOError:
@@ -317,6 +333,8 @@ class _MulticastSource:
 
     def close(self) -> None:
         """Close the socket."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._receiver is not None:
             if self._loop is not None:
                 self._loop.unwatch(self._receiver.fileno())
