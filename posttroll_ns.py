@@ -679,7 +679,12 @@ class NameServer:
         max_age: After this time without announcement, a publisher is lost; ten minutes by default.
         multicast_enabled: Receive announcements by UDP multicast; else by request.
         restrict_to_localhost: Serve this host only.
+
+    Attributes:
+        hourly: What is called again and again while it runs, None for nothing.
     """
+
+    HOUR = 3600.0
 
     def __init__(
         self,
@@ -691,6 +696,7 @@ class NameServer:
         self._max_age = dt.timedelta(minutes=10) if max_age is None else max_age
         self._multicast_enabled = multicast_enabled
         self._local_only = restrict_to_localhost
+        self.hourly: Callable[[], object] | None = None
         self._loop: posttroll.Loop | None = None
         self._is_stopping = False
         self._has_ended = False
@@ -738,9 +744,15 @@ class NameServer:
                 server.watch(loop, partial(self._answer, address_receiver))
             if when_ready is not None:
                 when_ready()
+            if self.hourly is not None:
+                loop.at(time.monotonic(), partial(self._repeat, self.hourly, loop))
             if not self._is_stopping:
                 with posttroll.signals_wake(loop):
                     loop.run()
+
+    def _repeat(self, task: Callable[[], object], loop: posttroll.Loop) -> None:
+        loop.at(time.monotonic() + self.HOUR, partial(self._repeat, task, loop))
+        task()
 
     def _end(self) -> None:
         self._has_ended = True
@@ -894,6 +906,9 @@ def _fill_standard_descriptors() -> None:
             return
 
 
+_Serve = Callable[[Callable[[], None], Callable[[], object]], int]
+
+
 class _Daemon:
     """The nameserver in the background, found again by its pid file."""
 
@@ -945,11 +960,12 @@ class _Daemon:
         given = {key: value for key, value in vars(self._options).items() if value}
         vars(self._options).update({**kept, **given, "set": [*kept.get("set", []), *self._options.set]})
 
-    def start(self, serve: Callable[[Callable[[], None]], int]) -> int:
+    def start(self, serve: _Serve) -> int:
         """Run *serve* in the background; return 0 when it is ready, 1 if it failed to start.
 
         Args:
-            serve: Called in the daemon, with the function to call when it is ready; returns the exit status.
+            serve: Called in the daemon, with what to call when it is ready, and what every hour; returns the exit
+                status.
         """
         pid = self.pid()
         if pid is not None:
@@ -976,7 +992,7 @@ class _Daemon:
         finally:
             os._exit(status)
 
-    def _run_in_background(self, serve: Callable[[Callable[[], None]], int], write_end: int) -> int:
+    def _run_in_background(self, serve: _Serve, write_end: int) -> int:
         """Be the daemon: write the pid file, let go of the terminal, serve."""
         try:
             descriptor = self._open(os.O_RDWR | os.O_CREAT)
@@ -999,7 +1015,7 @@ class _Daemon:
             os.dup2(null, 2)
 
         os.chdir("/")
-        status = serve(when_ready)
+        status = serve(when_ready, partial(os.utime, descriptor))  # what is old in /tmp may be cleaned away
         if status:
             os.close(descriptor)  # the options stay for a restart, as after a crash
             return status
@@ -1072,7 +1088,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.log:
         options.log = os.path.abspath(options.log)
 
-    def serve(when_ready: Callable[[], None]) -> int:
+    def serve(when_ready: Callable[[], None], hourly: Callable[[], object] | None = None) -> int:
         try:
             logger = setup_logging(options)
         except OSError as error:
@@ -1080,6 +1096,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 1
         posttroll.raise_descriptor_limit()
         ns = NameServer(multicast_enabled=not options.no_multicast, restrict_to_localhost=options.local_only)
+        ns.hourly = hourly
         _handle_hangup(ns.stop, is_daemon=options.daemon is not None)
         return _run(ns, logger, when_ready)
 
@@ -1094,7 +1111,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _control_daemon(options: Any, serve: Callable[[Callable[[], None]], int]) -> int:
+def _control_daemon(options: Any, serve: _Serve) -> int:
     """Start, stop or restart the daemon, or tell its status."""
     if not hasattr(os, "fork"):
         print("nameserver: this system has no daemons; run it as a service without -d", file=sys.stderr)

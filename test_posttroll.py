@@ -10762,6 +10762,19 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
         assert os.getsid(control.pid()) not in (os.getsid(0), control.pid())  # it can get no terminal again
         assert {os.readlink(proc / "fd" / str(number)) for number in range(3)} == {os.devnull}
 
+    def test_its_pid_file_stays_young(self, control):
+        """What is old in /tmp is cleaned away on many systems."""
+        code = """
+import posttroll_ns, sys
+posttroll_ns.NameServer.HOUR = 0.05
+sys.exit(posttroll_ns.main(sys.argv[1:]))
+"""
+        with python(code, "--no-multicast", "--pid-file", control.pid_file, "-d", "start") as running:
+            assert finish(running) == (0, "", LOGS_NOWHERE)
+        for _ in range(2):
+            os.utime(control.pid_file, (0, 0))
+            wait_for(lambda: control.pid_file.stat().st_mtime and control.pid_file.stat().st_atime)
+
     def test_the_pid_file_does_not_depend_on_the_environment(self):
         """cron, ssh and a desktop have other variables; port and user make the difference."""
         here = {key: value for key, value in os.environ.items() if key not in ("XDG_RUNTIME_DIR", "TMPDIR", "HOME")}
