@@ -685,6 +685,7 @@ class NameServer:
     """
 
     HOUR = 3600.0
+    KEYS = ("server_secret_key_file", "clients_public_keys_directory")  # the settings that lead to what it reads
 
     def __init__(
         self,
@@ -765,8 +766,7 @@ class NameServer:
         port = posttroll.get_configured_nameserver_port()
         yield nameserver_address or f"tcp://*:{port}", own
         if nameserver_address is None:
-            settings = ("server_secret_key_file", "clients_public_keys_directory")
-            has_keys = all(posttroll.config.get(setting) for setting in settings)
+            has_keys = all(posttroll.config.get(setting) for setting in self.KEYS)
             secure_port = posttroll.get_configured_secure_zmq_nameserver_port()
             if has_keys and secure_port != port:
                 yield f"tcp://*:{secure_port}", "secure_zmq"
@@ -1119,14 +1119,18 @@ def _control_daemon(options: Any, serve: _Serve) -> int:
     daemon = _Daemon(options)
     if options.daemon == "status":
         return daemon.status()
+    if options.daemon == "stop":
+        return daemon.stop()
     if options.daemon == "restart":
         daemon.keep_options()
         posttroll.config.set(dict(options.set))
+    paths = {key: posttroll.config.get(key) for key in NameServer.KEYS}  # which are meant from here, as that of the log
+    posttroll.config.set({key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path})
+    if options.daemon == "restart":
         NameServer().check()  # what is wrong is an error while the one before still runs
         posttroll.log_handler(options.log).close()
-    if options.daemon in ("stop", "restart"):
         status = daemon.stop()
-        if options.daemon == "stop" or status:
+        if status:
             return status
     status = daemon.start(serve)
     if status == 0 and not options.log:

@@ -10762,6 +10762,22 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
         assert os.getsid(control.pid()) not in (os.getsid(0), control.pid())  # it can get no terminal again
         assert {os.readlink(proc / "fd" / str(number)) for number in range(3)} == {os.devnull}
 
+    def test_its_keys(self, control, tmp_path, monkeypatch):
+        """Relative paths are meant from where it is started; a restart from elsewhere that finds none stops nothing."""
+        posttroll.write_key_pair("server", tmp_path)
+        (tmp_path / "clients").mkdir()
+        monkeypatch.setenv("POSTTROLL_BACKEND", "secure_zmq")
+        monkeypatch.setenv("POSTTROLL_SERVER_SECRET_KEY_FILE", "server.key_secret")
+        monkeypatch.setenv("POSTTROLL_CLIENTS_PUBLIC_KEYS_DIRECTORY", "clients")
+        monkeypatch.chdir(tmp_path)
+        assert control("start") == (0, "", LOGS_NOWHERE)
+        assert control("restart") == (0, "", LOGS_NOWHERE)
+        pid = control.pid()
+        monkeypatch.chdir("/")
+        status, _, err = control("restart")
+        assert (status, err.count("\n"), "server.key_secret" in err) == (1, 1, True), err
+        assert control("status") == (0, f"nameserver: running (process {pid})\n", "")
+
     def test_its_pid_file_stays_young(self, control):
         """What is old in /tmp is cleaned away on many systems."""
         code = """
