@@ -10533,6 +10533,21 @@ class TestNameserverCommand:
                 root.removeHandler(handler)
                 handler.close()
 
+    def test_the_log_goes_on_where_it_cannot_be_rotated(self, tmp_path, monkeypatch):
+        """The file may have been made by root for a user who may not write to its directory."""
+
+        def refuse(*_: Any) -> None:
+            raise PermissionError(errno.EACCES, "x")
+
+        monkeypatch.setattr(os, "rename", refuse)
+        monkeypatch.setattr(os, "replace", refuse)
+        with contextlib.closing(posttroll.log_handler(str(tmp_path / "log"))) as handler:
+            for text in ("first", "second"):
+                handler.rolloverAt = 0  # it is midnight
+                handler.handle(log_record(text))
+                assert handler.rolloverAt > 0
+        assert (tmp_path / "log").read_text() == "first\nsecond\n"
+
     def test_a_log_file_that_cannot_be_written(self, tmp_path):
         with process(sys.executable, NAMESERVER, "-l", tmp_path / "no" / "directory") as running:
             status, _, err = finish(running)
