@@ -12580,8 +12580,9 @@ class TestEnds:
             assert finish(running) == (0, "called\n", "")
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_nested_in_each_other(self, number):
+    def test_nested_in_each_other(self, number, monkeypatch):
         """Each takes one signal; what comes then is treated as before the first."""
+        monkeypatch.setattr(posttroll, "_ECHO_SECONDS", 0)
         previous = signal.getsignal(number)
         calls, before = [], mock.Mock()
         signal.signal(number, before)
@@ -12595,6 +12596,20 @@ class TestEnds:
                 signal.raise_signal(number)
                 assert before.called
             assert (calls, signal.getsignal(number)) == (["inner", "outer"], before)
+        finally:
+            signal.signal(number, previous)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_one_signal_that_is_sent_twice(self, number, monkeypatch):
+        """`timeout` signals a program and then its group: that does not end it at once."""
+        monkeypatch.setattr(posttroll, "_ECHO_SECONDS", 600)
+        previous, calls, before = signal.getsignal(number), [], mock.Mock()
+        signal.signal(number, before)
+        try:
+            with posttroll.call_on_signals(lambda: calls.append("called")):
+                for _ in range(3):
+                    signal.raise_signal(number)
+            assert (calls, before.called, signal.getsignal(number)) == (["called"], False, before)
         finally:
             signal.signal(number, previous)
 
@@ -17911,9 +17926,9 @@ class TestFirstMessages:
     def way(self, request):
         return {"registration": ["localhost"], "multicast": None}[request.param]
 
-    def check(self, way: Any) -> None:
+    def check(self, way: Any, addr_listener: bool) -> None:
         with nameserver(multicast_enabled=way is None):
-            with posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            with posttroll.Subscribe("first", addr_listener=addr_listener, timeout=0) as sub, serving(sub) as data:
                 for life in range(3):
                     with posttroll.Publish("first", nameservers=way) as pub:
                         for number in range(3):
@@ -17923,11 +17938,11 @@ class TestFirstMessages:
 
     def test_three_at_once_arrive(self, way, monkeypatch):
         config.set(discovery_seconds=1.5)
-        self.check(way)
+        self.check(way, addr_listener=False)
 
     def test_with_curve(self, way, keys):
         config.set(discovery_seconds=1.5)
-        self.check(way)
+        self.check(way, addr_listener=True)
 
     def run_processes(self, way: Any, batches: int, size: int) -> None:
         """Let processes publish the same text, *size* of them at once, with what the configuration is by default."""
@@ -17937,7 +17952,7 @@ with posttroll.Publish("first", nameservers={way}) as pub:
     pub.send("pytroll://first info me@here 2020-01-01T00:00:00 v1.01 application/json %s" % sys.argv[1])
 """
         with nameserver(multicast_enabled=way is None):
-            with posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            with posttroll.Subscribe("first", timeout=0) as sub, serving(sub) as data:
                 wait_for(lambda: sub._loop)
                 for batch in range(batches):
                     with contextlib.ExitStack() as stack:
@@ -18005,7 +18020,7 @@ with posttroll.Publish("first", nameservers={way}) as pub:
                     sub.setsockopt(zmq.SUBSCRIBE, topic)
                 sub.connect(local_address(pub.port_number))
                 assert sub.poll(DEADLINE * 1000)
-                return int(sub.recv().split(b"\0H ")[1].split()[-2])
+                return int(sub.recv().split(b"\0H ")[1].split()[4])
 
         with posttroll.Publisher("tcp://*:0") as pub:
             pub.send(text_message("first"))
@@ -18200,6 +18215,22 @@ class TestProxiesAndNeighbours:
                             await_count(second, numbers.count)
                         wait_for(lambda: not pub._audience.unserved())
                         assert sorted(first) == sorted(second) == list(range(numbers.count))
+
+    def test_a_newer_publisher_may_tell_more_in_its_greeting(self, monkeypatch):
+        send_to = posttroll._Audience._send_to
+
+        def send_more(audience: Any, peer: Any, content: bytes) -> bool:
+            if content[:2] == b"H ":
+                head, _, name = content.rpartition(b" ")
+                content = head + b" 1 2 " + name
+            return bool(send_to(audience, peer, content))
+
+        monkeypatch.setattr(posttroll._Audience, "_send_to", send_more)
+        with posttroll.Publisher("tcp://127.0.0.1:0", "numbers") as pub:
+            numbers = Numbers(pub)
+            numbers.send(5)
+            with posttroll.Subscriber([local_address(pub.port_number)], since=60) as sub, serving(sub) as data:
+                numbers.check(data)
 
     @needs_proxy
     def test_who_hears_all_comes_and_goes_behind_a_proxy(self):
@@ -18776,6 +18807,17 @@ class TestNothingFallsBetween:
                 wait_for(lambda: news)
             wait_for(lambda: sub.addresses == [])
 
+    @pytest.mark.parametrize("addr_listener", [False, True])
+    def test_without_the_news_of_publishers_lookups_find_them_soon(self, addr_listener, monkeypatch):
+        """A firewall may let lookups through alone."""
+        monkeypatch.setattr(posttroll._Follower, "SELDOM", 0.2)
+        monkeypatch.setattr(posttroll._Follower, "SOON", 0.2)
+        with nameserver(), config.set(address_publish_port=free_port()):
+            with posttroll.Subscribe("numbers", addr_listener=addr_listener, timeout=0) as sub, serving(sub):
+                for _ in range(2):
+                    with posttroll.Publish("numbers", nameservers=["localhost"], broadcast_interval=0.1) as pub:
+                        assert pub.wait_for_subscribers(1, DEADLINE)
+
     def test_a_publisher_that_is_lost_while_much_is_unread(self, impatient, monkeypatch):
         """Its address is kept until all is read: else what comes meanwhile would wait behind all of it."""
         monkeypatch.setattr(posttroll._Follower, "RARELY", 1)  # the news may be older than the connection for it
@@ -18942,6 +18984,42 @@ class TestEndsOfPublishers:
         posttroll.Publisher(f"tcp://127.0.0.1:{port}").start().stop()
         wait_for(lambda: threading.active_count() == before)
         assert not posttroll._forgotten
+
+    def test_the_end_of_the_program_waits_for_a_thread_that_stops_it(self):
+        code = """
+import threading, time, posttroll
+drain, stopping = posttroll._Ending.drain, threading.Event()
+def drain_slowly(*args):
+    stopping.set()
+    time.sleep(0.5)
+    drain(*args)
+    print("drained")
+posttroll._Ending.drain = drain_slowly
+pub = posttroll.Publisher("tcp://127.0.0.1:0").start()
+threading.Thread(target=pub.stop, daemon=True).start()
+stopping.wait(20)
+"""
+        with python(code) as running:
+            assert finish(running) == (0, "drained\n", "")
+
+    def test_who_stops_it_too_waits_until_it_has_ended(self, monkeypatch):
+        order, stopping, is_free = [], threading.Event(), threading.Event()
+
+        def wait_and_drain(*args: Any) -> None:
+            stopping.set()
+            is_free.wait(DEADLINE)
+            order.append("drained")
+            drain(*args)
+
+        drain = posttroll._Ending.drain
+        monkeypatch.setattr(posttroll._Ending, "drain", wait_and_drain)
+        pub = posttroll.Publisher("tcp://127.0.0.1:0").start()
+        with in_thread(pub.stop):
+            assert stopping.wait(DEADLINE)
+            threading.Timer(0.05, is_free.set).start()
+            pub.stop()
+            order.append("stopped")
+        assert order == ["drained", "stopped"]
 
     @pytest.mark.network
     def test_stop_on_a_slow_link(self, two_faulty_hosts):
