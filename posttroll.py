@@ -8471,7 +8471,15 @@ def log_handler(file: str | None) -> logging.Handler:
         return logging.StreamHandler(sys.stdout)
     from logging.handlers import TimedRotatingFileHandler
 
-    return TimedRotatingFileHandler(file, when="midnight", backupCount=7)
+    handler = TimedRotatingFileHandler(file, when="midnight", backupCount=7)
+    handler.rotator = _rename_if_allowed
+    return handler
+
+
+def _rename_if_allowed(old: str, new: str) -> None:
+    """Rename a log; where its directory is not ours, it goes on in the same file."""
+    with suppress(OSError):
+        os.replace(old, new)
 
 
 class _OutputHandler(logging.StreamHandler):  # type: ignore[type-arg]

@@ -10201,6 +10201,53 @@ class TestAddressReceiver:
         finally:
             receiver.stop()
 
+    def test_the_group_is_joined_again_and_again(self, monkeypatch):
+        """Whatever that raises, the socket that works is kept, and it goes on; no socket is left behind."""
+        made: list[Any] = []
+        errors = [OSError(errno.EADDRINUSE, "x"), OSError(errno.ENODEV, "x"), RuntimeError("x")]
+
+        class Receiver(posttroll.MulticastReceiver):
+            def __init__(self, *args: Any) -> None:
+                if len(made) == 3 and errors:
+                    raise errors.pop()
+                super().__init__(*args)
+                made.append(self)
+
+        monkeypatch.setattr(posttroll, "MulticastReceiver", Receiver)
+        monkeypatch.setattr(posttroll_ns._MulticastSource, "RENEWAL", 0.01)
+        monkeypatch.setattr(posttroll_ns._MulticastSource, "RETRY", 0.01)
+        receiver = posttroll_ns.AddressReceiver().start()
+        try:
+            wait_for(lambda: len(made) > 10)
+            assert sum(each.fileno() != -1 for each in list(made)[:-2]) == 0
+            with contextlib.closing(posttroll.MulticastSender(config.get("broadcast_port"))) as sender:
+                sender(announcement().encode())
+            wait_for(lambda: receiver.get("a"))
+        finally:
+            receiver.stop()
+        assert {each.fileno() for each in made} == {-1}
+
+    def test_no_announcement_is_lost_when_the_group_is_joined_again(self, monkeypatch):
+        monkeypatch.setattr(posttroll_ns._MulticastSource, "RENEWAL", 0)
+        port, heard = free_port(), []
+        source = posttroll_ns._MulticastSource(port, posttroll.AccessRules(False), posttroll.LimitedLogger("x"))
+        loop = posttroll.Loop()
+        with contextlib.closing(loop), contextlib.closing(source):
+            source.watch(loop, heard.append)
+            with contextlib.closing(posttroll.MulticastSender(port)) as sender:
+                for number in range(120):
+                    sender(str(number))
+                old = source._receiver
+                wait_for(lambda: select.select([old], [], [], 0)[0])
+                loop.turn(time.monotonic())
+                assert source._receiver is not old
+                assert sum(timer.callback is not None for timer in loop._timers) == 1
+                sender("120")
+                wait_for(lambda: loop.turn(time.monotonic() + 0.1) or heard[-1] == b"120")
+            source.close()
+            assert [timer for timer in loop._timers if timer.callback is not None] == []
+        assert [int(number) for number in heard] == list(range(121))
+
     @pytest.mark.parametrize("max_age", [0.2, dt.timedelta(seconds=0.2)])
     def test_new_and_lost_publishers_are_published(self, max_age):
         receiver = posttroll_ns.AddressReceiver(max_age=max_age, multicast_enabled=False).start()
@@ -10529,6 +10576,21 @@ class TestNameserverCommand:
                 root.removeHandler(handler)
                 handler.close()
 
+    def test_the_log_goes_on_where_it_cannot_be_rotated(self, tmp_path, monkeypatch):
+        """The file may have been made by root for a user who may not write to its directory."""
+
+        def refuse(*_: Any) -> None:
+            raise PermissionError(errno.EACCES, "x")
+
+        monkeypatch.setattr(os, "rename", refuse)
+        monkeypatch.setattr(os, "replace", refuse)
+        with contextlib.closing(posttroll.log_handler(str(tmp_path / "log"))) as handler:
+            for text in ("first", "second"):
+                handler.rolloverAt = 0  # it is midnight
+                handler.handle(log_record(text))
+                assert handler.rolloverAt > 0
+        assert (tmp_path / "log").read_text() == "first\nsecond\n"
+
     def test_a_log_file_that_cannot_be_written(self, tmp_path):
         with process(sys.executable, NAMESERVER, "-l", tmp_path / "no" / "directory") as running:
             status, _, err = finish(running)
@@ -10757,6 +10819,36 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
         assert os.readlink(proc / "cwd") == "/"
         assert os.getsid(control.pid()) not in (os.getsid(0), control.pid())  # it can get no terminal again
         assert {os.readlink(proc / "fd" / str(number)) for number in range(3)} == {os.devnull}
+
+    def test_its_keys(self, control, tmp_path, monkeypatch):
+        """Relative paths are meant from where it is started; a restart from elsewhere that finds none stops nothing."""
+        posttroll.write_key_pair("server", tmp_path)
+        (tmp_path / "clients").mkdir()
+        monkeypatch.setenv("POSTTROLL_BACKEND", "secure_zmq")
+        monkeypatch.setenv("POSTTROLL_SERVER_SECRET_KEY_FILE", "server.key_secret")
+        monkeypatch.setenv("POSTTROLL_CLIENTS_PUBLIC_KEYS_DIRECTORY", "clients")
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
+        monkeypatch.chdir(tmp_path)
+        assert control("start") == (0, "", LOGS_NOWHERE)
+        assert control("restart") == (0, "", LOGS_NOWHERE)
+        pid = control.pid()
+        monkeypatch.chdir("/")
+        status, _, err = control("restart")
+        assert (status, err.count("\n"), "server.key_secret" in err) == (1, 1, True), err
+        assert control("status") == (0, f"nameserver: running (process {pid})\n", "")
+
+    def test_its_pid_file_stays_young(self, control):
+        """What is old in /tmp is cleaned away on many systems."""
+        code = """
+import posttroll_ns, sys
+posttroll_ns.NameServer.HOUR = 0.05
+sys.exit(posttroll_ns.main(sys.argv[1:]))
+"""
+        with python(code, "--no-multicast", "--pid-file", control.pid_file, "-d", "start") as running:
+            assert finish(running) == (0, "", LOGS_NOWHERE)
+        for _ in range(2):
+            os.utime(control.pid_file, (0, 0))
+            wait_for(lambda: control.pid_file.stat().st_mtime and control.pid_file.stat().st_atime)
 
     def test_the_pid_file_does_not_depend_on_the_environment(self):
         """cron, ssh and a desktop have other variables; port and user make the difference."""
@@ -11001,6 +11093,14 @@ class Host:
         return out.split()
 
 
+def plug_in(hosts: Sequence[Host]) -> None:
+    """Connect two hosts by a cable."""
+    one, two = hosts
+    one.ip("link", "add", one.device, "type", "veth", "peer", "name", two.device, "netns", two.name)
+    for host in hosts:
+        host.ip("link", "set", host.device, "up")
+
+
 @pytest.fixture
 def two_hosts():
     """Give two hosts on a network of their own; skipped where one may not make them."""
@@ -11014,14 +11114,13 @@ def two_hosts():
             except (OSError, subprocess.CalledProcessError) as error:
                 pytest.skip(f"It may not make network namespaces: {getattr(error, 'stderr', error)}")
             made.append(name)
-        try:
-            ip("-n", names[0], "link", "add", devices[0], "type", "veth", "peer", "name", devices[1], "netns", names[1])
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"It may not make network devices: {error.stderr}")
         hosts = [Host(name, device, f"10.77.1.{n}") for n, (name, device) in enumerate(zip(names, devices), 1)]
         for host in hosts:
             host.ip("link", "set", "lo", "up")
-            host.ip("link", "set", host.device, "up")
+        try:
+            plug_in(hosts)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"It may not make network devices: {error.stderr}")
         yield hosts
     finally:
         for name in made:
@@ -11108,6 +11207,21 @@ class TestSeveralHosts:
             one.connect()
             two.connect()
             wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+
+    def test_an_interface_that_goes_away_and_comes_back(self, two_hosts):
+        """It has forgotten the multicast group, and no error tells the nameserver."""
+        one, two = two_hosts
+        one.connect()
+        code = "import posttroll_ns; posttroll_ns._MulticastSource.RENEWAL = 0.2; posttroll_ns.main([])"
+        with one.run("-c", code) as server:
+            await_line(server, "answers on port")
+            one.ip("link", "del", one.device)
+            plug_in(two_hosts)
+            one.connect()
+            two.connect()
+            with two.run("-c", PUBLISHING, "60") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
 
 
 @pytest.fixture
