@@ -5501,16 +5501,18 @@ class _NewLinks:
                 del self._links[place]
 
     def take(self, sock: zmq.Socket[bytes], port: int, is_known: bool) -> _Link | None:
-        """Return the oldest, but of the last 5 s, with this port, else the oldest of all: it is greeted now.
+        """Return the oldest of the last 5 s with this port, else the oldest of all of them: it is greeted now.
 
-        One by a publisher that *is_known* has this port, or we have no connection of our own to it.
+        If all with this port are older it is the newest of them, whose greeting was read late; the others are not of
+        ours, as nobody has greeted us.  One by a publisher that *is_known* has this port, or we have no connection of
+        our own to it.
         """
         for place in ((sock, str(port)),) if is_known else ((sock, str(port)), (sock, "")):
             while self._links.get(place):
                 endpoint, link = next(iter(self._links[place].items()))
                 link.is_greeted = True
                 self.note(sock, endpoint, link)
-                if time.monotonic() - link.changed < 5:
+                if time.monotonic() - link.changed < 5 or (place[1] and place not in self._links):
                     return link
         return None
 

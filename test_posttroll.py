@@ -16582,6 +16582,38 @@ class TestCatchingUp:
             greeted = [sub._connections.greet(sock, -1, port, 0, False)[0] for port in (ports[1], *[1] * 4)]
             assert greeted == [*expected, -1]
 
+    def test_a_greeting_that_is_read_late(self, monkeypatch):
+        """What was sent before the address was added does not come, however long something else took."""
+        take_event = posttroll._Link.take_event
+
+        def take_late(link: Any, event: int) -> None:
+            take_event(link, event)
+            link.changed -= 10
+
+        with connected() as (_, sub), posttroll.Publisher("tcp://*:0") as other:
+            monkeypatch.setattr(posttroll._Link, "take_event", take_late)
+            other.send(text_message("before"))
+            sent = posttroll.uptime()
+            wait_for(lambda: posttroll.uptime() > sent + 0.05)  # a request is in whole milliseconds
+            with serving(sub) as data:
+                sub.add(local_address(other.port_number))
+                wait_for(lambda: sub.up_to_date == 2)
+                other.send(text_message("later"))
+                wait_for(lambda: data[-1:] == ["later"])
+                assert data == ["later"]
+
+    def test_a_greeting_that_is_read_late_where_another_has_the_same_port(self):
+        """The other has been silent for longer: it is none of ours."""
+        new, links = posttroll._NewLinks(), []
+        for host in ("127.0.0.1", "127.0.0.2"):
+            link = posttroll._Link(0, {})
+            link.take_event(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            link.changed -= 10
+            new.note(None, f"tcp://{host}:9000", link)
+            links.append(link)
+        assert new.take(None, 9000, False) is links[1]
+        assert new.take(None, 9000, False) is None
+
     def test_others_are_not_doubted_for_ever_when_one_comes_again(self, monkeypatch):
         """Those behind a forwarded port cannot be told from those behind a proxy."""
         monkeypatch.setattr(posttroll._Connections, "GREETING", 0.1)
