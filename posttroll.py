@@ -6371,6 +6371,9 @@ class _CatchUp:
 
     def _ask(self, instance: bytes, source: _Source) -> None:
         """Ask for what is missing, up to the hello."""
+        if source.position is None or source.position < source.hello:  # else nothing is missing
+            source.unconfirmed += self._live.count(max(source.index, source.checked), source.hello_index)
+            source.checked = max(source.hello_index, source.checked)
         if self._socket.closed:
             return  # this is of what it had received before
         self._cancel_request(instance)
@@ -6380,9 +6383,6 @@ class _CatchUp:
             what = b"%d+%d@%d" % (source.found, age, asked)
         else:
             what = b"%d+0@0" % source.position
-        if source.position is None or source.position < source.hello:  # else nothing is missing
-            source.unconfirmed += self._live.count(max(source.index, source.checked), source.hello_index)
-            source.checked = max(source.hello_index, source.checked)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)

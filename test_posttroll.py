@@ -16417,6 +16417,31 @@ class TestCatchingUp:
             numbers.check(data)
             assert (sub.caught_up, sub.missed) == (15, 0)
 
+    def test_greetings_that_are_read_after_their_connection_was_closed(self):
+        """What came between them is not taken for missing."""
+        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
+        stream = posttroll._CatchUp([b"pytroll:/"], lambda *args: None, lambda *args: None, lambda: None)
+
+        def take(text: bytes) -> bytes | None:
+            return stream.take(stream._mark + b"\0" + text)
+
+        def attach() -> None:
+            sock.closed = False
+            stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
+
+        attach()
+        take(b"H 0123456789abcdef 0 0 0 0 0 name")
+        sock.closed = True
+        stream.leave()
+        stream.note(b"pytroll://1")
+        take(b"H 0123456789abcdef 1 0 0 0 0 name")
+        stream.note(b"pytroll://2")
+        take(b"I 0123456789abcdef 2")
+        attach()
+        take(b"H 0123456789abcdef 3 0 0 0 0 name")
+        past = [take(b"C 0123456789abcdef %d\0pytroll://%d" % (number, number)) for number in (1, 2, 3)]
+        assert past == [None, None, b"pytroll://3"]
+
     def test_what_is_known_of_those_that_are_gone_is_not_kept_without_bound(self, monkeypatch):
         monkeypatch.setattr(posttroll.Subscriber, "LEFT", 2)
         with posttroll.Subscriber([], translate=True) as sub:
