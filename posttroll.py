@@ -7197,7 +7197,7 @@ class _SubscriberSockets:
             lambda key: _load_client_keys(key[1]),
         )
         self._twins = _Twins()
-        self._wanted: dict[str, tuple[tuple[str, ...], str | None]] = {}
+        self._wanted: dict[str, tuple[tuple[str, ...], str | None, float]] = {}  # the topics, backend, and since when
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = 0
         self.caught_up = 0
@@ -7226,15 +7226,17 @@ class _SubscriberSockets:
             raise ValueError(
                 f"{address} uses the backend {announced!r}, this program {configured_backend()!r}: not connected."
             )
-        prefixes, _ = self._wanted.get(address, ((), None))
+        # Not since now if it is there already: its publisher may not have been found yet.
+        prefixes, _, begin = self._wanted.get(address, ((), None, begin))
         if topics is not None or not prefixes:  # what it was subscribed to before, it stays subscribed to
             new = self._topics if topics is None else _topic_prefixes(topics)
             prefixes = tuple(dict.fromkeys((*prefixes, *new)))
-        if self._wanted.get(address) != (prefixes, backend):
+        wanted = (prefixes, backend, begin)
+        if self._wanted.get(address) != wanted:
             if not address.startswith("inproc:"):
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
-            wanted = self._wanted[address] = (prefixes, backend)
-            key = (*wanted, address if self._translate else None)
+            self._wanted[address] = wanted
+            key = (prefixes, backend, address if self._translate else None)
 
             def want() -> None:
                 if self._wanted.get(address) == wanted:  # still

@@ -16417,6 +16417,28 @@ class TestCatchingUp:
             numbers.check(data)
             assert (sub.caught_up, sub.missed) == (15, 0)
 
+    def test_topics_that_are_added_before_the_publisher_is_found(self):
+        """What is wanted of the past comes all the same."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            Numbers(pub).send(3)
+            with posttroll.Subscriber([local_address(pub.port_number)], "/numbers", since=60) as sub:
+                sub.add(local_address(pub.port_number), "/other")
+                assert received_data(sub, 3) == [0, 1, 2]
+
+    def test_an_address_that_gets_more_topics_before_it_is_connected(self):
+        """As somebody else who receives has been busy: what was sent since it was added comes."""
+        with posttroll.Publisher("tcp://*:0") as pub, posttroll.Subscriber([], "/numbers") as sub:
+            add = functools.partial(sub.add, local_address(pub.port_number))
+            with sub._lock:
+                with in_thread(add) as thread:
+                    thread.join()
+                Numbers(pub).send(3)
+                added = posttroll.uptime()
+                wait_for(lambda: posttroll.uptime() > added + 0.05)  # a request is in whole milliseconds
+                with in_thread(lambda: add("/other")) as thread:
+                    thread.join()
+            assert received_data(sub, 3) == [0, 1, 2]
+
     def test_greetings_that_are_read_after_their_connection_was_closed(self):
         """What came between them is not taken for missing."""
         sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
