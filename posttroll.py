@@ -62,6 +62,7 @@ from bisect import bisect_left, insort_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from copy import copy
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
@@ -5952,6 +5953,15 @@ class _Source:
         self.is_asked = self.is_doubted = True
         self.asked = time.monotonic()
 
+    @property
+    def missing(self) -> bytes:
+        """What is to be asked for: what follows a number, and what is not older at a time."""
+        if self.position is not None:
+            return b"%d+0@0" % self.position
+        asked = time.time() * 1000  # before the age: in between time may pass, and the age is what counts
+        age = max(math.ceil((uptime() - self.since) * 1000), 1)
+        return b"%d+%d@%d" % (self.found, age, asked)
+
     def came_live(self, number: int) -> bool:
         """Whether it is known that the message with this *number* came live."""
         return any(after < number <= until for after, until, _ in self.intact)
@@ -6150,7 +6160,28 @@ class _LiveRecord:
         while self._frozen and self._frozen[0][0] < index:
             self._frozen.popleft()
 
-    def open(self, source: _Source, since: int) -> Counter[int]:
+    def hand_over(self, source: _Source) -> _Source:
+        """Have *source* go on over another socket, the hello of which is to be taken next; return a copy to keep."""
+        self.close(source)
+        left = copy(source)
+        left.is_left = True
+        source.unconfirmed = source.unconfirmed + self.count(max(source.index, source.checked))
+        source.intact = [(after, until, 0) for after, until, _ in source.intact]
+        source.hello = -1
+        return left
+
+    def has(self, source: _Source, number: int, digest: int) -> bool:
+        """Whether a message of the past has come live before, as far as can be told: from any publisher."""
+        seen = source.unconfirmed
+        if not source.is_asked or number > source.hello:
+            behind = max(source.hello_index, source.checked) if source.is_asked else 0
+            seen = source.live if source.live is not None else self._open_for(source, max(source.index, behind))
+        if seen[digest] <= 0:
+            return False
+        seen[digest] -= 1
+        return True
+
+    def _open_for(self, source: _Source, since: int) -> Counter[int]:
         """Have *source* know what came since an index, which is returned, and what comes from now on."""
         source.live = live = self.count(since)
         self._open.append(source)
@@ -6174,6 +6205,7 @@ class _CatchUp:
         wake_at: Called with it, and a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
+        all_streams: Called to get those of all sockets, also of those that are closed.
     """
 
     SOURCES = 20000
@@ -6186,6 +6218,7 @@ class _CatchUp:
         wake_at: Callable[[_CatchUp, float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None = None,
+        all_streams: Callable[[], Iterable[_CatchUp]] = tuple,
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
@@ -6195,6 +6228,7 @@ class _CatchUp:
         self._wake_at = partial(wake_at, self)
         self._on_past = on_past
         self._durable = durable
+        self._all_streams = all_streams
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
         self._requests: dict[bytes, bytes] = {}
@@ -6224,8 +6258,6 @@ class _CatchUp:
         self._requests.clear()
         self._turn = 0  # how often a connection has come up again
         self._again = b""  # what it asks to be greeted again by, in this turn
-        for source in self._sources.values():
-            source.is_left = False
         self._mark = _MARK + f"{os.urandom(8).hex()}/{len(self._prefixes)}".encode()
         for topic in (_EARLY_MARK[:1] + self._mark[1:], *self._prefixes, self._mark):
             sock.setsockopt(zmq.SUBSCRIBE, topic)
@@ -6307,7 +6339,9 @@ class _CatchUp:
                 numbers = [int(field) for field in fields]
                 if not b"".join(fields).isdigit() or max(numbers) >= 10**15:
                     raise ValueError(f"no numbers: {head[:200]!r}")
-                if kind != b"H" and instance not in self._sources:
+                if kind == b"H":
+                    self._go_on(instance)
+                elif instance not in self._sources:
                     return None
                 source = self._source(instance)
                 if kind in (b"L", b"C"):
@@ -6324,6 +6358,17 @@ class _CatchUp:
             _catch_up_log.warning("mark", "Skipped something broken sent to us alone: %s", error)
         return None
 
+    def _go_on(self, instance: bytes) -> None:
+        """Go on where a socket with more or fewer topics is, if the publisher was heard by that later than by this."""
+        own = self._sources.get(instance)
+        if own is None or own.is_left:
+            others = (other for other in self._all_streams() if _are_nested(other._prefixes, self._prefixes))
+            known = [other for other in others if instance in other._sources]
+            newest = max(known, key=lambda other: other._sources[instance].asked, default=self)
+            if known and (own is None or own.asked <= newest._sources[instance].asked):
+                self._sources[instance] = source = newest._sources[instance]
+                newest._sources[instance] = newest._live.hand_over(source)
+
     def _source(self, instance: bytes) -> _Source:
         source = self._sources.get(instance)
         if source is None:
@@ -6332,6 +6377,7 @@ class _CatchUp:
             source = self._sources[instance] = _Source()
             if self._durable is not None:
                 self._durable.restore(instance, source, self.is_later)
+        source.is_left = self._socket.closed
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
             forgotten, old = self._sources.popitem(last=False)
@@ -6339,18 +6385,8 @@ class _CatchUp:
             self._live.close(old)
         return source
 
-    def _take_hello(
-        self,
-        instance: bytes,
-        source: _Source,
-        name: str,
-        number: int,
-        ends: int,
-        port: int,
-        before: int,
-        turn: int = 0,
-        *_later: int,  # what newer versions may tell
-    ) -> None:
+    def _take_hello(self, instance: bytes, source: _Source, name: str, *numbers: int) -> None:
+        number, ends, port, before, turn, *_ = *numbers, 0  # older versions tell no turn, newer ones may tell more
         source.name, source.is_forwarded = name, not self._has_port(port)
         since, index = self._since(port, self._live.index, source.since is not None)
         if source.since is None:
@@ -6358,6 +6394,8 @@ class _CatchUp:
             source.since, source.index = since, index
             if self._durable is not None and source.position is None:
                 self._durable.begin_with(instance, source, self._live.index - source.index)
+        elif source.hello < 0:  # it was heard by another socket until now
+            source.index = source.checked = index
         self._live.close(source)
         source.is_doubted = source.is_forwarded and turn != self._turn  # it may be of before
         self._begin(source, number, ends)
@@ -6377,13 +6415,7 @@ class _CatchUp:
         if self._socket.closed:
             return  # this is of what it had received before
         self._cancel_request(instance)
-        if source.position is None:
-            asked = time.time() * 1000  # before the age: in between time may pass, and the age is what counts
-            age = max(math.ceil((uptime() - source.since) * 1000), 1)
-            what = b"%d+%d@%d" % (source.found, age, asked)
-        else:
-            what = b"%d+0@0" % source.position
-        request = b"%s/%s/%s,%d/%s" % (self._mark, instance, what, source.hello, self._topics)
+        request = b"%s/%s/%s,%d/%s" % (self._mark, instance, source.missing, source.hello, self._topics)
         self._requests[instance] = request
         self._socket.setsockopt(zmq.SUBSCRIBE, request)
 
@@ -6405,21 +6437,10 @@ class _CatchUp:
             return content
         if source.was_handled is not None and source.was_handled(number, content):
             return None
-        if number > source.before and self._has_come_live(source, number, _digest(content)):
+        if number > source.before and self._live.has(source, number, _digest(content)):
             return None
         self._on_past()
         return content
-
-    def _has_come_live(self, source: _Source, number: int, digest: int) -> bool:
-        """Whether a message of the past has come live before, as far as can be told: from any publisher."""
-        seen = source.unconfirmed
-        if not source.is_asked or number > source.hello:
-            behind = max(source.hello_index, source.checked) if source.is_asked else 0
-            seen = source.live if source.live is not None else self._live.open(source, max(source.index, behind))
-        if seen[digest] <= 0:
-            return False
-        seen[digest] -= 1
-        return True
 
     def _take_end(
         self, instance: bytes, source: _Source, number: int, ends: int, sent: int, gone: int, kind: int
@@ -6474,6 +6495,12 @@ class _CatchUp:
 
 
 _catch_up_log = LimitedLogger("subscriber")
+
+
+def _are_nested(prefixes: tuple[bytes, ...], others: tuple[bytes, ...]) -> bool:
+    """Whether ones of them stand for all that the others do, and are not the same."""
+    is_within = all(prefix.startswith(others) for prefix in prefixes)
+    return prefixes != others and (is_within or all(prefix.startswith(prefixes) for prefix in others))
 
 
 def _digest(raw: bytes) -> int:
@@ -7209,7 +7236,8 @@ class _SubscriberSockets:
         Args:
             address: A publisher's address, as text or as `get_pub_address` returns it.
             topics: The topics to subscribe to there, besides those that it is subscribed to there already; None for
-                those of the subscriber, if there are no others.
+                those of the subscriber, if there are no others.  With more topics it is connected anew: nothing is
+                lost and nothing comes twice, but of the new ones what was sent a moment before may come, too.
 
         Raises:
             ValueError: The address cannot be used.
@@ -7346,7 +7374,8 @@ class _SubscriberSockets:
         stream = self._left.pop(slot, None)
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]
-            stream = _CatchUp(topics, self._note_missed, self._wake_at, self._note_past, self._durable)
+            args = (self._note_missed, self._wake_at, self._note_past, self._durable, self._all_streams)
+            stream = _CatchUp(topics, *args)
             stream.origin = origin or ""
             stream.is_later = self._inbox.last_heard is not None
         since = partial(self._connections.greet, sock, self._begin)
@@ -7355,6 +7384,9 @@ class _SubscriberSockets:
         self._streams[sock] = stream
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
+
+    def _all_streams(self) -> Iterable[_CatchUp]:
+        return chain(self._streams.values(), self._left.values())
 
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))

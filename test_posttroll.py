@@ -16417,6 +16417,45 @@ class TestCatchingUp:
             numbers.check(data)
             assert (sub.caught_up, sub.missed) == (15, 0)
 
+    @pytest.mark.parametrize("durable", [None, "name"])
+    def test_topics_that_are_added_while_much_is_under_way(self, durable, monkeypatch, tmp_path):
+        """One of two addresses gets more topics, as its publisher sends as fast as it can."""
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(tmp_path))
+        with connected("/numbers", durable=durable) as (pub, sub), posttroll.Publisher("tcp://*:0") as other:
+            (address,) = sub.addresses
+            sub.add(local_address(other.port_number))
+            with serving(sub) as data:
+                numbers = Numbers(pub)
+                for topic in ("/a", "/b", "/c"):
+                    numbers.send(500)
+                    sub.add(address, topic)
+                numbers.send(500)
+                numbers.check(data)
+                assert sub.missed == 0
+
+    @pytest.mark.parametrize("is_alone", [True, False])
+    @pytest.mark.parametrize("durable", [None, "name"])
+    def test_an_address_that_gets_more_topics_and_less_again(self, durable, is_alone, monkeypatch, tmp_path):
+        """It goes on where it was last, not where it was when it had these topics, alone or together with another."""
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(tmp_path))
+        with contextlib.ExitStack() as stack:
+            pub, sub = stack.enter_context(connected("/numbers", durable=durable))
+            (address,) = sub.addresses
+            if not is_alone:
+                sub.add(local_address(stack.enter_context(posttroll.Publisher("tcp://*:0")).port_number))
+            data = stack.enter_context(serving(sub))
+            numbers = Numbers(pub)
+            for turn in range(6):
+                if turn % 2:
+                    sub.remove(address)
+                    wait_for(lambda: not pub.subscriber_count)
+                    numbers.send(5)
+                sub.add(address, None if turn % 2 else "/other")
+                numbers.send(50)
+                await_count(data, numbers.count)
+                wait_for(lambda: not pub._audience.unserved())
+            numbers.check(data)
+
     def test_topics_that_are_added_before_the_publisher_is_found(self):
         """What is wanted of the past comes all the same."""
         with posttroll.Publisher("tcp://*:0") as pub:
