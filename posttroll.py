@@ -9619,7 +9619,7 @@ class _Service:
         return None
 
 
-def _look_up(name: str, timeout: float, hosts: Hosts) -> list[_Service]:
+def _look_up(name: str, timeout: float, hosts: list[str]) -> list[_Service]:
     """Return the publishers of a service that nameservers know; of all for an empty name."""
     return list(map(_Service, get_pub_address(name, timeout, hosts)))
 
@@ -10179,7 +10179,7 @@ class _Network:
         problems = []
         for host in self._up:
             try:
-                known.update((service.address, service) for service in _look_up("", self.PATIENCE, host))
+                known.update((service.address, service) for service in _look_up("", self.PATIENCE, [host]))
                 self._up[host] = True
             except TimeoutError as error:
                 self._up[host] = False
@@ -10482,7 +10482,7 @@ class _Check:
             try:
                 for name in wanted:
                     patience = self.share(len(hosts) - index - 1 + bool(self._options.names) + silent)
-                    found[name].update((service.address, service) for service in _look_up(name, patience, host))
+                    found[name].update((service.address, service) for service in _look_up(name, patience, [host]))
             except TimeoutError:
                 down.append(host)
         if down:
@@ -11101,7 +11101,7 @@ class _Doctor:
 
     def _travel(self, publisher: AnyPublisher, name: str, host: str) -> None:
         """Find our publisher through a nameserver, and send until something comes back: others may listen, too."""
-        with NSSubscriber(name, "/doctor", True, timeout=4, nameserver=host) as subscriber:
+        with NSSubscriber(name, "/doctor", True, timeout=4, nameserver=[host]) as subscriber:
             if not subscriber.addresses:
                 way = f"multicast to {config.get('mc_group')}" if self.multicast else "registration"
                 hint = "then: doctor --no-multicast" if self.multicast else "else leave it out here too"

@@ -7979,6 +7979,18 @@ class TestCheck:
             assert data["alive"] == "1;1:;1:"
             assert data["alive_silent"] != "U;;60"
 
+    def test_localhost_beside_other_nameservers(self, capsys, monkeypatch):
+        """Of several it is this host, not once more what is configured."""
+        port = free_port()
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", f"localhost 127.0.0.1:{port}")
+        with answering(answer_with([]), port):
+            status, text, _ = self.check(capsys, "--timeout", 2)
+            assert (status, text) == (1, "no answer from the nameserver on localhost")
+            status, text, _ = self.check(capsys, "--nameserver", "localhost", "--timeout", 1)
+            assert (status, text) == (2, "no answer from the nameserver on localhost")
+            _, out, _ = run_here("top", "--json", "-n", 1, "--interval", 2)
+        assert json.loads(out)["nameservers"] == {"localhost": False, f"127.0.0.1:{port}": True}
+
     def test_odd_names(self, capsys):
         """They break neither the line nor the performance data."""
         name = "it's=odd|\u4eac\x07"
@@ -8791,6 +8803,13 @@ class TestDoctor:
             "FAIL  nameserver 127.0.0.9:1: nobody answers at tcp://127.0.0.9:1  -> start it (nameserver), or open the "
             "port in the firewall"
         ]
+        assert "hear each other (by localhost)" in out
+
+    def test_localhost_is_this_host_whatever_is_configured(self, monkeypatch):
+        with nameserver_process("--no-multicast"):
+            monkeypatch.setenv("POSTTROLL_NAMESERVER", "127.0.0.9:1")
+            status, out, err = run_command("doctor", "--no-multicast", "--nameserver", "localhost")
+        assert (status, err, "FAIL" in out) == (0, "", False), out
         assert "hear each other (by localhost)" in out
 
     def test_a_plain_program_that_looks_at_a_secure_nameserver(self, keys, monkeypatch):
