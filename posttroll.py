@@ -3301,7 +3301,8 @@ def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> d
 def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[bytes | None]:
     """Ask several nameservers at once; those that are down take no time from the others.
 
-    Once one has answered, the rest have as long again as it took, and at least a quarter of a second.
+    Once one has answered, the rest have as long again as it took, and at least a second: a far one needs some four
+    round trips for a new connection and its answer.
     """
     unresolved = [_Resolution(endpoint) for endpoint in dict.fromkeys(endpoints)]
     sockets: list[zmq.Socket[bytes]] = []
@@ -3320,7 +3321,7 @@ def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[b
             for sock, _ in poller.poll(max(int((min(left, 0.02) if unresolved else left) * 1000), 1)):
                 answers.append(cast("zmq.Socket[bytes]", sock).recv_multipart(_NOBLOCK)[0])
                 poller.unregister(sock)
-                deadline = min(deadline, time.monotonic() + max(time.monotonic() - start, 0.25))
+                deadline = min(deadline, time.monotonic() + max(time.monotonic() - start, 1.0))
     finally:
         for sock in sockets:
             close_socket(sock)

@@ -2998,6 +2998,15 @@ class TestAskingTheNameserver:
         with pytest.raises(TimeoutError, match=f"{hosts[0]}, {hosts[1]}"):
             posttroll.get_pub_address("a", timeout=0.05, nameserver=hosts)
 
+    def test_a_nameserver_that_is_far_away_is_waited_for(self):
+        near, far = ({"URI": f"tcp://h:{number}"} for number in (1, 2))
+        ports = [free_port() for _ in range(2)]
+        with answering(answer_with([near]), ports[0]), answering(answer_with([far]), ports[1]):
+            with Relay(ports[1], delay=0.05) as cable:
+                hosts = [f"127.0.0.1:{ports[0]}", f"127.0.0.1:{cable.port}"]
+                found = posttroll.get_pub_address("a", timeout=DEADLINE, nameserver=hosts)
+        assert sorted(entry["URI"] for entry in found) == ["tcp://h:1", "tcp://h:2"]
+
     @pytest.mark.parametrize("nameserver", ["", "a b", "host:99999", "tcp://"])
     def test_a_nameserver_that_cannot_be_an_address(self, nameserver):
         with pytest.raises(ValueError, match="Cannot connect to"):
@@ -15968,10 +15977,14 @@ def proxy(port: int) -> Iterator[int]:
 
 
 class Relay:
-    """A TCP relay before a port of this host: a cable that can be cut, or go silent as if a host had vanished."""
+    """A TCP relay before a port of this host: a cable that can be cut, or go silent as if a host had vanished.
 
-    def __init__(self, port: int, host: str = "127.0.0.1", own_port: int = 0) -> None:
+    What it passes on comes *delay* seconds late.
+    """
+
+    def __init__(self, port: int, host: str = "127.0.0.1", own_port: int = 0, delay: float = 0) -> None:
         self._target = port
+        self._delay = delay
         self._listener = socket.create_server((host, own_port))
         self.port = self._listener.getsockname()[1]
         self.address = f"tcp://{host}:{self.port}"
@@ -16006,6 +16019,7 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 data = source.recv(65536)
+                time.sleep(self._delay)
                 self._flows.wait()
                 if not data:
                     break
