@@ -9629,7 +9629,7 @@ _Answer = TypeVar("_Answer")
 
 
 def _ask_each(
-    ask: Callable[[_Service], _Answer], services: Iterable[_Service], timeout: float = 1e6, workers: int = 32
+    ask: Callable[[_Service], _Answer], services: Iterable[_Service], timeout: float = 1e6, workers: int = 128
 ) -> Iterator[tuple[str, _Answer]]:
     """Ask publishers, so many *workers* at once, and yield addresses and answers as they come, until *timeout*.
 
@@ -9692,7 +9692,7 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     _seconds("--timeout", 0, 5, "for the nameserver"),
 )
 def _run_services(options: argparse.Namespace) -> int:
-    """List what the nameserver knows.
+    """List what the nameserver knows, and who answers (?, in JSON null: not known within the time).
 
     Examples:
       posttroll services
@@ -9732,7 +9732,7 @@ def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], l
     found = {name: _look_up(name, options.timeout, hosts) for name in options.names or [""]}
     services = {service.address: service for each in found.values() for service in each}
     answers = dict(_ask_each(_Service.greets, services.values(), max(options.timeout, 2)))
-    rows = [{**service.row, "answers": answers.get(address, False)} for address, service in services.items()]
+    rows = [{**service.row, "answers": answers.get(address)} for address, service in services.items()]
     rows.sort(key=lambda row: (row["name"], row["address"]))
     missing = [name for name in options.names if not any(answers.get(each.address) for each in found[name])]
     return rows, missing
@@ -9746,7 +9746,7 @@ def _services_lines(rows: Sequence[Mapping[str, Any]], options: argparse.Namespa
     for row in rows:
         age = "" if row["age"] is None else f"{row['age']:.0f} s"
         line = [row["name"], ",".join(row["aliases"]), row["address"], row["backend"] or "", row["version"] or "", age]
-        cells.append([*map(printable, line), "yes" if row["answers"] else "no"])
+        cells.append([*map(printable, line), {True: "yes", False: "no", None: "?"}[row["answers"]]])
     headings = ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS")
     head, *lines = _table(cells, headings, _view_size()[0], elastic=[0, 1])
     if _colors(options):

@@ -7583,6 +7583,19 @@ class TestServicesAndTop:
         assert list(posttroll._ask_each(ask, services[1:], workers=1)) == []
         wait_for(lambda: set(threading.enumerate()) <= before)
 
+    def test_who_has_not_been_asked_in_time_is_not_taken_for_dead(self):
+        """Hundreds that take a connection and say nothing do not hide one that answers."""
+        with socket.create_server(("", 0), backlog=1000) as mute, nameserver():
+            for number in range(300):
+                uri = f"tcp://127.0.{1 + number // 250}.{1 + number % 250}:{mute.getsockname()[1]}"
+                assert register(registration_of(URI=uri, service=["pub"])) == b"ok"
+            with posttroll.Publish("alive", nameservers=["localhost"]):
+                wait_for(lambda: posttroll.get_pub_address("alive"))
+                _, out, _ = run_here("services", "--json", "--timeout", 5)
+                assert {(row["name"], row["answers"]) for row in json.loads(out)} == {("pub", False), ("alive", True)}
+                _, table, _ = run_here("services", "--timeout", 2)
+        assert {line.split()[-1] for line in table.splitlines() if "pub" in line} >= {"?"}
+
     def test_services_are_sorted_by_name(self):
         names = ["zebra", "ant", "mouse", "bee", "yak", "cat"]
         with contextlib.ExitStack() as world:
