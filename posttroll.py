@@ -9953,6 +9953,7 @@ class _Traffic:
     """
 
     AGES = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
+    BEATS = ("heartbeat_interval", "heartbeats_overdue", "heartbeats_missed")
     SECONDS = 60  # of which it is known how many came in each
 
     def __init__(self) -> None:
@@ -9975,10 +9976,10 @@ class _Traffic:
 
     def beats(self, now: float) -> dict[str, float | None]:
         """Return what is known of heartbeats; nothing if there are none to be expected."""
-        beats, names = self.heartbeats, ("heartbeat_interval", "heartbeats_overdue", "heartbeats_missed")
+        beats = self.heartbeats
         if beats.interval is None:
-            return dict.fromkeys(names)
-        return dict(zip(names, (beats.interval, beats.overdue(now), beats.missed(now))))
+            return dict.fromkeys(self.BEATS)
+        return dict(zip(self.BEATS, (beats.interval, beats.overdue(now), beats.missed(now))))
 
     def minute(self, now: float) -> list[int]:
         """Return how many came in each second of the last minute, this one included."""
@@ -10207,6 +10208,9 @@ class _Network:
         view = {"time": now, "nameservers": dict(self._up), "services": len(self._known), **self._meter.view()}
         for publisher in view["publishers"]:
             publisher["kept"] = kept.get(publisher["address"])
+        for row in view["traffic"] if all(self._up.values()) else ():
+            if row["address"] not in self._known:  # it has said goodbye: nothing is expected of it any more
+                row.update(dict.fromkeys(_Traffic.BEATS))
         return view
 
     def close(self) -> None:

@@ -7735,6 +7735,37 @@ class TestServicesAndTop:
         """Return what stands behind SEEN in a line of top."""
         return re.search(r"s ago *(\d*)", line)[1]
 
+    def test_no_heartbeats_are_expected_of_a_publisher_that_has_said_goodbye(self, monkeypatch):
+        """One that came back on another port is another one; but one nameserver alone cannot tell."""
+        monkeypatch.setattr(posttroll._Heartbeats, "overdue", lambda beats, now: 3)
+        ports = old, new = free_port(), free_port()
+        with contextlib.ExitStack() as world:
+            first, life = (world.enter_context(contextlib.ExitStack()) for _ in range(2))
+            first.enter_context(nameserver())
+            publisher = life.enter_context(posttroll.Publish("a", old, nameservers=["localhost"]))
+            loop = world.enter_context(contextlib.closing(posttroll.Loop()))
+            other = free_port()
+            world.enter_context(answering(answer_with([]), other))
+            hosts = ["localhost", f"127.0.0.1:{other}"]
+            network = world.enter_context(contextlib.closing(posttroll._Network([], hosts, loop)))
+            network.LOOKUP, network.PATIENCE = 0.05, 0.1
+
+            def overdue() -> list[Any]:
+                """Return the numbers of heartbeats that are overdue, of the old publisher and of the new one."""
+                publisher.heartbeat(1)
+                assert network.run(time.monotonic() + 0.1)
+                found = {row["address"].rpartition(":")[2]: row for row in network.view()["traffic"]}
+                return [str(port) in found and found[str(port)]["heartbeats_overdue"] for port in ports]
+
+            wait_for(lambda: overdue() == [3, False])
+            first.close()
+            wait_for(lambda: overdue() == [3, False] and "no answer" in network.problem)
+            world.enter_context(nameserver())
+            wait_for(lambda: overdue() == [3, False] and not network.problem)
+            life.close()
+            publisher = world.enter_context(posttroll.Publish("a", new, nameservers=["localhost"]))
+            wait_for(lambda: overdue() == [None, 3])
+
     def test_odd_heartbeats(self):
         """Nothing is expected after one that promises nothing, whatever it is."""
         head = "pytroll://odd beat a@b 2026-01-01T00:00:00 v1.01 application/json "
