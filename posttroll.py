@@ -2815,7 +2815,8 @@ class _AccessControl:
         elif event == zmq.EVENT_DISCONNECTED:
             peer = peers.pop(descriptor, "an unknown address")
             if peers.pop(-1, ""):
-                self._log.warning("handshake", "A handshake of %s failed: no CURVE, or the wrong server key", peer)
+                reason = "no CURVE, or the wrong server key"
+                self._log.warning("handshake " + peer, "A handshake of %s failed: %s", peer, reason)
         else:
             peers[-1] = "failed"  # the event of the disconnection, which tells whose it was, comes next
 
@@ -9607,7 +9608,14 @@ class _Service:
         return {"name": self.name, "aliases": aliases, "address": self.address, **how}
 
     def greets(self, timeout: float = 1.0) -> bool:
-        """Whether a ZeroMQ socket answers at its address."""
+        """Whether a ZeroMQ socket answers at its address.
+
+        One of ours that wants CURVE is asked with it: it takes a mere greeting for a handshake that failed.
+        """
+        if backend_towards(self.entry.get("backend")) == "secure_zmq":
+            timeout /= 2  # for each of the two ways
+            if self.about(timeout) is not None:
+                return True
         return bool(_mechanism_at(self.address, timeout)[0])
 
     def about(self, timeout: float = 1.0) -> dict[str, Any] | None:
@@ -11053,26 +11061,14 @@ class _Doctor:
             except (OSError, UnicodeError) as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue
-            mechanism, received = _mechanism_at(endpoint)
-            wanted = "CURVE" if configured_backend() == "secure_zmq" else "NULL"
-            if not received:
-                remedy = "start it (nameserver), or open the port in the firewall"
-                self.say("FAIL", name, f"nobody answers at {endpoint}", remedy)
-            elif not mechanism:
-                self.say("FAIL", name, f"what answers at {endpoint} is not ZeroMQ", "another program has this port")
-            elif mechanism != wanted:
-                finding = f"it speaks {mechanism}, this program {wanted}"
-                self.say("FAIL", name, finding, "set the same backend for both (POSTTROLL_BACKEND)")
+            answer = ask_nameserver(endpoint, lookup_request(""), 3)
+            if answer is None:
+                self.say("FAIL", name, *_why_silent(endpoint))
             else:
-                self._check_answer(host, endpoint)
+                self._check_answer(host, endpoint, answer)
 
-    def _check_answer(self, host: str, endpoint: str) -> None:
+    def _check_answer(self, host: str, endpoint: str, answer: bytes) -> None:
         name = f"nameserver {host}"
-        answer = ask_nameserver(endpoint, lookup_request(""), 3)
-        if answer is None:
-            remedy = "check its authorized_client_addresses, --local-only and keys (its log names refused clients)"
-            self.say("FAIL", name, f"it lets us connect to {endpoint}, but does not answer", remedy)
-            return
         try:
             message = Message.decode(answer)
         except MessageError as error:
@@ -11123,6 +11119,20 @@ class _Doctor:
                     return
             finding = f"nothing comes from {', '.join(subscriber.addresses)}, as the nameserver {host} has it"
             self.say("FAIL", "round trip", finding, "open the publishers' ports; check that the address is this host's")
+
+
+def _why_silent(endpoint: str) -> tuple[str, str]:
+    """Return why a nameserver does not answer, and what to do about it."""
+    mechanism, received = _mechanism_at(endpoint)
+    wanted = "CURVE" if configured_backend() == "secure_zmq" else "NULL"
+    if not received:
+        return f"nobody answers at {endpoint}", "start it (nameserver), or open the port in the firewall"
+    if not mechanism:
+        return f"what answers at {endpoint} is not ZeroMQ", "another program has this port"
+    if mechanism != wanted:
+        return f"it speaks {mechanism}, this program {wanted}", "set the same backend for both (POSTTROLL_BACKEND)"
+    remedy = "check its authorized_client_addresses, --local-only and keys (its log names refused clients)"
+    return f"it lets us connect to {endpoint}, but does not answer", remedy
 
 
 def _owner_of_port(port: int) -> str:

@@ -13619,6 +13619,40 @@ class TestHandshakeLog:
             posttroll._access_control._log.BURST = 1000
             wait_for(is_logged)
 
+    @staticmethod
+    def intrude(port: int | None, address: str) -> None:
+        """Greet a secure port without CURVE, from an address of this host, until it hangs up."""
+        with socket.create_connection((LOOPBACK, port), DEADLINE, (address, 0)) as peer:
+            with contextlib.suppress(ConnectionError):
+                peer.sendall(b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01NULL".ljust(64, b"\0"))
+                while peer.recv(100):
+                    pass
+
+    def test_one_peer_does_not_silence_another(self, keys, caplog):
+        with publishing() as publisher:
+            for address, count in (("127.0.0.2", posttroll.LimitedLogger.BURST), ("127.0.0.3", 1)):
+                text = f"A handshake of {address} failed"
+                wait_for(lambda: self.intrude(publisher.port_number, address) or caplog.text.count(text) >= count)  # noqa: B023
+
+    def test_commands_that_look_in_are_no_intruders(self, keys, caplog, monkeypatch):
+        monkeypatch.setattr(posttroll._Doctor, "check_round_trip", lambda doctor: None)  # which ends at once
+        with nameserver(), posttroll.Publish("chain", nameservers=["localhost"]) as publisher:
+            wait_for(lambda: is_known("chain"))
+            for words in (["services", "chain"], ["check", "chain"], ["doctor", "--no-multicast"]):
+                status, out, _ = run_here(*words)
+                assert not status, out
+            ports = publisher.port_number, config.get("nameserver_port")
+            for port, address in zip(ports, ("127.0.0.2", "127.0.0.3")):  # what was before is logged before
+                text = f"A handshake of {address} failed"
+                wait_for(lambda: self.intrude(port, address) or text in caplog.text)  # noqa: B023
+        assert set(re.findall(r"A handshake of (\S+)", caplog.text)) <= {"127.0.0.2", "127.0.0.3", "an"}
+
+    def test_many_peers_fill_no_memory(self):
+        log = posttroll.LimitedLogger("backends.zmq.socket")
+        for number in range(1000):
+            log.warning(f"handshake 10.0.{number}", "failed")
+        assert 1 <= len(log._kinds) <= log.KINDS
+
     def test_is_limited(self, keys, caplog):
         with publishing() as publisher, publishing() as other:
             for _ in range(3 * posttroll.LimitedLogger.BURST):
