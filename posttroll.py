@@ -1616,6 +1616,9 @@ def signals_wake(loop: Loop) -> Iterator[None]:
         signal.set_wakeup_fd(previous)
 
 
+_ECHO_SECONDS = 0.1  # after a signal, in which the next one is the same once more
+
+
 @contextmanager
 def call_on_signals(callback: Callable[[], object], *more: int) -> Iterator[None]:
     """Have SIGINT and SIGTERM call *callback*, so that a loop over messages ends cleanly.
@@ -1627,7 +1630,8 @@ def call_on_signals(callback: Callable[[], object], *more: int) -> Iterator[None
                 ...
 
     A second such signal is treated as it was before: in general, it ends the program at once.  So is the first one in a
-    child that was forked meanwhile.
+    child that was forked meanwhile.  One within a tenth of a second is no second one: ``timeout`` of the coreutils, for
+    example, signals a program and then its group, and means one.
 
     Args:
         callback: What to call; it must be safe to call in a signal handler, as `Subscriber.stop`, `Subscriber.close`
@@ -1640,14 +1644,16 @@ def call_on_signals(callback: Callable[[], object], *more: int) -> Iterator[None
     import signal
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, *more)}
-    pid = os.getpid()
+    pid, first = os.getpid(), math.inf
 
     def handle(number: int, frame: Any) -> None:
-        restore()
-        if os.getpid() == pid:
-            callback()
-        else:
+        nonlocal first
+        if os.getpid() != pid or time.monotonic() >= first + _ECHO_SECONDS:
+            restore()
             os.kill(os.getpid(), number)
+        elif first == math.inf:
+            first = time.monotonic()
+            callback()
 
     def restore() -> None:
         with ExitStack() as stack:  # all of them, even if one that comes just now raises
@@ -2150,6 +2156,11 @@ class _IdleSockets:
 
 
 _idle_sockets = _IdleSockets()
+
+
+@atexit.register
+def _close_idle_sockets() -> None:
+    _idle_sockets.clear()
 
 
 # -- addresses --
@@ -4823,7 +4834,7 @@ class Publisher(_Stoppable):
         self._lock = threading.RLock()
         self._last_beat: float | None = None
         self._inherited: _Audience | None = None  # that of the parent process, before the fork
-        self._ending = threading.RLock()  # held by who stops it after it was forgotten
+        self._ending = threading.RLock()  # held by who stops it
         self._at_end: Callable[[], object] = lambda: None  # called by `stop`, when what was sent has arrived
         self._dropped = 0
         self.reached = 0
@@ -5013,7 +5024,8 @@ class Publisher(_Stoppable):
             self._stop_due = threading.get_ident()
             return  # in a signal handler, in the middle of something that stops it then
         self._stop_due = 0
-        with ExitStack() as stack:
+        with self._ending, ExitStack() as stack:
+            stack.callback(_live_publishers.discard, self)  # last: until then the end of the program waits for it
             stack.callback(self._at_end)
             with self._lock:
                 audience = self._audience
@@ -5022,7 +5034,6 @@ class Publisher(_Stoppable):
                 if audience is not None:
                     stack.callback(audience.close, 0)  # at once, if it is not yet: Control-C, once more
                 self._audience = self._authenticator = None
-            _live_publishers.discard(self)
             if audience is not None:
                 self._drain(audience)
 
@@ -5077,11 +5088,11 @@ def _start_to_end(forgotten: Publisher) -> None:
         threading.Thread(target=_end, args=(forgotten,), name="posttroll end", daemon=True).start()
 
 
-def _end(forgotten: Publisher) -> None:
-    """Stop a forgotten publisher, or wait for the thread that does."""
-    with forgotten._ending:
-        forgotten.stop()
-        _forgotten.discard(forgotten)
+def _end(publisher: Publisher) -> None:
+    """Stop a publisher that nobody has stopped, or wait for the thread that does."""
+    with publisher._ending:
+        publisher.stop()
+        _forgotten.discard(publisher)
 
 
 def _await_forgotten(address: str) -> None:
@@ -5095,7 +5106,7 @@ def _await_forgotten(address: str) -> None:
 def _stop_live_publishers() -> None:
     """At the end of the program: let those publishers that nobody stopped send what they have, and say goodbye."""
     for publisher in list(_live_publishers):
-        publisher.stop()
+        _end(publisher)  # another thread may be just stopping it
     for forgotten in list(_forgotten):
         _end(forgotten)
 
@@ -5112,7 +5123,7 @@ def _stop_at_the_end(pid: int) -> None:
 def _leave_publishers_to_parent() -> None:
     """In a forked child: the parent stops its own; what is asked of them here must not wait for a thread of its."""
     for publisher in [*_live_publishers, *_forgotten]:
-        publisher._lock = threading.RLock()
+        publisher._lock, publisher._ending = threading.RLock(), threading.RLock()
         publisher._inherited, publisher._audience = publisher._audience, None
     _live_publishers.clear()
     _forgotten.clear()
@@ -6329,7 +6340,16 @@ class _CatchUp:
         return source
 
     def _take_hello(
-        self, instance: bytes, source: _Source, name: str, number: int, ends: int, port: int, before: int, turn: int
+        self,
+        instance: bytes,
+        source: _Source,
+        name: str,
+        number: int,
+        ends: int,
+        port: int,
+        before: int,
+        turn: int = 0,
+        *_later: int,  # what newer versions may tell
     ) -> None:
         source.name, source.is_forwarded = name, not self._has_port(port)
         since, index = self._since(port, self._live.index, source.since is not None)
@@ -7029,7 +7049,7 @@ class _Inbox:
         self.batch_end = 0.0
         self._is_alone = False  # the next message, most likely: look for more only after it has been handed out
         self._heard: float | None = None  # the end of the batch in which the last message came
-        self.bad_log = LimitedLogger("subscriber")
+        self.limited_log = LimitedLogger("subscriber")
         forget = getattr(message_filter, "forget", None)
         if durable is not None and forget is not None:
             durable.on_unhandled = lambda content: forget(Message.decode(content))
@@ -7119,7 +7139,7 @@ class _Inbox:
         try:
             message = Message.decode(content)
         except MessageError as error:
-            self.bad_log.warning("message", "Skipped a bad message: %s", error)
+            self.limited_log.warning("message", "Skipped a bad message: %s", error)
             return None
         self._heard = self.batch_end
         if self._translate:
@@ -7213,10 +7233,15 @@ class _SubscriberSockets:
         if self._wanted.get(address) != (prefixes, backend):
             if not address.startswith("inproc:"):
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
-            self._wanted[address] = (prefixes, backend)
-            key = (prefixes, backend, address if self._translate else None)
+            wanted = self._wanted[address] = (prefixes, backend)
+            key = (*wanted, address if self._translate else None)
+
+            def want() -> None:
+                if self._wanted.get(address) == wanted:  # still
+                    self._connections.want(address, key, begin)
+
             with on_failure(partial(self._wanted.pop, address, None)):
-                self._change(partial(self._connections.want, address, key, begin))
+                self._change(want)
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
@@ -7277,7 +7302,7 @@ class _SubscriberSockets:
             try:
                 message = Message.decode(frames[0])
             except MessageError as error:
-                self._inbox.bad_log.warning("hook", "Skipped a bad message from %s: %s", address, error)
+                self._inbox.limited_log.warning("hook", "Skipped a bad message from %s: %s", address, error)
             else:
                 callback(message)
 
@@ -7302,7 +7327,15 @@ class _SubscriberSockets:
                     return
             finally:
                 self._lock.release()
-        self._loop.call(change)
+        self._loop.call(partial(self._change_later, change))
+
+    def _change_later(self, change: Callable[[], None]) -> None:
+        """Apply *change*, which nobody waits for, once it can be: it may be that no descriptor is left."""
+        try:
+            change()
+        except (ConfigurationError, zmq.ZMQError) as error:
+            self._inbox.limited_log.warning("change", "Cannot connect (trying again): %s", error)
+            self._loop.at(time.monotonic() + _Link.RENEWAL, partial(self._change_later, change))
 
     def _open_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
@@ -7665,7 +7698,7 @@ class _Follower:
     """
 
     SOON = 2.0  # seconds until the next lookup while something is missing
-    SELDOM = 10.0  # otherwise, without listening, or while a publisher is in doubt
+    SELDOM = 10.0  # otherwise, as long as it does not listen, or while a publisher is in doubt
     RARELY = 60.0  # otherwise
     PATIENCE = 3  # answers without a publisher until it is taken for lost
     LIMIT = 20000  # addresses
@@ -7686,6 +7719,7 @@ class _Follower:
         self._resolutions = {host: self._resolution(host) for host in nameservers}
         self._sockets: dict[str, list[zmq.Socket[bytes]]] = {}  # the first is that for lookups
         self._endpoints: dict[str, str] = {}  # what they are connected to
+        self._heard: set[str] = set()  # those whose address port has been connected
         self._last_answer: dict[str, float] = {}
         self._known: dict[str, _Publisher] = {}
         self._log = LimitedLogger("subscriber")
@@ -7733,6 +7767,7 @@ class _Follower:
 
     def _close(self, host: str) -> None:
         """Close the sockets to *host*; what is unread is asked for again."""
+        self._heard.discard(host)
         for sock in self._sockets.pop(host, ()):
             self._loop.unwatch(sock)
             close_socket(sock)
@@ -7758,29 +7793,30 @@ class _Follower:
             news = set_up_client_socket(zmq.SUB, "")
             take(news, partial(self._take_news, host))
             news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
-            take(_open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED), self._catch_up)
+            take(_open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED), partial(self._catch_up, host))
             connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
 
-    def _catch_up(self, frames: list[bytes]) -> None:
-        """After a connection to an address port: learn by lookups what was published before.
+    def _catch_up(self, host: str, frames: list[bytes]) -> None:
+        """After a connection to the address port of *host*: learn by lookups what was published before.
 
         A second one follows soon, as the subscription arrives a little later than the connection.
         """
         if struct.unpack("=HI", frames[0])[0] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._heard.add(host)
             self._look_up(self._services)
             self._loop.at(time.monotonic() + self.SOON / 2, partial(self._look_up, self._services))
 
     def _run(self) -> None:
         """Look up what is missing or may have changed, again and again."""
-        missing, wants_all = self.missing, "" in self._services
+        missing = self.missing
         try:
-            if missing or self._listen or not wants_all:
+            if missing or self._listen:
                 self._open()
-                self._look_up(missing if wants_all and not self._listen else self._services)
+                self._look_up(self._services if self._listen else missing)
         finally:
-            is_cut_off = len(self._sockets) < len(self._resolutions)
+            is_cut_off = len(self._heard) < len(self._resolutions)  # always, without listening
             is_in_doubt = is_cut_off or any(publisher.denials for publisher in self._known.values())
-            self._run_in(self.SOON if missing else self.RARELY if self._listen and not is_in_doubt else self.SELDOM)
+            self._run_in(self.SOON if missing else self.SELDOM if is_in_doubt else self.RARELY)
         if missing and not self._has_warned:
             self.warn_of_missing()
         self._let_go_of_lost()
@@ -7910,8 +7946,8 @@ class NSSubscriber:
     Args:
         services: The names of the services; ``""`` for all, None for none.
         topics: The beginnings of the subjects to subscribe to.
-        addr_listener: Add publishers as they appear on the network, and remove those that vanish.  Without it,
-            named services are looked up again from time to time.
+        addr_listener: Add publishers as they appear on the network, and remove those that vanish; those of
+            named services are, whatever it says.
         addresses: Addresses to subscribe to in addition.
         timeout: How long to wait for the addresses at the start, in seconds.
         translate: Put the host of the publisher's address in place of the host of the sender.
@@ -7974,7 +8010,8 @@ class NSSubscriber:
     def _follow(self, subscriber: Subscriber, hosts: list[str]) -> None:
         """Have *subscriber* follow the services, and wait until they are found."""
         _load_client_keys()  # what is wrong with them is an error now, not where the messages are received
-        follower = _Follower(subscriber, self._services, hosts, self._addr_listener, self._address_port)
+        listen = self._addr_listener or "" not in self._services  # lookups are too slow for who is there for seconds
+        follower = _Follower(subscriber, self._services, hosts, listen, self._address_port)
         deadline = time.monotonic() + self._timeout
         while follower.missing and time.monotonic() < deadline:
             for service in follower.missing:
@@ -8436,7 +8473,15 @@ def log_handler(file: str | None) -> logging.Handler:
         return logging.StreamHandler(sys.stdout)
     from logging.handlers import TimedRotatingFileHandler
 
-    return TimedRotatingFileHandler(file, when="midnight", backupCount=7)
+    handler = TimedRotatingFileHandler(file, when="midnight", backupCount=7)
+    handler.rotator = _rename_if_allowed
+    return handler
+
+
+def _rename_if_allowed(old: str, new: str) -> None:
+    """Rename a log; where its directory is not ours, it goes on in the same file."""
+    with suppress(OSError):
+        os.replace(old, new)
 
 
 class _OutputHandler(logging.StreamHandler):  # type: ignore[type-arg]

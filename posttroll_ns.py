@@ -256,47 +256,63 @@ class AddressBook:
 
 
 class _MulticastSource:
-    """Announcements by UDP.  As long as the network cannot be used, it is tried again."""
+    """Announcements by UDP.
+
+    It joins the group again and again: an interface that goes away takes the membership along, without any error, and
+    as long as the network cannot be used, there is none.
+    """
 
     RETRY = 2.0
+    RENEWAL = 30.0
 
     def __init__(self, port: int, rules: posttroll.AccessRules, log: posttroll.LimitedLogger) -> None:
         self._port = port
         self._rules = rules
         self._log = log
-        self._receiver: posttroll.MulticastReceiver | None = None
         self._loop: posttroll.Loop | None = None
+        self._timer: posttroll.Timer | None = None
         self._group = posttroll.multicast_group(None)  # a wrong group is an error now, a missing network is not
-        self._try_to_open()
+        self._receiver = self._open()
 
-    def _try_to_open(self) -> None:
+    def _open(self) -> posttroll.MulticastReceiver | None:
+        """Return a new receiver, None if the network cannot be used."""
         try:
-            self._receiver = posttroll.MulticastReceiver(self._port, self._group)
-            self._receiver.socket.setblocking(False)
+            receiver = posttroll.MulticastReceiver(self._port, self._group)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
             self._log.warning("multicast", "Cannot receive multicast (trying again): %s", error)
+            return None
+        receiver.socket.setblocking(False)
+        return receiver
 
     def watch(self, loop: posttroll.Loop, handle: Callable[[bytes], None]) -> None:
         """Have *handle* called with the announcements that come."""
         self._loop, self._handle = loop, handle
-        if self._receiver is None:
-            loop.at(time.monotonic() + self.RETRY, self._retry)
-        else:
+        if self._receiver is not None:
             loop.watch(self._receiver.fileno(), self._receive)
+        pause = self.RETRY if self._receiver is None else self.RENEWAL
+        self._timer = loop.at(time.monotonic() + pause, self._renew)
 
-    def _retry(self) -> None:
+    def _renew(self) -> None:
+        """Join the group again, and let go of the old socket when it is read empty; what comes to both is harmless."""
         assert self._loop is not None
+        self._timer = self._loop.at(time.monotonic() + self.RETRY, self._renew)  # whatever happens here
+        receiver = self._open()
+        if receiver is None:
+            return
         try:
-            self._try_to_open()
+            if self._receiver is not None:
+                self._receive(1000)
         finally:
+            self.close()
+            self._receiver = receiver
             self.watch(self._loop, self._handle)
 
-    def _receive(self) -> None:
+    def _receive(self, limit: int = 100) -> None:
         assert self._receiver is not None
         assert self._loop is not None
-        for _ in range(100):
+        for _ in range(limit):
             try:
                 data, sender = self._receiver.socket.recvfrom(posttroll.DATAGRAM_SIZE)
             except BlockingIOError:
@@ -317,6 +333,8 @@ class _MulticastSource:
 
     def close(self) -> None:
         """Close the socket."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._receiver is not None:
             if self._loop is not None:
                 self._loop.unwatch(self._receiver.fileno())
@@ -661,7 +679,13 @@ class NameServer:
         max_age: After this time without announcement, a publisher is lost; ten minutes by default.
         multicast_enabled: Receive announcements by UDP multicast; else by request.
         restrict_to_localhost: Serve this host only.
+
+    Attributes:
+        hourly: What is called again and again while it runs, None for nothing.
     """
+
+    HOUR = 3600.0
+    KEYS = ("server_secret_key_file", "clients_public_keys_directory")  # the settings that lead to what it reads
 
     def __init__(
         self,
@@ -673,6 +697,7 @@ class NameServer:
         self._max_age = dt.timedelta(minutes=10) if max_age is None else max_age
         self._multicast_enabled = multicast_enabled
         self._local_only = restrict_to_localhost
+        self.hourly: Callable[[], object] | None = None
         self._loop: posttroll.Loop | None = None
         self._is_stopping = False
         self._has_ended = False
@@ -720,9 +745,15 @@ class NameServer:
                 server.watch(loop, partial(self._answer, address_receiver))
             if when_ready is not None:
                 when_ready()
+            if self.hourly is not None:
+                loop.at(time.monotonic(), partial(self._repeat, self.hourly, loop))
             if not self._is_stopping:
                 with posttroll.signals_wake(loop):
                     loop.run()
+
+    def _repeat(self, task: Callable[[], object], loop: posttroll.Loop) -> None:
+        loop.at(time.monotonic() + self.HOUR, partial(self._repeat, task, loop))
+        task()
 
     def _end(self) -> None:
         self._has_ended = True
@@ -735,8 +766,7 @@ class NameServer:
         port = posttroll.get_configured_nameserver_port()
         yield nameserver_address or f"tcp://*:{port}", own
         if nameserver_address is None:
-            settings = ("server_secret_key_file", "clients_public_keys_directory")
-            has_keys = all(posttroll.config.get(setting) for setting in settings)
+            has_keys = all(posttroll.config.get(setting) for setting in self.KEYS)
             secure_port = posttroll.get_configured_secure_zmq_nameserver_port()
             if has_keys and secure_port != port:
                 yield f"tcp://*:{secure_port}", "secure_zmq"
@@ -876,6 +906,9 @@ def _fill_standard_descriptors() -> None:
             return
 
 
+_Serve = Callable[[Callable[[], None], Callable[[], object]], int]
+
+
 class _Daemon:
     """The nameserver in the background, found again by its pid file."""
 
@@ -927,11 +960,12 @@ class _Daemon:
         given = {key: value for key, value in vars(self._options).items() if value}
         vars(self._options).update({**kept, **given, "set": [*kept.get("set", []), *self._options.set]})
 
-    def start(self, serve: Callable[[Callable[[], None]], int]) -> int:
+    def start(self, serve: _Serve) -> int:
         """Run *serve* in the background; return 0 when it is ready, 1 if it failed to start.
 
         Args:
-            serve: Called in the daemon, with the function to call when it is ready; returns the exit status.
+            serve: Called in the daemon, with what to call when it is ready, and what every hour; returns the exit
+                status.
         """
         pid = self.pid()
         if pid is not None:
@@ -958,7 +992,7 @@ class _Daemon:
         finally:
             os._exit(status)
 
-    def _run_in_background(self, serve: Callable[[Callable[[], None]], int], write_end: int) -> int:
+    def _run_in_background(self, serve: _Serve, write_end: int) -> int:
         """Be the daemon: write the pid file, let go of the terminal, serve."""
         try:
             descriptor = self._open(os.O_RDWR | os.O_CREAT)
@@ -981,7 +1015,7 @@ class _Daemon:
             os.dup2(null, 2)
 
         os.chdir("/")
-        status = serve(when_ready)
+        status = serve(when_ready, partial(os.utime, descriptor))  # what is old in /tmp may be cleaned away
         if status:
             os.close(descriptor)  # the options stay for a restart, as after a crash
             return status
@@ -1054,7 +1088,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.log:
         options.log = os.path.abspath(options.log)
 
-    def serve(when_ready: Callable[[], None]) -> int:
+    def serve(when_ready: Callable[[], None], hourly: Callable[[], object] | None = None) -> int:
         try:
             logger = setup_logging(options)
         except OSError as error:
@@ -1062,6 +1096,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 1
         posttroll.raise_descriptor_limit()
         ns = NameServer(multicast_enabled=not options.no_multicast, restrict_to_localhost=options.local_only)
+        ns.hourly = hourly
         _handle_hangup(ns.stop, is_daemon=options.daemon is not None)
         return _run(ns, logger, when_ready)
 
@@ -1076,7 +1111,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _control_daemon(options: Any, serve: Callable[[Callable[[], None]], int]) -> int:
+def _control_daemon(options: Any, serve: _Serve) -> int:
     """Start, stop or restart the daemon, or tell its status."""
     if not hasattr(os, "fork"):
         print("nameserver: this system has no daemons; run it as a service without -d", file=sys.stderr)
@@ -1084,14 +1119,18 @@ def _control_daemon(options: Any, serve: Callable[[Callable[[], None]], int]) ->
     daemon = _Daemon(options)
     if options.daemon == "status":
         return daemon.status()
+    if options.daemon == "stop":
+        return daemon.stop()
     if options.daemon == "restart":
         daemon.keep_options()
         posttroll.config.set(dict(options.set))
+    paths = {key: posttroll.config.get(key) for key in NameServer.KEYS}  # which are meant from here, as that of the log
+    posttroll.config.set({key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items() if path})
+    if options.daemon == "restart":
         NameServer().check()  # what is wrong is an error while the one before still runs
         posttroll.log_handler(options.log).close()
-    if options.daemon in ("stop", "restart"):
         status = daemon.stop()
-        if options.daemon == "stop" or status:
+        if status:
             return status
     status = daemon.start(serve)
     if status == 0 and not options.log:

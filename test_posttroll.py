@@ -5398,6 +5398,49 @@ class TestFollowing:
                 self.check(pub, data, "it is back")
 
     @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
+    @pytest.mark.parametrize("what", ["address", "hook"])
+    def test_what_is_added_while_another_thread_receives_and_there_are_no_descriptors(self, what, fault, monkeypatch):
+        """Nobody can be told, so it is tried again."""
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.05)
+        set_up, failures = posttroll.set_up_client_socket, []
+
+        def fail_at_first(*args: Any) -> Any:
+            if len(failures) < 5:
+                failures.append(args)
+                raise fault
+            return set_up(*args)
+
+        with posttroll.Publisher("tcp://127.0.0.1:0") as pub, posttroll.Subscriber([], "/a") as sub:
+            address = local_address(pub.port_number)
+            with serving(sub) as data:
+                monkeypatch.setattr(posttroll, "set_up_client_socket", fail_at_first)
+                if what == "address":
+                    sub.add(address)
+                else:
+                    sub.add_hook_sub(address, ["/a"], lambda message: data.append(message.data))
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                assert len(failures) == 5
+                pub.send(text_message("heard", "/a"))
+                wait_for(lambda: data == ["heard"])
+
+    def test_what_could_not_be_connected_and_is_removed_meanwhile_is_not_tried_again(self, monkeypatch):
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.05)
+        change_later, tried = posttroll._SubscriberSockets._change_later, []
+
+        def note(sockets: Any, change: Any) -> None:
+            change_later(sockets, change)
+            tried.append(change)
+
+        monkeypatch.setattr(posttroll._SubscriberSockets, "_change_later", note)
+        with posttroll.Subscriber([]) as sub, serving(sub):
+            with mock.patch("posttroll.set_up_client_socket", side_effect=zmq.ZMQError(errno.EMFILE)):
+                sub.add(local_address(free_port()))
+                wait_for(lambda: tried)
+                sub.remove(sub.addresses[0])
+            wait_for(lambda: tried.count(tried[0]) == 2)
+            assert (sub.addresses, sub._connections._links) == ([], {})
+
+    @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
     @pytest.mark.parametrize("what", ["lookups", "news", "their monitor"])
     def test_nameservers_that_cannot_be_asked_for_a_while(self, impatient, monkeypatch, what, fault):
         """Of the tries nothing is left, and what is published meanwhile comes."""
@@ -10230,6 +10273,53 @@ class TestAddressReceiver:
         finally:
             receiver.stop()
 
+    def test_the_group_is_joined_again_and_again(self, monkeypatch):
+        """Whatever that raises, the socket that works is kept, and it goes on; no socket is left behind."""
+        made: list[Any] = []
+        errors = [OSError(errno.EADDRINUSE, "x"), OSError(errno.ENODEV, "x"), RuntimeError("x")]
+
+        class Receiver(posttroll.MulticastReceiver):
+            def __init__(self, *args: Any) -> None:
+                if len(made) == 3 and errors:
+                    raise errors.pop()
+                super().__init__(*args)
+                made.append(self)
+
+        monkeypatch.setattr(posttroll, "MulticastReceiver", Receiver)
+        monkeypatch.setattr(posttroll_ns._MulticastSource, "RENEWAL", 0.01)
+        monkeypatch.setattr(posttroll_ns._MulticastSource, "RETRY", 0.01)
+        receiver = posttroll_ns.AddressReceiver().start()
+        try:
+            wait_for(lambda: len(made) > 10)
+            assert sum(each.fileno() != -1 for each in list(made)[:-2]) == 0
+            with contextlib.closing(posttroll.MulticastSender(config.get("broadcast_port"))) as sender:
+                sender(announcement().encode())
+            wait_for(lambda: receiver.get("a"))
+        finally:
+            receiver.stop()
+        assert {each.fileno() for each in made} == {-1}
+
+    def test_no_announcement_is_lost_when_the_group_is_joined_again(self, monkeypatch):
+        monkeypatch.setattr(posttroll_ns._MulticastSource, "RENEWAL", 0)
+        port, heard = free_port(), []
+        source = posttroll_ns._MulticastSource(port, posttroll.AccessRules(False), posttroll.LimitedLogger("x"))
+        loop = posttroll.Loop()
+        with contextlib.closing(loop), contextlib.closing(source):
+            source.watch(loop, heard.append)
+            with contextlib.closing(posttroll.MulticastSender(port)) as sender:
+                for number in range(120):
+                    sender(str(number))
+                old = source._receiver
+                wait_for(lambda: select.select([old], [], [], 0)[0])
+                loop.turn(time.monotonic())
+                assert source._receiver is not old
+                assert sum(timer.callback is not None for timer in loop._timers) == 1
+                sender("120")
+                wait_for(lambda: loop.turn(time.monotonic() + 0.1) or heard[-1] == b"120")
+            source.close()
+            assert [timer for timer in loop._timers if timer.callback is not None] == []
+        assert [int(number) for number in heard] == list(range(121))
+
     @pytest.mark.parametrize("max_age", [0.2, dt.timedelta(seconds=0.2)])
     def test_new_and_lost_publishers_are_published(self, max_age):
         receiver = posttroll_ns.AddressReceiver(max_age=max_age, multicast_enabled=False).start()
@@ -10558,6 +10648,21 @@ class TestNameserverCommand:
                 root.removeHandler(handler)
                 handler.close()
 
+    def test_the_log_goes_on_where_it_cannot_be_rotated(self, tmp_path, monkeypatch):
+        """The file may have been made by root for a user who may not write to its directory."""
+
+        def refuse(*_: Any) -> None:
+            raise PermissionError(errno.EACCES, "x")
+
+        monkeypatch.setattr(os, "rename", refuse)
+        monkeypatch.setattr(os, "replace", refuse)
+        with contextlib.closing(posttroll.log_handler(str(tmp_path / "log"))) as handler:
+            for text in ("first", "second"):
+                handler.rolloverAt = 0  # it is midnight
+                handler.handle(log_record(text))
+                assert handler.rolloverAt > 0
+        assert (tmp_path / "log").read_text() == "first\nsecond\n"
+
     def test_a_log_file_that_cannot_be_written(self, tmp_path):
         with process(sys.executable, NAMESERVER, "-l", tmp_path / "no" / "directory") as running:
             status, _, err = finish(running)
@@ -10786,6 +10891,36 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
         assert os.readlink(proc / "cwd") == "/"
         assert os.getsid(control.pid()) not in (os.getsid(0), control.pid())  # it can get no terminal again
         assert {os.readlink(proc / "fd" / str(number)) for number in range(3)} == {os.devnull}
+
+    def test_its_keys(self, control, tmp_path, monkeypatch):
+        """Relative paths are meant from where it is started; a restart from elsewhere that finds none stops nothing."""
+        posttroll.write_key_pair("server", tmp_path)
+        (tmp_path / "clients").mkdir()
+        monkeypatch.setenv("POSTTROLL_BACKEND", "secure_zmq")
+        monkeypatch.setenv("POSTTROLL_SERVER_SECRET_KEY_FILE", "server.key_secret")
+        monkeypatch.setenv("POSTTROLL_CLIENTS_PUBLIC_KEYS_DIRECTORY", "clients")
+        monkeypatch.setenv("POSTTROLL_SECURE_ZMQ_NAMESERVER_PORT", os.environ["POSTTROLL_NAMESERVER_PORT"])
+        monkeypatch.chdir(tmp_path)
+        assert control("start") == (0, "", LOGS_NOWHERE)
+        assert control("restart") == (0, "", LOGS_NOWHERE)
+        pid = control.pid()
+        monkeypatch.chdir("/")
+        status, _, err = control("restart")
+        assert (status, err.count("\n"), "server.key_secret" in err) == (1, 1, True), err
+        assert control("status") == (0, f"nameserver: running (process {pid})\n", "")
+
+    def test_its_pid_file_stays_young(self, control):
+        """What is old in /tmp is cleaned away on many systems."""
+        code = """
+import posttroll_ns, sys
+posttroll_ns.NameServer.HOUR = 0.05
+sys.exit(posttroll_ns.main(sys.argv[1:]))
+"""
+        with python(code, "--no-multicast", "--pid-file", control.pid_file, "-d", "start") as running:
+            assert finish(running) == (0, "", LOGS_NOWHERE)
+        for _ in range(2):
+            os.utime(control.pid_file, (0, 0))
+            wait_for(lambda: control.pid_file.stat().st_mtime and control.pid_file.stat().st_atime)
 
     def test_the_pid_file_does_not_depend_on_the_environment(self):
         """cron, ssh and a desktop have other variables; port and user make the difference."""
@@ -11030,6 +11165,14 @@ class Host:
         return out.split()
 
 
+def plug_in(hosts: Sequence[Host]) -> None:
+    """Connect two hosts by a cable."""
+    one, two = hosts
+    one.ip("link", "add", one.device, "type", "veth", "peer", "name", two.device, "netns", two.name)
+    for host in hosts:
+        host.ip("link", "set", host.device, "up")
+
+
 @pytest.fixture
 def two_hosts():
     """Give two hosts on a network of their own; skipped where one may not make them."""
@@ -11043,14 +11186,13 @@ def two_hosts():
             except (OSError, subprocess.CalledProcessError) as error:
                 pytest.skip(f"It may not make network namespaces: {getattr(error, 'stderr', error)}")
             made.append(name)
-        try:
-            ip("-n", names[0], "link", "add", devices[0], "type", "veth", "peer", "name", devices[1], "netns", names[1])
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"It may not make network devices: {error.stderr}")
         hosts = [Host(name, device, f"10.77.1.{n}") for n, (name, device) in enumerate(zip(names, devices), 1)]
         for host in hosts:
             host.ip("link", "set", "lo", "up")
-            host.ip("link", "set", host.device, "up")
+        try:
+            plug_in(hosts)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"It may not make network devices: {error.stderr}")
         yield hosts
     finally:
         for name in made:
@@ -11137,6 +11279,21 @@ class TestSeveralHosts:
             one.connect()
             two.connect()
             wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
+
+    def test_an_interface_that_goes_away_and_comes_back(self, two_hosts):
+        """It has forgotten the multicast group, and no error tells the nameserver."""
+        one, two = two_hosts
+        one.connect()
+        code = "import posttroll_ns; posttroll_ns._MulticastSource.RENEWAL = 0.2; posttroll_ns.main([])"
+        with one.run("-c", code) as server:
+            await_line(server, "answers on port")
+            one.ip("link", "del", one.device)
+            plug_in(two_hosts)
+            one.connect()
+            two.connect()
+            with two.run("-c", PUBLISHING, "60") as pub:
+                port = await_line(pub, "port").split()[1]
+                wait_for(lambda: one.ask("a_service") == [f"tcp://10.77.1.2:{port}"])
 
 
 @pytest.fixture
@@ -12539,8 +12696,9 @@ class TestEnds:
             assert finish(running) == (0, "called\n", "")
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_nested_in_each_other(self, number):
+    def test_nested_in_each_other(self, number, monkeypatch):
         """Each takes one signal; what comes then is treated as before the first."""
+        monkeypatch.setattr(posttroll, "_ECHO_SECONDS", 0)
         previous = signal.getsignal(number)
         calls, before = [], mock.Mock()
         signal.signal(number, before)
@@ -12554,6 +12712,20 @@ class TestEnds:
                 signal.raise_signal(number)
                 assert before.called
             assert (calls, signal.getsignal(number)) == (["inner", "outer"], before)
+        finally:
+            signal.signal(number, previous)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_one_signal_that_is_sent_twice(self, number, monkeypatch):
+        """`timeout` signals a program and then its group: that does not end it at once."""
+        monkeypatch.setattr(posttroll, "_ECHO_SECONDS", 600)
+        previous, calls, before = signal.getsignal(number), [], mock.Mock()
+        signal.signal(number, before)
+        try:
+            with posttroll.call_on_signals(lambda: calls.append("called")):
+                for _ in range(3):
+                    signal.raise_signal(number)
+            assert (calls, before.called, signal.getsignal(number)) == (["called"], False, before)
         finally:
             signal.signal(number, previous)
 
@@ -17909,9 +18081,9 @@ class TestFirstMessages:
     def way(self, request):
         return {"registration": ["localhost"], "multicast": None}[request.param]
 
-    def check(self, way: Any) -> None:
+    def check(self, way: Any, addr_listener: bool) -> None:
         with nameserver(multicast_enabled=way is None):
-            with posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            with posttroll.Subscribe("first", addr_listener=addr_listener, timeout=0) as sub, serving(sub) as data:
                 for life in range(3):
                     with posttroll.Publish("first", nameservers=way) as pub:
                         for number in range(3):
@@ -17921,11 +18093,11 @@ class TestFirstMessages:
 
     def test_three_at_once_arrive(self, way, monkeypatch):
         config.set(discovery_seconds=1.5)
-        self.check(way)
+        self.check(way, addr_listener=False)
 
     def test_with_curve(self, way, keys):
         config.set(discovery_seconds=1.5)
-        self.check(way)
+        self.check(way, addr_listener=True)
 
     def run_processes(self, way: Any, batches: int, size: int) -> None:
         """Let processes publish the same text, *size* of them at once, with what the configuration is by default."""
@@ -17935,7 +18107,7 @@ with posttroll.Publish("first", nameservers={way}) as pub:
     pub.send("pytroll://first info me@here 2020-01-01T00:00:00 v1.01 application/json %s" % sys.argv[1])
 """
         with nameserver(multicast_enabled=way is None):
-            with posttroll.Subscribe("first", addr_listener=True, timeout=0) as sub, serving(sub) as data:
+            with posttroll.Subscribe("first", timeout=0) as sub, serving(sub) as data:
                 wait_for(lambda: sub._loop)
                 for batch in range(batches):
                     with contextlib.ExitStack() as stack:
@@ -18003,7 +18175,7 @@ with posttroll.Publish("first", nameservers={way}) as pub:
                     sub.setsockopt(zmq.SUBSCRIBE, topic)
                 sub.connect(local_address(pub.port_number))
                 assert sub.poll(DEADLINE * 1000)
-                return int(sub.recv().split(b"\0H ")[1].split()[-2])
+                return int(sub.recv().split(b"\0H ")[1].split()[4])
 
         with posttroll.Publisher("tcp://*:0") as pub:
             pub.send(text_message("first"))
@@ -18198,6 +18370,22 @@ class TestProxiesAndNeighbours:
                             await_count(second, numbers.count)
                         wait_for(lambda: not pub._audience.unserved())
                         assert sorted(first) == sorted(second) == list(range(numbers.count))
+
+    def test_a_newer_publisher_may_tell_more_in_its_greeting(self, monkeypatch):
+        send_to = posttroll._Audience._send_to
+
+        def send_more(audience: Any, peer: Any, content: bytes) -> bool:
+            if content[:2] == b"H ":
+                head, _, name = content.rpartition(b" ")
+                content = head + b" 1 2 " + name
+            return bool(send_to(audience, peer, content))
+
+        monkeypatch.setattr(posttroll._Audience, "_send_to", send_more)
+        with posttroll.Publisher("tcp://127.0.0.1:0", "numbers") as pub:
+            numbers = Numbers(pub)
+            numbers.send(5)
+            with posttroll.Subscriber([local_address(pub.port_number)], since=60) as sub, serving(sub) as data:
+                numbers.check(data)
 
     @needs_proxy
     def test_who_hears_all_comes_and_goes_behind_a_proxy(self):
@@ -18774,6 +18962,17 @@ class TestNothingFallsBetween:
                 wait_for(lambda: news)
             wait_for(lambda: sub.addresses == [])
 
+    @pytest.mark.parametrize("addr_listener", [False, True])
+    def test_without_the_news_of_publishers_lookups_find_them_soon(self, addr_listener, monkeypatch):
+        """A firewall may let lookups through alone."""
+        monkeypatch.setattr(posttroll._Follower, "SELDOM", 0.2)
+        monkeypatch.setattr(posttroll._Follower, "SOON", 0.2)
+        with nameserver(), config.set(address_publish_port=free_port()):
+            with posttroll.Subscribe("numbers", addr_listener=addr_listener, timeout=0) as sub, serving(sub):
+                for _ in range(2):
+                    with posttroll.Publish("numbers", nameservers=["localhost"], broadcast_interval=0.1) as pub:
+                        assert pub.wait_for_subscribers(1, DEADLINE)
+
     def test_a_publisher_that_is_lost_while_much_is_unread(self, impatient, monkeypatch):
         """Its address is kept until all is read: else what comes meanwhile would wait behind all of it."""
         monkeypatch.setattr(posttroll._Follower, "RARELY", 1)  # the news may be older than the connection for it
@@ -18940,6 +19139,42 @@ class TestEndsOfPublishers:
         posttroll.Publisher(f"tcp://127.0.0.1:{port}").start().stop()
         wait_for(lambda: threading.active_count() == before)
         assert not posttroll._forgotten
+
+    def test_the_end_of_the_program_waits_for_a_thread_that_stops_it(self):
+        code = """
+import threading, time, posttroll
+drain, stopping = posttroll._Ending.drain, threading.Event()
+def drain_slowly(*args):
+    stopping.set()
+    time.sleep(0.5)
+    drain(*args)
+    print("drained")
+posttroll._Ending.drain = drain_slowly
+pub = posttroll.Publisher("tcp://127.0.0.1:0").start()
+threading.Thread(target=pub.stop, daemon=True).start()
+stopping.wait(20)
+"""
+        with python(code) as running:
+            assert finish(running) == (0, "drained\n", "")
+
+    def test_who_stops_it_too_waits_until_it_has_ended(self, monkeypatch):
+        order, stopping, is_free = [], threading.Event(), threading.Event()
+
+        def wait_and_drain(*args: Any) -> None:
+            stopping.set()
+            is_free.wait(DEADLINE)
+            order.append("drained")
+            drain(*args)
+
+        drain = posttroll._Ending.drain
+        monkeypatch.setattr(posttroll._Ending, "drain", wait_and_drain)
+        pub = posttroll.Publisher("tcp://127.0.0.1:0").start()
+        with in_thread(pub.stop):
+            assert stopping.wait(DEADLINE)
+            threading.Timer(0.05, is_free.set).start()
+            pub.stop()
+            order.append("stopped")
+        assert order == ["drained", "stopped"]
 
     @pytest.mark.network
     def test_stop_on_a_slow_link(self, two_faulty_hosts):
