@@ -2827,7 +2827,8 @@ class _AccessControl:
         elif event == zmq.EVENT_DISCONNECTED:
             peer = peers.pop(descriptor, "an unknown address")
             if peers.pop(-1, ""):
-                self._log.warning("handshake", "A handshake of %s failed: no CURVE, or the wrong server key", peer)
+                reason = "no CURVE, or the wrong server key"
+                self._log.warning("handshake " + peer, "A handshake of %s failed: %s", peer, reason)
         else:
             peers[-1] = "failed"  # the event of the disconnection, which tells whose it was, comes next
 
@@ -3313,7 +3314,8 @@ def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> d
 def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[bytes | None]:
     """Ask several nameservers at once; those that are down take no time from the others.
 
-    Once one has answered, the rest have as long again as it took, and at least a quarter of a second.
+    Once one has answered, the rest have as long again as it took, and at least a second: a far one needs some four
+    round trips for a new connection and its answer.
     """
     unresolved = [_Resolution(endpoint) for endpoint in dict.fromkeys(endpoints)]
     sockets: list[zmq.Socket[bytes]] = []
@@ -3332,7 +3334,7 @@ def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[b
             for sock, _ in poller.poll(max(int((min(left, 0.02) if unresolved else left) * 1000), 1)):
                 answers.append(cast("zmq.Socket[bytes]", sock).recv_multipart(_NOBLOCK)[0])
                 poller.unregister(sock)
-                deadline = min(deadline, time.monotonic() + max(time.monotonic() - start, 0.25))
+                deadline = min(deadline, time.monotonic() + max(time.monotonic() - start, 1.0))
     finally:
         for sock in sockets:
             close_socket(sock)
@@ -9687,7 +9689,14 @@ class _Service:
         return {"name": self.name, "aliases": aliases, "address": self.address, **how}
 
     def greets(self, timeout: float = 1.0) -> bool:
-        """Whether a ZeroMQ socket answers at its address."""
+        """Whether a ZeroMQ socket answers at its address.
+
+        One of ours that wants CURVE is asked with it: it takes a mere greeting for a handshake that failed.
+        """
+        if backend_towards(self.entry.get("backend")) == "secure_zmq":
+            timeout /= 2  # for each of the two ways
+            if self.about(timeout) is not None:
+                return True
         return bool(_mechanism_at(self.address, timeout)[0])
 
     def about(self, timeout: float = 1.0) -> dict[str, Any] | None:
@@ -9700,7 +9709,7 @@ class _Service:
         return None
 
 
-def _look_up(name: str, timeout: float, hosts: Hosts) -> list[_Service]:
+def _look_up(name: str, timeout: float, hosts: list[str]) -> list[_Service]:
     """Return the publishers of a service that nameservers know; of all for an empty name."""
     return list(map(_Service, get_pub_address(name, timeout, hosts)))
 
@@ -9709,7 +9718,7 @@ _Answer = TypeVar("_Answer")
 
 
 def _ask_each(
-    ask: Callable[[_Service], _Answer], services: Iterable[_Service], timeout: float = 1e6, workers: int = 32
+    ask: Callable[[_Service], _Answer], services: Iterable[_Service], timeout: float = 1e6, workers: int = 128
 ) -> Iterator[tuple[str, _Answer]]:
     """Ask publishers, so many *workers* at once, and yield addresses and answers as they come, until *timeout*.
 
@@ -9772,7 +9781,7 @@ def _mechanism_at(address: str, timeout: float = 1.0) -> tuple[str, bytes]:
     _seconds("--timeout", 0, 5, "for the nameserver"),
 )
 def _run_services(options: argparse.Namespace) -> int:
-    """List what the nameserver knows.
+    """List what the nameserver knows, and who answers (?, in JSON null: not known within the time).
 
     Examples:
       posttroll services
@@ -9812,7 +9821,7 @@ def _find_services(options: argparse.Namespace) -> tuple[list[dict[str, Any]], l
     found = {name: _look_up(name, options.timeout, hosts) for name in options.names or [""]}
     services = {service.address: service for each in found.values() for service in each}
     answers = dict(_ask_each(_Service.greets, services.values(), max(options.timeout, 2)))
-    rows = [{**service.row, "answers": answers.get(address, False)} for address, service in services.items()]
+    rows = [{**service.row, "answers": answers.get(address)} for address, service in services.items()]
     rows.sort(key=lambda row: (row["name"], row["address"]))
     missing = [name for name in options.names if not any(answers.get(each.address) for each in found[name])]
     return rows, missing
@@ -9826,7 +9835,7 @@ def _services_lines(rows: Sequence[Mapping[str, Any]], options: argparse.Namespa
     for row in rows:
         age = "" if row["age"] is None else f"{row['age']:.0f} s"
         line = [row["name"], ",".join(row["aliases"]), row["address"], row["backend"] or "", row["version"] or "", age]
-        cells.append([*map(printable, line), "yes" if row["answers"] else "no"])
+        cells.append([*map(printable, line), {True: "yes", False: "no", None: "?"}[row["answers"]]])
     headings = ("NAME", "ALIASES", "ADDRESS", "BACKEND", "VERSION", "AGE", "ANSWERS")
     head, *lines = _table(cells, headings, _view_size()[0], elastic=[0, 1])
     if _colors(options):
@@ -10033,6 +10042,7 @@ class _Traffic:
     """
 
     AGES = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
+    BEATS = ("heartbeat_interval", "heartbeats_overdue", "heartbeats_missed")
     SECONDS = 60  # of which it is known how many came in each
 
     def __init__(self) -> None:
@@ -10055,10 +10065,10 @@ class _Traffic:
 
     def beats(self, now: float) -> dict[str, float | None]:
         """Return what is known of heartbeats; nothing if there are none to be expected."""
-        beats, names = self.heartbeats, ("heartbeat_interval", "heartbeats_overdue", "heartbeats_missed")
+        beats = self.heartbeats
         if beats.interval is None:
-            return dict.fromkeys(names)
-        return dict(zip(names, (beats.interval, beats.overdue(now), beats.missed(now))))
+            return dict.fromkeys(self.BEATS)
+        return dict(zip(self.BEATS, (beats.interval, beats.overdue(now), beats.missed(now))))
 
     def minute(self, now: float) -> list[int]:
         """Return how many came in each second of the last minute, this one included."""
@@ -10260,7 +10270,7 @@ class _Network:
         problems = []
         for host in self._up:
             try:
-                known.update((service.address, service) for service in _look_up("", self.PATIENCE, host))
+                known.update((service.address, service) for service in _look_up("", self.PATIENCE, [host]))
                 self._up[host] = True
             except TimeoutError as error:
                 self._up[host] = False
@@ -10287,6 +10297,9 @@ class _Network:
         view = {"time": now, "nameservers": dict(self._up), "services": len(self._known), **self._meter.view()}
         for publisher in view["publishers"]:
             publisher["kept"] = kept.get(publisher["address"])
+        for row in view["traffic"] if all(self._up.values()) else ():
+            if row["address"] not in self._known:  # it has said goodbye: nothing is expected of it any more
+                row.update(dict.fromkeys(_Traffic.BEATS))
         return view
 
     def close(self) -> None:
@@ -10563,7 +10576,7 @@ class _Check:
             try:
                 for name in wanted:
                     patience = self.share(len(hosts) - index - 1 + bool(self._options.names) + silent)
-                    found[name].update((service.address, service) for service in _look_up(name, patience, host))
+                    found[name].update((service.address, service) for service in _look_up(name, patience, [host]))
             except TimeoutError:
                 down.append(host)
         if down:
@@ -11129,26 +11142,14 @@ class _Doctor:
             except (OSError, UnicodeError) as error:
                 self.say("FAIL", name, f"the name does not resolve: {error}", "correct it, or add it to /etc/hosts")
                 continue
-            mechanism, received = _mechanism_at(endpoint)
-            wanted = "CURVE" if configured_backend() == "secure_zmq" else "NULL"
-            if not received:
-                remedy = "start it (nameserver), or open the port in the firewall"
-                self.say("FAIL", name, f"nobody answers at {endpoint}", remedy)
-            elif not mechanism:
-                self.say("FAIL", name, f"what answers at {endpoint} is not ZeroMQ", "another program has this port")
-            elif mechanism != wanted:
-                finding = f"it speaks {mechanism}, this program {wanted}"
-                self.say("FAIL", name, finding, "set the same backend for both (POSTTROLL_BACKEND)")
+            answer = ask_nameserver(endpoint, lookup_request(""), 3)
+            if answer is None:
+                self.say("FAIL", name, *_why_silent(endpoint))
             else:
-                self._check_answer(host, endpoint)
+                self._check_answer(host, endpoint, answer)
 
-    def _check_answer(self, host: str, endpoint: str) -> None:
+    def _check_answer(self, host: str, endpoint: str, answer: bytes) -> None:
         name = f"nameserver {host}"
-        answer = ask_nameserver(endpoint, lookup_request(""), 3)
-        if answer is None:
-            remedy = "check its authorized_client_addresses, --local-only and keys (its log names refused clients)"
-            self.say("FAIL", name, f"it lets us connect to {endpoint}, but does not answer", remedy)
-            return
         try:
             message = Message.decode(answer)
         except MessageError as error:
@@ -11182,7 +11183,7 @@ class _Doctor:
 
     def _travel(self, publisher: AnyPublisher, name: str, host: str) -> None:
         """Find our publisher through a nameserver, and send until something comes back: others may listen, too."""
-        with NSSubscriber(name, "/doctor", True, timeout=4, nameserver=host) as subscriber:
+        with NSSubscriber(name, "/doctor", True, timeout=4, nameserver=[host]) as subscriber:
             if not subscriber.addresses:
                 way = f"multicast to {config.get('mc_group')}" if self.multicast else "registration"
                 hint = "then: doctor --no-multicast" if self.multicast else "else leave it out here too"
@@ -11199,6 +11200,20 @@ class _Doctor:
                     return
             finding = f"nothing comes from {', '.join(subscriber.addresses)}, as the nameserver {host} has it"
             self.say("FAIL", "round trip", finding, "open the publishers' ports; check that the address is this host's")
+
+
+def _why_silent(endpoint: str) -> tuple[str, str]:
+    """Return why a nameserver does not answer, and what to do about it."""
+    mechanism, received = _mechanism_at(endpoint)
+    wanted = "CURVE" if configured_backend() == "secure_zmq" else "NULL"
+    if not received:
+        return f"nobody answers at {endpoint}", "start it (nameserver), or open the port in the firewall"
+    if not mechanism:
+        return f"what answers at {endpoint} is not ZeroMQ", "another program has this port"
+    if mechanism != wanted:
+        return f"it speaks {mechanism}, this program {wanted}", "set the same backend for both (POSTTROLL_BACKEND)"
+    remedy = "check its authorized_client_addresses, --local-only and keys (its log names refused clients)"
+    return f"it lets us connect to {endpoint}, but does not answer", remedy
 
 
 def _owner_of_port(port: int) -> str:

@@ -2998,6 +2998,15 @@ class TestAskingTheNameserver:
         with pytest.raises(TimeoutError, match=f"{hosts[0]}, {hosts[1]}"):
             posttroll.get_pub_address("a", timeout=0.05, nameserver=hosts)
 
+    def test_a_nameserver_that_is_far_away_is_waited_for(self):
+        near, far = ({"URI": f"tcp://h:{number}"} for number in (1, 2))
+        ports = [free_port() for _ in range(2)]
+        with answering(answer_with([near]), ports[0]), answering(answer_with([far]), ports[1]):
+            with Relay(ports[1], delay=0.05) as cable:
+                hosts = [f"127.0.0.1:{ports[0]}", f"127.0.0.1:{cable.port}"]
+                found = posttroll.get_pub_address("a", timeout=DEADLINE, nameserver=hosts)
+        assert sorted(entry["URI"] for entry in found) == ["tcp://h:1", "tcp://h:2"]
+
     @pytest.mark.parametrize("nameserver", ["", "a b", "host:99999", "tcp://"])
     def test_a_nameserver_that_cannot_be_an_address(self, nameserver):
         with pytest.raises(ValueError, match="Cannot connect to"):
@@ -7617,6 +7626,19 @@ class TestServicesAndTop:
         assert list(posttroll._ask_each(ask, services[1:], workers=1)) == []
         wait_for(lambda: set(threading.enumerate()) <= before)
 
+    def test_who_has_not_been_asked_in_time_is_not_taken_for_dead(self):
+        """Hundreds that take a connection and say nothing do not hide one that answers."""
+        with socket.create_server(("", 0), backlog=1000) as mute, nameserver():
+            for number in range(300):
+                uri = f"tcp://127.0.{1 + number // 250}.{1 + number % 250}:{mute.getsockname()[1]}"
+                assert register(registration_of(URI=uri, service=["pub"])) == b"ok"
+            with posttroll.Publish("alive", nameservers=["localhost"]):
+                wait_for(lambda: posttroll.get_pub_address("alive"))
+                _, out, _ = run_here("services", "--json", "--timeout", 5)
+                assert {(row["name"], row["answers"]) for row in json.loads(out)} == {("pub", False), ("alive", True)}
+                _, table, _ = run_here("services", "--timeout", 2)
+        assert {line.split()[-1] for line in table.splitlines() if "pub" in line} >= {"?"}
+
     def test_services_are_sorted_by_name(self):
         names = ["zebra", "ant", "mouse", "bee", "yak", "cat"]
         with contextlib.ExitStack() as world:
@@ -7755,6 +7777,37 @@ class TestServicesAndTop:
     def beats_missed(line: str) -> str:
         """Return what stands behind SEEN in a line of top."""
         return re.search(r"s ago *(\d*)", line)[1]
+
+    def test_no_heartbeats_are_expected_of_a_publisher_that_has_said_goodbye(self, monkeypatch):
+        """One that came back on another port is another one; but one nameserver alone cannot tell."""
+        monkeypatch.setattr(posttroll._Heartbeats, "overdue", lambda beats, now: 3)
+        ports = old, new = free_port(), free_port()
+        with contextlib.ExitStack() as world:
+            first, life = (world.enter_context(contextlib.ExitStack()) for _ in range(2))
+            first.enter_context(nameserver())
+            publisher = life.enter_context(posttroll.Publish("a", old, nameservers=["localhost"]))
+            loop = world.enter_context(contextlib.closing(posttroll.Loop()))
+            other = free_port()
+            world.enter_context(answering(answer_with([]), other))
+            hosts = ["localhost", f"127.0.0.1:{other}"]
+            network = world.enter_context(contextlib.closing(posttroll._Network([], hosts, loop)))
+            network.LOOKUP, network.PATIENCE = 0.05, 0.1
+
+            def overdue() -> list[Any]:
+                """Return the numbers of heartbeats that are overdue, of the old publisher and of the new one."""
+                publisher.heartbeat(1)
+                assert network.run(time.monotonic() + 0.1)
+                found = {row["address"].rpartition(":")[2]: row for row in network.view()["traffic"]}
+                return [str(port) in found and found[str(port)]["heartbeats_overdue"] for port in ports]
+
+            wait_for(lambda: overdue() == [3, False])
+            first.close()
+            wait_for(lambda: overdue() == [3, False] and "no answer" in network.problem)
+            world.enter_context(nameserver())
+            wait_for(lambda: overdue() == [3, False] and not network.problem)
+            life.close()
+            publisher = world.enter_context(posttroll.Publish("a", new, nameservers=["localhost"]))
+            wait_for(lambda: overdue() == [None, 3])
 
     def test_odd_heartbeats(self):
         """Nothing is expected after one that promises nothing, whatever it is."""
@@ -8021,6 +8074,18 @@ class TestCheck:
             assert text.startswith("no answer from the nameserver on 127.0.0.1:")
             assert data["alive"] == "1;1:;1:"
             assert data["alive_silent"] != "U;;60"
+
+    def test_localhost_beside_other_nameservers(self, capsys, monkeypatch):
+        """Of several it is this host, not once more what is configured."""
+        port = free_port()
+        monkeypatch.setenv("POSTTROLL_NAMESERVER", f"localhost 127.0.0.1:{port}")
+        with answering(answer_with([]), port):
+            status, text, _ = self.check(capsys, "--timeout", 2)
+            assert (status, text) == (1, "no answer from the nameserver on localhost")
+            status, text, _ = self.check(capsys, "--nameserver", "localhost", "--timeout", 1)
+            assert (status, text) == (2, "no answer from the nameserver on localhost")
+            _, out, _ = run_here("top", "--json", "-n", 1, "--interval", 2)
+        assert json.loads(out)["nameservers"] == {"localhost": False, f"127.0.0.1:{port}": True}
 
     def test_odd_names(self, capsys):
         """They break neither the line nor the performance data."""
@@ -8834,6 +8899,13 @@ class TestDoctor:
             "FAIL  nameserver 127.0.0.9:1: nobody answers at tcp://127.0.0.9:1  -> start it (nameserver), or open the "
             "port in the firewall"
         ]
+        assert "hear each other (by localhost)" in out
+
+    def test_localhost_is_this_host_whatever_is_configured(self, monkeypatch):
+        with nameserver_process("--no-multicast"):
+            monkeypatch.setenv("POSTTROLL_NAMESERVER", "127.0.0.9:1")
+            status, out, err = run_command("doctor", "--no-multicast", "--nameserver", "localhost")
+        assert (status, err, "FAIL" in out) == (0, "", False), out
         assert "hear each other (by localhost)" in out
 
     def test_a_plain_program_that_looks_at_a_secure_nameserver(self, keys, monkeypatch):
@@ -13719,6 +13791,40 @@ class TestHandshakeLog:
             posttroll._access_control._log.BURST = 1000
             wait_for(is_logged)
 
+    @staticmethod
+    def intrude(port: int | None, address: str) -> None:
+        """Greet a secure port without CURVE, from an address of this host, until it hangs up."""
+        with socket.create_connection((LOOPBACK, port), DEADLINE, (address, 0)) as peer:
+            with contextlib.suppress(ConnectionError):
+                peer.sendall(b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\x01NULL".ljust(64, b"\0"))
+                while peer.recv(100):
+                    pass
+
+    def test_one_peer_does_not_silence_another(self, keys, caplog):
+        with publishing() as publisher:
+            for address, count in (("127.0.0.2", posttroll.LimitedLogger.BURST), ("127.0.0.3", 1)):
+                text = f"A handshake of {address} failed"
+                wait_for(lambda: self.intrude(publisher.port_number, address) or caplog.text.count(text) >= count)  # noqa: B023
+
+    def test_commands_that_look_in_are_no_intruders(self, keys, caplog, monkeypatch):
+        monkeypatch.setattr(posttroll._Doctor, "check_round_trip", lambda doctor: None)  # which ends at once
+        with nameserver(), posttroll.Publish("chain", nameservers=["localhost"]) as publisher:
+            wait_for(lambda: is_known("chain"))
+            for words in (["services", "chain"], ["check", "chain"], ["doctor", "--no-multicast"]):
+                status, out, _ = run_here(*words)
+                assert not status, out
+            ports = publisher.port_number, config.get("nameserver_port")
+            for port, address in zip(ports, ("127.0.0.2", "127.0.0.3")):  # what was before is logged before
+                text = f"A handshake of {address} failed"
+                wait_for(lambda: self.intrude(port, address) or text in caplog.text)  # noqa: B023
+        assert set(re.findall(r"A handshake of (\S+)", caplog.text)) <= {"127.0.0.2", "127.0.0.3", "an"}
+
+    def test_many_peers_fill_no_memory(self):
+        log = posttroll.LimitedLogger("backends.zmq.socket")
+        for number in range(1000):
+            log.warning(f"handshake 10.0.{number}", "failed")
+        assert 1 <= len(log._kinds) <= log.KINDS
+
     def test_is_limited(self, keys, caplog):
         with publishing() as publisher, publishing() as other:
             for _ in range(3 * posttroll.LimitedLogger.BURST):
@@ -16121,10 +16227,14 @@ def proxy(port: int) -> Iterator[int]:
 
 
 class Relay:
-    """A TCP relay before a port of this host: a cable that can be cut, or go silent as if a host had vanished."""
+    """A TCP relay before a port of this host: a cable that can be cut, or go silent as if a host had vanished.
 
-    def __init__(self, port: int, host: str = "127.0.0.1", own_port: int = 0) -> None:
+    What it passes on comes *delay* seconds late.
+    """
+
+    def __init__(self, port: int, host: str = "127.0.0.1", own_port: int = 0, delay: float = 0) -> None:
         self._target = port
+        self._delay = delay
         self._listener = socket.create_server((host, own_port))
         self.port = self._listener.getsockname()[1]
         self.address = f"tcp://{host}:{self.port}"
@@ -16159,6 +16269,7 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 data = source.recv(65536)
+                time.sleep(self._delay)
                 self._flows.wait()
                 if not data:
                     break
