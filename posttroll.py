@@ -6342,7 +6342,8 @@ class _CatchUp:
                 if not b"".join(fields).isdigit() or max(numbers) >= 10**15:
                     raise ValueError(f"no numbers: {head[:200]!r}")
                 if kind == b"H":
-                    self._go_on(instance)
+                    _, _, port, *_ = numbers
+                    self._go_on(instance, port)
                 elif instance not in self._sources:
                     return None
                 source = self._source(instance)
@@ -6360,12 +6361,13 @@ class _CatchUp:
             _catch_up_log.warning("mark", "Skipped something broken sent to us alone: %s", error)
         return None
 
-    def _go_on(self, instance: bytes) -> None:
-        """Go on where a socket with more or fewer topics is, if the publisher was heard by that later than by this."""
+    def _go_on(self, instance: bytes, port: int) -> None:
+        """Go on where a socket with more or fewer topics was left, if that has heard the publisher later than this."""
         own = self._sources.get(instance)
         if own is None or own.is_left:
-            others = (other for other in self._all_streams() if _are_nested(other._prefixes, self._prefixes))
-            known = [other for other in others if instance in other._sources]
+            others = (other for other in self._all_streams() if instance in other._sources)
+            left = (other for other in others if not other._has_port(port))
+            known = [other for other in left if _are_nested(other._prefixes, self._prefixes)]
             newest = max(known, key=lambda other: other._sources[instance].asked, default=self)
             if known and (own is None or own.asked <= newest._sources[instance].asked):
                 self._sources[instance] = source = newest._sources[instance]

@@ -16567,6 +16567,22 @@ class TestCatchingUp:
                 wait_for(lambda: not pub._audience.unserved())
             numbers.check(data)
 
+    def test_a_second_address_with_more_topics_takes_nothing_from_the_first(self, monkeypatch):
+        """The first one still hears the publisher, so nothing is to go on elsewhere."""
+        taken = []
+        monkeypatch.setattr(posttroll._LiveRecord, "hand_over", lambda *args: taken.append(args))
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0"))
+            relay = stack.enter_context(Relay(pub.port_number, "127.0.0.2", pub.port_number))
+            sub = stack.enter_context(posttroll.Subscriber([local_address(pub.port_number)], "/few"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 1)
+            sub.add(relay.address, ["/"])
+            wait_for(lambda: sub.up_to_date == 2)
+            pub.send(text_message("heard", "/more"))
+            wait_for(lambda: data == ["heard"])
+            assert not taken
+
     def test_topics_that_are_added_before_the_publisher_is_found(self):
         """What is wanted of the past comes all the same."""
         with posttroll.Publisher("tcp://*:0") as pub:
@@ -18959,6 +18975,8 @@ class TestMarks:
                         b"L " + own + b" 1\0" + text,
                         b"H " + own + b" w x y z name",
                         b"H " + own + b" 0 0 0 0 0 fake",
+                        b"H " + own + b" 0 fake",
+                        b"H " + own + b" fake",
                         b"C " + own + b" 1\0" + other,
                         b"L " + own + b" 2\0" + other,
                         b"C " + own + b" 3\0pytroll",
