@@ -3263,8 +3263,8 @@ def get_pub_address(name: str, timeout: float = 10, nameserver: Hosts = "localho
         name: Name or alias of the publisher, ``""`` for all publishers.
         timeout: How long to wait for the nameserver, in seconds.
         nameserver: The host of the nameserver, ``host:port`` if it answers on another port than configured, or a
-            list of them: then the answers are merged, and one that answers is enough.  The default stands for the
-            configured `nameserver`.
+            list of them: then the answers are merged, and one that answers is enough (the log tells of the others).
+            The default stands for the configured `nameserver`.
 
     Returns:
         A dictionary for each publisher, with its address as ``"URI"``; none if the nameserver knows none.
@@ -3274,18 +3274,19 @@ def get_pub_address(name: str, timeout: float = 10, nameserver: Hosts = "localho
         ConfigurationError: The secure backend is not set up.
     """
     request = lookup_request(name)
-    nameservers = hosts_to_ask(nameserver)
-    if not nameservers:
-        return []
-    if len(nameservers) == 1:
-        answers = [ask_nameserver(lookup_endpoint(nameservers[0]), request, timeout)]
+    endpoints = {host: lookup_endpoint(host) for host in hosts_to_ask(nameserver)}
+    if len(endpoints) == 1:
+        [endpoint] = endpoints.values()
+        answer = ask_nameserver(endpoint, request, timeout)
+        answers = {} if answer is None else {endpoint: answer}
     else:
-        answers = _ask_all([lookup_endpoint(host) for host in nameservers], request, timeout)
-    if all(answer is None for answer in answers):
-        hosts = ", ".join(nameservers)
-        raise TimeoutError(f"Didn't get an address after {timeout} seconds: no answer from the nameserver on {hosts}.")
-    merged = {entry["URI"]: entry for answer in answers if answer is not None for entry in addresses_in(answer)}
-    return list(merged.values())
+        answers = _ask_all(endpoints.values(), request, timeout)
+    silent = ", ".join(host for host, endpoint in endpoints.items() if endpoint not in answers)
+    if endpoints and not answers:
+        raise TimeoutError(f"Didn't get an address after {timeout} seconds: no answer from the nameserver on {silent}.")
+    if silent:
+        _lookup_log.warning("silent", "No answer from the nameserver on %s: what is known is what others know", silent)
+    return list({entry["URI"]: entry for answer in answers.values() for entry in addresses_in(answer)}.values())
 
 
 def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> dict[str, Any]:
@@ -3311,34 +3312,34 @@ def describe_nameserver(nameserver: str = "localhost", timeout: float = 10) -> d
     return about if isinstance(about, dict) else {}
 
 
-def _ask_all(endpoints: Sequence[str], request: bytes, timeout: float) -> list[bytes | None]:
-    """Ask several nameservers at once; those that are down take no time from the others.
+def _ask_all(endpoints: Iterable[str], request: bytes, timeout: float) -> dict[str, bytes]:
+    """Ask several nameservers at once, and return the answers; those that are down take no time from the others.
 
     Once one has answered, the rest have as long again as it took, and at least a second: a far one needs some four
     round trips for a new connection and its answer.
     """
-    unresolved = [_Resolution(endpoint) for endpoint in dict.fromkeys(endpoints)]
-    sockets: list[zmq.Socket[bytes]] = []
-    answers: list[bytes | None] = []
+    unresolved = {endpoint: _Resolution(endpoint) for endpoint in endpoints}
+    sockets: dict[zmq.Socket[bytes], str] = {}
+    answers: dict[str, bytes] = {}
     poller = zmq.Poller()
     start = time.monotonic()
     deadline = start + timeout
     try:
         while len(answers) < len(sockets) + len(unresolved) and time.monotonic() < deadline:
-            for resolution in [each for each in unresolved if each.check() is not None]:
-                unresolved.remove(resolution)
-                sockets.append(set_up_client_socket(zmq.REQ, cast(str, resolution.endpoint)))
-                sockets[-1].send(request, _NOBLOCK)
-                poller.register(sockets[-1], _POLLIN)
+            for endpoint in [each for each, resolution in unresolved.items() if resolution.check() is not None]:
+                sock = set_up_client_socket(zmq.REQ, cast(str, unresolved.pop(endpoint).endpoint))
+                sockets[sock] = endpoint
+                sock.send(request, _NOBLOCK)
+                poller.register(sock, _POLLIN)
             left = deadline - time.monotonic()
-            for sock, _ in poller.poll(max(int((min(left, 0.02) if unresolved else left) * 1000), 1)):
-                answers.append(cast("zmq.Socket[bytes]", sock).recv_multipart(_NOBLOCK)[0])
+            for sock, _ in cast("Any", poller.poll(max(int((min(left, 0.02) if unresolved else left) * 1000), 1))):
+                answers[sockets[sock]] = sock.recv_multipart(_NOBLOCK)[0]
                 poller.unregister(sock)
                 deadline = min(deadline, time.monotonic() + max(time.monotonic() - start, 1.0))
     finally:
         for sock in sockets:
             close_socket(sock)
-    return answers or [None]
+    return answers
 
 
 def get_pub_addresses(
@@ -6219,8 +6220,8 @@ class _CatchUp:
         on_gone: Callable[[str, int], None],
         wake_at: Callable[[_CatchUp, float], object],
         on_past: Callable[[], None],
-        durable: _DurableState | None = None,
-        all_streams: Callable[[], Iterable[_CatchUp]] = tuple,
+        durable: _DurableState | None,
+        all_streams: Callable[[], Iterable[_CatchUp]],
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known

@@ -2998,6 +2998,17 @@ class TestAskingTheNameserver:
         with pytest.raises(TimeoutError, match=f"{hosts[0]}, {hosts[1]}"):
             posttroll.get_pub_address("a", timeout=0.05, nameserver=hosts)
 
+    def test_one_that_is_silent_beside_others_is_told_of(self, caplog):
+        ports = [free_port() for _ in range(2)]
+        hosts = [f"localhost:{port}" for port in ports]
+        with answering(answer_with([{"URI": "tcp://h:1"}]), ports[0]):
+            for nameserver in (hosts, [*hosts, hosts[1]]):
+                assert posttroll.get_pub_address("a", timeout=DEADLINE, nameserver=nameserver) == [{"URI": "tcp://h:1"}]
+                assert f"No answer from the nameserver on {hosts[1]}:" in caplog.text
+                caplog.clear()
+            assert len(posttroll.get_pub_address("a", timeout=DEADLINE, nameserver=hosts[:1])) == 1
+        assert not caplog.text
+
     def test_a_nameserver_that_is_far_away_is_waited_for(self):
         near, far = ({"URI": f"tcp://h:{number}"} for number in (1, 2))
         ports = [free_port() for _ in range(2)]
@@ -16608,7 +16619,7 @@ class TestCatchingUp:
     def test_greetings_that_are_read_after_their_connection_was_closed(self):
         """What came between them is not taken for missing."""
         sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], lambda *args: None, lambda *args: None, lambda: None)
+        stream = posttroll._CatchUp([b"pytroll:/"], lambda *args: None, lambda *args: None, lambda: None, None, tuple)
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
