@@ -5632,6 +5632,7 @@ class _Connections:
         on_up_again: Called with a socket of which a connection has come up again.
         on_waited: Called later with that socket, and whether a publisher has greeted us over that connection, as all do
             who notice that it is a new one.
+        on_let_go: Called with a socket, and an endpoint to which it is not connected any more.
         load_keys: Called with the key of a group; returns the socket options for the keys of its connections.
 
     A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
@@ -5653,12 +5654,14 @@ class _Connections:
         on_several: Callable[[Iterable[Any]], object],
         on_up_again: Callable[[Any], object],
         on_waited: Callable[[Any, bool], object],
+        on_let_go: Callable[[Any, str], object],
         load_keys: Callable[[Any], dict[str, bytes]],
     ) -> None:
         self._on_change = on_change
         self._on_several = on_several
         self._on_up_again = on_up_again
         self._on_waited = on_waited
+        self._on_let_go = on_let_go
         self._loop = loop
         self._read_all = read_all
         self._sockets = _MonitoredSockets(loop, open_socket, self._take_event, on_close, load_keys)
@@ -5666,7 +5669,6 @@ class _Connections:
         self._wanted: dict[str, tuple[Any, float]] = {}
         self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
-        self._ports: dict[zmq.Socket[bytes], set[str]] = {}  # of the links, as far as they have been asked for
         self._new = _NewLinks()
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self._log = LimitedLogger("subscriber")
@@ -5743,7 +5745,6 @@ class _Connections:
         keys = self._sockets.renew_keys(sock, key)
         connect(sock, endpoint)
         self._links.setdefault((sock, endpoint), _Link(begin, keys)).keys = keys
-        self._ports.pop(sock, None)
         connected[endpoint] = sock
         if used:
             self._on_several(connected.values())
@@ -5755,12 +5756,12 @@ class _Connections:
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
             link = self._links.pop((sock, endpoint))
-            self._ports.pop(sock, None)
             link.is_up = False
             self._new.note(sock, endpoint, link)
             self._read_all(sock)
             disconnect(sock, endpoint)  # it may be gone already (inproc)
             self._on_change(sock, link.descriptor)
+            self._on_let_go(sock, endpoint)
         _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
 
     def _disconnect_all(self, address: str) -> None:
@@ -5774,7 +5775,6 @@ class _Connections:
         if (key, "", 0) in sockets and all(other != key for other, _ in self._wanted.values()):
             unused.append((key, "", 0))
         for slot in unused:
-            self._ports.pop(sockets[slot], None)
             self._sockets.close(slot)
 
     def _take_event(self, sock: zmq.Socket[bytes], endpoint: str, event: int, value: int) -> None:
@@ -5813,11 +5813,14 @@ class _Connections:
         self._on_up_again(sock)
         self._loop.at(time.monotonic() + self.GREETING, look)
 
+    def endpoints(self, sock: zmq.Socket[bytes]) -> list[str]:
+        """Return what *sock* is connected to."""
+        return [endpoint for other, endpoint in self._links if other is sock]
+
     def has_port(self, sock: zmq.Socket[bytes], port: int) -> bool:
         """Whether *sock* is connected to an endpoint with this port."""
-        if sock not in self._ports:
-            self._ports[sock] = {endpoint.rpartition(":")[2] for other, endpoint in self._links if other is sock}
-        return str(port) in self._ports[sock]
+        end = f":{port}"
+        return any(endpoint.endswith(end) for endpoint in self.endpoints(sock))
 
     def _tend_later(self, seconds: float) -> None:
         when = time.monotonic() + seconds
@@ -6208,7 +6211,8 @@ class _CatchUp:
         wake_at: Called with it, and a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
-        all_streams: Called to get those of all sockets, also of those that are closed.
+        before: Called with it and its socket; returns those that were connected before to what the socket is connected
+            to, or was, newest first; it may be among them itself.
     """
 
     SOURCES = 20000
@@ -6221,7 +6225,7 @@ class _CatchUp:
         wake_at: Callable[[_CatchUp, float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None,
-        all_streams: Callable[[], Iterable[_CatchUp]],
+        before: Callable[[_CatchUp, zmq.Socket[bytes]], Iterable[_CatchUp]],
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
@@ -6231,7 +6235,7 @@ class _CatchUp:
         self._wake_at = partial(wake_at, self)
         self._on_past = on_past
         self._durable = durable
-        self._all_streams = all_streams
+        self._before = partial(before, self)
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
         self._requests: dict[bytes, bytes] = {}
@@ -6343,8 +6347,7 @@ class _CatchUp:
                 if not b"".join(fields).isdigit() or max(numbers) >= 10**15:
                     raise ValueError(f"no numbers: {head[:200]!r}")
                 if kind == b"H":
-                    _, _, port, *_ = numbers
-                    self._go_on(instance, port)
+                    self._go_on(instance)
                 elif instance not in self._sources:
                     return None
                 source = self._source(instance)
@@ -6362,15 +6365,13 @@ class _CatchUp:
             _catch_up_log.warning("mark", "Skipped something broken sent to us alone: %s", error)
         return None
 
-    def _go_on(self, instance: bytes, port: int) -> None:
-        """Go on where a socket with more or fewer topics was left, if that has heard the publisher later than this."""
+    def _go_on(self, instance: bytes) -> None:
+        """Go on where a socket with more, fewer or the same topics was left that was connected to the same before."""
         own = self._sources.get(instance)
         if own is None or own.is_left:
-            others = (other for other in self._all_streams() if instance in other._sources)
-            left = (other for other in others if not other._has_port(port))
-            known = [other for other in left if _are_nested(other._prefixes, self._prefixes)]
-            newest = max(known, key=lambda other: other._sources[instance].asked, default=self)
-            if known and (own is None or own.asked <= newest._sources[instance].asked):
+            known = (other for other in self._before(self._socket) if instance in other._sources)
+            newest = next((other for other in known if _are_nested(other._prefixes, self._prefixes)), self)
+            if newest is not self:
                 self._sources[instance] = source = newest._sources[instance]
                 newest._sources[instance] = newest._live.hand_over(source)
 
@@ -6503,9 +6504,9 @@ _catch_up_log = LimitedLogger("subscriber")
 
 
 def _are_nested(prefixes: tuple[bytes, ...], others: tuple[bytes, ...]) -> bool:
-    """Whether ones of them stand for all that the others do, and are not the same."""
+    """Whether ones of them stand for all that the others do."""
     is_within = all(prefix.startswith(others) for prefix in prefixes)
-    return prefixes != others and (is_within or all(prefix.startswith(prefixes) for prefix in others))
+    return is_within or all(prefix.startswith(prefixes) for prefix in others)
 
 
 def _digest(raw: bytes) -> int:
@@ -7193,7 +7194,7 @@ class _Inbox:
 class _SubscriberSockets:
     """Where the messages of a subscriber come from: its addresses and hooks, and the sockets for them."""
 
-    LEFT = 4096  # closed sockets of whose publishers it is remembered what has come
+    LEFT = 4096  # closed sockets and connections of whose publishers it is remembered what has come
 
     def __init__(
         self,
@@ -7217,6 +7218,7 @@ class _SubscriberSockets:
         self._turning: Any = None  # the asyncio task that waits for all who await
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._left: OrderedDict[Any, _CatchUp] = OrderedDict()  # by slot: those without a socket
+        self._let_go: OrderedDict[tuple[str, _CatchUp], None] = OrderedDict()  # by whom an endpoint was left
         self._connections = _Connections(
             self._loop,
             self._open_socket,
@@ -7226,6 +7228,7 @@ class _SubscriberSockets:
             self._note_several,
             lambda sock: self._streams[sock].begin_turn(),
             lambda sock, is_greeted: self._streams[sock].look_for_greeting(is_greeted),
+            self._note_let_go,
             lambda key: _load_client_keys(key[1]),
         )
         self._twins = _Twins()
@@ -7379,7 +7382,7 @@ class _SubscriberSockets:
         stream = self._left.pop(slot, None)
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]
-            args = (self._note_missed, self._wake_at, self._note_past, self._durable, self._all_streams)
+            args = (self._note_missed, self._wake_at, self._note_past, self._durable, self._before)
             stream = _CatchUp(topics, *args)
             stream.origin = origin or ""
             stream.is_later = self._inbox.last_heard is not None
@@ -7390,8 +7393,17 @@ class _SubscriberSockets:
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
 
-    def _all_streams(self) -> Iterable[_CatchUp]:
-        return chain(self._streams.values(), self._left.values())
+    def _note_let_go(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
+        place = endpoint, self._streams[sock]
+        self._let_go.pop(place, None)
+        self._let_go[place] = None
+        if len(self._let_go) > self.LEFT:
+            self._let_go.popitem(last=False)
+
+    def _before(self, stream: _CatchUp, sock: zmq.Socket[bytes]) -> list[_CatchUp]:
+        """Return who let go of what *stream* is connected to over *sock*, or has let go of, newest first."""
+        own = {endpoint for endpoint, other in self._let_go if other is stream}.union(self._connections.endpoints(sock))
+        return [other for endpoint, other in reversed(self._let_go) if endpoint in own]
 
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))

@@ -16594,6 +16594,73 @@ class TestCatchingUp:
             wait_for(lambda: data == ["heard"])
             assert not taken
 
+    def test_an_address_that_comes_again_while_another_way_brings_less(self):
+        """The other way, by a tunnel, leads to the same publisher, but it is not where this one was left."""
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0"))
+            tunnel = stack.enter_context(Relay(pub.port_number))
+            address = local_address(pub.port_number)
+            sub = stack.enter_context(posttroll.Subscriber([address], "/"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 1)
+            sub.add(tunnel.address, "/few")
+            wait_for(lambda: sub.up_to_date == 2)
+            sub.remove(address)
+            wait_for(lambda: pub.subscriber_count == 1)
+            numbers = Numbers(pub)
+            numbers.send(10)
+            wait_for(lambda: positions_of(sub) == [10])
+            sub.add(address)
+            numbers.check(data)
+
+    def test_more_topics_for_one_of_two_hosts_with_the_same_port(self):
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0"))
+            other = stack.enter_context(posttroll.Publisher(f"tcp://127.0.0.2:{pub.port_number}"))
+            addresses = [f"tcp://{host}:{pub.port_number}" for host in ("127.0.0.1", "127.0.0.2")]
+            sub = stack.enter_context(posttroll.Subscriber(addresses, "/numbers"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 2)
+            numbers = Numbers(pub)
+            numbers.send(20)
+            await_count(data, 20)
+            sub.add(addresses[0], "/other")
+            numbers.check(data)
+            other.send(text_message("the other", "/numbers"))
+            wait_for(lambda: data[-1] == "the other")
+
+    @pytest.mark.parametrize("is_greeted", [True, False])
+    def test_more_topics_twice_before_anything_is_read(self, is_greeted):
+        """What was known before the first time is still known, although the socket in between has heard nothing."""
+        with connected("/numbers") as (pub, sub):
+            (address,) = sub.addresses
+            numbers = Numbers(pub)
+            numbers.send(20)
+            assert received_data(sub, 20) == list(range(20))
+            sub.add(address, "/a")
+            if is_greeted:
+                assert sub.subscribers[0].poll(DEADLINE * 1000)
+            sub.add(address, "/b")
+            with serving(sub) as data:
+                wait_for(lambda: sub.up_to_date and not pub._audience.unserved())
+                numbers.send(1)
+                wait_for(lambda: data[-1:] == [20])
+                assert data == [20]
+
+    def test_sockets_that_are_closed_are_not_kept(self):
+        with connected("/a") as (_, sub), serving(sub):
+            (address,) = sub.addresses
+            gc.collect()
+            before = len(posttroll._endpoints)
+            for turn in range(10):
+                sub.add(address, "/b" if turn % 2 else None)
+                wait_for(lambda: sub.up_to_date == 1)
+                if turn % 2:
+                    sub.remove(address)
+                    wait_for(lambda: not sub.subscribers)
+            gc.collect()
+            assert len(posttroll._endpoints) <= before + 1  # the last with each of the two sets of topics
+
     def test_topics_that_are_added_before_the_publisher_is_found(self):
         """What is wanted of the past comes all the same."""
         with posttroll.Publisher("tcp://*:0") as pub:
@@ -16619,7 +16686,7 @@ class TestCatchingUp:
     def test_greetings_that_are_read_after_their_connection_was_closed(self):
         """What came between them is not taken for missing."""
         sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], lambda *args: None, lambda *args: None, lambda: None, None, tuple)
+        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
@@ -16650,7 +16717,7 @@ class TestCatchingUp:
                 sub.remove(f"tcp://127.0.0.1:{port}")
             for topic in "abcdef":  # another one for the same address
                 sub.add("tcp://127.0.0.1:5", topic)
-            assert (len(sub.subscribers), len(sub._streams), len(sub._left)) == (1, 1, 2)
+            assert (len(sub.subscribers), len(sub._streams), len(sub._left), len(sub._let_go)) == (1, 1, 2, 2)
 
     def test_one_that_stays_while_many_come_and_go(self, monkeypatch):
         """What is known of it is not forgotten before what is known of those that are gone."""
