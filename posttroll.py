@@ -6130,12 +6130,13 @@ class _LiveRecord:
     """What came live over a socket, in order: it is recognised when it comes once more."""
 
     SIZE = 16384  # messages
+    PATIENCE = 4 * SIZE  # that come until a publisher of which nothing more comes under the mark has ended
 
     def __init__(self) -> None:
         self.index = 0  # of what comes next
         self._recent: deque[int] = deque(maxlen=self.SIZE)  # digests
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.SIZE)  # with their indices, before an outage
-        self._open: list[_Source] = []  # those of which messages come live and under the mark
+        self._open: dict[_Source, int] = {}  # who sends live and under the mark, and the index when it last did
 
     def note(self, raw: bytes) -> None:
         """Take note of a message."""
@@ -6145,6 +6146,9 @@ class _LiveRecord:
         if self._open:
             for source in self._open:
                 source.live[digest] += 1  # type: ignore[index]
+            if self.index % self.SIZE == 0:
+                for source in [each for each, last in self._open.items() if self.index - last > self.PATIENCE]:
+                    self.close(source)
 
     def freeze(self) -> None:
         """Remember what came until now, as a connection is down: its end may not have been confirmed."""
@@ -6181,22 +6185,18 @@ class _LiveRecord:
         seen = source.unconfirmed
         if not source.is_asked or number > source.hello:
             behind = max(source.hello_index, source.checked) if source.is_asked else 0
-            seen = source.live if source.live is not None else self._open_for(source, max(source.index, behind))
+            if source.live is None:
+                source.live = self.count(max(source.index, behind))
+            seen = source.live
+            self._open[source] = self.index
         if seen[digest] <= 0:
             return False
         seen[digest] -= 1
         return True
 
-    def _open_for(self, source: _Source, since: int) -> Counter[int]:
-        """Have *source* know what came since an index, which is returned, and what comes from now on."""
-        source.live = live = self.count(since)
-        self._open.append(source)
-        return live
-
     def close(self, source: _Source) -> None:
         """Have *source* forget what came, all of which is confirmed."""
-        if source in self._open:
-            self._open.remove(source)
+        self._open.pop(source, None)
         source.live = None
 
 

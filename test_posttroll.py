@@ -16708,6 +16708,26 @@ class TestCatchingUp:
         past = [take(b"C 0123456789abcdef %d\0pytroll://%d" % (number, number)) for number in (1, 2, 3)]
         assert past == [None, None, b"pytroll://3"]
 
+    def test_one_that_ends_while_it_is_caught_up_with(self, monkeypatch):
+        """What others send is not counted for ever, in case that it is sent once more; the newest is still known."""
+        monkeypatch.setattr(posttroll._LiveRecord, "SIZE", 10)
+        monkeypatch.setattr(posttroll._LiveRecord, "PATIENCE", 80, raising=False)
+        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
+        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
+        stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
+
+        def take(text: bytes) -> bytes | None:
+            return stream.take(stream._mark + b"\0" + text)
+
+        take(b"H 0123456789abcdef 0 0 0 0 0 name")
+        (source,) = stream._sources.values()
+        for number in range(1, 1000):
+            if number < 100:
+                assert take(b"C 0123456789abcdef %d\0pytroll://past %d" % (number, number))
+            stream.note(b"pytroll://%d" % number)
+            assert len(source.live or ()) < 200
+        assert take(b"C 0123456789abcdef 1000\0pytroll://995") is None
+
     def test_what_is_known_of_those_that_are_gone_is_not_kept_without_bound(self, monkeypatch):
         monkeypatch.setattr(posttroll.Subscriber, "LEFT", 2)
         with posttroll.Subscriber([], translate=True) as sub:
