@@ -7267,7 +7267,7 @@ class _SubscriberSockets:
         if topics is not None or not prefixes:  # what it was subscribed to before, it stays subscribed to
             new = self._topics if topics is None else _topic_prefixes(topics)
             prefixes = tuple(dict.fromkeys((*prefixes, *new)))
-        wanted = (prefixes, backend, begin)
+        wanted, is_new = (prefixes, backend, begin), address not in self._wanted
         if self._wanted.get(address) != wanted:
             if not address.startswith("inproc:"):
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
@@ -7278,8 +7278,11 @@ class _SubscriberSockets:
                 if self._wanted.get(address) == wanted:  # still
                     self._connections.want(address, key, begin)
 
-            with on_failure(partial(self._wanted.pop, address, None)):
-                self._change(want)
+            if is_new:
+                with on_failure(partial(self._wanted.pop, address, None)):
+                    self._change(want)
+            else:
+                self._change(partial(self._change_later, want))  # nothing that worked is lost if it cannot be just now
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""

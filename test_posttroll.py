@@ -5434,6 +5434,21 @@ class TestFollowing:
                 pub.send(text_message("heard", "/a"))
                 wait_for(lambda: data == ["heard"])
 
+    @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
+    def test_more_topics_while_there_are_no_descriptors(self, fault, monkeypatch):
+        """The address is not lost: all comes as soon as it can."""
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.05)
+        with connected("/a") as (pub, sub):
+            (address,) = sub.addresses
+            pub.send(text_message("before", "/a"))
+            assert received_data(sub) == ["before"]
+            with mock.patch("posttroll.set_up_client_socket", side_effect=fault):
+                sub.add(address, "/b")
+            assert sub.addresses == [address]
+            pub.send(text_message("old", "/a"))
+            pub.send(text_message("new", "/b"))
+            assert received_data(sub, 2) == ["old", "new"]
+
     def test_what_could_not_be_connected_and_is_removed_meanwhile_is_not_tried_again(self, monkeypatch):
         monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.05)
         change_later, tried = posttroll._SubscriberSockets._change_later, []
