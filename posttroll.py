@@ -5813,14 +5813,15 @@ class _Connections:
         self._on_up_again(sock)
         self._loop.at(time.monotonic() + self.GREETING, look)
 
-    def endpoints(self, sock: zmq.Socket[bytes]) -> list[str]:
-        """Return what *sock* is connected to."""
-        return [endpoint for other, endpoint in self._links if other is sock]
+    @property
+    def ends(self) -> Iterable[tuple[zmq.Socket[bytes], str]]:
+        """The sockets, each with an endpoint that it is connected to."""
+        return self._links.keys()
 
     def has_port(self, sock: zmq.Socket[bytes], port: int) -> bool:
         """Whether *sock* is connected to an endpoint with this port."""
         end = f":{port}"
-        return any(endpoint.endswith(end) for endpoint in self.endpoints(sock))
+        return any(other is sock and endpoint.endswith(end) for other, endpoint in self._links)
 
     def _tend_later(self, seconds: float) -> None:
         when = time.monotonic() + seconds
@@ -6211,8 +6212,8 @@ class _CatchUp:
         wake_at: Called with it, and a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
-        before: Called with it and its socket; returns those that were connected before to what the socket is connected
-            to, or was, newest first; it may be among them itself.
+        before: Called with it; returns those that were connected before to what it is, or was, newest first, perhaps
+            itself among them.
     """
 
     SOURCES = 20000
@@ -6225,7 +6226,7 @@ class _CatchUp:
         wake_at: Callable[[_CatchUp, float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None,
-        before: Callable[[_CatchUp, zmq.Socket[bytes]], Iterable[_CatchUp]],
+        before: Callable[[_CatchUp], Iterable[_CatchUp]],
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
@@ -6369,7 +6370,7 @@ class _CatchUp:
         """Go on where a socket with more, fewer or the same topics was left that was connected to the same before."""
         own = self._sources.get(instance)
         if own is None or own.is_left:
-            known = (other for other in self._before(self._socket) if instance in other._sources)
+            known = (other for other in self._before() if instance in other._sources)
             newest = next((other for other in known if _are_nested(other._prefixes, self._prefixes)), self)
             if newest is not self:
                 self._sources[instance] = source = newest._sources[instance]
@@ -7403,10 +7404,12 @@ class _SubscriberSockets:
         if len(self._let_go) > self.LEFT:
             self._let_go.popitem(last=False)
 
-    def _before(self, stream: _CatchUp, sock: zmq.Socket[bytes]) -> list[_CatchUp]:
-        """Return who let go of what *stream* is connected to over *sock*, or has let go of, newest first."""
-        own = {endpoint for endpoint, other in self._let_go if other is stream}.union(self._connections.endpoints(sock))
-        return [other for endpoint, other in reversed(self._let_go) if endpoint in own]
+    def _before(self, stream: _CatchUp) -> list[_CatchUp]:
+        """Return who let go of what *stream* is connected to, or has let go of, newest first."""
+        connected = {(endpoint, self._streams[sock]) for sock, endpoint in self._connections.ends}
+        own = {endpoint for endpoint, other in chain(connected, self._let_go) if other is stream}
+        places = (place for place in reversed(self._let_go) if place[0] in own)
+        return [place[1] for place in places if place[1] is stream or place not in connected]
 
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))

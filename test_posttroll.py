@@ -16593,8 +16593,9 @@ class TestCatchingUp:
                 wait_for(lambda: not pub._audience.unserved())
             numbers.check(data)
 
-    def test_a_second_address_with_more_topics_takes_nothing_from_the_first(self, monkeypatch):
-        """The first one still hears the publisher, so nothing is to go on elsewhere."""
+    @pytest.mark.parametrize("way", ["relay", "name"])
+    def test_a_second_address_with_more_topics_takes_nothing_from_the_first(self, way, monkeypatch):
+        """The first one still hears the publisher, or again, so nothing is to go on elsewhere."""
         taken = []
         monkeypatch.setattr(posttroll._LiveRecord, "hand_over", lambda *args: taken.append(args))
         with contextlib.ExitStack() as stack:
@@ -16603,7 +16604,11 @@ class TestCatchingUp:
             sub = stack.enter_context(posttroll.Subscriber([local_address(pub.port_number)], "/few"))
             data = stack.enter_context(serving(sub))
             wait_for(lambda: sub.up_to_date == 1)
-            sub.add(relay.address, ["/"])
+            sub.remove(local_address(pub.port_number))
+            wait_for(lambda: not sub.up_to_date)
+            sub.add(local_address(pub.port_number))
+            wait_for(lambda: sub.up_to_date == 1)
+            sub.add(relay.address if way == "relay" else f"tcp://localhost:{pub.port_number}", ["/"])
             wait_for(lambda: sub.up_to_date == 2)
             pub.send(text_message("heard", "/more"))
             wait_for(lambda: data == ["heard"])
@@ -16626,6 +16631,20 @@ class TestCatchingUp:
             numbers.send(10)
             wait_for(lambda: positions_of(sub) == [10])
             sub.add(address)
+            numbers.check(data)
+
+    @pytest.mark.parametrize("translate", [False, "origin"])
+    def test_an_address_that_comes_again_by_another_name(self, translate):
+        """It goes on where it was left, also over a socket of its own."""
+        with connected("/numbers", translate=translate) as (pub, sub), serving(sub) as data:
+            (address,) = sub.addresses
+            numbers = Numbers(pub)
+            numbers.send(5)
+            await_count(data, 5)
+            sub.remove(address)
+            wait_for(lambda: not pub.subscriber_count)
+            numbers.send(5)
+            sub.add(f"tcp://localhost:{pub.port_number}")
             numbers.check(data)
 
     def test_more_topics_for_one_of_two_hosts_with_the_same_port(self):
@@ -16701,7 +16720,7 @@ class TestCatchingUp:
     def test_greetings_that_are_read_after_their_connection_was_closed(self):
         """What came between them is not taken for missing."""
         sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
+        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda other: [])
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
@@ -16728,7 +16747,7 @@ class TestCatchingUp:
         monkeypatch.setattr(posttroll._LiveRecord, "SIZE", 10)
         monkeypatch.setattr(posttroll._LiveRecord, "PATIENCE", 80, raising=False)
         sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
+        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda other: [])
         stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
 
         def take(text: bytes) -> bytes | None:
