@@ -9004,7 +9004,7 @@ def _shortened(text: str, width: int) -> str:
     ),
     _option("--file", metavar="FILE", help="read DATA from a file"),
     _flag("--lines", help="each line of the file or stdin is a message of its own"),
-    _option("--service", default="posttroll", help="name of the publisher (posttroll)"),
+    _option("--service", "--name", default="posttroll", help="name of the publisher (posttroll)"),
     _PUBLISH_PORT,
     _repeated("--nameservers", dest="nameserver"),  # its old name
     _seconds("--wait", 0, 10, "for subscribers"),

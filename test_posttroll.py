@@ -6618,7 +6618,7 @@ class TestPublishAndSubscribe:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_publish_that_is_ended_says_goodbye(self, number):
         with nameserver(), posttroll.Subscribe("lines", addr_listener=True, timeout=0) as sub:
-            words = ("/a", "info", "-", "--lines", "--service", "lines", "--nameserver", "localhost")
+            words = ("/a", "info", "-", "--lines", "--name", "lines", "--nameserver", "localhost")
             with command("publish", *words) as publish:
                 publish.stdin.write("one\n")
                 publish.stdin.flush()
