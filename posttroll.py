@@ -6211,8 +6211,8 @@ class _CatchUp:
         wake_at: Called with it, and a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
-        before: Called with it; returns those that were connected before to what it is, or was, newest first, perhaps
-            itself among them.
+        before: Called with it and a publisher; returns those that know that one and were connected before to what it
+            is connected to, or was, newest first, perhaps itself among them.
     """
 
     SOURCES = 20000
@@ -6225,7 +6225,7 @@ class _CatchUp:
         wake_at: Callable[[_CatchUp, float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None,
-        before: Callable[[_CatchUp], Iterable[_CatchUp]],
+        before: Callable[[_CatchUp, bytes], Iterable[_CatchUp]],
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
@@ -6317,6 +6317,10 @@ class _CatchUp:
     def _end_merge(self) -> None:
         self._merge, self.recv = None, self._socket.recv
 
+    def knows(self, instance: bytes) -> bool:
+        """Whether it has heard this publisher."""
+        return instance in self._sources
+
     @property
     def is_merging(self) -> bool:
         """Whether it may hold something that is not in its socket any more."""
@@ -6369,8 +6373,8 @@ class _CatchUp:
         """Go on where a socket with more, fewer or the same topics was left that was connected to the same before."""
         own = self._sources.get(instance)
         if own is None or own.is_left:
-            known = (other for other in self._before() if instance in other._sources)
-            newest = next((other for other in known if _are_nested(other._prefixes, self._prefixes)), self)
+            nested = (other for other in self._before(instance) if _are_nested(other._prefixes, self._prefixes))
+            newest = next(nested, self)
             if newest is not self:
                 self._sources[instance] = source = newest._sources[instance]
                 newest._sources[instance] = newest._live.hand_over(source)
@@ -7234,8 +7238,7 @@ class _SubscriberSockets:
         self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None, float]] = {}  # the topics, backend, and since when
         self._inbox = _Inbox(message_filter, translate, self._durable)
-        self.missed = 0
-        self.caught_up = 0
+        self.missed = self.caught_up = 0
         self._is_closed = False  # last: there is something to be closed
 
     def add(self, address: Any, topics: str | Iterable[str] | None = None) -> None:
@@ -7403,12 +7406,15 @@ class _SubscriberSockets:
         if len(self._let_go) > self.LEFT:
             self._let_go.popitem(last=False)
 
-    def _before(self, stream: _CatchUp) -> list[_CatchUp]:
-        """Return who let go of what *stream* is connected to, or has let go of, newest first."""
+    def _before(self, stream: _CatchUp, instance: bytes) -> list[_CatchUp]:
+        """Return who knows a publisher and let go of what *stream* is connected to, or has let go of, newest first."""
+        places = [place for place in reversed(self._let_go) if place[1].knows(instance)]
+        if not places:  # as at the start, when many are found at once
+            return []
         connected = {(endpoint, self._streams[sock]) for sock, endpoint in self._connections.ends}
         own = {endpoint for endpoint, other in chain(connected, self._let_go) if other is stream}
-        places = (place for place in reversed(self._let_go) if place[0] in own)
-        return [place[1] for place in places if place[1] is stream or place not in connected]
+        left = (place for place in places if place[1] is stream or place not in connected)
+        return [other for endpoint, other in left if endpoint in own]
 
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))

@@ -16759,7 +16759,7 @@ class TestCatchingUp:
     def test_greetings_that_are_read_after_their_connection_was_closed(self):
         """What came between them is not taken for missing."""
         sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda other: [])
+        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
@@ -16786,7 +16786,7 @@ class TestCatchingUp:
         monkeypatch.setattr(posttroll._LiveRecord, "SIZE", 10)
         monkeypatch.setattr(posttroll._LiveRecord, "PATIENCE", 80, raising=False)
         sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda other: [])
+        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
         stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
 
         def take(text: bytes) -> bytes | None:
