@@ -548,13 +548,16 @@ def _wrong_value(name: str, key: str, value: Any, source: str, option: Option, e
 
 
 def _read_config_path(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """Read a file, or the files of a directory in alphabetical order; raises ConfigurationError if one is unusable."""
+    """Read a file, or the files of a directory in alphabetical order; raises ConfigurationError if one is unusable.
+
+    Hidden ones are not configuration, but what editors and systems leave beside it (``.#a.json``, ``._a.json``).
+    """
     layers = []
     file = path
     try:
         files = [path] if os.path.exists(path) else []
         if os.path.isdir(path):
-            names = sorted(os.listdir(path))
+            names = sorted(name for name in os.listdir(path) if not name.startswith("."))
             files = [os.path.join(path, name) for name in names if name.endswith((".json", ".toml", ".yaml", ".yml"))]
         for file in files:
             layers.append((file, _normalised(_read_config_file(file))))
@@ -566,7 +569,7 @@ def _read_config_path(path: str) -> list[tuple[str, dict[str, Any]]]:
 def _read_config_file(file: str) -> Mapping[str, Any]:
     """Return the mapping that a configuration file holds; raises what its parser raises."""
     with open(file, "rb") as stream:
-        text = stream.read().decode()
+        text = stream.read().decode("utf-8-sig")  # editors of Windows begin a file with a mark
     if file.endswith(".json"):
         content = json.loads(text)
     elif file.endswith(".toml"):

@@ -694,6 +694,30 @@ class TestConfigFiles:
         finally:
             sys.modules.pop("yaml", None)
 
+    def test_hidden_files_are_what_editors_leave_behind(self, tmp_path):
+        write(tmp_path / "config", "a.json", '{"own": 1}')
+        write(tmp_path / "config", "._a.json", "").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        (tmp_path / "config" / ".#a.json").symlink_to("somebody@host.4711:1767225600")
+        config.refresh()
+        assert config["own"] == 1
+
+    def test_a_link_to_what_is_gone_is_an_error(self, tmp_path):
+        link = tmp_path / "config" / "a.json"
+        write(tmp_path / "config", "b.json", "{}")
+        link.symlink_to("gone.json")
+        config.refresh()
+        with pytest.raises(ConfigurationError, match=rf"{link} cannot be used: .*No such file"):
+            config.get("own")
+
+    @pytest.mark.parametrize("ending", ["json", "toml", "yaml"])
+    def test_byte_order_marks(self, tmp_path, ending):
+        """As the editors of Windows write them."""
+        pytest.importorskip({"json": "json", "toml": "tomllib", "yaml": "yaml"}[ending])
+        path = write(tmp_path / "config", f"a.{ending}", "")
+        path.write_bytes(b"\xef\xbb\xbf" + {"json": b'{"own": 1}', "toml": b"own = 1", "yaml": b"own: 1"}[ending])
+        config.refresh()
+        assert config["own"] == 1
+
     def test_yaml_without_a_reader(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "yaml", None)
         path = write(tmp_path / "config", "a.yaml", "backend: secure_zmq\n")
