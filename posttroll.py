@@ -6552,14 +6552,18 @@ class _StateFile:
     There is no fsync: the system keeps what has been written whatever happens to the program.  A full disk is warned
     of, and all is written as soon as there is room.
 
+    A new one is made at once, empty, which needs no room for data: so however long the disk is full, the file system
+    keeps since when it is there.
+
     Args:
         name: The name of the file, in the ``durable_directory``.
+        since: The time of a new file, in seconds since the epoch.
     """
 
     GROWTH = 2**18  # bytes after which it is written anew
     PAUSE = 1.0  # seconds after a failure until the next attempt
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, since: float) -> None:
         if not isinstance(name, str) or re.fullmatch(_DURABLE_NAME, name) is None:
             raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
         self._name = name
@@ -6574,10 +6578,15 @@ class _StateFile:
                 raise FileNotFoundError(errno.ENOENT, "there is no home directory")
             os.makedirs(directory, exist_ok=True)
             self.path = os.path.join(os.path.abspath(directory), name)
+            self._new_path = os.path.join(os.path.dirname(self.path), f".{name}.new")
             for path in (directory, self.path):
                 if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             self._lock = self._locked(os.path.join(directory, f".{name}.lock"))
+            self.is_new = not os.path.exists(self.path)
+            if self.is_new:
+                with on_failure(self._lock.close):
+                    self._make(since)
         except OSError as error:
             raise ConfigurationError(
                 f"The state of the durable subscriber {name!r} cannot be kept in {directory} ({error.strerror}): "
@@ -6602,15 +6611,19 @@ class _StateFile:
         _state_files.add(self)
         return lock
 
-    def read(self) -> tuple[list[bytes], float | None]:
-        """Return the lines of earlier programs, and when they were written last; None if there is no file."""
-        try:
-            with open(self.path, "rb") as file:
-                changed = os.fstat(file.fileno()).st_mtime
-                lines = file.read(2**25).splitlines(keepends=True)
-        except FileNotFoundError:
-            return [], None
-        if lines and not lines[-1].endswith(b"\n"):
+    def _make(self, since: float) -> None:
+        with open(self._new_path, "wb"):
+            pass
+        with suppress(OSError):  # not everywhere one may choose it: then it is now
+            os.utime(self._new_path, (since, since))
+        os.replace(self._new_path, self.path)
+
+    def read(self) -> tuple[list[bytes], float]:
+        """Return the lines of earlier programs, and when they were written last, or since when there are none."""
+        with open(self.path, "rb") as file:
+            changed = os.fstat(file.fileno()).st_mtime
+            lines = file.read(2**25).splitlines(keepends=True)
+        if lines[1:] and not lines[-1].endswith(b"\n"):
             lines.pop()  # it was being written when the disk was full
         return lines, changed
 
@@ -6632,10 +6645,9 @@ class _StateFile:
 
     def _rewrite(self, lines: Iterable[bytes]) -> None:
         self._close_file()
-        new = os.path.join(os.path.dirname(self.path), f".{self._name}.new")
-        with open(new, "wb") as file:
+        with open(self._new_path, "wb") as file:
             file.writelines(lines)
-        os.replace(new, self.path)
+        os.replace(self._new_path, self.path)
         self._file = io.FileIO(self.path, "a")
         self._growth, self._size = 0, os.fstat(self._file.fileno()).st_size
 
@@ -6700,8 +6712,8 @@ class _DurableState:
     PUBLISHERS = 5000
 
     def __init__(self, name: str, since: float) -> None:
-        self._file = _StateFile(name)
-        self._since = since
+        self._since = max(since, 0)
+        self._file = _StateFile(name, self._since)
         self.lines = 0  # how many of the first kind there have been
         self._handled: deque[bytes] = deque(maxlen=self.LINES)  # the newest of them
         self._numbers: dict[bytes, set[int]] = {}  # of the messages of the past that are handled, behind the places
@@ -6716,7 +6728,8 @@ class _DurableState:
         self._count = 0  # of what has been handed out
         self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
-        self._read()
+        if not self._file.is_new:
+            self._read()
         # As earlier programs have left them:
         self._earlier = dict(self._places)
         self._earlier_handled = self._index_handled()
@@ -6730,17 +6743,18 @@ class _DurableState:
 
     def _read(self) -> None:
         """Read what earlier programs have handled."""
-        lines, changed = self._file.read()
+        lines, self._since = self._file.read()
         head = re.fullmatch(_DURABLE_HEAD, lines[0]) if lines else None
         entries = [re.fullmatch(_DURABLE_LINE, line) for line in lines[1:]]
         if head is None or None in entries:
-            if changed is not None:
+            text = "%s is empty (was the disk full?): begun anew, with what was sent since %s"
+            if lines:
                 text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
-                when = datetime.fromtimestamp(changed).isoformat(" ", "seconds")
-                _log("subscriber").warning(text, self._file.path, when)
-                self._since = changed
-            return
-        self._since = int(head[1]) / 1000
+            when = datetime.fromtimestamp(self._since).isoformat(" ", "seconds")
+            _log("subscriber").warning(text, self._file.path, when)
+            entries = []
+        else:
+            self._since = int(head[1]) / 1000
         if self._since > time.time():  # the clock was ahead: rather too much of the past than too little
             self._since = 0.0
         for entry in cast("list[re.Match[bytes]]", entries):
@@ -6781,7 +6795,7 @@ class _DurableState:
 
     def _all(self) -> Iterable[bytes]:
         """Return all lines that still count."""
-        head = b"posttroll-durable 1 %d\n" % max(int(self._since * 1000), 0)
+        head = b"posttroll-durable 1 %d\n" % int(self._since * 1000)
         numbers = (b"+%s %d\n" % (instance, number) for instance, each in self._numbers.items() for number in each)
         return chain([head], self._handled, map(self._place_line, self._places), numbers)
 

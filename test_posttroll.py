@@ -17757,10 +17757,11 @@ class TestDurable:
         time.sleep(0.1)
         numbers.send(2)
         with self.subscriber(numbers) as sub:
-            assert f"{directory / 'name'} is damaged" in caplog.text
+            what = "empty (was the disk full?)" if damage == "empty" else "damaged"
+            assert f"{directory / 'name'} is {what}: begun anew" in caplog.text
             assert received_data(sub, 2) == [5, 6]
         assert self.rest(numbers) == []
-        assert caplog.text.count(" is damaged:") == 1
+        assert caplog.text.count("begun anew") == 1
 
     def test_a_line_that_was_not_finished(self, numbers, directory, caplog):
         numbers.send(3)
@@ -17809,6 +17810,45 @@ class TestDurable:
         assert 1 <= errors.count("Cannot write") <= 5
         assert "File too large" in errors
         assert self.rest(numbers) in ([], [numbers.count - 1])
+
+    @pytest.mark.skipif(os.name != "posix", reason="there is no limit on the size of files")
+    def test_a_new_name_while_the_disk_is_full(self, numbers, directory, caplog):
+        """Nothing can be written, from the first program on: all since it began counts as not handled."""
+        code = """if True:
+            import resource, sys, posttroll
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            with posttroll.Subscriber(sys.argv[1:2], durable="name", since=float(sys.argv[2])) as subscriber:
+                for message in subscriber.recv():
+                    print(message.data, flush=True)
+                    if message.data == int(sys.argv[3]):
+                        break
+            """
+        numbers.send(3)
+        for since, last in ((60, 2), (0, 4)):
+            with python(code, local_address(numbers.publisher.port_number), since, last) as running:
+                status, out, err = finish(running)
+            assert (status, out.split()) == (0, [str(number) for number in range(last + 1)])
+            assert f"Cannot write {directory / 'name'} (trying again): File too large" in err
+            numbers.send(2)
+        (directory / ".name.new").unlink()  # it tells nothing
+        assert self.rest(numbers) == list(range(7))
+        assert f"{directory / 'name'} is empty (was the disk full?): begun anew" in caplog.text
+        caplog.clear()
+        numbers.send(1)
+        assert self.rest(numbers) == [7]
+        assert not caplog.records
+
+    def test_a_new_name_when_no_file_can_be_made(self, directory, monkeypatch):
+        replace = os.replace
+
+        def full(*paths: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(ConfigurationError, match=r"No space left on device.*: set durable_directory"):
+            posttroll.Subscriber([], durable="name")
+        monkeypatch.setattr(os, "replace", replace)
+        posttroll.Subscriber([], durable="name").close()  # nobody holds it
 
     def goes_on(self, numbers: Numbers, running: Any) -> bool:
         numbers.send(1, 0.02)
