@@ -5750,7 +5750,6 @@ class _Connections:
         connected[endpoint] = sock
         if used:
             self._on_several(connected.values())
-        _warn_of_descriptors(len(self._links))
         _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
 
     def _disconnect(self, address: str, endpoint: str) -> None:
@@ -5789,7 +5788,9 @@ class _Connections:
             link.descriptor = value
             self._on_change(sock, value)
             return
-        if event not in (zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+        if event == zmq.EVENT_CONNECT_RETRIED:
+            self._look_for_descriptors(endpoint)
+        elif event not in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
             text = "%s does not speak our protocol, or has another backend or key (trying again)"
             self._log.warning("handshake", text, endpoint)
         was_up = link.is_up
@@ -5802,6 +5803,15 @@ class _Connections:
                 link.index = index
             self._new.note(sock, endpoint, link)
             self._look_for_greeting(sock, link)
+
+    def _look_for_descriptors(self, endpoint: str) -> None:
+        """Say so if a connection could not be made for want of descriptors: ZeroMQ does not tell why it could not."""
+        try:
+            socket.socket().close()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                text = "Cannot connect to %s (trying again): %s (at most %d): raise the limit (ulimit -n, LimitNOFILE=)"
+                self._log.warning("descriptors", text, endpoint, error.strerror, get_descriptor_limit())
 
     def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
         """If *link* has come up again, say so: a proxy may not have noticed that it was down."""
@@ -5884,13 +5894,6 @@ def get_descriptor_limit() -> int:
     except (ImportError, OSError):  # Windows has no such limit, a locked-down host does not tell it
         return sys.maxsize
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit
-
-
-def _warn_of_descriptors(count: int) -> None:
-    """Say what to do when so many connections come near the limit on open files."""
-    if count % 100 == 0 and count > 0.8 * get_descriptor_limit():
-        text = "%d connections, but at most %d open files: raise the limit (ulimit -n, LimitNOFILE= in systemd)"
-        _key_log.warning("descriptors", text, count, get_descriptor_limit())
 
 
 class _Source:

@@ -4282,6 +4282,50 @@ class TestGivenUpConnections:
 WITHOUT_OWN_TWINS = posttroll._without_own_twins
 
 
+class TestConnectionsThatFail:
+    """ZeroMQ tries again, and does not tell why it could not."""
+
+    @pytest.mark.skipif(os.name != "posix", reason="descriptors are of POSIX")
+    def test_too_few_descriptors_are_told_of_and_once_there_are_more_all_are_heard(self):
+        code = """if True:
+            import logging, os, resource, sys, posttroll
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+            class Help(logging.Handler):
+                def emit(self, record):
+                    print(record.getMessage(), file=sys.stderr)
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+
+            logging.getLogger().addHandler(Help())
+            limit = os.dup(0) + 25  # some of them for the sockets
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            with posttroll.Subscriber(sys.argv[1:], since=60) as subscriber:
+                messages = subscriber.recv()
+                print(limit, *[next(messages).data for _ in sys.argv[1:]])
+            """
+        with contextlib.ExitStack() as stack:
+            publishers = [stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0")) for _ in range(30)]
+            for number, publisher in enumerate(publishers):
+                publisher.send(text_message(number))
+            with python(code, *[local_address(publisher.port_number) for publisher in publishers]) as running:
+                status, out, err = finish(running)
+        assert status == 0, err
+        limit, *heard = map(int, out.split())
+        assert sorted(heard) == list(range(30))
+        what = rf"Too many open files \(at most {limit}\): raise the limit"
+        assert re.match(rf"Cannot connect to tcp://127.0.0.1:\d+ \(trying again\): {what}", err)
+
+    def test_a_publisher_that_is_down_is_no_want_of_descriptors(self, monkeypatch, caplog):
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.1)
+        with posttroll.Subscriber([local_address(free_port())]) as subscriber:
+            [link] = subscriber._connections._links.values()
+            with zmq.Context() as context, context.socket(zmq.REP) as other:
+                other.bind(next(iter(subscriber._connections._links))[1])
+                wait_for(lambda: next(subscriber.recv(0.01)) is None and not link.is_tried)
+            wait_for(lambda: next(subscriber.recv(0.01)) is None and link.is_tried)
+        assert "open files" not in caplog.text
+
+
 class TestNamesWithSeveralAddresses:
     """As that of a headless service of Kubernetes, which stands for all its pods, or of a host on several networks."""
 
