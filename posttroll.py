@@ -1868,15 +1868,13 @@ class MulticastSender:
         """Send *data* in one datagram."""
         self.socket.sendto(data.encode() if isinstance(data, str) else data, (self.group, self.port))
 
-    def own_address(self) -> str:
-        """Return the address of the interface that it sends over; raises OSError if there is none."""
+    def own_address(self) -> str | None:
+        """Return the address of the interface that it sends over, None if that has none; raises OSError without one."""
         probe, group = mcast_sender(self.group)
         with probe:
             probe.connect((group, self.port))  # no packet is sent; the kernel picks the route
             address = number_of(probe.getsockname())
-        if address in _NO_ADDRESS:
-            raise OSError(errno.EADDRNOTAVAIL, f"The interface that leads to the group {self.group} has no address")
-        return address
+        return None if address in _NO_ADDRESS else address
 
     def close(self) -> None:
         """Close the sender."""
@@ -3389,7 +3387,8 @@ class _MulticastTarget:
         """Return the address of the interface that is used; None if it leads nowhere, but for a configured one."""
         with suppress(OSError):
             address = self._opened().own_address()
-            return None if is_loopback(address) and not config.get("multicast_interface") else address
+            if address is not None and (config.get("multicast_interface") or not is_loopback(address)):
+                return address
         return None
 
     def _opened(self) -> MulticastSender:
@@ -7876,15 +7875,16 @@ class _Follower:
             is_cut_off = len(self._heard) < len(self._resolutions)  # always, without listening
             is_in_doubt = is_cut_off or any(publisher.denials for publisher in self._known.values())
             self._run_in(self.SOON if missing else self.SELDOM if is_in_doubt else self.RARELY)
-        if missing and not self._has_warned:
-            self.warn_of_missing()
+        if missing:  # if nobody has received for a while, the answers are read before that
+            self._loop.at(time.monotonic() + self.SOON / 20, self.warn_of_missing)
         self._let_go_of_lost()
 
     def warn_of_missing(self) -> None:
         """Warn, once, of services without a publisher; they are looked for all the same."""
-        for service in self.missing:
+        missing = [] if self._has_warned else self.missing
+        for service in missing:
             _log("subscriber").warning("Can't get any address for %s", service or "any service")
-        self._has_warned = True
+        self._has_warned = self._has_warned or bool(missing)
 
     @property
     def missing(self) -> list[str]:
@@ -9024,7 +9024,7 @@ def _shortened(text: str, width: int) -> str:
     ),
     _option("--file", metavar="FILE", help="read DATA from a file"),
     _flag("--lines", help="each line of the file or stdin is a message of its own"),
-    _option("--service", default="posttroll", help="name of the publisher (posttroll)"),
+    _option("--service", "--name", default="posttroll", help="name of the publisher (posttroll)"),
     _PUBLISH_PORT,
     _repeated("--nameservers", dest="nameserver"),  # its old name
     _seconds("--wait", 0, 10, "for subscribers"),
@@ -10847,7 +10847,7 @@ class _PageServer:
     "exporter",
     _TOPICS,
     _option("--port", type=_number(int, 0, 65535), default=EXPORTER_PORT, help=f"for HTTP ({EXPORTER_PORT}; 0 any)"),
-    _option("--bind", metavar="ADDRESS", default="127.0.0.1", help="to be asked on (127.0.0.1; 0.0.0.0 all)"),
+    _option("--bind", metavar="ADDRESS", help="to be asked on (that of this host alone; 0.0.0.0 all)"),
 )
 def _run_exporter(options: argparse.Namespace) -> int:
     """Give Prometheus the numbers of 'top', at http://localhost:9077/metrics.
@@ -10860,11 +10860,12 @@ def _run_exporter(options: argparse.Namespace) -> int:
         loop = stack.enter_context(loop_until_signal())
         network = stack.enter_context(closing(_Network(options.topics, _nameservers(options), loop)))
         page = _Page(lambda: _exposition(network.view()))
+        address = options.bind or loopback_address()
         try:
-            server = stack.enter_context(closing(_PageServer(options.bind, options.port, page)))
+            server = stack.enter_context(closing(_PageServer(address, options.port, page)))
         except OSError as error:
-            raise _CommandError(f"cannot be asked on {options.bind}, port {options.port}: {error}") from None
-        host = f"[{options.bind}]" if ":" in options.bind else options.bind
+            raise _CommandError(f"cannot be asked on {address}, port {options.port}: {error}") from None
+        host = f"[{address}]" if ":" in address else address
         _talk(f"Metrics are at http://{host}:{server.port}/metrics", options)
         network.run()
     return 0
@@ -11091,7 +11092,7 @@ class _Doctor:
         verdict = "FAIL" if self.multicast else "note"
         try:
             with closing(MulticastSender(config.get("broadcast_port"))) as sender:
-                route = f"to group {sender.group} from {sender.own_address()}"
+                route = f"to group {sender.group} from {sender.own_address() or get_own_ip()}"
         except OSError as error:
             route = "ip route add 224.0.0.0/4 dev INTERFACE, or set multicast_interface, or use --no-multicast"
             device = "set multicast_interface to the name of a device here, or its address"
@@ -11306,6 +11307,8 @@ def _run_demo(options: argparse.Namespace) -> int:
         names = ("nameserver_port", "address_publish_port", "broadcast_port")
         changes.update(zip(names, _free_ports(3)), backend="unsecure_zmq", message_version="v1.2")
         nameserver = os.path.join(os.path.dirname(this_file), "posttroll_ns.py")
+        if not os.path.exists(nameserver):
+            raise _CommandError("it needs posttroll_ns.py beside this file.")
         commands.append([nameserver, "--no-multicast", "-l", os.devnull])
     where = ", ".join(options.nameserver or [f"port {changes['nameserver_port']} (without multicast)"])
     print(f"Nameserver on {where}, a publisher and a subscriber, three processes.", flush=True)

@@ -996,14 +996,14 @@ class _Daemon:
         """Be the daemon: write the pid file, let go of the terminal, serve."""
         try:
             descriptor = self._open(os.O_RDWR | os.O_CREAT)
+            if not posttroll.try_to_lock(descriptor):
+                os.write(write_end, b"nameserver: already running")
+                return 1
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n{vars(self._options)!r}\n".encode())
         except OSError as error:
             os.write(write_end, f"nameserver: cannot write the pid file: {error}".encode())
             return 1
-        if not posttroll.try_to_lock(descriptor):
-            os.write(write_end, b"nameserver: already running")
-            return 1
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n{vars(self._options)!r}\n".encode())
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)

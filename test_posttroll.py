@@ -5297,6 +5297,20 @@ class TestSubscribeAndItsFactory:
             assert sub.addresses == []
         assert "Can't get any address for a_service" in caplog.text
 
+    def test_nobody_receives_for_a_while_is_no_warning(self, caplog, monkeypatch):
+        """The nameserver's answer lies there, unread."""
+        monkeypatch.setattr(posttroll._Follower, "SOON", 0.1)
+        with nameserver(), posttroll.Publish("a", nameservers=["localhost"]):
+            wait_for(lambda: posttroll.get_pub_address("a"))
+            with posttroll.Subscribe("a", timeout=0) as sub:
+                lookups = sub._loop._poller
+                wait_for(lambda: lookups.poll(0))
+                due = time.monotonic() + 0.2
+                wait_for(lambda: time.monotonic() > due)
+                next(sub.recv(0.5))
+                assert len(sub.addresses) == 1
+        assert not caplog.text
+
     def test_wrong_arguments(self):
         with pytest.raises(ValueError, match="Cannot connect to"):
             posttroll.Subscribe("a", addresses=["nonsense"])
@@ -6672,7 +6686,7 @@ class TestPublishAndSubscribe:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_publish_that_is_ended_says_goodbye(self, number):
         with nameserver(), posttroll.Subscribe("lines", addr_listener=True, timeout=0) as sub:
-            words = ("/a", "info", "-", "--lines", "--service", "lines", "--nameserver", "localhost")
+            words = ("/a", "info", "-", "--lines", "--name", "lines", "--nameserver", "localhost")
             with command("publish", *words) as publish:
                 publish.stdin.write("one\n")
                 publish.stdin.flush()
@@ -8911,11 +8925,17 @@ class TestDoctor:
             subprocess.run(["ip", "-n", namespace, "link", "set", "lo", "up"], check=True)
             with process("ip", "netns", "exec", namespace, sys.executable, LIBRARY, "doctor") as doctor:
                 status, out, _ = finish(doctor)
+            subprocess.run(["ip", "-n", namespace, "route", "add", "224.0.0.0/4", "dev", "lo"], check=True)
+            inside = ("ip", "netns", "exec", namespace, sys.executable)
+            with process(*inside, "-u", NAMESERVER), process(*inside, LIBRARY, "doctor") as doctor:
+                looped = finish(doctor)
         finally:
             subprocess.run(["ip", "netns", "delete", namespace], check=True)
         assert status == 1
         assert "note  own address: 127.0.0.1: other hosts cannot reach publishers here" in out
         assert re.search("FAIL  multicast route: .*unreachable.*-> ip route add 224.0.0.0/4 dev INTERFACE", out)
+        assert (looped[0], looped[1].count("FAIL")) == (0, 0), looped[1]
+        assert re.search("ok    multicast route: to group .* from 127.0.0.1", looped[1])
 
     def test_keys(self, monkeypatch, tmp_path):
         _, secret = posttroll.write_key_pair("server", tmp_path)
@@ -9997,6 +10017,12 @@ class TestVendored:
             with process(sys.executable, *command, "--version", cwd=project, env=environment) as running:
                 assert finish(running)[:2] == (0, f"posttroll {posttroll.__version__}\n")
 
+    def test_the_demo_needs_the_nameserver(self, project):
+        (project / "app" / "_vendor" / "posttroll_ns.py").unlink()
+        with process(sys.executable, "app/_vendor/posttroll.py", "demo", cwd=project) as demo:
+            status, out, err = finish(demo)
+        assert (status, out, err) == (1, "", "posttroll demo: it needs posttroll_ns.py beside this file.\n")
+
     def test_the_library_alone(self, project):
         """Without posttroll_ns.py, what is not in it says so clearly; all the rest works."""
         (project / "app" / "_vendor" / "posttroll_ns.py").unlink()
@@ -10895,6 +10921,15 @@ class TestDaemon:
         assert "\0" not in err
         assert control("status")[0] == 0
 
+    def test_a_full_disk_for_the_pid_file(self, control):
+        words = [sys.executable, NAMESERVER, "--no-multicast", "--pid-file", control.pid_file, "-d", "start"]
+        with process("sh", "-c", 'ulimit -f 0; exec "$0" "$@"', *words) as running:
+            status, out, err = finish(running)
+        assert (status, out) == (1, "")
+        assert "nameserver: cannot write the pid file: " in err
+        assert "File too large" in err
+        assert control("status")[0] == 3
+
     def test_a_restart_while_the_last_one_takes_leave(self, control):
         """It has no pid file any more when nothing is heard of it: the next one can have the lock of its own."""
         code = """
@@ -11596,13 +11631,17 @@ except TimeoutError:
             assert status == 0, out + err
             assert "own address: 2001:db8:77::1" in out
 
-    def test_a_check_of_this_host(self, two_ipv6_hosts):
+    def test_commands_for_this_host(self, two_ipv6_hosts):
         one, _ = two_ipv6_hosts
         with one.run(NAMESERVER, "--no-multicast") as server:
             await_line(server, "answers on port")
             with one.run(LIBRARY, "check", "--local") as running:
                 status, out, err = finish(running)
             assert status == 0, out + err
+            with one.run(LIBRARY, "exporter", "--port", "0") as running:
+                assert "Metrics are at http://[::1]:" in running.stderr.readline()
+                running.terminate()
+                assert finish(running)[0] == 0
 
     def test_a_host_with_both_announces_ipv4(self, two_hosts):
         """And serves both, whoever comes; peers that know nothing else see what they have always seen."""
