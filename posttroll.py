@@ -548,13 +548,16 @@ def _wrong_value(name: str, key: str, value: Any, source: str, option: Option, e
 
 
 def _read_config_path(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """Read a file, or the files of a directory in alphabetical order; raises ConfigurationError if one is unusable."""
+    """Read a file, or the files of a directory in alphabetical order; raises ConfigurationError if one is unusable.
+
+    Hidden ones are not configuration, but what editors and systems leave beside it (``.#a.json``, ``._a.json``).
+    """
     layers = []
     file = path
     try:
         files = [path] if os.path.exists(path) else []
         if os.path.isdir(path):
-            names = sorted(os.listdir(path))
+            names = sorted(name for name in os.listdir(path) if not name.startswith("."))
             files = [os.path.join(path, name) for name in names if name.endswith((".json", ".toml", ".yaml", ".yml"))]
         for file in files:
             layers.append((file, _normalised(_read_config_file(file))))
@@ -566,7 +569,7 @@ def _read_config_path(path: str) -> list[tuple[str, dict[str, Any]]]:
 def _read_config_file(file: str) -> Mapping[str, Any]:
     """Return the mapping that a configuration file holds; raises what its parser raises."""
     with open(file, "rb") as stream:
-        text = stream.read().decode()
+        text = stream.read().decode("utf-8-sig")  # editors of Windows begin a file with a mark
     if file.endswith(".json"):
         content = json.loads(text)
     elif file.endswith(".toml"):
@@ -5747,7 +5750,6 @@ class _Connections:
         connected[endpoint] = sock
         if used:
             self._on_several(connected.values())
-        _warn_of_descriptors(len(self._links))
         _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
 
     def _disconnect(self, address: str, endpoint: str) -> None:
@@ -5785,7 +5787,9 @@ class _Connections:
             link.descriptor = value
             self._on_change(sock, value)
             return
-        if event not in (zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+        if event == zmq.EVENT_CONNECT_RETRIED:
+            self._look_for_descriptors(endpoint)
+        elif event not in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
             text = "%s does not speak our protocol, or has another backend or key (trying again)"
             self._log.warning("handshake", text, endpoint)
         was_up = link.is_up
@@ -5798,6 +5802,15 @@ class _Connections:
                 link.index = index
             self._new.note(sock, endpoint, link)
             self._look_for_greeting(sock, link)
+
+    def _look_for_descriptors(self, endpoint: str) -> None:
+        """Say so if a connection could not be made for want of descriptors: ZeroMQ does not tell why it could not."""
+        try:
+            socket.socket().close()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                text = "Cannot connect to %s (trying again): %s (at most %d): raise the limit (ulimit -n, LimitNOFILE=)"
+                self._log.warning("descriptors", text, endpoint, error.strerror, get_descriptor_limit())
 
     def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
         """If *link* has come up again, say so: a proxy may not have noticed that it was down."""
@@ -5884,13 +5897,6 @@ def get_descriptor_limit() -> int:
     except (ImportError, OSError):  # Windows has no such limit, a locked-down host does not tell it
         return sys.maxsize
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit
-
-
-def _warn_of_descriptors(count: int) -> None:
-    """Say what to do when so many connections come near the limit on open files."""
-    if count % 100 == 0 and count > 0.8 * get_descriptor_limit():
-        text = "%d connections, but at most %d open files: raise the limit (ulimit -n, LimitNOFILE= in systemd)"
-        _key_log.warning("descriptors", text, count, get_descriptor_limit())
 
 
 class _Source:
@@ -6554,14 +6560,18 @@ class _StateFile:
     There is no fsync: the system keeps what has been written whatever happens to the program.  A full disk is warned
     of, and all is written as soon as there is room.
 
+    A new one is made at once, empty, which needs no room for data: so however long the disk is full, the file system
+    keeps since when it is there.
+
     Args:
         name: The name of the file, in the ``durable_directory``.
+        since: The time of a new file, in seconds since the epoch.
     """
 
     GROWTH = 2**18  # bytes after which it is written anew
     PAUSE = 1.0  # seconds after a failure until the next attempt
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, since: float) -> None:
         if not isinstance(name, str) or re.fullmatch(_DURABLE_NAME, name) is None:
             raise ValueError(f"durable is a name of at most 100 letters, digits and '_.-', not {name!r}.")
         self._name = name
@@ -6576,10 +6586,15 @@ class _StateFile:
                 raise FileNotFoundError(errno.ENOENT, "there is no home directory")
             os.makedirs(directory, exist_ok=True)
             self.path = os.path.join(os.path.abspath(directory), name)
+            self._new_path = os.path.join(os.path.dirname(self.path), f".{name}.new")
             for path in (directory, self.path):
                 if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             self._lock = self._locked(os.path.join(directory, f".{name}.lock"))
+            self.is_new = not os.path.exists(self.path)
+            if self.is_new:
+                with on_failure(self._lock.close):
+                    self._make(since)
         except OSError as error:
             raise ConfigurationError(
                 f"The state of the durable subscriber {name!r} cannot be kept in {directory} ({error.strerror}): "
@@ -6604,15 +6619,19 @@ class _StateFile:
         _state_files.add(self)
         return lock
 
-    def read(self) -> tuple[list[bytes], float | None]:
-        """Return the lines of earlier programs, and when they were written last; None if there is no file."""
-        try:
-            with open(self.path, "rb") as file:
-                changed = os.fstat(file.fileno()).st_mtime
-                lines = file.read(2**25).splitlines(keepends=True)
-        except FileNotFoundError:
-            return [], None
-        if lines and not lines[-1].endswith(b"\n"):
+    def _make(self, since: float) -> None:
+        with open(self._new_path, "wb"):
+            pass
+        with suppress(OSError):  # not everywhere one may choose it: then it is now
+            os.utime(self._new_path, (since, since))
+        os.replace(self._new_path, self.path)
+
+    def read(self) -> tuple[list[bytes], float]:
+        """Return the lines of earlier programs, and when they were written last, or since when there are none."""
+        with open(self.path, "rb") as file:
+            changed = os.fstat(file.fileno()).st_mtime
+            lines = file.read(2**25).splitlines(keepends=True)
+        if lines[1:] and not lines[-1].endswith(b"\n"):
             lines.pop()  # it was being written when the disk was full
         return lines, changed
 
@@ -6634,10 +6653,9 @@ class _StateFile:
 
     def _rewrite(self, lines: Iterable[bytes]) -> None:
         self._close_file()
-        new = os.path.join(os.path.dirname(self.path), f".{self._name}.new")
-        with open(new, "wb") as file:
+        with open(self._new_path, "wb") as file:
             file.writelines(lines)
-        os.replace(new, self.path)
+        os.replace(self._new_path, self.path)
         self._file = io.FileIO(self.path, "a")
         self._growth, self._size = 0, os.fstat(self._file.fileno()).st_size
 
@@ -6702,8 +6720,8 @@ class _DurableState:
     PUBLISHERS = 5000
 
     def __init__(self, name: str, since: float) -> None:
-        self._file = _StateFile(name)
-        self._since = since
+        self._since = max(since, 0)
+        self._file = _StateFile(name, self._since)
         self.lines = 0  # how many of the first kind there have been
         self._handled: deque[bytes] = deque(maxlen=self.LINES)  # the newest of them
         self._numbers: dict[bytes, set[int]] = {}  # of the messages of the past that are handled, behind the places
@@ -6718,7 +6736,8 @@ class _DurableState:
         self._count = 0  # of what has been handed out
         self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
-        self._read()
+        if not self._file.is_new:
+            self._read()
         # As earlier programs have left them:
         self._earlier = dict(self._places)
         self._earlier_handled = self._index_handled()
@@ -6732,17 +6751,18 @@ class _DurableState:
 
     def _read(self) -> None:
         """Read what earlier programs have handled."""
-        lines, changed = self._file.read()
+        lines, self._since = self._file.read()
         head = re.fullmatch(_DURABLE_HEAD, lines[0]) if lines else None
         entries = [re.fullmatch(_DURABLE_LINE, line) for line in lines[1:]]
         if head is None or None in entries:
-            if changed is not None:
+            text = "%s is empty (was the disk full?): begun anew, with what was sent since %s"
+            if lines:
                 text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
-                when = datetime.fromtimestamp(changed).isoformat(" ", "seconds")
-                _log("subscriber").warning(text, self._file.path, when)
-                self._since = changed
-            return
-        self._since = int(head[1]) / 1000
+            when = datetime.fromtimestamp(self._since).isoformat(" ", "seconds")
+            _log("subscriber").warning(text, self._file.path, when)
+            entries = []
+        else:
+            self._since = int(head[1]) / 1000
         if self._since > time.time():  # the clock was ahead: rather too much of the past than too little
             self._since = 0.0
         for entry in cast("list[re.Match[bytes]]", entries):
@@ -6783,7 +6803,7 @@ class _DurableState:
 
     def _all(self) -> Iterable[bytes]:
         """Return all lines that still count."""
-        head = b"posttroll-durable 1 %d\n" % max(int(self._since * 1000), 0)
+        head = b"posttroll-durable 1 %d\n" % int(self._since * 1000)
         numbers = (b"+%s %d\n" % (instance, number) for instance, each in self._numbers.items() for number in each)
         return chain([head], self._handled, map(self._place_line, self._places), numbers)
 

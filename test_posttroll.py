@@ -694,6 +694,30 @@ class TestConfigFiles:
         finally:
             sys.modules.pop("yaml", None)
 
+    def test_hidden_files_are_what_editors_leave_behind(self, tmp_path):
+        write(tmp_path / "config", "a.json", '{"own": 1}')
+        write(tmp_path / "config", "._a.json", "").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        (tmp_path / "config" / ".#a.json").symlink_to("somebody@host.4711:1767225600")
+        config.refresh()
+        assert config["own"] == 1
+
+    def test_a_link_to_what_is_gone_is_an_error(self, tmp_path):
+        link = tmp_path / "config" / "a.json"
+        write(tmp_path / "config", "b.json", "{}")
+        link.symlink_to("gone.json")
+        config.refresh()
+        with pytest.raises(ConfigurationError, match=rf"{link} cannot be used: .*No such file"):
+            config.get("own")
+
+    @pytest.mark.parametrize("ending", ["json", "toml", "yaml"])
+    def test_byte_order_marks(self, tmp_path, ending):
+        """As the editors of Windows write them."""
+        pytest.importorskip({"json": "json", "toml": "tomllib", "yaml": "yaml"}[ending])
+        path = write(tmp_path / "config", f"a.{ending}", "")
+        path.write_bytes(b"\xef\xbb\xbf" + {"json": b'{"own": 1}', "toml": b"own = 1", "yaml": b"own: 1"}[ending])
+        config.refresh()
+        assert config["own"] == 1
+
     def test_yaml_without_a_reader(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "yaml", None)
         path = write(tmp_path / "config", "a.yaml", "backend: secure_zmq\n")
@@ -4256,6 +4280,50 @@ class TestGivenUpConnections:
 
 
 WITHOUT_OWN_TWINS = posttroll._without_own_twins
+
+
+class TestConnectionsThatFail:
+    """ZeroMQ tries again, and does not tell why it could not."""
+
+    @pytest.mark.skipif(os.name != "posix", reason="descriptors are of POSIX")
+    def test_too_few_descriptors_are_told_of_and_once_there_are_more_all_are_heard(self):
+        code = """if True:
+            import logging, os, resource, sys, posttroll
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+            class Help(logging.Handler):
+                def emit(self, record):
+                    print(record.getMessage(), file=sys.stderr)
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+
+            logging.getLogger().addHandler(Help())
+            limit = os.dup(0) + 25  # some of them for the sockets
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            with posttroll.Subscriber(sys.argv[1:], since=60) as subscriber:
+                messages = subscriber.recv()
+                print(limit, *[next(messages).data for _ in sys.argv[1:]])
+            """
+        with contextlib.ExitStack() as stack:
+            publishers = [stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0")) for _ in range(30)]
+            for number, publisher in enumerate(publishers):
+                publisher.send(text_message(number))
+            with python(code, *[local_address(publisher.port_number) for publisher in publishers]) as running:
+                status, out, err = finish(running)
+        assert status == 0, err
+        limit, *heard = map(int, out.split())
+        assert sorted(heard) == list(range(30))
+        what = rf"Too many open files \(at most {limit}\): raise the limit"
+        assert re.match(rf"Cannot connect to tcp://127.0.0.1:\d+ \(trying again\): {what}", err)
+
+    def test_a_publisher_that_is_down_is_no_want_of_descriptors(self, monkeypatch, caplog):
+        monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.1)
+        with posttroll.Subscriber([local_address(free_port())]) as subscriber:
+            [link] = subscriber._connections._links.values()
+            with zmq.Context() as context, context.socket(zmq.REP) as other:
+                other.bind(next(iter(subscriber._connections._links))[1])
+                wait_for(lambda: next(subscriber.recv(0.01)) is None and not link.is_tried)
+            wait_for(lambda: next(subscriber.recv(0.01)) is None and link.is_tried)
+        assert "open files" not in caplog.text
 
 
 class TestNamesWithSeveralAddresses:
@@ -17893,10 +17961,11 @@ class TestDurable:
         time.sleep(0.1)
         numbers.send(2)
         with self.subscriber(numbers) as sub:
-            assert f"{directory / 'name'} is damaged" in caplog.text
+            what = "empty (was the disk full?)" if damage == "empty" else "damaged"
+            assert f"{directory / 'name'} is {what}: begun anew" in caplog.text
             assert received_data(sub, 2) == [5, 6]
         assert self.rest(numbers) == []
-        assert caplog.text.count(" is damaged:") == 1
+        assert caplog.text.count("begun anew") == 1
 
     def test_a_line_that_was_not_finished(self, numbers, directory, caplog):
         numbers.send(3)
@@ -17945,6 +18014,45 @@ class TestDurable:
         assert 1 <= errors.count("Cannot write") <= 5
         assert "File too large" in errors
         assert self.rest(numbers) in ([], [numbers.count - 1])
+
+    @pytest.mark.skipif(os.name != "posix", reason="there is no limit on the size of files")
+    def test_a_new_name_while_the_disk_is_full(self, numbers, directory, caplog):
+        """Nothing can be written, from the first program on: all since it began counts as not handled."""
+        code = """if True:
+            import resource, sys, posttroll
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            with posttroll.Subscriber(sys.argv[1:2], durable="name", since=float(sys.argv[2])) as subscriber:
+                for message in subscriber.recv():
+                    print(message.data, flush=True)
+                    if message.data == int(sys.argv[3]):
+                        break
+            """
+        numbers.send(3)
+        for since, last in ((60, 2), (0, 4)):
+            with python(code, local_address(numbers.publisher.port_number), since, last) as running:
+                status, out, err = finish(running)
+            assert (status, out.split()) == (0, [str(number) for number in range(last + 1)])
+            assert f"Cannot write {directory / 'name'} (trying again): File too large" in err
+            numbers.send(2)
+        (directory / ".name.new").unlink()  # it tells nothing
+        assert self.rest(numbers) == list(range(7))
+        assert f"{directory / 'name'} is empty (was the disk full?): begun anew" in caplog.text
+        caplog.clear()
+        numbers.send(1)
+        assert self.rest(numbers) == [7]
+        assert not caplog.records
+
+    def test_a_new_name_when_no_file_can_be_made(self, directory, monkeypatch):
+        replace = os.replace
+
+        def full(*paths: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(ConfigurationError, match=r"No space left on device.*: set durable_directory"):
+            posttroll.Subscriber([], durable="name")
+        monkeypatch.setattr(os, "replace", replace)
+        posttroll.Subscriber([], durable="name").close()  # nobody holds it
 
     def goes_on(self, numbers: Numbers, running: Any) -> bool:
         numbers.send(1, 0.02)
