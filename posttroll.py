@@ -4023,7 +4023,10 @@ class _Listeners:
         self._topics = 0
         self._by_topic: Counter[bytes] = Counter()
         self._other_topics = 0  # that are not told apart
-        self._has_ghosts = False  # topics of connections that are gone: libzmq may take new ones for these
+        self._arrived = 0  # how many topics have been subscribed to just now, without a mark behind them
+        self._begun: set[bytes] = set()  # just now
+        self._is_mixed_up = False  # libzmq applies what waits to the connections of others
+        self._has_ghosts = False  # somebody may get what it has not subscribed to yet: new ones are taken for gone ones
         self._answering = 0.0  # since when answers are counted
         self._answers = 0
         self._name = "_".join(name.split()).encode() or b"-"
@@ -4107,44 +4110,57 @@ class _Listeners:
 
     def _take_subscriptions(self) -> None:
         """Apply the subscriptions and the ends of subscriptions that have come; tell who waits for them."""
-        sock, arrived, begun = self.socket, 0, set()
+        sock = self.socket
+        self._arrived, self._begun = 0, set()
         # Not until zmq.Again: if Control-C comes just then, pyzmq forgets the KeyboardInterrupt.
         while int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
+            if self._is_mixed_up:
+                sock.setsockopt(zmq.SUBSCRIBE, b"")
+                self._has_ghosts = True
             frame = sock.recv(_NOBLOCK, copy=False)
             change = frame.bytes
-            sign, topic = change[:1], change[1:]
-            if sign not in (b"\0", b"\1"):
-                continue  # a message of an XSUB socket
-            option = zmq.SUBSCRIBE if sign == b"\1" else zmq.UNSUBSCRIBE
-            if topic.startswith(_MARK):
-                match = re.fullmatch(_MARK_PATTERN, topic)
-                if match is not None and match[3] is None:
-                    self._take_mark(topic, int(match[2]), option, frame, arrived)
-                    arrived = 0
-                elif match is not None and sign == b"\1":
-                    self._take_request(topic[: match.end(2)], match)
-                elif sign == b"\1" and (again := re.fullmatch(_AGAIN_PATTERN, topic)):
-                    self._greet_again(topic.rpartition(b"/again/")[0], int(again[1]))
-                elif sign == b"\1" and re.fullmatch(_QUESTION_PATTERN, topic):
-                    self._answer(topic)
-                continue
-            if topic.startswith(_EARLY_MARK):
-                match = re.fullmatch(_MARK_PATTERN, _MARK[:1] + topic[1:])
-                if match is not None and match[3] is None:
-                    self._early_marks.take(topic, option)
-                    arrived = 0
-                continue
-            arrived += sign == b"\1"
-            if sign == b"\1":
-                begun.add(topic)
-            elif topic in begun and zmq.zmq_version_info() < (4, 3, 5):  # the connection had ended before it was read
-                self._has_ghosts = True
-            self._count_topic(topic, 1 if sign == b"\1" else -1)
-            if not topic:  # all messages, but not what is sent under the marks of others
-                sock.setsockopt(option, _MAGICK[:-1].encode())  # with "/" it would end together with just that topic
-            elif not _MARK.startswith(topic) and not _EARLY_MARK.startswith(topic):
-                sock.setsockopt(option, topic)
+            if change[:1] in (b"\0", b"\1"):
+                self._take_subscription(zmq.SUBSCRIBE if change[:1] == b"\1" else zmq.UNSUBSCRIBE, change[1:], frame)
+            else:
+                # A message of an XSUB socket.  libzmq (4.3.5) takes it for a subscription when it looks up whose turn
+                # it is.  So the turn of each connection that waits behind it comes too early, and the last one's again:
+                # they get everything, of which a SUB socket leaves what it has not subscribed to, until none waits.
+                self._is_mixed_up = True
+        self._is_mixed_up = False
         self._tell_waiting()
+
+    def _take_subscription(self, option: int, topic: bytes, frame: zmq.Frame) -> None:
+        """Apply a subscription or the end of one."""
+        if topic.startswith(_MARK):
+            match = re.fullmatch(_MARK_PATTERN, topic)
+            if match is not None and match[3] is None:
+                self._take_mark(topic, int(match[2]), option, frame)
+                self._arrived = 0
+            elif match is not None and option == zmq.SUBSCRIBE:
+                self._take_request(topic[: match.end(2)], match)
+            elif option == zmq.SUBSCRIBE and (again := re.fullmatch(_AGAIN_PATTERN, topic)):
+                self._greet_again(topic.rpartition(b"/again/")[0], int(again[1]))
+            elif option == zmq.SUBSCRIBE and re.fullmatch(_QUESTION_PATTERN, topic):
+                self._answer(topic)
+            return
+        if topic.startswith(_EARLY_MARK):
+            match = re.fullmatch(_MARK_PATTERN, _MARK[:1] + topic[1:])
+            if match is not None and match[3] is None:
+                self._early_marks.take(topic, option)
+                self._arrived = 0
+            return
+        if option == zmq.SUBSCRIBE:
+            self._arrived += 1
+            self._begun.add(topic)
+        elif topic in self._begun and zmq.zmq_version_info() < (4, 3, 5):  # the connection had ended before it was read
+            self._has_ghosts = True
+        self._count_topic(topic, 1 if option == zmq.SUBSCRIBE else -1)
+        if self._is_mixed_up and option == zmq.UNSUBSCRIBE:
+            return  # it would be another one's
+        if not topic:  # all messages, but not what is sent under the marks of others
+            self.socket.setsockopt(option, _MAGICK[:-1].encode())  # with "/" it would end together with just that topic
+        elif not _MARK.startswith(topic) and not _EARLY_MARK.startswith(topic):
+            self.socket.setsockopt(option, topic)
 
     def _count_topic(self, topic: bytes, difference: int) -> None:
         if topic in self._by_topic or (difference > 0 and len(self._by_topic) < self.TOPICS):
@@ -4157,8 +4173,8 @@ class _Listeners:
             self._other_topics += difference
         self._topics += difference
 
-    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame, arrived: int) -> None:
-        """Take note that a subscriber of ours has come (again), or gone; *arrived*: how many topics did just before."""
+    def _take_mark(self, mark: bytes, topics: int, option: int, frame: zmq.Frame) -> None:
+        """Take note that a subscriber of ours has come (again), or gone."""
         peer = self.peers.get(mark)
         if option == zmq.UNSUBSCRIBE:
             if peer is not None:
@@ -4173,7 +4189,7 @@ class _Listeners:
                 return
             host = _property(frame, "Peer-Address").removeprefix("::ffff:")
             # Nothing was sent between its topics and its mark, if they are all here at once, as they mostly are.
-            before = self.history.number if arrived == topics and not self._has_ghosts else 0
+            before = self.history.number if self._arrived == topics and not self._has_ghosts else 0
             peer = self.peers[mark] = _Peer(mark, topics, host, before)
             peer.tell(self.history.number)
         if len(self._seen) < self.PEERS:

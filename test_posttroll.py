@@ -3791,6 +3791,38 @@ class TestCountingSubscribers:
             assert received_data(sub) == ["good"]
         wait_for(lambda: pub.subscriber_count == 0)
 
+    @pytest.mark.parametrize("junk", [1, 3])
+    def test_who_waits_behind_the_junk_of_a_stranger_gets_all_the_same_what_it_subscribed_to(self, junk):
+        with posttroll.Publisher("tcp://*:0") as pub, contextlib.ExitStack() as stack:
+            stranger = stack.enter_context(raw_socket(zmq.XSUB, pub.port_number))
+            others = [stack.enter_context(raw_socket(zmq.SUB, pub.port_number)) for _ in range(4)]
+            for other in others:
+                other.subscribe(b"connected")
+            wait_for(lambda: pub.subscriber_count == len(others))
+            with pub._lock:
+                for _ in range(junk):
+                    stranger.send(b"junk")
+                time.sleep(0.1)
+                for number, other in enumerate(others):
+                    other.subscribe(f"pytroll://{number} ".encode())
+                    other.unsubscribe(b"connected")
+                    time.sleep(0.01)
+                sub = stack.enter_context(posttroll.Subscriber([local_address(pub.port_number)], "/ours"))
+                data = stack.enter_context(serving(sub))
+                wait_for(lambda: all(link.is_up for link in sub._connections._links.values()))
+                time.sleep(0.05)
+            assert pub.wait_for_subscribers(len(others) + 1, DEADLINE)
+            for number in range(len(others)):
+                pub.send(text_message("theirs", f"/{number}"))
+            pub.send(text_message("ours", "/ours"))
+            for number, other in enumerate(others):
+                assert other.poll(DEADLINE * 1000)
+                assert other.recv().startswith(f"pytroll://{number} ".encode())
+            wait_for(lambda: data)
+            sub.close()
+            wait_for(lambda: pub.subscriber_count == len(others))
+        assert pub.dropped == 0
+
 
 class TestInquiry:
     @contextlib.contextmanager
