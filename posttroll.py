@@ -4296,6 +4296,20 @@ class _Audience(_Listeners):
 
     _pause = 0.0
 
+    def __init__(self, *args: Any) -> None:
+        self.unsent: deque[bytes] = deque()
+        super().__init__(*args)
+
+    def send_soon(self, data: bytes) -> None:
+        """Send a message as soon as what this thread does with the socket, and this has interrupted, is done."""
+        self.unsent.append(data)
+        self.loop.call(self.send_unsent)
+
+    def send_unsent(self) -> None:
+        with self.lock:
+            while self.unsent and not self.socket.closed:
+                self.send(self.unsent.popleft())
+
     def send(self, data: bytes) -> None:
         """Send a message to those who have subscribed to it."""
         now = time.monotonic()
@@ -4536,6 +4550,7 @@ class _Audience(_Listeners):
     def unserved(self) -> list[tuple[bytes, int | None]]:
         """Return who has to catch up, from where, and who has come so recently that its request is on its way."""
         with self.lock:
+            self.send_unsent()
             self._take_subscriptions()
             now = time.monotonic()
             return [
@@ -4931,11 +4946,17 @@ class Publisher(_Stoppable):
             data = msg.encode() if isinstance(msg, str) else msg
         else:
             raise TypeError(f"send() takes str, bytes or a Message, not {type(msg).__name__}")
+        is_within = self._lock._is_owned()  # type: ignore[attr-defined]  # a signal handler, a __del__, a heartbeat
         with self._lock:  # acquire() takes half the time, but a KeyboardInterrupt just behind it would leave it locked
             audience = self._audience
             if audience is None:
                 audience = self._open_audience()
-            audience.send(data)
+            if is_within:
+                audience.send_soon(data)
+            else:
+                if audience.unsent:
+                    audience.send_unsent()
+                audience.send(data)
         if self._stop_due:
             self._stop_if_due()
 

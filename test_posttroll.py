@@ -3646,6 +3646,44 @@ class TestPublisher:
         for thread in range(8):
             assert [number for sender, number in data if sender == thread] == list(range(500))
 
+    def test_sending_amid_what_the_same_thread_does_with_the_socket(self, monkeypatch):
+        """As a signal handler or a __del__ does: those who subscribe just then hear all that follows."""
+        take, within = posttroll._Audience._take_subscription, itertools.count()
+        monkeypatch.setattr(
+            posttroll._Audience,
+            "_take_subscription",
+            lambda *args: (args[1] == zmq.SUBSCRIBE and pub.send(text_message(next(within)))) or take(*args),
+        )
+        topics = [b"pytroll://a", b"pytroll:/", b"pytroll://b"]
+        with posttroll.Publisher("tcp://*:0") as pub, contextlib.ExitStack() as stack:
+            with pub._lock:
+                subs = [stack.enter_context(raw_socket(zmq.SUB, pub.port_number)) for _ in topics]
+                for sub, topic in zip(subs, topics):
+                    sub.subscribe(topic)
+                time.sleep(0.1)
+            assert pub.wait_for_subscribers(len(subs), DEADLINE)
+            for topic in ("/a", "/b"):
+                pub.send(text_message("afterwards", topic))
+            for sub, topic in zip(subs, topics):
+                assert sub.poll(DEADLINE * 1000)
+                assert sub.recv().startswith(topic)
+
+    def test_what_is_sent_under_the_lock_comes_in_order(self):
+        """By itself, before what is sent next, or before the end."""
+        with connected() as (pub, sub):
+            with pub._lock:
+                pub.send(text_message("by itself"))
+            assert received_data(sub) == ["by itself"]
+            with pub._lock:
+                pub.send(text_message(1))
+                pub.send(text_message(2))
+            pub.send(text_message(3))
+            assert received_data(sub, 3) == [1, 2, 3]
+            with pub._lock:
+                pub.send(text_message("last"))
+            pub.stop()
+            assert received_data(sub) == ["last"]
+
     def test_stop_while_others_send(self):
         """They get a RuntimeError, and nothing hangs."""
         pub = posttroll.Publisher("tcp://*:0").start()
@@ -3804,9 +3842,8 @@ class TestCountingSubscribers:
                     stranger.send(b"junk")
                 time.sleep(0.1)
                 for number, other in enumerate(others):
-                    other.subscribe(f"pytroll://{number} ".encode())
                     other.unsubscribe(b"connected")
-                    time.sleep(0.01)
+                    other.subscribe(f"pytroll://{number} ".encode())
                 sub = stack.enter_context(posttroll.Subscriber([local_address(pub.port_number)], "/ours"))
                 data = stack.enter_context(serving(sub))
                 wait_for(lambda: all(link.is_up for link in sub._connections._links.values()))
