@@ -4006,6 +4006,7 @@ class _Listeners:
 
     PEERS = 10000
     TOPICS = 1000  # that are told apart
+    TURN = 2000  # subscriptions that are taken at once
 
     def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
@@ -4113,7 +4114,10 @@ class _Listeners:
         sock = self.socket
         self._arrived, self._begun = 0, set()
         # Not until zmq.Again: if Control-C comes just then, pyzmq forgets the KeyboardInterrupt.
-        while int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
+        for _ in range(self.TURN):
+            if not int(cast(int, sock.get(zmq.EVENTS))) & _POLLIN:
+                self._is_mixed_up = False
+                break
             if self._is_mixed_up:
                 sock.setsockopt(zmq.SUBSCRIBE, b"")
                 self._has_ghosts = True
@@ -4126,7 +4130,8 @@ class _Listeners:
                 # it is.  So the turn of each connection that waits behind it comes too early, and the last one's again:
                 # they get everything, of which a SUB socket leaves what it has not subscribed to, until none waits.
                 self._is_mixed_up = True
-        self._is_mixed_up = False
+        else:
+            self.later(0, self._take_subscriptions)  # the rest, which may have no end: whoever sends waits
         self._tell_waiting()
 
     def _take_subscription(self, option: int, topic: bytes, frame: zmq.Frame) -> None:

@@ -3829,6 +3829,24 @@ class TestCountingSubscribers:
             assert received_data(sub) == ["good"]
         wait_for(lambda: pub.subscriber_count == 0)
 
+    def test_many_that_come_at_once_are_taken_bit_by_bit(self, monkeypatch):
+        """So those who send need not wait for their end."""
+        monkeypatch.setattr(posttroll._Audience, "TURN", 10)
+        with posttroll.Publisher("tcp://*:0") as pub, raw_socket(zmq.SUB, pub.port_number) as crowd:
+            crowd.subscribe(b"first")
+            assert pub.wait_for_subscribers(1, DEADLINE)
+            with pub._lock:
+                for number in range(100):
+                    crowd.subscribe(b"pytroll://%d" % number)
+                audience = pub._audience
+                wait_for(lambda: audience.socket.get(zmq.EVENTS) & zmq.POLLIN)
+                time.sleep(0.1)
+                audience._take_subscriptions()
+                assert audience._topics <= 11
+            wait_for(lambda: audience._topics == 101)
+            pub.send(text_message("heard", "/99"))
+            assert crowd.poll(DEADLINE * 1000)
+
     @pytest.mark.parametrize("junk", [1, 3])
     def test_who_waits_behind_the_junk_of_a_stranger_gets_all_the_same_what_it_subscribed_to(self, junk):
         with posttroll.Publisher("tcp://*:0") as pub, contextlib.ExitStack() as stack:
