@@ -4294,6 +4294,7 @@ class _Audience(_Listeners):
     """What those who listen to a publisher get, have, and have missed."""
 
     CHUNK = 200  # messages that one subscriber catches up before the next has its turn
+    HOLD_SECONDS = 0.02  # that they keep those waiting who send
     PART = 50000  # messages that it catches up until it is told how many they were
     ANSWERS = 100  # to questions in a second, and what is listed in each
     LOOK_SECONDS = 0.1  # of sending, until subscribers are told what they should have
@@ -4507,8 +4508,14 @@ class _Audience(_Listeners):
             if peer.hello is None:
                 self._greet(peer)
         behind = [peer for peer in self.peers.values() if peer.after is not None and peer.has_asked]
-        are_served = [self._hears(peer) and self._send_past(peer) for peer in behind]
-        is_stuck = bool(behind) and not any(are_served)
+        is_stuck, deadline = bool(behind), time.monotonic() + self.HOLD_SECONDS
+        for peer in behind:
+            self.peers[peer.mark] = self.peers.pop(peer.mark)  # so the others come first the next time
+            if self._hears(peer) and self._send_past(peer):
+                is_stuck = False
+            if time.monotonic() > deadline:
+                is_stuck = False  # the others may not be
+                break
         self._pause = min(self._pause + 0.02, self.LONGEST_PAUSE) if is_stuck else 0
         if any(peer.after is not None for peer in behind):
             self.later(self._pause, self._catch_up)

@@ -16670,6 +16670,32 @@ class TestCatchingUp:
             numbers.check(data)
             assert sub.missed == pub.dropped == 0
 
+    def test_many_take_turns(self, monkeypatch):
+        """Whoever sends need not wait for all of them."""
+        catch_up, send_past = posttroll._Audience._catch_up, posttroll._Audience._send_past
+        turns: list[list[bytes]] = []
+
+        def catch_up_together(audience: Any) -> None:
+            if turns or sum(peer.is_answer for peer in audience.peers.values()) == 3:
+                turns.append([])
+                catch_up(audience)
+
+        monkeypatch.setattr(posttroll._Audience, "HOLD_SECONDS", 0)
+        monkeypatch.setattr(posttroll._Audience, "CHUNK", 1)
+        monkeypatch.setattr(posttroll._Audience, "_catch_up", catch_up_together)
+        monkeypatch.setattr(
+            posttroll._Audience, "_send_past", lambda *args: turns[-1].append(args[1].mark) or send_past(*args)
+        )
+        with posttroll.Publisher("tcp://*:0") as pub, contextlib.ExitStack() as stack:
+            for number in range(30):
+                pub.send(text_message(number))
+            subs = [posttroll.Subscriber([local_address(pub.port_number)], since=60) for _ in range(3)]
+            for data in [stack.enter_context(serving(stack.enter_context(sub))) for sub in subs]:
+                wait_for(lambda data=data: data == list(range(30)))
+        assert {len(turn) for turn in turns} <= {0, 1}
+        marks = [mark for turn in turns for mark in turn]
+        assert marks == 30 * marks[:3]
+
     def test_a_burst_whose_connection_is_cut_at_any_moment(self, short_heartbeats):
         """A busy publisher, 20 cuts: much is under way each time."""
         config.set(history_messages=100_000, history_bytes=10**8)
