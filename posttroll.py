@@ -7812,11 +7812,17 @@ def _seconds_since(since: float | timedelta | datetime | None) -> float:
 class _Publisher:
     """A publisher that a subscriber follows: which of its services, and which nameservers know it."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_ours: bool) -> None:
         self.services: set[str] = set()
         self.hosts: set[str] = set()
-        self.is_ours = False  # we have added it, not the program
+        self.is_ours = is_ours  # we add it, not the program
+        self.is_replaced = False  # its address has been announced by one that has none of the services
+        self.backends: dict[str, str] = {}  # as nameservers told
         self.denials: dict[str, list[float]] = {}  # when a nameserver that knew it first said no, and how many times
+
+    def is_changed(self, host: str | None, backend: str | None) -> bool:
+        """Whether *host* told of another backend before; other implementations do not always tell of one."""
+        return host is not None and backend is not None and self.backends.get(host, backend) != backend
 
 
 class _Follower:
@@ -8004,6 +8010,9 @@ class _Follower:
             wanted = [service for service in self._services if service in ("", *entry["service"])]
             for service in wanted:
                 self.add(host, entry, service)
+            if publisher is not None and not wanted:  # lookups are to confirm it
+                publisher.is_replaced = True
+                self._look_up(publisher.services)
         elif publisher is not None and host in self._informants(publisher):
             publisher.denials[host] = [float("-inf"), self.PATIENCE]  # it is sure
             self._loop.at(time.monotonic() + 1.2, self._let_go_of_lost)  # its last messages have come by then
@@ -8021,28 +8030,29 @@ class _Follower:
             self._log.warning("address", "Skipped the address %.200r with the backend %.200r", address, backend)
             return
         assert isinstance(address, str)
-        publisher = self._known.get(address)
-        if publisher is None:
-            if len(self._known) >= self.LIMIT:
-                self._log.warning("limit", "More than %d publishers: %s is not used", self.LIMIT, address)
+        is_new = address not in self._known
+        if is_new and len(self._known) >= self.LIMIT:
+            self._log.warning("limit", "More than %d publishers: %s is not used", self.LIMIT, address)
+            return
+        # What the program itself has added, it may remove.
+        publisher = self._known.get(address) or _Publisher(is_ours=address not in self._subscriber.addresses)
+        if publisher.is_ours and (is_new or publisher.is_changed(host, backend)):
+            try:
+                self._subscriber._add({"URI": address, "backend": backend}, None, self._subscriber._begin)
+            except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
+                self._log.warning("keys", "Cannot connect to %s (trying again): %s", address, error)
                 return
-            publisher = _Publisher()
-            if address not in self._subscriber.addresses:  # else the program itself has added it, and may remove it
-                try:
-                    self._subscriber._add({"URI": address, "backend": backend}, None, self._subscriber._begin)
-                except (ConfigurationError, zmq.ZMQError) as error:  # keys that are replaced, no descriptors left
-                    self._log.warning("keys", "Cannot connect to %s (trying again): %s", address, error)
-                    return
-                publisher.is_ours = True
-                _log("subscriber").info("New publisher at %s", address)
-            self._known[address] = publisher
+            _log("subscriber").info("New publisher at %s", address)
+        self._known[address] = publisher
         announced = entry.get("service")
         services = announced if isinstance(announced, list) else []
         publisher.services.update([service], (each for each in self._services if each in services))
+        publisher.is_replaced = False
         if host is not None:
             if not publisher.hosts:
                 publisher.denials.clear()
             publisher.hosts.add(host)
+            publisher.backends.update({host: backend} if backend else {})
             publisher.denials.pop(host, None)
 
     def _note_denial(self, publisher: _Publisher, host: str) -> None:
@@ -8052,7 +8062,7 @@ class _Follower:
             self._run_in(self.SELDOM)
 
     def _let_go_of_lost(self) -> None:
-        """Remove the publishers that no nameserver knows any more, if they are not connected either.
+        """Remove the publishers that no nameserver knows any more, if they are not connected either, or others are.
 
         Not while messages wait: all would be read from the socket, so that others that come wait behind all of them.
         """
@@ -8060,7 +8070,8 @@ class _Follower:
         for address, publisher in list(self._known.items()):
             denials = [publisher.denials.get(host, [0.0, 0]) for host in self._informants(publisher)]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
-            if not publisher.denials or not is_lost or self._subscriber._connections.is_up(address):
+            is_up = self._subscriber._connections.is_up(address) and not publisher.is_replaced
+            if not publisher.denials or not is_lost or is_up:
                 continue
             if self._subscriber._has_unread:
                 if self._letting_go.when <= time.monotonic():
@@ -8572,12 +8583,21 @@ class Logger:
             kind, _, level = message.type.partition(".")
             number = _level_number(level) if kind == "log" else None
             if number is not None:
-                logging.getLogger(message.subject.rpartition("/")[2]).log(
-                    number, "%s: %s", message.sender, message.data
-                )
+                self._log_as(message.subject.rpartition("/")[2][:200], number, message)
             else:
                 number = logging.DEBUG if message.type == "beat" else logging.INFO
                 _log("logger").log(number, "%s", message)
+
+    @staticmethod
+    def _log_as(name: str, level: int, message: Message) -> None:
+        """Log *message* by the logger *name*, or by the nearest above: logging would keep each new one for ever."""
+        loggers, nearest = logging.root.manager.loggerDict, name
+        while nearest and not isinstance(loggers.get(nearest), logging.Logger):
+            nearest = nearest.rpartition(".")[0]
+        logger = logging.getLogger(nearest)
+        if logger.isEnabledFor(level):
+            args = (message.sender, message.data)
+            logger.handle(logger.makeRecord(name, level, __file__, 0, "%s: %s", args, None))
 
     def stop(self) -> None:
         """Stop to log."""
@@ -10344,7 +10364,7 @@ class _Network:
         self._lookup_due = time.monotonic()
         self._up = dict.fromkeys(nameservers, False)
         self._known: dict[str, _Service] = {}  # by address
-        self._counted: set[str] = set()  # addresses
+        self._counted: dict[str, tuple[str, Any]] = {}  # by address: its name and backend
         self.problem = ""
         self._meter = _Meter(topics)
         self._keepers = _Keepers()
@@ -10374,9 +10394,12 @@ class _Network:
         if any(self._up.values()):
             self._known = known  # else they may still be there
             self._keepers.follow(known.values())
-        for address in [address for address in known if address not in self._counted]:
-            if len(self._counted) < self._limit and self._meter.add(known[address]):
-                self._counted.add(address)
+        for address, service in known.items():
+            identity = service.name, service.entry.get("backend")
+            if self._counted.get(address, identity) != identity:  # another publisher has its address now
+                self._forget(address)
+            if address not in self._counted and len(self._counted) < self._limit and self._meter.add(service):
+                self._counted[address] = identity
         if len(known) > self._limit:
             problems.append(f"Only {self._limit} of {len(known)} publishers: allow more open files (ulimit -n).")
         self.problem = " ".join(problems)
@@ -10384,8 +10407,11 @@ class _Network:
         self._meter.forget(oldest)
         for address, heard in self._meter.last_heard().items():
             if address not in self._known and heard <= oldest:
-                self._meter.remove(address)
-                self._counted.discard(address)
+                self._forget(address)
+
+    def _forget(self, address: str) -> None:
+        self._meter.remove(address)
+        self._counted.pop(address, None)
 
     def view(self) -> dict[str, Any]:
         """Return all that is known now, as JSON can hold it."""

@@ -5460,6 +5460,20 @@ def announced(**kwargs: Any) -> Any:
     return posttroll.Publish("a_service", broadcast_interval=0.1, **kwargs)
 
 
+@contextlib.contextmanager
+def registering() -> Iterator[Callable[[Any], None]]:
+    """Give a function that registers what a message announces, as if a publisher did."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as sock:
+        sock.linger = 0
+        sock.connect(f"tcp://127.0.0.1:{config.get('broadcast_port')}")
+
+        def register(message: posttroll.Message) -> None:
+            sock.send(message.encode().encode())
+            assert sock.recv() == b"ok"
+
+        yield register
+
+
 class TestFollowing:
     def check(self, pub: Any, data: list[Any], text: str) -> None:
         """Check that a message of *pub* arrives: the first one that it sends."""
@@ -5503,6 +5517,32 @@ class TestFollowing:
                     with announced(port=port, nameservers=["localhost"]) as pub:
                         self.check(pub, data, f"number {number}")
                 assert len(sub.addresses) == 1
+
+    def test_another_service_that_takes_over_the_address(self, impatient):
+        """One that says no goodbye is told apart from one that is only forgotten, whose connection is up, too."""
+        with nameserver(), registering() as register:
+            with posttroll.Subscribe("a_service", timeout=0) as sub, serving(sub) as data:
+                with posttroll.Publisher(f"tcp://127.0.0.1:{free_port()}", "a").start() as pub:
+                    register(announcement(pub.address))
+                    register(announcement(pub.address, ("a_service",)))
+                    self.check(pub, data, "first")
+                    register(announcement(pub.address, ("b_service",)))
+                    wait_for(lambda: not sub.addresses)
+                    register(announcement(pub.address, ("a_service",)))
+                    self.check(pub, data, "again")
+
+    def test_a_publisher_with_another_backend_than_before(self, keys, impatient, monkeypatch):
+        """Where its subscribers have keys, too, it can become secure without their restart."""
+        monkeypatch.setenv("POSTTROLL_BACKEND", "unsecure_zmq")
+        address = f"tcp://127.0.0.1:{free_port()}"
+        with nameserver(), registering() as register:
+            with posttroll.Subscribe("a_service", timeout=0) as sub, serving(sub) as data:
+                for backend in ("unsecure_zmq", "secure_zmq", "unsecure_zmq"):
+                    with config.set(backend=backend):
+                        publisher = posttroll.Publisher(address, "a").start()
+                    with publisher:
+                        register(announcement(address, ("a_service",), backend=backend))
+                        self.check(publisher, data, backend)
 
     @pytest.mark.parametrize("multicast_enabled", [True, False])
     def test_a_nameserver_that_is_killed_and_restarted(self, multicast_enabled):
@@ -5931,6 +5971,8 @@ class TestHandlerAndLogger:
     def test_records_travel(self, caplog):
         """From a program that logs, over messages, into the log of another (here the same)."""
         caplog.set_level(logging.DEBUG)
+        logging.getLogger("of.this.test").setLevel(logging.ERROR)
+        dots = "." * 200
         with nameserver(multicast_enabled=True):
             handler = posttroll.PytrollHandler("a_program")
             logger = posttroll.Logger("localhost", config.get("address_publish_port"))
@@ -5942,12 +5984,17 @@ class TestHandlerAndLogger:
                     handler.handle(log_record("level %d", level, level=level, name="far.away"))
                 handler._publisher.send(posttroll.Message("/granule", "file", "no log record").encode())
                 handler._publisher.send(b"pytroll://log/x broken")
+                handler._publisher.send(posttroll.Message(f"/log/{dots}{dots}", "log.WARNING", "of any name"))
+                handler._publisher.send(posttroll.Message("/log/of.this.test.too", "log.WARNING", "is not wanted"))
                 handler._publisher.heartbeat()
                 wait_for(lambda: "/heartbeat/a_program" in caplog.text)
             finally:
                 logger.stop()
                 logger.stop()
                 handler.close()
+        assert dots in [record.name for record in caplog.records]
+        assert dots not in logging.root.manager.loggerDict
+        assert "is not wanted" not in caplog.text
         far = [
             (record.levelno, record.message.rpartition(": ")[2])
             for record in caplog.records
@@ -8532,6 +8579,27 @@ class TestExporter:
             assert not re.search(r"milli|minute|hour|kilo|_ms$", name)
             assert all(sample.value == 1 for sample in family.samples) or not name.endswith("_info")
         assert re.findall(r"^# TYPE (\S+_total) (?!counter)", text, re.MULTILINE) == []
+
+    def test_another_publisher_that_takes_over_the_address(self):
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            register = world.enter_context(registering())
+            loop = world.enter_context(contextlib.closing(posttroll.Loop()))
+            network = world.enter_context(contextlib.closing(posttroll._Network([], ["localhost"], loop)))
+            network.LOOKUP = 0.05
+            publisher = world.enter_context(posttroll.Publisher(f"tcp://127.0.0.1:{free_port()}", "a").start())
+
+            def view() -> Any:
+                assert network.run(time.monotonic() + 0.05)
+                return network.view()
+
+            for name in ("one", "two", "one"):
+                register(announcement(publisher.address, (name,), name))
+
+                wait_for(lambda name=name: [each["publisher"] for each in view()["publishers"]] == [name])
+                wait_for(lambda: publisher.subscriber_count == 1)
+                publisher.send(text_message(name))
+                wait_for(lambda name=name: [row["publisher"] for row in view()["traffic"]] == [name])
 
     def test_there_are_not_too_many_series(self, monkeypatch):
         """What exceeds is counted all the same, as something else; what has been silent for long makes room."""
