@@ -4514,7 +4514,6 @@ class _Audience(_Listeners):
             if self._hears(peer) and self._send_past(peer):
                 is_stuck = False
             if time.monotonic() > deadline:
-                is_stuck = False  # the others may not be
                 break
         self._pause = min(self._pause + 0.02, self.LONGEST_PAUSE) if is_stuck else 0
         if any(peer.after is not None for peer in behind):
@@ -5953,6 +5952,7 @@ class _Source:
 
     def __init__(self) -> None:
         self.is_left = False  # heard by no socket any more
+        self.is_copy = False  # kept of what has gone on elsewhere
         self.name = ""
         self.is_forwarded = False  # by a proxy: we have no connection of our own to it
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
@@ -6229,7 +6229,7 @@ class _LiveRecord:
         """Have *source* go on over another socket, the hello of which is to be taken next; return a copy to keep."""
         self.close(source)
         left = copy(source)
-        left.is_left = True
+        left.is_left = left.is_copy = True
         source.unconfirmed = source.unconfirmed + self.count(max(source.index, source.checked))
         source.intact = [(after, until, 0) for after, until, _ in source.intact]
         source.hello = -1
@@ -6376,6 +6376,10 @@ class _CatchUp:
         """Whether it has heard this publisher."""
         return instance in self._sources
 
+    def has_gone_on(self, instance: bytes) -> bool:
+        """Whether another one has gone on from where this one has been with a publisher."""
+        return self._sources[instance].is_copy
+
     @property
     def is_merging(self) -> bool:
         """Whether it may hold something that is not in its socket any more."""
@@ -6428,8 +6432,8 @@ class _CatchUp:
         """Go on where a socket with more, fewer or the same topics was left that was connected to the same before."""
         own = self._sources.get(instance)
         if own is None or own.is_left:
-            nested = (other for other in self._before(instance) if _are_nested(other._prefixes, self._prefixes))
-            newest = next(nested, self)
+            nested = [other for other in self._before(instance) if _are_nested(other._prefixes, self._prefixes)]
+            newest = min(nested, key=lambda other: other.has_gone_on(instance), default=self)
             if newest is not self:
                 self._sources[instance] = source = newest._sources[instance]
                 newest._sources[instance] = newest._live.hand_over(source)
@@ -6442,7 +6446,7 @@ class _CatchUp:
             source = self._sources[instance] = _Source()
             if self._durable is not None:
                 self._durable.restore(instance, source, self.is_later)
-        source.is_left = self._socket.closed
+        source.is_left, source.is_copy = self._socket.closed, False
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
             forgotten, old = self._sources.popitem(last=False)
@@ -7291,7 +7295,8 @@ class _SubscriberSockets:
         self._turning: Any = None  # the asyncio task that waits for all who await
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._left: OrderedDict[Any, _CatchUp] = OrderedDict()  # by slot: those without a socket
-        self._let_go: OrderedDict[tuple[str, _CatchUp], None] = OrderedDict()  # by whom an endpoint was left
+        # By whom an endpoint was left, and who had left it before him then: his greeting may be read later.
+        self._let_go: OrderedDict[str, dict[_CatchUp, list[_CatchUp]]] = OrderedDict()
         self._connections = _Connections(
             self._loop,
             self._open_socket,
@@ -7469,21 +7474,32 @@ class _SubscriberSockets:
         return sock
 
     def _note_let_go(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
-        place = endpoint, self._streams[sock]
-        self._let_go.pop(place, None)
-        self._let_go[place] = None
+        stream, before = self._streams[sock], self._left_before(endpoint)
+        streams = self._let_go.setdefault(endpoint, {})
+        streams.pop(stream, None)
+        streams[stream] = before[:8]
+        self._let_go.move_to_end(endpoint)
         if len(self._let_go) > self.LEFT:
             self._let_go.popitem(last=False)
 
+    def _left_before(self, endpoint: str) -> list[_CatchUp]:
+        """Return who let go of *endpoint*, and is not connected to it again, newest first."""
+        streams = self._let_go.get(endpoint)
+        if not streams:
+            return []
+        again = {self._streams[sock] for sock, other in self._connections.ends if other == endpoint}
+        return [stream for stream in reversed(streams) if stream not in again]
+
     def _before(self, stream: _CatchUp, instance: bytes) -> list[_CatchUp]:
         """Return who knows a publisher and let go of what *stream* is connected to, or has let go of, newest first."""
-        places = [place for place in reversed(self._let_go) if place[1].knows(instance)]
-        if not places:  # as at the start, when many are found at once
-            return []
-        connected = {(endpoint, self._streams[sock]) for sock, endpoint in self._connections.ends}
-        own = {endpoint for endpoint, other in chain(connected, self._let_go) if other is stream}
-        left = (place for place in places if place[1] is stream or place not in connected)
-        return [other for endpoint, other in left if endpoint in own]
+        if not any(other.knows(instance) for streams in self._let_go.values() for other in streams):
+            return []  # as at the start, when many are found at once
+        own = [endpoint for sock, endpoint in self._connections.ends if self._streams[sock] is stream]
+        found = [other for endpoint in own for other in self._left_before(endpoint)]
+        for streams in reversed(self._let_go.values()):
+            if stream in streams:
+                found += [stream, *streams[stream]]
+        return [other for other in found if other.knows(instance)]
 
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))
@@ -7816,7 +7832,7 @@ class _Publisher:
         self.services: set[str] = set()
         self.hosts: set[str] = set()
         self.is_ours = is_ours  # we add it, not the program
-        self.is_replaced = False  # its address has been announced by one that has none of the services
+        self.replaced_at: set[str] = set()  # nameservers that told of one that has none of the services at its address
         self.backends: dict[str, str] = {}  # as nameservers told
         self.denials: dict[str, list[float]] = {}  # when a nameserver that knew it first said no, and how many times
 
@@ -8011,7 +8027,7 @@ class _Follower:
             for service in wanted:
                 self.add(host, entry, service)
             if publisher is not None and not wanted:  # lookups are to confirm it
-                publisher.is_replaced = True
+                publisher.replaced_at.add(host)
                 self._look_up(publisher.services)
         elif publisher is not None and host in self._informants(publisher):
             publisher.denials[host] = [float("-inf"), self.PATIENCE]  # it is sure
@@ -8047,8 +8063,8 @@ class _Follower:
         announced = entry.get("service")
         services = announced if isinstance(announced, list) else []
         publisher.services.update([service], (each for each in self._services if each in services))
-        publisher.is_replaced = False
         if host is not None:
+            publisher.replaced_at.discard(host)
             if not publisher.hosts:
                 publisher.denials.clear()
             publisher.hosts.add(host)
@@ -8070,7 +8086,7 @@ class _Follower:
         for address, publisher in list(self._known.items()):
             denials = [publisher.denials.get(host, [0.0, 0]) for host in self._informants(publisher)]
             is_lost = all(count >= self.PATIENCE and first < long_ago for first, count in denials)
-            is_up = self._subscriber._connections.is_up(address) and not publisher.is_replaced
+            is_up = self._subscriber._connections.is_up(address) and not publisher.replaced_at
             if not publisher.denials or not is_lost or is_up:
                 continue
             if self._subscriber._has_unread:

@@ -5531,6 +5531,32 @@ class TestFollowing:
                     register(announcement(pub.address, ("a_service",)))
                     self.check(pub, data, "again")
 
+    def test_a_nameserver_that_knows_only_the_service_before(self, impatient, monkeypatch):
+        """Its answers do not undo what the other one has told; it goes, too, when both have forgotten it."""
+        ports = [free_port() for _ in range(2)]
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            register = world.enter_context(registering())
+            pub = world.enter_context(posttroll.Publisher(f"tcp://127.0.0.1:{free_port()}", "a").start())
+            entry = {"URI": pub.address, "service": ["a_service"]}
+            forgetful = contextlib.ExitStack()
+            forgetful.enter_context(answering(answer_with([entry]), ports[0]))
+            register(announcement(pub.address, ("a_service",)))
+            hosts = ["localhost", f"127.0.0.1:{ports[0]}"]
+            followers: list[Any] = []
+            begin = posttroll._Follower.begin
+            monkeypatch.setattr(posttroll._Follower, "begin", lambda each: followers.append(each) or begin(each))
+            sub = world.enter_context(posttroll.Subscribe("a_service", timeout=0, nameserver=hosts))
+            [follower] = followers
+            data = world.enter_context(serving(sub))
+            wait_for(lambda: follower._known and len(follower._known[pub.address].hosts) == 2)
+            register(announcement(pub.address, ("b_service",)))
+            wait_for(lambda: follower._known[pub.address].denials)
+            forgetful.close()
+            world.enter_context(answering(answer_with([]), ports[0]))
+            wait_for(lambda: not sub.addresses)
+            assert data == []
+
     def test_a_publisher_with_another_backend_than_before(self, keys, impatient, monkeypatch):
         """Where its subscribers have keys, too, it can become secure without their restart."""
         monkeypatch.setenv("POSTTROLL_BACKEND", "unsecure_zmq")
@@ -16880,6 +16906,36 @@ class TestCatchingUp:
                 await_count(data, numbers.count)
                 wait_for(lambda: not pub._audience.unserved())
             numbers.check(data)
+
+    @pytest.mark.parametrize("is_alone", [True, False])
+    @pytest.mark.parametrize("durable", [None, "name"])
+    def test_more_topics_and_less_again_before_anything_is_read(self, durable, is_alone, monkeypatch, tmp_path):
+        """The greeting that was sent to the socket in between is read only when the first one is connected again."""
+        monkeypatch.setenv("POSTTROLL_DURABLE_DIRECTORY", str(tmp_path))
+        with contextlib.ExitStack() as stack:
+            pub, sub = stack.enter_context(connected("/numbers", durable=durable))
+            (address,) = sub.addresses
+            if not is_alone:
+                sub.add(local_address(stack.enter_context(posttroll.Publisher("tcp://*:0")).port_number))
+            numbers = Numbers(pub)
+            numbers.send(20)
+            data = received_data(sub, 20)
+            for topic in ("/a", ["/a", "/b"]):
+                known = sub.subscribers
+                sub.add(address, topic)
+                [between] = set(sub.subscribers) - set(known)
+                assert between.poll(DEADLINE * 1000)
+                numbers.send(5)
+                sub.remove(address)
+                # The socket for both lets go of the one only when it is used next.
+                wait_for(lambda: pub.subscriber_count == 1 - is_alone)
+                sub.add(address)
+            with serving(sub) as later:
+                wait_for(lambda: sub.up_to_date >= 2 - is_alone and not pub._audience.unserved())
+                numbers.send(5)
+                await_count(later, numbers.count - 20)
+                later[:0] = data
+                numbers.check(later)
 
     @pytest.mark.parametrize("way", ["relay", "name"])
     def test_a_second_address_with_more_topics_takes_nothing_from_the_first(self, way, monkeypatch):
