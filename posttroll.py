@@ -2503,6 +2503,13 @@ def _load_client_keys(backend: str | None = None) -> dict[str, bytes]:
     return {"curve_secretkey": secret, "curve_publickey": _public_key(secret), "curve_serverkey": server}
 
 
+def _are_keys_exchanged(keys: Mapping[str, bytes]) -> bool:
+    """Whether a client has others than *keys* by now; not while they are just being replaced."""
+    with suppress(ConfigurationError):
+        return _load_client_keys() != keys
+    return False
+
+
 _key_log = LimitedLogger("backends.zmq.socket")
 
 
@@ -3431,7 +3438,8 @@ class _NameserverTarget:
         self._connected = ""  # the endpoint
         self._is_closed = False
         self._last_sign = time.monotonic()
-        _load_client_keys()  # what is wrong with them is an error now, not in the loop
+        self._is_answered = False  # the last announcement
+        self._keys = _load_client_keys()  # what is wrong with them is an error now, not in the loop
 
     def open(self, loop: Loop) -> None:
         """Use *loop*, and connect once the host name resolves."""
@@ -3446,19 +3454,22 @@ class _NameserverTarget:
         return None if address is None or is_loopback(address) else address
 
     def _connect(self) -> None:
-        """Connect to where the nameserver is now; not in the middle of a goodbye."""
+        """Connect to where the nameserver is now, with the keys that there are now; not in the middle of a goodbye."""
         endpoint = None if self._is_closed else self._resolution.check()
-        if endpoint is None or endpoint == self._connected or self._when_done is not None:
+        if endpoint is None or self._when_done is not None:
+            return
+        if endpoint == self._connected and (self._is_answered or not _are_keys_exchanged(self._keys)):
             return
         # REQ_RELAXED: a request may follow one that was never answered.  IMMEDIATE: none waits for a connection.
         options = {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.RECONNECT_IVL_MAX: 500}
         try:
+            keys = _load_client_keys()
             sock = set_up_client_socket(zmq.REQ, endpoint, options)
         except (ConfigurationError, zmq.ZMQError) as error:  # the keys are being replaced, or no descriptors left
             self._log.warning("open", "Cannot register with %s (trying again): %s", self._endpoint, error)
             return
         self._disconnect()
-        self._socket, self._connected = sock, endpoint
+        self._socket, self._connected, self._keys = sock, endpoint, keys
         self._watch()
 
     def _disconnect(self) -> None:
@@ -3481,6 +3492,7 @@ class _NameserverTarget:
         self._pending = text.encode()
         self._resolution.ask()  # it may have moved
         self._connect()
+        self._is_answered = False
         self._watch()
 
     def say_goodbye(self, text: str, when_done: Callable[[], None]) -> None:
@@ -3505,6 +3517,7 @@ class _NameserverTarget:
 
     def _take_answer(self, answer: bytes) -> None:
         self._last_sign = time.monotonic()
+        self._is_answered = True
         if self._when_done is not None and self._pending is None:
             self._when_done()
         elif answer == b"ok":
@@ -7872,7 +7885,8 @@ class _Follower:
         self._resolutions = {host: self._resolution(host) for host in nameservers}
         self._sockets: dict[str, list[zmq.Socket[bytes]]] = {}  # the first is that for lookups
         self._endpoints: dict[str, str] = {}  # what they are connected to
-        self._heard: set[str] = set()  # those whose address port has been connected
+        self._keys: dict[str, dict[str, bytes]] = {}  # with which
+        self._heard: set[str] = set()  # those whose address port is connected
         self._last_answer: dict[str, float] = {}
         self._known: dict[str, _Publisher] = {}
         self._log = LimitedLogger("subscriber")
@@ -7893,6 +7907,10 @@ class _Follower:
         self._timer.cancel()
         self._timer = self._loop.at(time.monotonic() + seconds, self._run)
 
+    def _run_within(self, seconds: float) -> None:
+        if self._timer.when > time.monotonic() + seconds:
+            self._run_in(seconds)
+
     def _ask_for_names(self) -> None:
         """Ask again and again where nameservers are that have names."""
         for resolution in self._resolutions.values():
@@ -7901,12 +7919,16 @@ class _Follower:
             self._loop.at(time.monotonic() + _Resolution.RETRY, self._ask_for_names)
 
     def _open(self) -> None:
-        """Connect to those nameservers whose names resolve; anew to those that are silent for long, or have moved."""
+        """Connect to those nameservers whose names resolve; anew to those that are silent for long, or have moved.
+
+        Also to those that are not heard and were asked with other keys than there are now.
+        """
         now = time.monotonic()
         patience = self.PATIENCE * max(self._interval, self.SELDOM)
         for host, resolution in self._resolutions.items():
             endpoint = resolution.check()
             is_open = host in self._sockets and endpoint == self._endpoints[host]
+            is_open = is_open and (host in self._heard or not _are_keys_exchanged(self._keys[host]))
             if endpoint is None or (is_open and now - self._last_answer[host] <= patience):
                 continue
             self._close(host)
@@ -7935,6 +7957,7 @@ class _Follower:
     def _connect(self, host: str, endpoint: str) -> None:
         """Open a socket for lookups at *host*, and listen to its address port, and to whether there is a connection."""
         sockets = self._sockets[host] = []
+        self._keys[host] = _load_client_keys()
 
         def take(sock: zmq.Socket[bytes], handle: Callable[[list[bytes]], object]) -> None:
             sockets.append(sock)
@@ -7946,15 +7969,21 @@ class _Follower:
             news = set_up_client_socket(zmq.SUB, "")
             take(news, partial(self._take_news, host))
             news.setsockopt(zmq.SUBSCRIBE, f"{_MAGICK}/address".encode())
-            take(_open_monitor(news, zmq.EVENT_HANDSHAKE_SUCCEEDED), partial(self._catch_up, host))
+            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            take(_open_monitor(news, events), partial(self._note_connection, host))
             connect(news, f"{endpoint.rpartition(':')[0]}:{self._address_port}")
 
-    def _catch_up(self, host: str, frames: list[bytes]) -> None:
+    def _note_connection(self, host: str, frames: list[bytes]) -> None:
         """After a connection to the address port of *host*: learn by lookups what was published before.
 
-        A second one follows soon, as the subscription arrives a little later than the connection.
+        A second one follows soon, as the subscription arrives a little later than the connection.  Once it is lost,
+        there may be other keys; what fails from then on, ten times a second, does not put off the next look at them.
         """
-        if struct.unpack("=HI", frames[0])[0] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        event = struct.unpack("=HI", frames[0])[0]
+        if event == zmq.EVENT_DISCONNECTED and host in self._heard:
+            self._heard.discard(host)
+            self._run_within(self.SOON)
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._heard.add(host)
             self._look_up(self._services)
             self._loop.at(time.monotonic() + self.SOON / 2, partial(self._look_up, self._services))
@@ -8074,8 +8103,7 @@ class _Follower:
     def _note_denial(self, publisher: _Publisher, host: str) -> None:
         denial = publisher.denials.setdefault(host, [time.monotonic(), 0])
         denial[1] += 1
-        if self._interval > self.SELDOM:
-            self._run_in(self.SELDOM)
+        self._run_within(self.SELDOM)
 
     def _let_go_of_lost(self) -> None:
         """Remove the publishers that no nameserver knows any more, if they are not connected either, or others are.

@@ -5705,10 +5705,11 @@ class TestFollowing:
     @pytest.mark.parametrize("what", ["lookups", "news", "their monitor"])
     def test_nameservers_that_cannot_be_asked_for_a_while(self, impatient, monkeypatch, what, fault):
         """Of the tries nothing is left, and what is published meanwhile comes."""
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         arguments = {
             "lookups": lambda args: args[0] == zmq.DEALER,
             "news": lambda args: args == (zmq.SUB, ""),
-            "their monitor": lambda args: args[-1] == zmq.EVENT_HANDSHAKE_SUCCEEDED,
+            "their monitor": lambda args: args[-1] == events,
         }[what]
         failures: list[Any] = []
         made: list[Any] = []
@@ -5718,7 +5719,7 @@ class TestFollowing:
                 failures.append(args)
                 raise fault
             sock = make(*args)
-            if args[0] == zmq.DEALER or args == (zmq.SUB, "") or args[1:] == (zmq.EVENT_HANDSHAKE_SUCCEEDED,):
+            if args[0] == zmq.DEALER or args == (zmq.SUB, "") or args[1:] == (events,):
                 made.append(sock)
             return sock
 
@@ -13653,6 +13654,11 @@ class Keys:
     def expel(self, name: str) -> None:
         (self.clients / f"{name}.key").unlink()
 
+    def exchange(self, name: str) -> None:
+        """Make other keys for the server, or the client."""
+        posttroll.write_key_pair(name, self.directory, force=True)
+        self.admit("friend")
+
     def of(self, kind: str) -> dict[str, str]:
         """Return the settings of a client that must not get in."""
         return {
@@ -13876,22 +13882,43 @@ class TestStrangers:
                     connection.close()
 
 
+@pytest.mark.parametrize("which", ["server", "friend"])
 class TestOtherKeys:
     """Keys are exchanged while programs run."""
 
-    @pytest.mark.parametrize("which", ["server", "friend"])
     def test_a_subscriber_connects_with_the_new_ones(self, keys, which, monkeypatch):
         monkeypatch.setattr(posttroll._Link, "RENEWAL", 0.2)
         port = free_port()
         with subscribing(port) as sub:
             with posttroll.Publisher(f"tcp://*:{port}") as pub:
                 assert deliver(pub, sub, "before")
-            for file in (f"{which}.key", f"{which}.key_secret"):
-                (keys.directory / file).unlink()
-            posttroll.write_key_pair(which, keys.directory)
-            keys.admit("friend")
+            keys.exchange(which)
             with posttroll.Publisher(f"tcp://*:{port}") as pub:
                 assert deliver(pub, sub, "afterwards")
+
+    @pytest.mark.parametrize("listen", [True, False], ids=["that listens", "that has found none"])
+    def test_a_subscriber_hears_of_new_publishers_with_the_new_ones(self, keys, which, listen, impatient, monkeypatch):
+        monkeypatch.setattr(posttroll._Follower, "PATIENCE", 1000)  # not because nobody answers for long
+        with contextlib.ExitStack() as stack:
+            with nameserver(), announced(nameservers=["localhost"]) if listen else contextlib.nullcontext() as first:
+                timeout = DEADLINE if listen else 0
+                sub = stack.enter_context(posttroll.Subscribe("a_service", addr_listener=listen, timeout=timeout))
+                data = stack.enter_context(serving(sub))
+                assert first is None or first.wait_for_subscribers(1, DEADLINE)
+            keys.exchange(which)
+            with nameserver(), announced(nameservers=["localhost"]) as second:
+                assert second.wait_for_subscribers(1, DEADLINE)
+                second.send(TEXT + "afterwards")
+                wait_for(lambda: data == ["afterwards"])
+
+    def test_a_publisher_registers_with_the_new_ones(self, keys, which, monkeypatch):
+        monkeypatch.setattr(posttroll._NameserverTarget, "RENEWAL", 1000)
+        with announced(nameservers=["localhost"]):
+            with nameserver():
+                wait_for(lambda: is_known("a_service"))
+            keys.exchange(which)
+            with nameserver():
+                wait_for(lambda: is_known("a_service"))
 
 
 class TestKeyDirectory:
