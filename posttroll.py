@@ -9739,6 +9739,8 @@ class _PublishingEnd:
     """
 
     LENGTH = struct.Struct("!I")  # comes before each message
+    PATIENCE = 60.0  # seconds that it waits for its port
+    DONE, WAITING = b"\n", b"."  # what it says
 
     def __init__(self, options: argparse.Namespace) -> None:
         import subprocess
@@ -9778,7 +9780,10 @@ class _PublishingEnd:
         self._await_done()
 
     def _await_done(self) -> None:
-        if self._output.read(1) != b"\n":
+        answer = self.WAITING
+        while answer == self.WAITING:
+            answer = self._output.read(1)
+        if answer != self.DONE:
             raise _CommandError(f"the end that publishes has ended, with status {self._process.wait()}.")
 
     def __exit__(self, kind: object = None, *exc_info: object) -> None:
@@ -9796,13 +9801,15 @@ def _run_publishing_end(options: argparse.Namespace) -> int:
     """Send what stdin tells, until its end; say on stdout when it is done, and how many messages were lost."""
     import signal
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # which everybody in a terminal or a service gets
-        signal.signal(number, signal.SIG_IGN)
     source, report = sys.stdin.buffer, sys.stdout.buffer
     length = _PublishingEnd.LENGTH
-    with _publishing(options.name, options.port, options.nameserver) as publisher:
+    with ExitStack() as stack:
+        publishing = _publishing(options.name, options.port, options.nameserver)
+        publisher = _when_port_is_free(options.port, partial(stack.enter_context, publishing), report)
+        for number in (signal.SIGINT, signal.SIGTERM):  # which everybody in a terminal or a service gets
+            signal.signal(number, signal.SIG_IGN)
         while True:
-            report.write(b"\n")
+            report.write(_PublishingEnd.DONE)
             report.flush()
             head = source.read(length.size)
             size = length.unpack(head)[0] if len(head) == length.size else 1
@@ -9814,6 +9821,28 @@ def _run_publishing_end(options: argparse.Namespace) -> int:
         report.write(b"%d\n" % publisher.dropped)
         report.flush()
     return 0
+
+
+def _when_port_is_free(port: int, start: Callable[[], AnyPublisher], report: Any) -> AnyPublisher:
+    """Return what *start* returns; while *port* is in use, as by a relay that was killed and still sends, wait for it.
+
+    Meanwhile *report* is told so, which fails, and so ends this, once nobody is there to be told.
+    """
+    deadline = time.monotonic() + _PublishingEnd.PATIENCE
+    has_warned = False
+    while True:
+        try:
+            return start()
+        except zmq.ZMQError as error:
+            if not port or error.errno != zmq.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        if not has_warned:
+            text = "Port %d is in use, perhaps by a relay before this one that still sends: waiting for it"
+            _log("publisher").warning(text, port)
+            has_warned = True
+        report.write(_PublishingEnd.WAITING)
+        report.flush()
+        time.sleep(0.5)
 
 
 # -- publishers that nameservers know --

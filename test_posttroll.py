@@ -7786,10 +7786,11 @@ class TestRelayCommand:
             assert (out, err) == ("", "0 messages relayed\n")
 
     def test_what_hinders_the_start(self, source):
-        with posttroll.Publisher("tcp://*:0") as other, self.relay(source, other.port_number) as running:
+        with self.relay(source, free_port(), "--out-set", "backend=secure_zmq") as running:
             status, _, err = finish(running)
         assert status == 1
-        assert "posttroll relay: Address already in use" in err
+        assert "posttroll relay: Missing config parameter" in err
+        assert err.endswith("posttroll relay: the end that publishes has ended, with status 1.\n")
         with posttroll.Subscriber([], durable="name"):
             status, _, err = run_command("relay", "--address", "tcp://localhost:1", "--durable", "name")
         assert status == 1
@@ -7797,6 +7798,51 @@ class TestRelayCommand:
         status, _, err = run_command("relay", "--out-set", "no_key=1")
         assert status == 2
         assert "there is no key 'no_key'" in err
+
+    @contextlib.contextmanager
+    def waiting(self, source: Any, port: int | None) -> Iterator[subprocess.Popen[str]]:
+        """Run a relay whose port is in use, as by the end of another that was killed and still sends."""
+        words = ("--address", local_address(source.port_number), "--out-nameserver", "none", "--port", port)
+        with command("relay", *words) as running:
+            assert running.stderr.readline().startswith(f"Port {port} is in use")
+            yield running
+
+    def test_waits_for_its_port(self, source):
+        with contextlib.ExitStack() as stack:
+            with posttroll.Publisher("tcp://*:0") as other:
+                running = stack.enter_context(self.waiting(source, other.port_number))
+            sub = stack.enter_context(posttroll.Subscriber([local_address(other.port_number)]))
+            assert source.wait_for_subscribers(1, DEADLINE)
+            source.send(text_message("x"))
+            assert received_data(sub) == ["x"]
+            assert self.end(running) == (0, "", "1 message relayed\n")
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_a_signal_ends_the_waiting(self, source, number):
+        """That of both ends: the output of either is the same."""
+        with posttroll.Publisher("tcp://*:0") as other, self.waiting(source, other.port_number) as running:
+            status, _, err = self.end(running, number)
+        assert status == (130 if number == signal.SIGINT else -number)
+        assert err in ("", "0 messages relayed\n")
+
+    def test_the_end_that_publishes_can_be_ended_while_it_waits(self, source):
+        """A service manager sends SIGTERM to both."""
+        with posttroll.Publisher("tcp://*:0") as other, self.waiting(source, other.port_number) as running:
+            (child,) = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            os.kill(int(child), signal.SIGTERM)
+            status, _, err = finish(running)
+        assert status == 1
+        assert "the end that publishes has ended, with status -15" in err
+
+    def test_a_port_that_stays_in_use(self):
+        code = "import posttroll; posttroll._PublishingEnd.PATIENCE = 0.1; raise SystemExit(posttroll.main())"
+        with posttroll.Publisher("tcp://*:0") as other:
+            words = ("relay", "--role=publisher", "--nameserver=none", "--port", other.port_number)
+            with python(code, *words) as running:
+                status, out, err = finish(running)
+        assert (status, set(out)) == (1, {"."})
+        assert err.count("\n") == 2
+        assert re.search(r"^posttroll relay: Address already in use", err, re.MULTILINE)
 
     def test_memory_of_echoes_is_bounded(self):
         echoes = posttroll._Echoes()
