@@ -13948,8 +13948,8 @@ class TestOtherKeys:
         with contextlib.ExitStack() as stack:
             with nameserver(), announced(nameservers=["localhost"]) if listen else contextlib.nullcontext() as first:
                 timeout = DEADLINE if listen else 0
-                sub = stack.enter_context(posttroll.Subscribe("a_service", addr_listener=listen, timeout=timeout))
-                data = stack.enter_context(serving(sub))
+                subscribe = posttroll.Subscribe("a_service" if listen else "", addr_listener=listen, timeout=timeout)
+                data = stack.enter_context(serving(stack.enter_context(subscribe)))
                 assert first is None or first.wait_for_subscribers(1, DEADLINE)
             keys.exchange(which)
             with nameserver(), announced(nameservers=["localhost"]) as second:
