@@ -5651,8 +5651,7 @@ class _MonitoredSockets:
 
     def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
         """Take note of what has happened to the connections of *sock* until now."""
-        if sock in self._monitors:  # else it is closed, and this is of what it had received before
-            self._take_events(sock, self._monitors[sock])
+        self._take_events(sock, self._monitors[sock])
 
     def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         while True:
@@ -5674,7 +5673,7 @@ class _Connections:
     Args:
         loop: The loop to use; whoever runs it is the only one to call the methods.
         open_socket: Called with a slot (see `_MonitoredSockets`); returns a new SUB socket for it.
-        read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
+        read_all: Called with a socket, before a connection of it is closed, to take all that lies unread.
         on_change: Called with a socket of which a connection begins, has come up, or gone down, and its descriptor;
             returns the index of the next message of that socket.
         on_close: Called with the slot of a socket that is closed, and the socket.
@@ -5804,10 +5803,10 @@ class _Connections:
         """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
+            self._read_all(sock)  # first, as the greetings in it are of the connections that there are
             link = self._links.pop((sock, endpoint))
             link.is_up = False
             self._new.note(sock, endpoint, link)
-            self._read_all(sock)
             disconnect(sock, endpoint)  # it may be gone already (inproc)
             self._on_change(sock, link.descriptor)
             self._on_let_go(sock, endpoint)
@@ -5952,7 +5951,6 @@ class _Source:
 
     def __init__(self) -> None:
         self.is_left = False  # heard by no socket any more
-        self.is_copy = False  # kept of what has gone on elsewhere
         self.name = ""
         self.is_forwarded = False  # by a proxy: we have no connection of our own to it
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
@@ -5975,7 +5973,7 @@ class _Source:
         self.hello_index = index
         self.ends = ends
         self.is_asked = True
-        self.asked = time.monotonic()
+        self.asked = self.begun = time.monotonic()
         self.came: set[int] = set()  # numbers that came under the mark since the last end
         self.counted: float = 0  # those before the last position
         self.live: Counter[int] | None = None  # of what came live since, while it matters
@@ -6193,8 +6191,8 @@ class _LiveRecord:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.SIZE)  # with their indices, before an outage
         self._open: dict[_Source, int] = {}  # who sends live and under the mark, and the index when it last did
 
-    def note(self, raw: bytes) -> None:
-        """Take note of a message."""
+    def note(self, raw: bytes) -> bytes:
+        """Take note of a message, and return it."""
         self.index += 1
         digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
         self._recent.append(digest)
@@ -6204,6 +6202,7 @@ class _LiveRecord:
             if self.index % self.SIZE == 0:
                 for source in [each for each, last in self._open.items() if self.index - last > self.PATIENCE]:
                     self.close(source)
+        return raw
 
     def freeze(self) -> None:
         """Remember what came until now, as a connection is down: its end may not have been confirmed."""
@@ -6229,7 +6228,7 @@ class _LiveRecord:
         """Have *source* go on over another socket, the hello of which is to be taken next; return a copy to keep."""
         self.close(source)
         left = copy(source)
-        left.is_left = left.is_copy = True
+        left.is_left = True
         source.unconfirmed = source.unconfirmed + self.count(max(source.index, source.checked))
         source.intact = [(after, until, 0) for after, until, _ in source.intact]
         source.hello = -1
@@ -6266,8 +6265,8 @@ class _CatchUp:
         wake_at: Called with it, and a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
-        before: Called with it and a publisher; returns those that know that one and were connected before to what it
-            is connected to, or was, newest first, perhaps itself among them.
+        later: Called with what is to be written down when all that has come until now is handed out.
+        before: Called with it and a publisher; returns those that know that one and let go of what it is connected to.
     """
 
     SOURCES = 20000
@@ -6280,6 +6279,7 @@ class _CatchUp:
         wake_at: Callable[[_CatchUp, float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None,
+        later: Callable[[Callable[[], None]], None],
         before: Callable[[_CatchUp, bytes], Iterable[_CatchUp]],
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
@@ -6290,12 +6290,13 @@ class _CatchUp:
         self._wake_at = partial(wake_at, self)
         self._on_past = on_past
         self._durable = durable
+        self._later = later
         self._before = partial(before, self)
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
         self._requests: dict[bytes, bytes] = {}
         self._live = _LiveRecord()
-        self.note: Callable[[bytes], None] = self._live.note  # to be called with each message that comes live
+        self.note: Callable[[bytes], bytes] = self._live.note  # to be called with each message that comes live
 
     def attach(
         self,
@@ -6357,7 +6358,7 @@ class _CatchUp:
             self._ask_for_greeting()
 
     def _ask_for_greeting(self) -> None:
-        if not self._again and not self._socket.closed:
+        if not self._again:
             self._again = b"%s/again/%d" % (self._mark, self._turn)
             self._socket.setsockopt(zmq.SUBSCRIBE, self._again)
 
@@ -6375,10 +6376,6 @@ class _CatchUp:
     def knows(self, instance: bytes) -> bool:
         """Whether it has heard this publisher."""
         return instance in self._sources
-
-    def has_gone_on(self, instance: bytes) -> bool:
-        """Whether another one has gone on from where this one has been with a publisher."""
-        return self._sources[instance].is_copy
 
     @property
     def is_merging(self) -> bool:
@@ -6433,8 +6430,8 @@ class _CatchUp:
         own = self._sources.get(instance)
         if own is None or own.is_left:
             nested = [other for other in self._before(instance) if _are_nested(other._prefixes, self._prefixes)]
-            newest = min(nested, key=lambda other: other.has_gone_on(instance), default=self)
-            if newest is not self:
+            newest = max(nested, key=lambda other: other._sources[instance].begun, default=self)
+            if newest is not self and (own is None or own.begun <= newest._sources[instance].begun):
                 self._sources[instance] = source = newest._sources[instance]
                 newest._sources[instance] = newest._live.hand_over(source)
 
@@ -6446,7 +6443,7 @@ class _CatchUp:
             source = self._sources[instance] = _Source()
             if self._durable is not None:
                 self._durable.restore(instance, source, self.is_later)
-        source.is_left, source.is_copy = self._socket.closed, False
+        source.is_left = False
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
             forgotten, old = self._sources.popitem(last=False)
@@ -6462,7 +6459,7 @@ class _CatchUp:
             source.found, source.before = number, before
             source.since, source.index = since, index
             if self._durable is not None and source.position is None:
-                self._durable.begin_with(instance, source, self._live.index - source.index)
+                self._later(partial(self._durable.begin_with, instance, source, self._live.index - source.index))
         elif source.hello < 0:  # it was heard by another socket until now
             source.index = source.checked = index
         self._live.close(source)
@@ -6474,15 +6471,13 @@ class _CatchUp:
         is_later = number > source.hello
         source.begin(number, ends, self._live.index if is_later else source.hello_index)
         if self._durable is not None and is_later:
-            source.hello_lines = self._durable.lines
+            self._later(partial(self._durable.note_hello, source))
 
     def _ask(self, instance: bytes, source: _Source) -> None:
         """Ask for what is missing, up to the hello."""
         if source.position is None or source.position < source.hello:  # else nothing is missing
             source.unconfirmed += self._live.count(max(source.index, source.checked), source.hello_index)
             source.checked = max(source.hello_index, source.checked)
-        if self._socket.closed:
-            return  # this is of what it had received before
         self._cancel_request(instance)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, source.missing, source.hello, self._topics)
         self._requests[instance] = request
@@ -6490,7 +6485,7 @@ class _CatchUp:
 
     def _cancel_request(self, instance: bytes) -> None:
         request = self._requests.pop(instance, None)
-        if request is not None and not self._socket.closed:
+        if request is not None:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, request)
 
     def _take_past(self, source: _Source, number: int, content: bytes, is_live: bool) -> bytes | None:
@@ -6529,10 +6524,7 @@ class _CatchUp:
             source.came.clear()
             return
         if is_whole:
-            source.advance(number, source.hello_index if number <= source.hello else self._live.index)
-            if self._durable is not None:
-                lines = source.hello_lines if number <= source.hello else self._durable.lines
-                self._durable.advance(instance, source, number, lines)
+            self._advance(instance, source, number)
         self._begin(source, number, ends)
         if not is_whole:
             self._ask(instance, source)
@@ -6544,6 +6536,12 @@ class _CatchUp:
         if gone > 0:
             self._on_gone(source.name, gone)
 
+    def _advance(self, instance: bytes, source: _Source, number: int) -> None:
+        is_before_hello = number <= source.hello
+        source.advance(number, source.hello_index if is_before_hello else self._live.index)
+        if self._durable is not None:
+            self._later(partial(self._durable.advance, instance, source, number, is_before_hello))
+
     def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
         is_whole = ends == source.ends and sent == source.counted + len(source.came)
         if not number or (source.is_asked and time.monotonic() - source.asked < 5):
@@ -6552,9 +6550,7 @@ class _CatchUp:
             return
         self._live.close(source)
         if not source.is_asked and is_whole:
-            source.advance(number, self._live.index)
-            if self._durable is not None:
-                self._durable.advance(instance, source, number, self._durable.lines)
+            self._advance(instance, source, number)
             source.counted += len(source.came)
             source.came.clear()
         else:  # something was dropped on the way, because a queue was full
@@ -6895,9 +6891,14 @@ class _DurableState:
             found = b"a%d,%d" % (milliseconds, source.found)
             self._place(instance, source, 0, max(self.lines - came, 0), found)
 
-    def advance(self, instance: bytes, source: _Source, number: int, lines: int) -> None:
-        """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
+    def note_hello(self, source: _Source) -> None:
+        """Take note that what comes live from *source* from here on is behind its hello."""
+        source.hello_lines = self.lines
+
+    def advance(self, instance: bytes, source: _Source, number: int, is_before_hello: bool) -> None:
+        """Take note that all up to *number* of a publisher is here, and was at its hello if *is_before_hello*."""
         with self._guard:
+            lines = source.hello_lines if is_before_hello else self.lines
             if self._handed:
                 waiting = self._waiting.setdefault(instance, [])
                 waiting[1:] = [(self._count, source, number, lines)]  # the first, and the newest
@@ -7154,7 +7155,8 @@ class _Inbox:
         self._translate = translate
         self._durable = durable
         self._streams: list[_CatchUp] = []  # of which the socket has something
-        self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
+        # Of sockets from which a connection was taken, as it came and what is in it; and what to do between.
+        self._unread: deque[tuple[bytes, bytes | None, _CatchUp] | Callable[[], None]] = deque()
         self.accepted: deque[Message] = deque()  # but not handed out
         self.batch_end = 0.0
         self._is_alone = False  # the next message, most likely: look for more only after it has been handed out
@@ -7180,17 +7182,23 @@ class _Inbox:
         return bool(self._streams or self._unread or self.accepted)
 
     def read_all(self, stream: _CatchUp) -> None:
-        """Read what lies unread in the socket of *stream*, to be handed out later."""
+        """Take what lies unread in the socket of *stream*; the messages are handed out later."""
         is_all = False
         while not is_all:
             with suppress(zmq.Again):
                 while True:
                     raw = stream.recv(_NOBLOCK)
-                    if raw[:1] == _EARLY_MARK[:1]:
-                        stream.take(raw)  # at once: it is about what comes next
-                    elif raw:
-                        self._unread.append((raw, stream))
+                    content = (stream.note if raw[:1] == b"p" else stream.take)(raw)
+                    if content is not None:
+                        self._unread.append((raw, content, stream))
             is_all = not stream.release()
+
+    def later(self, note: Callable[[], None]) -> None:
+        """Call *note* when all is handed out that has been read until now."""
+        if self._unread:
+            self._unread.append(note)
+        else:
+            note()
 
     def begin_batch(self, since: float) -> None:
         """Take note that all else has had its turn, for which one has waited *since* then."""
@@ -7218,7 +7226,11 @@ class _Inbox:
         while time.monotonic() < self.batch_end:
             for _ in range(count):
                 if self._unread:
-                    raw, stream = self._unread.popleft()
+                    entry = self._unread.popleft()
+                    if callable(entry):
+                        entry()
+                        continue
+                    raw, content, stream = entry
                 elif self._streams:
                     stream = self._streams[-1]
                     try:
@@ -7229,11 +7241,9 @@ class _Inbox:
                     if is_alone and not stream.is_merging:
                         # To find nothing takes as long as to receive several; if there is more, poll says so.
                         self._streams = self._streams[:-1]
+                    content = (stream.note if raw[:1] == b"p" else stream.take)(raw)
                 else:
                     return
-                content = stream.take(raw) if raw[:1] != b"p" else raw
-                if content is raw:
-                    stream.note(raw)
                 if content is None or (stream.twins is not None and not stream.twins.is_new(content, stream)):
                     continue
                 message = self._accept(content, stream)
@@ -7295,8 +7305,7 @@ class _SubscriberSockets:
         self._turning: Any = None  # the asyncio task that waits for all who await
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._left: OrderedDict[Any, _CatchUp] = OrderedDict()  # by slot: those without a socket
-        # By whom an endpoint was left, and who had left it before him then: his greeting may be read later.
-        self._let_go: OrderedDict[str, dict[_CatchUp, list[_CatchUp]]] = OrderedDict()
+        self._let_go: OrderedDict[tuple[str, _CatchUp], None] = OrderedDict()  # which endpoint was left by whom
         self._connections = _Connections(
             self._loop,
             self._open_socket,
@@ -7462,7 +7471,7 @@ class _SubscriberSockets:
         stream = self._left.pop(slot, None)
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]
-            args = (self._note_missed, self._wake_at, self._note_past, self._durable, self._before)
+            args = (self._note_missed, self._wake_at, self._note_past, self._durable, self._inbox.later, self._before)
             stream = _CatchUp(topics, *args)
             stream.origin = origin or ""
             stream.is_later = self._inbox.last_heard is not None
@@ -7474,32 +7483,19 @@ class _SubscriberSockets:
         return sock
 
     def _note_let_go(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
-        stream, before = self._streams[sock], self._left_before(endpoint)
-        streams = self._let_go.setdefault(endpoint, {})
-        streams.pop(stream, None)
-        streams[stream] = before[:8]
-        self._let_go.move_to_end(endpoint)
+        place = endpoint, self._streams[sock]
+        self._let_go[place] = None
+        self._let_go.move_to_end(place)
         if len(self._let_go) > self.LEFT:
             self._let_go.popitem(last=False)
 
-    def _left_before(self, endpoint: str) -> list[_CatchUp]:
-        """Return who let go of *endpoint*, and is not connected to it again, newest first."""
-        streams = self._let_go.get(endpoint)
-        if not streams:
-            return []
-        again = {self._streams[sock] for sock, other in self._connections.ends if other == endpoint}
-        return [stream for stream in reversed(streams) if stream not in again]
-
     def _before(self, stream: _CatchUp, instance: bytes) -> list[_CatchUp]:
-        """Return who knows a publisher and let go of what *stream* is connected to, or has let go of, newest first."""
-        if not any(other.knows(instance) for streams in self._let_go.values() for other in streams):
-            return []  # as at the start, when many are found at once
-        own = [endpoint for sock, endpoint in self._connections.ends if self._streams[sock] is stream]
-        found = [other for endpoint in own for other in self._left_before(endpoint)]
-        for streams in reversed(self._let_go.values()):
-            if stream in streams:
-                found += [stream, *streams[stream]]
-        return [other for other in found if other.knows(instance)]
+        """Return who knows a publisher, let go of what *stream* is connected to, and is not connected to it again."""
+        left = [(endpoint, other) for endpoint, other in self._let_go if other.knows(instance)]
+        if not left:  # as at the start, when many are found at once
+            return []
+        ends = {(endpoint, self._streams[sock]) for sock, endpoint in self._connections.ends}
+        return [other for endpoint, other in left if (endpoint, stream) in ends and (endpoint, other) not in ends]
 
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))

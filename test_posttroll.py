@@ -16937,7 +16937,25 @@ class TestCatchingUp:
                 later[:0] = data
                 numbers.check(later)
 
-    @pytest.mark.parametrize("way", ["relay", "name"])
+    def test_an_address_that_has_less_topics_only_while_it_is_down(self):
+        """It goes on where it has been with more of them, as that is newer."""
+        with behind_relay("/numbers") as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            numbers.send(5)
+            await_count(data, 5)
+            sub.add(relay.address, "/a")
+            wait_for(lambda: len(sub._let_go) == sub.up_to_date == pub.subscriber_count == 1)
+            numbers.send(5)
+            await_count(data, 10)
+            relay.cut()
+            wait_for(lambda: not pub.subscriber_count)
+            sub.remove(relay.address)
+            sub.add(relay.address)
+            sub.add(relay.address, "/a")
+            relay.mend()
+            numbers.check(data)
+
+    @pytest.mark.parametrize("way", ["relay", "name", "another"])
     def test_a_second_address_with_more_topics_takes_nothing_from_the_first(self, way, monkeypatch):
         """The first one still hears the publisher, or again, so nothing is to go on elsewhere."""
         taken = []
@@ -16948,11 +16966,18 @@ class TestCatchingUp:
             sub = stack.enter_context(posttroll.Subscriber([local_address(pub.port_number)], "/few"))
             data = stack.enter_context(serving(sub))
             wait_for(lambda: sub.up_to_date == 1)
-            sub.remove(local_address(pub.port_number))
-            wait_for(lambda: not sub.up_to_date)
-            sub.add(local_address(pub.port_number))
+            if way == "another":
+                another = f"tcp://127.0.0.3:{pub.port_number}"  # nobody is there
+                sub.add(another)
+                wait_for(lambda: len(sub._connections._links) == 2)
+                sub.remove(another)
+                wait_for(lambda: len(sub._let_go) == 1)
+            else:
+                sub.remove(local_address(pub.port_number))
+                wait_for(lambda: not sub.up_to_date)
+                sub.add(local_address(pub.port_number))
             wait_for(lambda: sub.up_to_date == 1)
-            sub.add(relay.address if way == "relay" else f"tcp://localhost:{pub.port_number}", ["/"])
+            sub.add(f"tcp://localhost:{pub.port_number}" if way == "name" else relay.address, ["/"])
             wait_for(lambda: sub.up_to_date == 2)
             pub.send(text_message("heard", "/more"))
             wait_for(lambda: data == ["heard"])
@@ -17061,26 +17086,26 @@ class TestCatchingUp:
                     thread.join()
             assert received_data(sub, 3) == [0, 1, 2]
 
-    def test_greetings_that_are_read_after_their_connection_was_closed(self):
+    def test_a_greeting_that_is_read_just_before_its_connection_is_closed(self):
         """What came between them is not taken for missing."""
-        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
+        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None)
+        stream = posttroll._CatchUp(
+            [b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, None, lambda *args: ()
+        )
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
 
         def attach() -> None:
-            sock.closed = False
             stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
 
         attach()
         take(b"H 0123456789abcdef 0 0 0 0 0 name")
-        sock.closed = True
-        stream.leave()
         stream.note(b"pytroll://1")
         take(b"H 0123456789abcdef 1 0 0 0 0 name")
         stream.note(b"pytroll://2")
         take(b"I 0123456789abcdef 2")
+        stream.leave()
         attach()
         take(b"H 0123456789abcdef 3 0 0 0 0 name")
         past = [take(b"C 0123456789abcdef %d\0pytroll://%d" % (number, number)) for number in (1, 2, 3)]
@@ -17090,8 +17115,10 @@ class TestCatchingUp:
         """What others send is not counted for ever, in case that it is sent once more; the newest is still known."""
         monkeypatch.setattr(posttroll._LiveRecord, "SIZE", 10)
         monkeypatch.setattr(posttroll._LiveRecord, "PATIENCE", 80, raising=False)
-        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
+        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None)
+        stream = posttroll._CatchUp(
+            [b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, None, lambda *args: ()
+        )
         stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
 
         def take(text: bytes) -> bytes | None:
@@ -18115,6 +18142,24 @@ class TestDurable:
             kill()
             assert self.rest(numbers) == ["text"] * 2
             sub.close()
+
+    def test_what_lies_unread_when_its_address_is_removed(self, numbers, kill):
+        """It is not handled, though the publisher has told that all has been sent; the same text counts each time."""
+        pub, sub = numbers.publisher, self.subscriber(numbers)
+        wait_for(lambda: next(sub.recv(0.01)) is None and sub.up_to_date == 1)
+        (peer,) = pub._audience.peers.values()
+        text = text_message("text", "/numbers")
+        for number, count in (2, 2), (3, 5):
+            for _ in range(number):
+                pub.send(text)
+            wait_for(lambda count=count: peer.told == count)
+        wait_for(lambda: posttroll._unsent_bytes(pub.port_number) in ([], None))
+        sub.remove(local_address(pub.port_number))
+        messages = sub.recv(DEADLINE)
+        assert [next(messages).data for _ in range(3)] == ["text"] * 3
+        kill()
+        assert self.rest(numbers) == ["text"] * 3
+        sub.close()
 
     # -- the name --
 
