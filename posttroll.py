@@ -5602,9 +5602,6 @@ class _MonitoredSockets:
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._keys: dict[zmq.Socket[bytes], dict[str, bytes]] = {}
 
-    def __contains__(self, sock: object) -> bool:
-        return sock in self._monitors
-
     def open(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
         """Return the socket for *slot*, which there is none for yet."""
         sock = cast("zmq.Socket[bytes]", self._open_socket(slot))
@@ -5672,16 +5669,10 @@ class _Connections:
 
     Args:
         loop: The loop to use; whoever runs it is the only one to call the methods.
-        open_socket: Called with a slot (see `_MonitoredSockets`); returns a new SUB socket for it.
-        read_all: Called with a socket, before a connection of it is closed, to take all that lies unread.
-        on_change: Called with a socket of which a connection begins, has come up, or gone down, and its descriptor;
-            returns the index of the next message of that socket.
+        streams: What each socket has of its publishers.
+        open_socket: Called with a slot (see `_MonitoredSockets`); returns a new SUB socket for it, one of *streams*.
+        read_all: Called with what a socket has, before a connection of it is closed, to take all that lies unread.
         on_close: Called with the slot of a socket that is closed, and the socket.
-        on_several: Called with the sockets that are connected to what a single name stands for.
-        on_up_again: Called with a socket of which a connection has come up again.
-        on_waited: Called later with that socket, and whether a publisher has greeted us over that connection, as all do
-            who notice that it is a new one.
-        on_let_go: Called with a socket, and an endpoint to which it is not connected any more.
         load_keys: Called with the key of a group; returns the socket options for the keys of its connections.
 
     A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
@@ -5692,33 +5683,28 @@ class _Connections:
     LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
     GREETING = 1.0  # seconds after which nobody will greet a connection any more
     ASK_SOON = 0.5  # seconds until what could not be asked for, as there are so many, has its turn
+    LEFT = 4096  # connections, and closed sockets, of whose publishers it is remembered what has come
 
     def __init__(
         self,
         loop: Loop,
+        streams: Mapping[zmq.Socket[bytes], _CatchUp],
         open_socket: Callable[[Any], Any],
-        read_all: Callable[[Any], None],
-        on_change: Callable[[Any, int], int],
+        read_all: Callable[[_CatchUp], None],
         on_close: Callable[[Any, Any], object],
-        on_several: Callable[[Iterable[Any]], object],
-        on_up_again: Callable[[Any], object],
-        on_waited: Callable[[Any, bool], object],
-        on_let_go: Callable[[Any, str], object],
         load_keys: Callable[[Any], dict[str, bytes]],
     ) -> None:
-        self._on_change = on_change
-        self._on_several = on_several
-        self._on_up_again = on_up_again
-        self._on_waited = on_waited
-        self._on_let_go = on_let_go
         self._loop = loop
+        self._streams = streams
         self._read_all = read_all
         self._sockets = _MonitoredSockets(loop, open_socket, self._take_event, on_close, load_keys)
         self.take_pending_events = self._sockets.take_pending_events
         self._wanted: dict[str, tuple[Any, float]] = {}
         self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
+        self._let_go: OrderedDict[tuple[str, _CatchUp], None] = OrderedDict()  # which endpoint was left by whom
         self._new = _NewLinks()
+        self._twins = _Twins()
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
@@ -5795,21 +5781,25 @@ class _Connections:
         connect(sock, endpoint)
         self._links.setdefault((sock, endpoint), _Link(begin, keys)).keys = keys
         connected[endpoint] = sock
-        if used:
-            self._on_several(connected.values())
+        for each in connected.values() if used else ():
+            self._streams[each].twins = self._twins
         _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
 
     def _disconnect(self, address: str, endpoint: str) -> None:
         """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
-            self._read_all(sock)  # first, as the greetings in it are of the connections that there are
+            self._read_all(self._streams[sock])  # first, as the greetings in it are of the connections that there are
             link = self._links.pop((sock, endpoint))
             link.is_up = False
             self._new.note(sock, endpoint, link)
             disconnect(sock, endpoint)  # it may be gone already (inproc)
-            self._on_change(sock, link.descriptor)
-            self._on_let_go(sock, endpoint)
+            self._streams[sock].note_change(link.descriptor)
+            place = endpoint, self._streams[sock]
+            self._let_go[place] = None
+            self._let_go.move_to_end(place)
+            if len(self._let_go) > self.LEFT:
+                self._let_go.popitem(last=False)
         _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
 
     def _disconnect_all(self, address: str) -> None:
@@ -5832,7 +5822,7 @@ class _Connections:
             return
         if event == zmq.EVENT_CONNECTED:
             link.descriptor = value
-            self._on_change(sock, value)
+            self._streams[sock].note_change(value)
             return
         if event == zmq.EVENT_CONNECT_RETRIED:
             self._look_for_descriptors(endpoint)
@@ -5844,7 +5834,7 @@ class _Connections:
         if not link.is_tried:
             self._tend_later(link.RENEWAL)
         if was_up != link.is_up:
-            index = self._on_change(sock, link.descriptor)
+            index = self._streams[sock].note_change(link.descriptor)
             if link.is_up and link.index is None:
                 link.index = index
             self._new.note(sock, endpoint, link)
@@ -5860,22 +5850,25 @@ class _Connections:
                 self._log.warning("descriptors", text, endpoint, error.strerror, get_descriptor_limit())
 
     def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
-        """If *link* has come up again, say so: a proxy may not have noticed that it was down."""
+        """If *link* has come up again, look whether a publisher greets us: a proxy may not have noticed it was down."""
         if not link.is_up or not link.was_up:
             link.was_up = link.was_up or link.is_up
             return
 
         def look() -> None:
-            if sock in self._sockets:
-                self._on_waited(sock, link.is_greeted)
+            if sock in self._streams:  # still
+                self._streams[sock].look_for_greeting(link.is_greeted)
 
-        self._on_up_again(sock)
+        self._streams[sock].begin_turn()
         self._loop.at(time.monotonic() + self.GREETING, look)
 
-    @property
-    def ends(self) -> Iterable[tuple[zmq.Socket[bytes], str]]:
-        """The sockets, each with an endpoint that it is connected to."""
-        return self._links.keys()
+    def before(self, stream: _CatchUp, instance: bytes) -> list[_CatchUp]:
+        """Return who knows a publisher, let go of what *stream* is connected to, and is not connected to it again."""
+        left = [(endpoint, other) for endpoint, other in self._let_go if other.knows(instance)]
+        if not left:  # as at the start, when many are found at once
+            return []
+        ends = {(endpoint, self._streams[sock]) for sock, endpoint in self._links}
+        return [other for endpoint, other in left if (endpoint, stream) in ends and (endpoint, other) not in ends]
 
     def has_port(self, sock: zmq.Socket[bytes], port: int) -> bool:
         """Whether *sock* is connected to an endpoint with this port."""
@@ -5924,7 +5917,7 @@ class _Connections:
                 return
             link.note_renewal(keys)
             if link.may_be_unread:  # else it would be read again and again, for nothing, all that others send
-                self._read_all(sock)
+                self._read_all(self._streams[sock])
                 link.may_be_unread = False
             disconnect(sock, endpoint)
             connect(sock, endpoint)
@@ -7281,8 +7274,6 @@ class _Inbox:
 class _SubscriberSockets:
     """Where the messages of a subscriber come from: its addresses and hooks, and the sockets for them."""
 
-    LEFT = 4096  # closed sockets and connections of whose publishers it is remembered what has come
-
     def __init__(
         self,
         topics: str | Iterable[str] | None,
@@ -7305,22 +7296,16 @@ class _SubscriberSockets:
         self._turning: Any = None  # the asyncio task that waits for all who await
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._left: OrderedDict[Any, _CatchUp] = OrderedDict()  # by slot: those without a socket
-        self._let_go: OrderedDict[tuple[str, _CatchUp], None] = OrderedDict()  # which endpoint was left by whom
+        self._inbox = _Inbox(message_filter, translate, self._durable)
         self._connections = _Connections(
             self._loop,
+            self._streams,
             self._open_socket,
-            lambda sock: self._inbox.read_all(self._streams[sock]),
-            self._note_change,
+            self._inbox.read_all,
             self._leave_stream,
-            self._note_several,
-            lambda sock: self._streams[sock].begin_turn(),
-            lambda sock, is_greeted: self._streams[sock].look_for_greeting(is_greeted),
-            self._note_let_go,
             lambda key: _load_client_keys(key[1]),
         )
-        self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None, float]] = {}  # the topics, backend, and since when
-        self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = self.caught_up = 0
         self._is_closed = False  # last: there is something to be closed
 
@@ -7471,8 +7456,8 @@ class _SubscriberSockets:
         stream = self._left.pop(slot, None)
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]
-            args = (self._note_missed, self._wake_at, self._note_past, self._durable, self._inbox.later, self._before)
-            stream = _CatchUp(topics, *args)
+            notes = self._note_missed, self._wake_at, self._note_past
+            stream = _CatchUp(topics, *notes, self._durable, self._inbox.later, self._connections.before)
             stream.origin = origin or ""
             stream.is_later = self._inbox.last_heard is not None
         since = partial(self._connections.greet, sock, self._begin)
@@ -7482,21 +7467,6 @@ class _SubscriberSockets:
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
 
-    def _note_let_go(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
-        place = endpoint, self._streams[sock]
-        self._let_go[place] = None
-        self._let_go.move_to_end(place)
-        if len(self._let_go) > self.LEFT:
-            self._let_go.popitem(last=False)
-
-    def _before(self, stream: _CatchUp, instance: bytes) -> list[_CatchUp]:
-        """Return who knows a publisher, let go of what *stream* is connected to, and is not connected to it again."""
-        left = [(endpoint, other) for endpoint, other in self._let_go if other.knows(instance)]
-        if not left:  # as at the start, when many are found at once
-            return []
-        ends = {(endpoint, self._streams[sock]) for sock, endpoint in self._connections.ends}
-        return [other for endpoint, other in left if (endpoint, stream) in ends and (endpoint, other) not in ends]
-
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))
 
@@ -7504,15 +7474,8 @@ class _SubscriberSockets:
         """Keep what is known of those that were heard by a socket, which is closed: they may come again."""
         self._left[slot] = stream = self._streams.pop(sock)
         stream.leave()
-        if len(self._left) > self.LEFT:
+        if len(self._left) > self._connections.LEFT:
             self._left.popitem(last=False)
-
-    def _note_change(self, sock: zmq.Socket[bytes], descriptor: int) -> int:
-        return self._streams[sock].note_change(descriptor)
-
-    def _note_several(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
-        for sock in sockets:
-            self._streams[sock].twins = self._twins
 
     def _note_past(self) -> None:
         self.caught_up += 1

@@ -16944,7 +16944,7 @@ class TestCatchingUp:
             numbers.send(5)
             await_count(data, 5)
             sub.add(relay.address, "/a")
-            wait_for(lambda: len(sub._let_go) == sub.up_to_date == pub.subscriber_count == 1)
+            wait_for(lambda: len(sub._connections._let_go) == sub.up_to_date == pub.subscriber_count == 1)
             numbers.send(5)
             await_count(data, 10)
             relay.cut()
@@ -16971,7 +16971,7 @@ class TestCatchingUp:
                 sub.add(another)
                 wait_for(lambda: len(sub._connections._links) == 2)
                 sub.remove(another)
-                wait_for(lambda: len(sub._let_go) == 1)
+                wait_for(lambda: len(sub._connections._let_go) == 1)
             else:
                 sub.remove(local_address(pub.port_number))
                 wait_for(lambda: not sub.up_to_date)
@@ -17134,7 +17134,7 @@ class TestCatchingUp:
         assert take(b"C 0123456789abcdef 1000\0pytroll://995") is None
 
     def test_what_is_known_of_those_that_are_gone_is_not_kept_without_bound(self, monkeypatch):
-        monkeypatch.setattr(posttroll.Subscriber, "LEFT", 2)
+        monkeypatch.setattr(posttroll._Connections, "LEFT", 2)
         with posttroll.Subscriber([], translate=True) as sub:
             for port in range(1, 6):
                 sub.add(f"tcp://127.0.0.1:{port}")
@@ -17142,7 +17142,12 @@ class TestCatchingUp:
                 sub.remove(f"tcp://127.0.0.1:{port}")
             for topic in "abcdef":  # another one for the same address
                 sub.add("tcp://127.0.0.1:5", topic)
-            assert (len(sub.subscribers), len(sub._streams), len(sub._left), len(sub._let_go)) == (1, 1, 2, 2)
+            assert (len(sub.subscribers), len(sub._streams), len(sub._left), len(sub._connections._let_go)) == (
+                1,
+                1,
+                2,
+                2,
+            )
 
     def test_one_that_stays_while_many_come_and_go(self, monkeypatch):
         """What is known of it is not forgotten before what is known of those that are gone."""
