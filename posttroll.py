@@ -5669,6 +5669,7 @@ class _Connections:
 
     Args:
         loop: The loop to use; whoever runs it is the only one to call the methods.
+        begin: Since when messages are wanted that have come by no connection that is new.
         streams: What each socket has of its publishers.
         open_socket: Called with a slot (see `_MonitoredSockets`); returns a new SUB socket for it, one of *streams*.
         read_all: Called with what a socket has, before a connection of it is closed, to take all that lies unread.
@@ -5688,6 +5689,7 @@ class _Connections:
     def __init__(
         self,
         loop: Loop,
+        begin: float,
         streams: Mapping[zmq.Socket[bytes], _CatchUp],
         open_socket: Callable[[Any], Any],
         read_all: Callable[[_CatchUp], None],
@@ -5695,6 +5697,7 @@ class _Connections:
         load_keys: Callable[[Any], dict[str, bytes]],
     ) -> None:
         self._loop = loop
+        self._begin = begin
         self._streams = streams
         self._read_all = read_all
         self._sockets = _MonitoredSockets(loop, open_socket, self._take_event, on_close, load_keys)
@@ -5727,16 +5730,16 @@ class _Connections:
         links = [self._links[sock, endpoint] for endpoint, sock in self._connected.get(address, {}).items()]
         return any(link.is_up or time.monotonic() - link.changed < 1 for link in links)
 
-    def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int, is_known: bool) -> tuple[float, int]:
+    def greet(self, sock: zmq.Socket[bytes], port: int, index: int, is_known: bool) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
 
-        And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
-        can be told by the *port*, but for one that is forwarded: then it is that which has waited longest, unless the
-        publisher *is_known*, as then it does not matter.
+        And the index of the first that has come from it; *index*, that of the next, if no connection is new.  Which one
+        it is can be told by the *port*, but for one that is forwarded: then it is that which has waited longest, unless
+        the publisher *is_known*, as then it does not matter.
         """
         self.take_pending_events(sock)
         link = self._new.take(sock, port, is_known)
-        return (begin, index) if link is None or link.index is None else (link.begin, link.index)
+        return (self._begin, index) if link is None or link.index is None else (link.begin, link.index)
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
@@ -6259,7 +6262,7 @@ class _CatchUp:
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
         later: Called with what is to be written down when all that has come until now is handed out.
-        before: Called with it and a publisher; returns those that know that one and let go of what it is connected to.
+        connections: Those of all sockets.
     """
 
     SOURCES = 20000
@@ -6273,7 +6276,7 @@ class _CatchUp:
         on_past: Callable[[], None],
         durable: _DurableState | None,
         later: Callable[[Callable[[], None]], None],
-        before: Callable[[_CatchUp, bytes], Iterable[_CatchUp]],
+        connections: _Connections,
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
@@ -6284,33 +6287,17 @@ class _CatchUp:
         self._on_past = on_past
         self._durable = durable
         self._later = later
-        self._before = partial(before, self)
+        self._connections = connections
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
         self._requests: dict[bytes, bytes] = {}
         self._live = _LiveRecord()
         self.note: Callable[[bytes], bytes] = self._live.note  # to be called with each message that comes live
 
-    def attach(
-        self,
-        sock: zmq.Socket[bytes],
-        since: Callable[[int, int, bool], tuple[float, int]],
-        take_events: Callable[[], None],
-        has_port: Callable[[int], bool],
-    ) -> None:
-        """Subscribe with a new socket.
-
-        Args:
-            sock: The socket.
-            since: Called for a publisher that has greeted us, with its port, the index of the next message, and whether
-                it is known; returns since when its messages are wanted, and the index of the first that may be its.
-            take_events: Called to take note of connections of the socket that have begun, or ended.
-            has_port: Called with the port of a publisher; returns whether the socket is connected to such a port.
-        """
+    def attach(self, sock: zmq.Socket[bytes]) -> None:
+        """Subscribe with a new socket."""
         self._socket = sock
-        self._has_port = has_port
-        self._since = since
-        self._take_events = take_events
+        self._take_events = partial(self._connections.take_pending_events, sock)
         self._requests.clear()
         self._turn = 0  # how often a connection has come up again
         self._again = b""  # what it asks to be greeted again by, in this turn
@@ -6422,7 +6409,11 @@ class _CatchUp:
         """Go on where a socket with more, fewer or the same topics was left that was connected to the same before."""
         own = self._sources.get(instance)
         if own is None or own.is_left:
-            nested = [other for other in self._before(instance) if _are_nested(other._prefixes, self._prefixes)]
+            nested = [
+                other
+                for other in self._connections.before(self, instance)
+                if _are_nested(other._prefixes, self._prefixes)
+            ]
             newest = max(nested, key=lambda other: other._sources[instance].begun, default=self)
             if newest is not self and (own is None or own.begun <= newest._sources[instance].begun):
                 self._sources[instance] = source = newest._sources[instance]
@@ -6446,8 +6437,8 @@ class _CatchUp:
 
     def _take_hello(self, instance: bytes, source: _Source, name: str, *numbers: int) -> None:
         number, ends, port, before, turn, *_ = *numbers, 0  # older versions tell no turn, newer ones may tell more
-        source.name, source.is_forwarded = name, not self._has_port(port)
-        since, index = self._since(port, self._live.index, source.since is not None)
+        source.name, source.is_forwarded = name, not self._connections.has_port(self._socket, port)
+        since, index = self._connections.greet(self._socket, port, self._live.index, source.since is not None)
         if source.since is None:
             source.found, source.before = number, before
             source.since, source.index = since, index
@@ -7299,6 +7290,7 @@ class _SubscriberSockets:
         self._inbox = _Inbox(message_filter, translate, self._durable)
         self._connections = _Connections(
             self._loop,
+            self._begin,
             self._streams,
             self._open_socket,
             self._inbox.read_all,
@@ -7457,12 +7449,10 @@ class _SubscriberSockets:
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]
             notes = self._note_missed, self._wake_at, self._note_past
-            stream = _CatchUp(topics, *notes, self._durable, self._inbox.later, self._connections.before)
+            stream = _CatchUp(topics, *notes, self._durable, self._inbox.later, self._connections)
             stream.origin = origin or ""
             stream.is_later = self._inbox.last_heard is not None
-        since = partial(self._connections.greet, sock, self._begin)
-        has_port = partial(self._connections.has_port, sock)
-        stream.attach(sock, since, partial(self._connections.take_pending_events, sock), has_port)
+        stream.attach(sock)
         self._streams[sock] = stream
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock

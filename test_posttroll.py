@@ -17086,27 +17086,34 @@ class TestCatchingUp:
                     thread.join()
             assert received_data(sub, 3) == [0, 1, 2]
 
+    @staticmethod
+    def stream() -> Any:
+        """Return what a socket without a connection has."""
+        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None)
+        connections = types.SimpleNamespace(
+            take_pending_events=lambda sock: None,
+            before=lambda *args: [],
+            has_port=lambda *args: True,
+            greet=lambda sock, port, index, is_known: (0.0, index),
+        )
+        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 3, None, lambda note: None, connections)
+        stream.attach(sock)
+        return stream
+
     def test_a_greeting_that_is_read_just_before_its_connection_is_closed(self):
         """What came between them is not taken for missing."""
-        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None)
-        stream = posttroll._CatchUp(
-            [b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, None, lambda *args: ()
-        )
+        stream = self.stream()
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
 
-        def attach() -> None:
-            stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
-
-        attach()
         take(b"H 0123456789abcdef 0 0 0 0 0 name")
         stream.note(b"pytroll://1")
         take(b"H 0123456789abcdef 1 0 0 0 0 name")
         stream.note(b"pytroll://2")
         take(b"I 0123456789abcdef 2")
         stream.leave()
-        attach()
+        stream.attach(stream._socket)
         take(b"H 0123456789abcdef 3 0 0 0 0 name")
         past = [take(b"C 0123456789abcdef %d\0pytroll://%d" % (number, number)) for number in (1, 2, 3)]
         assert past == [None, None, b"pytroll://3"]
@@ -17115,11 +17122,7 @@ class TestCatchingUp:
         """What others send is not counted for ever, in case that it is sent once more; the newest is still known."""
         monkeypatch.setattr(posttroll._LiveRecord, "SIZE", 10)
         monkeypatch.setattr(posttroll._LiveRecord, "PATIENCE", 80, raising=False)
-        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None)
-        stream = posttroll._CatchUp(
-            [b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, None, lambda *args: ()
-        )
-        stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
+        stream = self.stream()
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
@@ -17286,6 +17289,7 @@ class TestCatchingUp:
         """By the oldest with its port that has come up lately, or of a forwarded port the oldest of all; each once."""
         ports = [free_port() for _ in range(3)]
         with contextlib.ExitStack() as stack, posttroll.Subscriber([]) as sub:
+            sub._connections._begin = -1
             hosts = [f"tcp://127.0.0.{number}:{port}" for port in ports for number in (1, 2)]
             for host in hosts:
                 stack.enter_context(raw_socket(zmq.XPUB)).bind(host)
@@ -17299,8 +17303,8 @@ class TestCatchingUp:
             expected += [begin for begin in found if begin not in expected]
             sub.remove(hosts[expected.pop()])
             links[sock, hosts[expected.pop()]].changed -= 5
-            assert sub._connections.greet(sock, -1, 1, 7, True) == (-1, 7)  # who is known does not take another's
-            greeted = [sub._connections.greet(sock, -1, port, 0, False)[0] for port in (ports[1], *[1] * 4)]
+            assert sub._connections.greet(sock, 1, 7, True) == (-1, 7)  # who is known does not take another's
+            greeted = [sub._connections.greet(sock, port, 0, False)[0] for port in (ports[1], *[1] * 4)]
             assert greeted == [*expected, -1]
 
     def test_a_greeting_that_is_read_late(self, monkeypatch):
