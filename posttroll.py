@@ -1029,7 +1029,7 @@ class Message:
         binary: Send text as ``binary/octet-stream``; bytes always are.
         rawstr: An encoded message to decode; then nothing else may be given.
         version: ``"v1.2"``, ``"v1.01"`` (drops time zones) or ``"auto"`` (the lowest that loses nothing).  If it is
-            not given, the configuration's ``message_version`` decides, when the message is encoded.
+            not given, or None, the configuration's ``message_version`` decides, when the message is encoded.
 
     Attributes:
         subject, type, sender, data, binary, version: As above; they may be assigned.
@@ -1057,7 +1057,7 @@ class Message:
         data: Any = "",
         binary: bool = False,
         rawstr: str | bytes | None = None,
-        version: str = _DEFAULT_VERSION,
+        version: str | None = _DEFAULT_VERSION,
     ) -> None:
         if rawstr is not None:
             _decode_into(self, rawstr)
@@ -1068,7 +1068,7 @@ class Message:
         self.time = datetime.now(timezone.utc)
         self.data = data
         self.binary = binary
-        self.version = version
+        self.version = version = _DEFAULT_VERSION if version is None else version
         self._raw = None
         if not (type(subject) is type(atype) is str and subject in _checked_fields and atype in _checked_fields):
             _check_header(subject, atype)
@@ -2952,10 +2952,12 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
     sock = get_context().socket(socket_type)
     with on_failure(sock.close):
         sock.linger = 0
-        limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
-        own: dict[Any, Any] = {option: config.get(name, None) for option, name in limits.items()}
-        if own[zmq.RCVHWM] is None:
-            own[zmq.RCVHWM] = _default_receive_limit()
+        receive_limit = config.get("receive_high_water_mark", None)
+        own: dict[Any, Any] = {
+            # What a SUB socket sends are subscriptions, and it drops in silence those that are too many.
+            zmq.SNDHWM: 0 if socket_type == zmq.SUB else config.get("send_high_water_mark"),
+            zmq.RCVHWM: _default_receive_limit() if receive_limit is None else receive_limit,
+        }
         own.update(options or {})
         general = {
             zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
@@ -3785,6 +3787,7 @@ class History:
     """
 
     OVERHEAD = 170  # bytes that a message takes besides its own
+    SUBJECTS = 1000  # that are told apart among messages that are not kept any more
 
     def __init__(self, messages: int, size: int, seconds: float) -> None:
         self._messages = messages if size and seconds else 0
@@ -3795,7 +3798,7 @@ class History:
         self.number = 0  # of the newest message
         self.size = 0
         self._gone = 0  # the size of those that are not kept any more
-        self._newest_gone = float("-inf")
+        self._lost: dict[bytes, tuple[int, int, float]] = {}  # how many, by subject, and the newest's number and time
 
     def __len__(self) -> int:
         return min(len(self._entries), self._messages)
@@ -3823,8 +3826,12 @@ class History:
         """Forget the oldest, until there are not more, and not larger ones."""
         entries, before = self._entries, self.size
         while entries and (len(entries) > messages or self.size > size):
-            self._newest_gone, data = entries.popleft()
+            when, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
+            subject = data[: data.find(b" ", 0, 256)]  # nearly: who misses nothing else is to be told so
+            if subject not in self._lost and len(self._lost) >= self.SUBJECTS:
+                subject = b""
+            self._lost[subject] = self._lost.get(subject, (0,))[0] + 1, self.number - len(entries), when
         self._gone += before - self.size
 
     def expire(self, now: float) -> float | None:
@@ -3844,9 +3851,25 @@ class History:
         """Return the number of the last message that was sent before *when*."""
         return self.number - sum(1 for _ in takewhile(lambda entry: entry[0] >= when, reversed(self._entries)))
 
-    def has_lost_since(self, when: float) -> bool:
-        """Whether a message that was sent since *when* is not kept any more."""
-        return self._newest_gone >= when
+    def _lost_of(self, prefixes: tuple[bytes, ...]) -> list[tuple[int, int, float]]:
+        """Return what is known of those that are not kept any more and may begin with one of *prefixes*."""
+        return [
+            lost
+            for subject, lost in self._lost.items()
+            if subject.startswith(prefixes) or any(prefix.startswith(subject) for prefix in prefixes)
+        ]
+
+    def count_lost(self, after: int, until: int, prefixes: tuple[bytes, ...]) -> int:
+        """Return how many between these numbers are not kept any more: those that begin so, or a few more."""
+        spare = len(self._entries) - len(self)  # those are dropped next
+        numbered = enumerate(islice(self._entries, spare), self.number - len(self._entries) + 1)
+        count = sum(1 for number, (_, data) in numbered if number > after and data.startswith(prefixes))
+        count += sum(count for count, number, _ in self._lost_of(prefixes) if number > after)
+        return min(count, max(min(self.first - 1, until) - after, 0))
+
+    def newest_lost_since(self, when: float, prefixes: tuple[bytes, ...]) -> int | None:
+        """Return the number of the newest that was sent since *when* and is not kept any more; None if all are kept."""
+        return max((number for _, number, sent in self._lost_of(prefixes) if sent >= when), default=None)
 
 
 class _QueueLimit:
@@ -4463,15 +4486,16 @@ class _Audience(_Listeners):
         if peer.is_answer and peer.request == match[0]:
             return  # the same over a second, slower connection
         peer.request = match[0]
+        peer.prefixes = tuple(match[8].split(b"\n"))
         if age:
             since = self._when_asked(peer, asked / 1000) - age / 1000
             after = min(after, history.last_before(since))
-            if history.has_lost_since(since):
-                after = min(after, 0 if self.started >= since else history.first - 2)
+            lost = history.newest_lost_since(since, peer.prefixes)
+            if lost is not None:
+                after = min(after, 0 if self.started >= since else lost - 1)
         peer.has_asked = True
         peer.fall_behind(min(after, until), until)
         peer.is_answer = True
-        peer.prefixes = tuple(match[8].split(b"\n"))
         self.later(0, self._catch_up)
 
     def _when_asked(self, peer: _Peer, asked: float) -> float:
@@ -4524,9 +4548,8 @@ class _Audience(_Listeners):
         history, sent = self.history, peer.sent
         after = cast(int, peer.after)
         until = history.number if peer.until is None else peer.until
-        lost = max(min(history.first - 1, until) - after, 0)
-        peer.gone += lost
-        peer.after = after + lost
+        peer.gone += history.count_lost(after, until, peer.prefixes)
+        peer.after = max(after, min(history.first - 1, until))
         for number, data in history.after(peer.after, self.CHUNK):
             if number > until:
                 break
@@ -5166,9 +5189,14 @@ def _stop_live_publishers() -> None:
 @cache
 def _stop_at_the_end(pid: int) -> None:
     """See to it also in a child of `multiprocessing`, which ends without what is registered with `atexit`."""
-    process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.parent_process() is not None:
-        sys.modules["multiprocessing.util"].Finalize(None, _stop_live_publishers, exitpriority=-1)
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        _stop_with_process(util)
+        util.register_after_fork(util, _stop_with_process)  # one that is still being prepared will forget the first
+
+
+def _stop_with_process(util: Any) -> None:
+    util.Finalize(None, _stop_live_publishers, exitpriority=-1)
 
 
 @in_forked_child
@@ -7444,7 +7472,8 @@ class _SubscriberSockets:
     def _open_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
         prefixes, backend, origin = slot[0]
-        sock = set_up_client_socket(zmq.SUB, "", None, backend)
+        # Publishers of the known package keep nothing: who is late when they start misses what they send.
+        sock = set_up_client_socket(zmq.SUB, "", {zmq.RECONNECT_IVL_MAX: 200}, backend)
         stream = self._left.pop(slot, None)
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]
@@ -7650,22 +7679,29 @@ class Subscriber(_SubscriberSockets):
 
         if self._durable is not None:
             self._durable.ask(receiver.owner)
-        has_waited = False
+        is_last = False
         while receiver.is_on:
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
             with self._lock:
                 message = self._inbox.take(receiver.owner)
-                now = time.monotonic()
-                if message is not None or (has_waited and deadline is not None and now >= deadline):
+                if message is not None or is_last:
                     return message
+                now = time.monotonic()
+                is_last = deadline is not None and now >= deadline
                 if not self._is_awaited:
-                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._inbox.is_ready else None))
-                    self._turning.add_done_callback(self._end_turning)
-            await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
+                    if is_last:
+                        self._loop.turn(now)  # without a wait, nobody has looked
+                    else:
+                        wait = self._loop.turn_async(now if self._inbox.is_ready else None)
+                        self._turning = asyncio.ensure_future(wait)
+                        self._turning.add_done_callback(self._end_turning)
+            if is_last:
+                await asyncio.sleep(0)  # whoever asks again and again lets others run
+            else:
+                await asyncio.wait({self._turning}, timeout=None if deadline is None else deadline - now)
             self._inbox.begin_batch(now)
-            has_waited = True
         return None
 
     def _end_turning(self, turning: Any) -> None:
@@ -8397,8 +8433,10 @@ class ListenerContainer:
             self.thread.start()
 
     def restart_listener(self, topics: str | Sequence[str] | None) -> None:
-        """Listen to other topics; the queue stays."""
+        """Listen to other topics; the queue stays, and what is sent meanwhile comes, too."""
+        began = time.monotonic()
         self.stop()
+        self._settings["since"] = time.monotonic() - began
         self._start(topics)
 
     def stop(self) -> None:

@@ -1167,6 +1167,12 @@ class TestVersions:
             assert " v1.2" in message_of(version="v1.2").encode()
         assert " v1.01" in message_of(version="v1.01").encode()
 
+    def test_none_is_no_choice(self):
+        """As wrappers pass it on."""
+        assert message_of(version=None).encode() == message_of().encode()
+        with config.set(message_version="v1.01"):
+            assert " v1.01" in posttroll.Message("/a", "info", "", False, None, None).encode()
+
     def test_an_assigned_version_counts(self):
         message = message_of(NOON)
         message.version = "v1.01"
@@ -2379,6 +2385,22 @@ class TestSocketOptions:
             with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
                 assert pub._audience.socket.getsockopt(zmq.SNDHWM) == 11
                 assert sub.subscribers[0].getsockopt(zmq.RCVHWM) == 12
+
+    def test_a_subscriber_s_topics_are_not_limited(self):
+        """ZeroMQ would drop in silence what is subscribed to beyond the limit for what is sent."""
+        topics = [f"/{number}/" for number in range(50)]
+        with posttroll.Publisher("tcp://127.0.0.1:0") as pub, config.set(send_high_water_mark=1):
+            with posttroll.Subscriber([local_address(pub.port_number)], topics) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                for topic in topics:
+                    pub.send(text_message(topic, topic))
+                assert sorted(received_data(sub, 50)) == sorted(topics)
+
+    def test_a_subscriber_tries_often(self):
+        """Publishers of the known package send at once when they start, and keep nothing for those who are late."""
+        with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+            assert sub.subscribers[0].getsockopt(zmq.RECONNECT_IVL) == 100  # at first
+            assert sub.subscribers[0].getsockopt(zmq.RECONNECT_IVL_MAX) == 200
 
     def test_options_of_the_call_win(self):
         sock = posttroll.set_up_client_socket(zmq.SUB, "tcp://127.0.0.1:1", {zmq.RCVHWM: 5, zmq.HEARTBEAT_IVL: 77})
@@ -5201,6 +5223,27 @@ class TestAsyncio:
             with in_thread(end):
                 asyncio.run(asyncio.wait_for(consume(sub), DEADLINE))
 
+    @pytest.mark.parametrize("timeout", [0, -1, 1e-6])
+    def test_without_waiting(self, timeout):
+        """Who only looks whether there is something gets it, and lets other tasks run."""
+
+        async def consume(pub: Any, sub: Any) -> list[Any]:
+            async def produce() -> None:
+                for number in range(20):
+                    pub.send(text_message(number))
+                    await asyncio.sleep(0)
+
+            producing, data, deadline = asyncio.ensure_future(produce()), [], time.monotonic() + DEADLINE
+            while len(data) < 20 and time.monotonic() < deadline:
+                message = await sub.receive(timeout)
+                if message is not None:
+                    data.append(message.data)
+            await producing
+            return data
+
+        with connected() as (pub, sub):
+            assert asyncio.run(consume(pub, sub)) == list(range(20))
+
     @pytest.mark.parametrize("how", ["stop", "close"])
     def test_the_end_from_another_task(self, how):
         async def consume(sub: Any) -> Any:
@@ -5817,6 +5860,26 @@ class TestListenerContainer:
                     while not output.empty():
                         output.get()
                     assert next_from(output) == topic
+
+    def test_what_is_sent_while_it_restarts(self, monkeypatch):
+        """It comes; but not once more what is older, though that was asked for at the start."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("before"))
+            addresses = [local_address(pub.port_number)]
+            with posttroll.ListenerContainer("", addresses, nameserver=False, since=60) as container:
+                output, stop = container.output_queue, container.stop
+                assert output.get(timeout=DEADLINE).data == "before"
+
+                def stop_and_send() -> None:
+                    stop()
+                    pub.send(text_message("meanwhile"))
+
+                monkeypatch.setattr(container, "stop", stop_and_send)
+                container.restart_listener(["/"])
+                monkeypatch.undo()
+                assert output.get(timeout=DEADLINE).data == "meanwhile"
+                pub.send(text_message("after"))
+                assert output.get(timeout=DEADLINE).data == "after"
 
     def test_stop_at_any_time_and_twice(self):
         """Before anything is received, and before the thread has begun to receive."""
@@ -13175,6 +13238,33 @@ if __name__ == "__main__":
             if "sleep" not in how:
                 assert finish(running) == (0, "", "")
 
+    def test_a_publisher_of_a_child_that_is_still_being_prepared(self, tmp_path):
+        """What it has sent comes, too: a child of the fork server imports the program before it begins."""
+        port, script = free_port(), tmp_path / "script.py"
+        script.write_text(f"""
+import multiprocessing, posttroll
+
+publisher = None if __name__ == "__main__" else posttroll.Publisher("tcp://127.0.0.1:{port}").start()
+
+def send():
+    for number in range(5):
+        publisher.send(posttroll.Message("/a", "info", number))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["posttroll"])  # and not this program
+    worker = context.Process(target=send)
+    worker.start()
+    worker.join()
+""")
+        environment = {**os.environ, "POSTTROLL_DISCOVERY_SECONDS": "1.5"}
+        with (
+            posttroll.Subscriber([local_address(port)]) as sub,
+            process(sys.executable, script, env=environment) as running,
+        ):
+            assert sorted(received_data(sub, 5)) == list(range(5))
+            assert finish(running) == (0, "", "")
+
     def test_fork_after_use(self):
         """Parent and child can both work; what the parent has made stays the parent's."""
         code = """
@@ -16727,8 +16817,32 @@ class TestHistory:
         assert history.after(3, 1) == [(4, b"3")]
         assert history.after(5, 10) == history.after(10**9, 10) == []
         assert history.last_before(103.5) == 4
-        assert history.has_lost_since(101.0)
-        assert not history.has_lost_since(101.5)
+
+    def test_those_that_are_not_kept_any_more(self):
+        """Counted is what begins as asked for; of a subject, all that there have been, if the newest is one of them."""
+        history = posttroll.History(32, 10**6, 60)  # and two more, which are dropped next
+        for number in range(1, 101):
+            subject = "/rare" if number in (20, 60) else "/often"
+            history.append(b"pytroll:%s info u@h" % subject.encode(), 100.0 + number)
+        often, rare, prefixes = (b"pytroll:/often",), (b"pytroll:/rare",), (b"pytroll:/rare info", b"pytroll:/none")
+        assert history.first == 69
+        assert history.count_lost(0, 100, (b"pytroll:/",)) == 68
+        assert history.count_lost(0, 100, rare) == history.count_lost(0, 100, prefixes) == 2
+        assert history.count_lost(59, 100, rare) == 2  # one of these is too many
+        assert history.count_lost(60, 100, rare) == history.count_lost(0, 100, (b"pytroll:/none",)) == 0
+        assert history.count_lost(66, 100, often) == 2  # of those that are dropped next
+        assert history.count_lost(64, 65, often) == 1
+        assert history.count_lost(68, 100, often) == history.count_lost(0, 0, often) == 0
+        assert history.newest_lost_since(150.0, rare) == 60
+        assert history.newest_lost_since(160.5, rare) is None
+        assert history.newest_lost_since(160.5, often) == 66
+
+    def test_subjects_that_are_too_many_count_as_any(self):
+        history = posttroll.History(0, 10**6, 60)
+        for number in range(history.SUBJECTS + 5):
+            history.append(b"pytroll:/%d info u@h" % number, 100.0)
+        assert history.count_lost(0, history.number, (b"pytroll:/1 ",)) == 6
+        assert history.count_lost(0, history.number, (b"pytroll:/none",)) == 5
 
     def test_what_is_too_old_is_forgotten_without_sending(self):
         """Memory is given back although the publisher is silent."""
@@ -17549,6 +17663,31 @@ class TestCatchingUp:
         text = "212 messages of numbers are gone"
         [record] = [record for record in caplog.records if text in record.getMessage()]
         assert (record.name, record.levelname) == ("posttroll.subscriber", "WARNING")
+
+    def test_what_nobody_asked_for_is_not_missed(self, short_heartbeats):
+        """What is gone of other subjects is nothing that a subscriber has lost."""
+        with config.set(history_messages=10), behind_relay("/numbers") as (pub, relay, sub), serving(sub) as data:
+            numbers, others = Numbers(pub), Numbers(pub, "/others")
+            others.send(50)
+            numbers.send(3)
+            wait_for(lambda: positions_of(sub) == [53])  # what is on its way to it would count as missed
+            relay.cut()
+            wait_for(lambda: pub.subscriber_count == 0)
+            others.send(100)
+            relay.mend()
+            numbers.send(2)
+            numbers.check(data)
+            assert sub.missed == 0
+
+    def test_what_is_gone_of_the_time_asked_for(self):
+        with config.set(history_messages=10), posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            Numbers(pub).send(5)
+            Numbers(pub, "/others").send(100)
+            address = local_address(pub.port_number)
+            for topic, missed in ("/none", 0), ("/numbers", 5):
+                with posttroll.Subscriber([address], topic, since=100) as sub, serving(sub):
+                    wait_for(lambda: sub.up_to_date)
+                    assert sub.missed == missed
 
     def test_without_history_what_is_gone_is_told(self, short_heartbeats):
         with config.set(history_messages=0), behind_relay() as (pub, relay, sub), serving(sub) as data:
