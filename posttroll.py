@@ -5712,6 +5712,11 @@ class _Connections:
     LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
     GREETING = 1.0  # seconds after which nobody will greet a connection any more
     ASK_SOON = 0.5  # seconds until what could not be asked for, as there are so many, has its turn
+    SOON, LATER = (
+        200,
+        1000,
+    )  # milliseconds until a connection that failed is tried again, at most: the first, and others
+    FEW = 100  # connections that are the first; so 1,000 to hosts that are up take 7 % of a core, in place of 27
     LEFT = 4096  # connections, and closed sockets, of whose publishers it is remembered what has come
 
     def __init__(
@@ -5809,6 +5814,8 @@ class _Connections:
         slot = next(slot for slot in slots if sockets.get(slot) not in used)
         sock = sockets.get(slot) or self._sockets.open(slot)
         keys = self._sockets.renew_keys(sock, key)
+        # Publishers of the known package keep nothing: who is late when they start misses what they send.
+        sock.setsockopt(zmq.RECONNECT_IVL_MAX, self.SOON if len(self._links) < self.FEW else self.LATER)
         connect(sock, endpoint)
         self._links.setdefault((sock, endpoint), _Link(begin, keys)).keys = keys
         connected[endpoint] = sock
@@ -5900,6 +5907,11 @@ class _Connections:
             return []
         ends = {(endpoint, self._streams[sock]) for sock, endpoint in self._links}
         return [other for endpoint, other in left if (endpoint, stream) in ends and (endpoint, other) not in ends]
+
+    def beside(self, stream: _CatchUp) -> list[_CatchUp]:
+        """Return who may hear the same publishers as *stream* does, by other endpoints of one name."""
+        several = self._streams.values() if stream.twins is not None else ()
+        return [other for other in several if other is not stream and other.twins is not None]
 
     def has_port(self, sock: zmq.Socket[bytes], port: int) -> bool:
         """Whether *sock* is connected to an endpoint with this port."""
@@ -6253,10 +6265,20 @@ class _LiveRecord:
         self.close(source)
         left = copy(source)
         left.is_left = True
+        self._go_on(source)
+        return left
+
+    def share(self, source: _Source) -> _Source:
+        """Return what another socket begins with, the hello of which is to be taken next; *source* stays as it is."""
+        shared = copy(source)
+        shared.known, shared.live = set(source.known), None
+        self._go_on(shared)
+        return shared
+
+    def _go_on(self, source: _Source) -> None:
         source.unconfirmed = source.unconfirmed + self.count(max(source.index, source.checked))
         source.intact = [(after, until, 0) for after, until, _ in source.intact]
         source.hello = -1
-        return left
 
     def has(self, source: _Source, number: int, digest: int) -> bool:
         """Whether a message of the past has come live before, as far as can be told: from any publisher."""
@@ -6446,6 +6468,11 @@ class _CatchUp:
             if newest is not self and (own is None or own.begun <= newest._sources[instance].begun):
                 self._sources[instance] = source = newest._sources[instance]
                 newest._sources[instance] = newest._live.hand_over(source)
+            elif own is None and self._durable is None:  # a durable state is one for all sockets
+                for other in self._connections.beside(self):
+                    if other.knows(instance) and other._prefixes == self._prefixes:
+                        self._sources[instance] = other._live.share(other._sources[instance])
+                        break
 
     def _source(self, instance: bytes) -> _Source:
         source = self._sources.get(instance)
@@ -7472,8 +7499,7 @@ class _SubscriberSockets:
     def _open_socket(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
         """Return a new SUB socket for all the addresses with the same topics and backend."""
         prefixes, backend, origin = slot[0]
-        # Publishers of the known package keep nothing: who is late when they start misses what they send.
-        sock = set_up_client_socket(zmq.SUB, "", {zmq.RECONNECT_IVL_MAX: 200}, backend)
+        sock = set_up_client_socket(zmq.SUB, "", None, backend)
         stream = self._left.pop(slot, None)
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]

@@ -1205,7 +1205,7 @@ class TestVersions:
             with pytest.raises(MessageError, match="version"):
                 Message.decode(f"pytroll://a b c@d 2020-01-01T00:00:00 {version} text/ascii x")
 
-    @pytest.mark.parametrize("version", [None, 1.01, [], b"v1.01"])
+    @pytest.mark.parametrize("version", [1.01, [], b"v1.01"])
     def test_versions_that_are_no_text_are_refused(self, version):
         with pytest.raises(MessageError, match="version"):
             Message("/a", "b", version=version)
@@ -2401,6 +2401,8 @@ class TestSocketOptions:
         with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
             assert sub.subscribers[0].getsockopt(zmq.RECONNECT_IVL) == 100  # at first
             assert sub.subscribers[0].getsockopt(zmq.RECONNECT_IVL_MAX) == 200
+            sub.update([f"tcp://127.0.0.1:{port}" for port in range(1, 103)])
+            assert sub.subscribers[0].getsockopt(zmq.RECONNECT_IVL_MAX) == 1000  # of so many
 
     def test_options_of_the_call_win(self):
         sock = posttroll.set_up_client_socket(zmq.SUB, "tcp://127.0.0.1:1", {zmq.RCVHWM: 5, zmq.HEARTBEAT_IVL: 77})
@@ -4554,6 +4556,27 @@ class TestNamesWithSeveralAddresses:
             assert heard == [*range(200), 199, "end"]
             pub.send(Message("/a", "b", "the last"))
             assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
+
+    @pytest.mark.parametrize("since", [None, 60])
+    @pytest.mark.parametrize("is_moved", [False, True])
+    def test_a_host_gets_another_address(self, names, since, is_moved):
+        """What has come by the first does not come once more by the other."""
+        port = free_port()
+        names["host"] = ["127.0.0.2"]
+        with posttroll.Publisher(f"tcp://*:{port}") as pub:
+            pub.send(Message("/a", "b", 0))
+            with posttroll.Subscriber([f"tcp://host:{port}"], since=since) as sub:
+                heard = self.until(sub, lambda: self.connected(sub) and pub.subscriber_count == 1)
+                for number in range(1, 100):
+                    pub.send(Message("/a", "b", number))
+                heard += self.until(sub, lambda: positions_of(sub) == [100])
+                names["host"] = ["127.0.0.3"] if is_moved else ["127.0.0.2", "127.0.0.3"]
+                heard += self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"])
+                for number in range(100, 200):
+                    pub.send(Message("/a", "b", number))
+                heard += self.until(sub, lambda: positions_of(sub) == [200, 200] and not sub._inbox.is_ready)
+                assert sorted(heard) == list(range(200))
+                assert sub.missed == 0
 
     def test_many_names_have_their_turn(self, names, monkeypatch):
         """However many are asked for at once: here one, and each takes a while."""
@@ -8454,13 +8477,17 @@ class TestCheck:
             status, text, _ = self.check(capsys, address, "--silent", 60)
             assert (status, text) == (0, f"{address} answers; {address} sent something in the last 60 s")
 
-    def test_what_is_not_in_the_history_any_more_may_have_been_of_another_topic(self, capsys):
-        """That is known once one has listened oneself for so long, or something comes."""
+    def test_when_what_is_not_in_the_history_any_more_was_sent(self, capsys):
+        """That is known of other topics, and once one has listened oneself for so long, or something comes."""
         with config.set(history_messages=1), posttroll.Publisher("tcp://*:0") as publisher:
             address = f"tcp://127.0.0.1:{publisher.port_number}"
+            words = (address, "--topic", "/segment", "--silent")
             for _ in range(3):
                 publisher.send(posttroll.Message("/other", "info"))
-            words = (address, "--topic", "/segment", "--silent")
+            assert self.check(capsys, *words, 60)[:2] == (2, f"nothing from {address} in 60 s; {address} answers")
+            publisher.send(posttroll.Message("/segment", "info"))
+            for _ in range(3):
+                publisher.send(posttroll.Message("/other", "info"))
             status, text, _ = self.check(capsys, *words, 60, "--timeout", 0.8)
             assert (status, "what it keeps does not reach back 60 s: raise its history_seconds" in text) == (3, True)
             publisher.send(posttroll.Message("/other", "info"))
