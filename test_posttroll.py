@@ -17234,6 +17234,7 @@ class TestCatchingUp:
         connections = types.SimpleNamespace(
             take_pending_events=lambda sock: None,
             before=lambda *args: [],
+            beside=lambda stream: [],
             has_port=lambda *args: True,
             greet=lambda sock, port, index, is_known: (0.0, index),
         )
