@@ -3828,7 +3828,7 @@ class History:
         while entries and (len(entries) > messages or self.size > size):
             when, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
-            subject = data[: data.find(b" ", 0, 256)]  # nearly: who misses nothing else is to be told so
+            subject = data[:256].partition(b" ")[0]
             if subject not in self._lost and len(self._lost) >= self.SUBJECTS:
                 subject = b""
             self._lost[subject] = self._lost.get(subject, (0,))[0] + 1, self.number - len(entries), when

@@ -16864,6 +16864,15 @@ class TestHistory:
         assert history.newest_lost_since(160.5, rare) is None
         assert history.newest_lost_since(160.5, often) == 66
 
+    def test_of_a_subject_only_the_beginning_is_remembered(self):
+        history = posttroll.History(0, 10**6, 60)
+        for number in range(10):
+            history.append(b"x" * 10_000 + b"%d" % number, 100.0)
+        assert len(history._lost) == 1
+        assert sum(map(len, history._lost)) < 1000
+        assert history.count_lost(0, 10, (b"x" * 5000,)) == 10
+        assert history.count_lost(0, 10, (b"y",)) == 0
+
     def test_subjects_that_are_too_many_count_as_any(self):
         history = posttroll.History(0, 10**6, 60)
         for number in range(history.SUBJECTS + 5):
