@@ -1029,7 +1029,7 @@ class Message:
         binary: Send text as ``binary/octet-stream``; bytes always are.
         rawstr: An encoded message to decode; then nothing else may be given.
         version: ``"v1.2"``, ``"v1.01"`` (drops time zones) or ``"auto"`` (the lowest that loses nothing).  If it is
-            not given, the configuration's ``message_version`` decides, when the message is encoded.
+            not given, or None, the configuration's ``message_version`` decides, when the message is encoded.
 
     Attributes:
         subject, type, sender, data, binary, version: As above; they may be assigned.
@@ -1057,7 +1057,7 @@ class Message:
         data: Any = "",
         binary: bool = False,
         rawstr: str | bytes | None = None,
-        version: str = _DEFAULT_VERSION,
+        version: str | None = _DEFAULT_VERSION,
     ) -> None:
         if rawstr is not None:
             _decode_into(self, rawstr)
@@ -1068,7 +1068,7 @@ class Message:
         self.time = datetime.now(timezone.utc)
         self.data = data
         self.binary = binary
-        self.version = version
+        self.version = version = _DEFAULT_VERSION if version is None else version
         self._raw = None
         if not (type(subject) is type(atype) is str and subject in _checked_fields and atype in _checked_fields):
             _check_header(subject, atype)
@@ -2959,10 +2959,12 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
     sock = get_context().socket(socket_type)
     with on_failure(sock.close):
         sock.linger = 0
-        limits = {zmq.SNDHWM: "send_high_water_mark", zmq.RCVHWM: "receive_high_water_mark"}
-        own: dict[Any, Any] = {option: config.get(name, None) for option, name in limits.items()}
-        if own[zmq.RCVHWM] is None:
-            own[zmq.RCVHWM] = _default_receive_limit()
+        receive_limit = config.get("receive_high_water_mark", None)
+        own: dict[Any, Any] = {
+            # What a SUB socket sends are subscriptions, and it drops in silence those that are too many.
+            zmq.SNDHWM: 0 if socket_type == zmq.SUB else config.get("send_high_water_mark"),
+            zmq.RCVHWM: _default_receive_limit() if receive_limit is None else receive_limit,
+        }
         own.update(options or {})
         general = {
             zmq.RECONNECT_IVL_MAX: 1000,  # less than discovery_seconds
@@ -3798,6 +3800,7 @@ class History:
     """
 
     OVERHEAD = 170  # bytes that a message takes besides its own
+    SUBJECTS = 1000  # that are told apart among messages that are not kept any more
 
     def __init__(self, messages: int, size: int, seconds: float) -> None:
         self._messages = messages if size and seconds else 0
@@ -3808,7 +3811,7 @@ class History:
         self.number = 0  # of the newest message
         self.size = 0
         self._gone = 0  # the size of those that are not kept any more
-        self._newest_gone = float("-inf")
+        self._lost: dict[bytes, tuple[int, int, float]] = {}  # how many, by subject, and the newest's number and time
 
     def __len__(self) -> int:
         return min(len(self._entries), self._messages)
@@ -3836,8 +3839,12 @@ class History:
         """Forget the oldest, until there are not more, and not larger ones."""
         entries, before = self._entries, self.size
         while entries and (len(entries) > messages or self.size > size):
-            self._newest_gone, data = entries.popleft()
+            when, data = entries.popleft()
             self.size -= len(data) + self.OVERHEAD
+            subject = data[:256].partition(b" ")[0]
+            if subject not in self._lost and len(self._lost) >= self.SUBJECTS:
+                subject = b""
+            self._lost[subject] = self._lost.get(subject, (0,))[0] + 1, self.number - len(entries), when
         self._gone += before - self.size
 
     def expire(self, now: float) -> float | None:
@@ -3857,9 +3864,25 @@ class History:
         """Return the number of the last message that was sent before *when*."""
         return self.number - sum(1 for _ in takewhile(lambda entry: entry[0] >= when, reversed(self._entries)))
 
-    def has_lost_since(self, when: float) -> bool:
-        """Whether a message that was sent since *when* is not kept any more."""
-        return self._newest_gone >= when
+    def _lost_of(self, prefixes: tuple[bytes, ...]) -> list[tuple[int, int, float]]:
+        """Return what is known of those that are not kept any more and may begin with one of *prefixes*."""
+        return [
+            lost
+            for subject, lost in self._lost.items()
+            if subject.startswith(prefixes) or any(prefix.startswith(subject) for prefix in prefixes)
+        ]
+
+    def count_lost(self, after: int, until: int, prefixes: tuple[bytes, ...]) -> int:
+        """Return how many between these numbers are not kept any more: those that begin so, or a few more."""
+        spare = len(self._entries) - len(self)  # those are dropped next
+        numbered = enumerate(islice(self._entries, spare), self.number - len(self._entries) + 1)
+        count = sum(1 for number, (_, data) in numbered if number > after and data.startswith(prefixes))
+        count += sum(count for count, number, _ in self._lost_of(prefixes) if number > after)
+        return min(count, max(min(self.first - 1, until) - after, 0))
+
+    def newest_lost_since(self, when: float, prefixes: tuple[bytes, ...]) -> int | None:
+        """Return the number of the newest that was sent since *when* and is not kept any more; None if all are kept."""
+        return max((number for _, number, sent in self._lost_of(prefixes) if sent >= when), default=None)
 
 
 class _QueueLimit:
@@ -4476,15 +4499,16 @@ class _Audience(_Listeners):
         if peer.is_answer and peer.request == match[0]:
             return  # the same over a second, slower connection
         peer.request = match[0]
+        peer.prefixes = tuple(match[8].split(b"\n"))
         if age:
             since = self._when_asked(peer, asked / 1000) - age / 1000
             after = min(after, history.last_before(since))
-            if history.has_lost_since(since):
-                after = min(after, 0 if self.started >= since else history.first - 2)
+            lost = history.newest_lost_since(since, peer.prefixes)
+            if lost is not None:
+                after = min(after, 0 if self.started >= since else lost - 1)
         peer.has_asked = True
         peer.fall_behind(min(after, until), until)
         peer.is_answer = True
-        peer.prefixes = tuple(match[8].split(b"\n"))
         self.later(0, self._catch_up)
 
     def _when_asked(self, peer: _Peer, asked: float) -> float:
@@ -4537,9 +4561,8 @@ class _Audience(_Listeners):
         history, sent = self.history, peer.sent
         after = cast(int, peer.after)
         until = history.number if peer.until is None else peer.until
-        lost = max(min(history.first - 1, until) - after, 0)
-        peer.gone += lost
-        peer.after = after + lost
+        peer.gone += history.count_lost(after, until, peer.prefixes)
+        peer.after = max(after, min(history.first - 1, until))
         for number, data in history.after(peer.after, self.CHUNK):
             if number > until:
                 break
@@ -5179,9 +5202,14 @@ def _stop_live_publishers() -> None:
 @cache
 def _stop_at_the_end(pid: int) -> None:
     """See to it also in a child of `multiprocessing`, which ends without what is registered with `atexit`."""
-    process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.parent_process() is not None:
-        sys.modules["multiprocessing.util"].Finalize(None, _stop_live_publishers, exitpriority=-1)
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        _stop_with_process(util)
+        util.register_after_fork(util, _stop_with_process)  # one that is still being prepared will forget the first
+
+
+def _stop_with_process(util: Any) -> None:
+    util.Finalize(None, _stop_live_publishers, exitpriority=-1)
 
 
 @in_forked_child
@@ -5615,9 +5643,6 @@ class _MonitoredSockets:
         self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
         self._keys: dict[zmq.Socket[bytes], dict[str, bytes]] = {}
 
-    def __contains__(self, sock: object) -> bool:
-        return sock in self._monitors
-
     def open(self, slot: tuple[Any, str, int]) -> zmq.Socket[bytes]:
         """Return the socket for *slot*, which there is none for yet."""
         sock = cast("zmq.Socket[bytes]", self._open_socket(slot))
@@ -5664,8 +5689,7 @@ class _MonitoredSockets:
 
     def take_pending_events(self, sock: zmq.Socket[bytes]) -> None:
         """Take note of what has happened to the connections of *sock* until now."""
-        if sock in self._monitors:  # else it is closed, and this is of what it had received before
-            self._take_events(sock, self._monitors[sock])
+        self._take_events(sock, self._monitors[sock])
 
     def _take_events(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         while True:
@@ -5686,16 +5710,11 @@ class _Connections:
 
     Args:
         loop: The loop to use; whoever runs it is the only one to call the methods.
-        open_socket: Called with a slot (see `_MonitoredSockets`); returns a new SUB socket for it.
-        read_all: Called with a socket, before a connection of it is closed, to read all that lies unread.
-        on_change: Called with a socket of which a connection begins, has come up, or gone down, and its descriptor;
-            returns the index of the next message of that socket.
+        begin: Since when messages are wanted that have come by no connection that is new.
+        streams: What each socket has of its publishers.
+        open_socket: Called with a slot (see `_MonitoredSockets`); returns a new SUB socket for it, one of *streams*.
+        read_all: Called with what a socket has, before a connection of it is closed, to take all that lies unread.
         on_close: Called with the slot of a socket that is closed, and the socket.
-        on_several: Called with the sockets that are connected to what a single name stands for.
-        on_up_again: Called with a socket of which a connection has come up again.
-        on_waited: Called later with that socket, and whether a publisher has greeted us over that connection, as all do
-            who notice that it is a new one.
-        on_let_go: Called with a socket, and an endpoint to which it is not connected any more.
         load_keys: Called with the key of a group; returns the socket options for the keys of its connections.
 
     A name may stand for several endpoints (all pods of a service, all addresses of a host): all are connected, each
@@ -5706,33 +5725,35 @@ class _Connections:
     LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
     GREETING = 1.0  # seconds after which nobody will greet a connection any more
     ASK_SOON = 0.5  # seconds until what could not be asked for, as there are so many, has its turn
+    SOON, LATER = (
+        200,
+        1000,
+    )  # milliseconds until a connection that failed is tried again, at most: the first, and others
+    FEW = 100  # connections that are the first; so 1,000 to hosts that are up take 7 % of a core, in place of 27
+    LEFT = 4096  # connections, and closed sockets, of whose publishers it is remembered what has come
 
     def __init__(
         self,
         loop: Loop,
+        begin: float,
+        streams: Mapping[zmq.Socket[bytes], _CatchUp],
         open_socket: Callable[[Any], Any],
-        read_all: Callable[[Any], None],
-        on_change: Callable[[Any, int], int],
+        read_all: Callable[[_CatchUp], None],
         on_close: Callable[[Any, Any], object],
-        on_several: Callable[[Iterable[Any]], object],
-        on_up_again: Callable[[Any], object],
-        on_waited: Callable[[Any, bool], object],
-        on_let_go: Callable[[Any, str], object],
         load_keys: Callable[[Any], dict[str, bytes]],
     ) -> None:
-        self._on_change = on_change
-        self._on_several = on_several
-        self._on_up_again = on_up_again
-        self._on_waited = on_waited
-        self._on_let_go = on_let_go
         self._loop = loop
+        self._begin = begin
+        self._streams = streams
         self._read_all = read_all
         self._sockets = _MonitoredSockets(loop, open_socket, self._take_event, on_close, load_keys)
         self.take_pending_events = self._sockets.take_pending_events
         self._wanted: dict[str, tuple[Any, float]] = {}
         self._connected: dict[str, dict[str, zmq.Socket[bytes]]] = {}  # by address and endpoint
         self._links: dict[tuple[zmq.Socket[bytes], str], _Link] = {}
+        self._let_go: OrderedDict[tuple[str, _CatchUp], None] = OrderedDict()  # which endpoint was left by whom
         self._new = _NewLinks()
+        self._twins = _Twins()
         self._names: dict[str, _Resolution] = {}  # of the addresses
         self._log = LimitedLogger("subscriber")
         self._timer: Timer | None = None
@@ -5755,16 +5776,16 @@ class _Connections:
         links = [self._links[sock, endpoint] for endpoint, sock in self._connected.get(address, {}).items()]
         return any(link.is_up or time.monotonic() - link.changed < 1 for link in links)
 
-    def greet(self, sock: zmq.Socket[bytes], begin: float, port: int, index: int, is_known: bool) -> tuple[float, int]:
+    def greet(self, sock: zmq.Socket[bytes], port: int, index: int, is_known: bool) -> tuple[float, int]:
         """Return since when the messages are wanted of the publisher that has just greeted us on *sock*.
 
-        And the index of the first that has come from it; *begin* and *index* if no connection is new.  Which one it is
-        can be told by the *port*, but for one that is forwarded: then it is that which has waited longest, unless the
-        publisher *is_known*, as then it does not matter.
+        And the index of the first that has come from it; *index*, that of the next, if no connection is new.  Which one
+        it is can be told by the *port*, but for one that is forwarded: then it is that which has waited longest, unless
+        the publisher *is_known*, as then it does not matter.
         """
         self.take_pending_events(sock)
         link = self._new.take(sock, port, is_known)
-        return (begin, index) if link is None or link.index is None else (link.begin, link.index)
+        return (self._begin, index) if link is None or link.index is None else (link.begin, link.index)
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
@@ -5806,24 +5827,30 @@ class _Connections:
         slot = next(slot for slot in slots if sockets.get(slot) not in used)
         sock = sockets.get(slot) or self._sockets.open(slot)
         keys = self._sockets.renew_keys(sock, key)
+        # Publishers of the known package keep nothing: who is late when they start misses what they send.
+        sock.setsockopt(zmq.RECONNECT_IVL_MAX, self.SOON if len(self._links) < self.FEW else self.LATER)
         connect(sock, endpoint)
         self._links.setdefault((sock, endpoint), _Link(begin, keys)).keys = keys
         connected[endpoint] = sock
-        if used:
-            self._on_several(connected.values())
+        for each in connected.values() if used else ():
+            self._streams[each].twins = self._twins
         _log("subscriber").debug("Subscribed to %s at %s", address, endpoint)
 
     def _disconnect(self, address: str, endpoint: str) -> None:
         """Disconnect *address* from one of its endpoints, unless another address is another name for that."""
         sock = self._connected[address].pop(endpoint)
         if not any(others.get(endpoint) is sock for others in self._connected.values()):
+            self._read_all(self._streams[sock])  # first, as the greetings in it are of the connections that there are
             link = self._links.pop((sock, endpoint))
             link.is_up = False
             self._new.note(sock, endpoint, link)
-            self._read_all(sock)
             disconnect(sock, endpoint)  # it may be gone already (inproc)
-            self._on_change(sock, link.descriptor)
-            self._on_let_go(sock, endpoint)
+            self._streams[sock].note_change(link.descriptor)
+            place = endpoint, self._streams[sock]
+            self._let_go[place] = None
+            self._let_go.move_to_end(place)
+            if len(self._let_go) > self.LEFT:
+                self._let_go.popitem(last=False)
         _log("subscriber").debug("No longer subscribed to %s at %s", address, endpoint)
 
     def _disconnect_all(self, address: str) -> None:
@@ -5846,7 +5873,7 @@ class _Connections:
             return
         if event == zmq.EVENT_CONNECTED:
             link.descriptor = value
-            self._on_change(sock, value)
+            self._streams[sock].note_change(value)
             return
         if event == zmq.EVENT_CONNECT_RETRIED:
             self._look_for_descriptors(endpoint)
@@ -5858,7 +5885,7 @@ class _Connections:
         if not link.is_tried:
             self._tend_later(link.RENEWAL)
         if was_up != link.is_up:
-            index = self._on_change(sock, link.descriptor)
+            index = self._streams[sock].note_change(link.descriptor)
             if link.is_up and link.index is None:
                 link.index = index
             self._new.note(sock, endpoint, link)
@@ -5874,22 +5901,30 @@ class _Connections:
                 self._log.warning("descriptors", text, endpoint, error.strerror, get_descriptor_limit())
 
     def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
-        """If *link* has come up again, say so: a proxy may not have noticed that it was down."""
+        """If *link* has come up again, look whether a publisher greets us: a proxy may not have noticed it was down."""
         if not link.is_up or not link.was_up:
             link.was_up = link.was_up or link.is_up
             return
 
         def look() -> None:
-            if sock in self._sockets:
-                self._on_waited(sock, link.is_greeted)
+            if sock in self._streams:  # still
+                self._streams[sock].look_for_greeting(link.is_greeted)
 
-        self._on_up_again(sock)
+        self._streams[sock].begin_turn()
         self._loop.at(time.monotonic() + self.GREETING, look)
 
-    @property
-    def ends(self) -> Iterable[tuple[zmq.Socket[bytes], str]]:
-        """The sockets, each with an endpoint that it is connected to."""
-        return self._links.keys()
+    def before(self, stream: _CatchUp, instance: bytes) -> list[_CatchUp]:
+        """Return who knows a publisher, let go of what *stream* is connected to, and is not connected to it again."""
+        left = [(endpoint, other) for endpoint, other in self._let_go if other.knows(instance)]
+        if not left:  # as at the start, when many are found at once
+            return []
+        ends = {(endpoint, self._streams[sock]) for sock, endpoint in self._links}
+        return [other for endpoint, other in left if (endpoint, stream) in ends and (endpoint, other) not in ends]
+
+    def beside(self, stream: _CatchUp) -> list[_CatchUp]:
+        """Return who may hear the same publishers as *stream* does, by other endpoints of one name."""
+        several = self._streams.values() if stream.twins is not None else ()
+        return [other for other in several if other is not stream and other.twins is not None]
 
     def has_port(self, sock: zmq.Socket[bytes], port: int) -> bool:
         """Whether *sock* is connected to an endpoint with this port."""
@@ -5938,7 +5973,7 @@ class _Connections:
                 return
             link.note_renewal(keys)
             if link.may_be_unread:  # else it would be read again and again, for nothing, all that others send
-                self._read_all(sock)
+                self._read_all(self._streams[sock])
                 link.may_be_unread = False
             disconnect(sock, endpoint)
             connect(sock, endpoint)
@@ -5965,7 +6000,6 @@ class _Source:
 
     def __init__(self) -> None:
         self.is_left = False  # heard by no socket any more
-        self.is_copy = False  # kept of what has gone on elsewhere
         self.name = ""
         self.is_forwarded = False  # by a proxy: we have no connection of our own to it
         self.position: int | None = None  # it has all up to this number, None: it has just found the publisher
@@ -5988,7 +6022,7 @@ class _Source:
         self.hello_index = index
         self.ends = ends
         self.is_asked = True
-        self.asked = time.monotonic()
+        self.asked = self.begun = time.monotonic()
         self.came: set[int] = set()  # numbers that came under the mark since the last end
         self.counted: float = 0  # those before the last position
         self.live: Counter[int] | None = None  # of what came live since, while it matters
@@ -6206,8 +6240,8 @@ class _LiveRecord:
         self._frozen: deque[tuple[int, int]] = deque(maxlen=2 * self.SIZE)  # with their indices, before an outage
         self._open: dict[_Source, int] = {}  # who sends live and under the mark, and the index when it last did
 
-    def note(self, raw: bytes) -> None:
-        """Take note of a message."""
+    def note(self, raw: bytes) -> bytes:
+        """Take note of a message, and return it."""
         self.index += 1
         digest = hash(raw[:256])  # `_digest`, which as a call of its own would take as long again
         self._recent.append(digest)
@@ -6217,6 +6251,7 @@ class _LiveRecord:
             if self.index % self.SIZE == 0:
                 for source in [each for each, last in self._open.items() if self.index - last > self.PATIENCE]:
                     self.close(source)
+        return raw
 
     def freeze(self) -> None:
         """Remember what came until now, as a connection is down: its end may not have been confirmed."""
@@ -6242,11 +6277,21 @@ class _LiveRecord:
         """Have *source* go on over another socket, the hello of which is to be taken next; return a copy to keep."""
         self.close(source)
         left = copy(source)
-        left.is_left = left.is_copy = True
+        left.is_left = True
+        self._go_on(source)
+        return left
+
+    def share(self, source: _Source) -> _Source:
+        """Return what another socket begins with, the hello of which is to be taken next; *source* stays as it is."""
+        shared = copy(source)
+        shared.known, shared.live = set(source.known), None
+        self._go_on(shared)
+        return shared
+
+    def _go_on(self, source: _Source) -> None:
         source.unconfirmed = source.unconfirmed + self.count(max(source.index, source.checked))
         source.intact = [(after, until, 0) for after, until, _ in source.intact]
         source.hello = -1
-        return left
 
     def has(self, source: _Source, number: int, digest: int) -> bool:
         """Whether a message of the past has come live before, as far as can be told: from any publisher."""
@@ -6279,8 +6324,8 @@ class _CatchUp:
         wake_at: Called with it, and a time when there will be something to be received.
         on_past: Called when a message is caught up.
         durable: What earlier programs have handled, and where to write down what this one has; None: nowhere.
-        before: Called with it and a publisher; returns those that know that one and were connected before to what it
-            is connected to, or was, newest first, perhaps itself among them.
+        later: Called with what is to be written down when all that has come until now is handed out.
+        connections: Those of all sockets.
     """
 
     SOURCES = 20000
@@ -6293,7 +6338,8 @@ class _CatchUp:
         wake_at: Callable[[_CatchUp, float], object],
         on_past: Callable[[], None],
         durable: _DurableState | None,
-        before: Callable[[_CatchUp, bytes], Iterable[_CatchUp]],
+        later: Callable[[Callable[[], None]], None],
+        connections: _Connections,
     ) -> None:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
@@ -6303,33 +6349,18 @@ class _CatchUp:
         self._wake_at = partial(wake_at, self)
         self._on_past = on_past
         self._durable = durable
-        self._before = partial(before, self)
+        self._later = later
+        self._connections = connections
         self._topics = b"\n".join(prefixes) if sum(map(len, prefixes)) < 1000 else b""
         self._sources: OrderedDict[bytes, _Source] = OrderedDict()
         self._requests: dict[bytes, bytes] = {}
         self._live = _LiveRecord()
-        self.note: Callable[[bytes], None] = self._live.note  # to be called with each message that comes live
+        self.note: Callable[[bytes], bytes] = self._live.note  # to be called with each message that comes live
 
-    def attach(
-        self,
-        sock: zmq.Socket[bytes],
-        since: Callable[[int, int, bool], tuple[float, int]],
-        take_events: Callable[[], None],
-        has_port: Callable[[int], bool],
-    ) -> None:
-        """Subscribe with a new socket.
-
-        Args:
-            sock: The socket.
-            since: Called for a publisher that has greeted us, with its port, the index of the next message, and whether
-                it is known; returns since when its messages are wanted, and the index of the first that may be its.
-            take_events: Called to take note of connections of the socket that have begun, or ended.
-            has_port: Called with the port of a publisher; returns whether the socket is connected to such a port.
-        """
+    def attach(self, sock: zmq.Socket[bytes]) -> None:
+        """Subscribe with a new socket."""
         self._socket = sock
-        self._has_port = has_port
-        self._since = since
-        self._take_events = take_events
+        self._take_events = partial(self._connections.take_pending_events, sock)
         self._requests.clear()
         self._turn = 0  # how often a connection has come up again
         self._again = b""  # what it asks to be greeted again by, in this turn
@@ -6370,7 +6401,7 @@ class _CatchUp:
             self._ask_for_greeting()
 
     def _ask_for_greeting(self) -> None:
-        if not self._again and not self._socket.closed:
+        if not self._again:
             self._again = b"%s/again/%d" % (self._mark, self._turn)
             self._socket.setsockopt(zmq.SUBSCRIBE, self._again)
 
@@ -6388,10 +6419,6 @@ class _CatchUp:
     def knows(self, instance: bytes) -> bool:
         """Whether it has heard this publisher."""
         return instance in self._sources
-
-    def has_gone_on(self, instance: bytes) -> bool:
-        """Whether another one has gone on from where this one has been with a publisher."""
-        return self._sources[instance].is_copy
 
     @property
     def is_merging(self) -> bool:
@@ -6445,11 +6472,20 @@ class _CatchUp:
         """Go on where a socket with more, fewer or the same topics was left that was connected to the same before."""
         own = self._sources.get(instance)
         if own is None or own.is_left:
-            nested = [other for other in self._before(instance) if _are_nested(other._prefixes, self._prefixes)]
-            newest = min(nested, key=lambda other: other.has_gone_on(instance), default=self)
-            if newest is not self:
+            nested = [
+                other
+                for other in self._connections.before(self, instance)
+                if _are_nested(other._prefixes, self._prefixes)
+            ]
+            newest = max(nested, key=lambda other: other._sources[instance].begun, default=self)
+            if newest is not self and (own is None or own.begun <= newest._sources[instance].begun):
                 self._sources[instance] = source = newest._sources[instance]
                 newest._sources[instance] = newest._live.hand_over(source)
+            elif own is None and self._durable is None:  # a durable state is one for all sockets
+                for other in self._connections.beside(self):
+                    if other.knows(instance) and other._prefixes == self._prefixes:
+                        self._sources[instance] = other._live.share(other._sources[instance])
+                        break
 
     def _source(self, instance: bytes) -> _Source:
         source = self._sources.get(instance)
@@ -6459,7 +6495,7 @@ class _CatchUp:
             source = self._sources[instance] = _Source()
             if self._durable is not None:
                 self._durable.restore(instance, source, self.is_later)
-        source.is_left, source.is_copy = self._socket.closed, False
+        source.is_left = False
         self._sources.move_to_end(instance)
         if len(self._sources) > self.SOURCES:
             forgotten, old = self._sources.popitem(last=False)
@@ -6469,13 +6505,13 @@ class _CatchUp:
 
     def _take_hello(self, instance: bytes, source: _Source, name: str, *numbers: int) -> None:
         number, ends, port, before, turn, *_ = *numbers, 0  # older versions tell no turn, newer ones may tell more
-        source.name, source.is_forwarded = name, not self._has_port(port)
-        since, index = self._since(port, self._live.index, source.since is not None)
+        source.name, source.is_forwarded = name, not self._connections.has_port(self._socket, port)
+        since, index = self._connections.greet(self._socket, port, self._live.index, source.since is not None)
         if source.since is None:
             source.found, source.before = number, before
             source.since, source.index = since, index
             if self._durable is not None and source.position is None:
-                self._durable.begin_with(instance, source, self._live.index - source.index)
+                self._later(partial(self._durable.begin_with, instance, source, self._live.index - source.index))
         elif source.hello < 0:  # it was heard by another socket until now
             source.index = source.checked = index
         self._live.close(source)
@@ -6487,15 +6523,13 @@ class _CatchUp:
         is_later = number > source.hello
         source.begin(number, ends, self._live.index if is_later else source.hello_index)
         if self._durable is not None and is_later:
-            source.hello_lines = self._durable.lines
+            self._later(partial(self._durable.note_hello, source))
 
     def _ask(self, instance: bytes, source: _Source) -> None:
         """Ask for what is missing, up to the hello."""
         if source.position is None or source.position < source.hello:  # else nothing is missing
             source.unconfirmed += self._live.count(max(source.index, source.checked), source.hello_index)
             source.checked = max(source.hello_index, source.checked)
-        if self._socket.closed:
-            return  # this is of what it had received before
         self._cancel_request(instance)
         request = b"%s/%s/%s,%d/%s" % (self._mark, instance, source.missing, source.hello, self._topics)
         self._requests[instance] = request
@@ -6503,7 +6537,7 @@ class _CatchUp:
 
     def _cancel_request(self, instance: bytes) -> None:
         request = self._requests.pop(instance, None)
-        if request is not None and not self._socket.closed:
+        if request is not None:
             self._socket.setsockopt(zmq.UNSUBSCRIBE, request)
 
     def _take_past(self, source: _Source, number: int, content: bytes, is_live: bool) -> bytes | None:
@@ -6542,10 +6576,7 @@ class _CatchUp:
             source.came.clear()
             return
         if is_whole:
-            source.advance(number, source.hello_index if number <= source.hello else self._live.index)
-            if self._durable is not None:
-                lines = source.hello_lines if number <= source.hello else self._durable.lines
-                self._durable.advance(instance, source, number, lines)
+            self._advance(instance, source, number)
         self._begin(source, number, ends)
         if not is_whole:
             self._ask(instance, source)
@@ -6557,6 +6588,12 @@ class _CatchUp:
         if gone > 0:
             self._on_gone(source.name, gone)
 
+    def _advance(self, instance: bytes, source: _Source, number: int) -> None:
+        is_before_hello = number <= source.hello
+        source.advance(number, source.hello_index if is_before_hello else self._live.index)
+        if self._durable is not None:
+            self._later(partial(self._durable.advance, instance, source, number, is_before_hello))
+
     def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
         is_whole = ends == source.ends and sent == source.counted + len(source.came)
         if not number or (source.is_asked and time.monotonic() - source.asked < 5):
@@ -6565,9 +6602,7 @@ class _CatchUp:
             return
         self._live.close(source)
         if not source.is_asked and is_whole:
-            source.advance(number, self._live.index)
-            if self._durable is not None:
-                self._durable.advance(instance, source, number, self._durable.lines)
+            self._advance(instance, source, number)
             source.counted += len(source.came)
             source.came.clear()
         else:  # something was dropped on the way, because a queue was full
@@ -6908,9 +6943,14 @@ class _DurableState:
             found = b"a%d,%d" % (milliseconds, source.found)
             self._place(instance, source, 0, max(self.lines - came, 0), found)
 
-    def advance(self, instance: bytes, source: _Source, number: int, lines: int) -> None:
-        """Take note that all up to *number* of a publisher is here, and was when there were so many *lines*."""
+    def note_hello(self, source: _Source) -> None:
+        """Take note that what comes live from *source* from here on is behind its hello."""
+        source.hello_lines = self.lines
+
+    def advance(self, instance: bytes, source: _Source, number: int, is_before_hello: bool) -> None:
+        """Take note that all up to *number* of a publisher is here, and was at its hello if *is_before_hello*."""
         with self._guard:
+            lines = source.hello_lines if is_before_hello else self.lines
             if self._handed:
                 waiting = self._waiting.setdefault(instance, [])
                 waiting[1:] = [(self._count, source, number, lines)]  # the first, and the newest
@@ -7167,7 +7207,8 @@ class _Inbox:
         self._translate = translate
         self._durable = durable
         self._streams: list[_CatchUp] = []  # of which the socket has something
-        self._unread: deque[tuple[bytes, _CatchUp]] = deque()  # of sockets from which a connection was taken
+        # Of sockets from which a connection was taken, as it came and what is in it; and what to do between.
+        self._unread: deque[tuple[bytes, bytes | None, _CatchUp] | Callable[[], None]] = deque()
         self.accepted: deque[Message] = deque()  # but not handed out
         self.batch_end = 0.0
         self._is_alone = False  # the next message, most likely: look for more only after it has been handed out
@@ -7193,17 +7234,23 @@ class _Inbox:
         return bool(self._streams or self._unread or self.accepted)
 
     def read_all(self, stream: _CatchUp) -> None:
-        """Read what lies unread in the socket of *stream*, to be handed out later."""
+        """Take what lies unread in the socket of *stream*; the messages are handed out later."""
         is_all = False
         while not is_all:
             with suppress(zmq.Again):
                 while True:
                     raw = stream.recv(_NOBLOCK)
-                    if raw[:1] == _EARLY_MARK[:1]:
-                        stream.take(raw)  # at once: it is about what comes next
-                    elif raw:
-                        self._unread.append((raw, stream))
+                    content = (stream.note if raw[:1] == b"p" else stream.take)(raw)
+                    if content is not None:
+                        self._unread.append((raw, content, stream))
             is_all = not stream.release()
+
+    def later(self, note: Callable[[], None]) -> None:
+        """Call *note* when all is handed out that has been read until now."""
+        if self._unread:
+            self._unread.append(note)
+        else:
+            note()
 
     def begin_batch(self, since: float) -> None:
         """Take note that all else has had its turn, for which one has waited *since* then."""
@@ -7231,7 +7278,11 @@ class _Inbox:
         while time.monotonic() < self.batch_end:
             for _ in range(count):
                 if self._unread:
-                    raw, stream = self._unread.popleft()
+                    entry = self._unread.popleft()
+                    if callable(entry):
+                        entry()
+                        continue
+                    raw, content, stream = entry
                 elif self._streams:
                     stream = self._streams[-1]
                     try:
@@ -7242,11 +7293,9 @@ class _Inbox:
                     if is_alone and not stream.is_merging:
                         # To find nothing takes as long as to receive several; if there is more, poll says so.
                         self._streams = self._streams[:-1]
+                    content = (stream.note if raw[:1] == b"p" else stream.take)(raw)
                 else:
                     return
-                content = stream.take(raw) if raw[:1] != b"p" else raw
-                if content is raw:
-                    stream.note(raw)
                 if content is None or (stream.twins is not None and not stream.twins.is_new(content, stream)):
                     continue
                 message = self._accept(content, stream)
@@ -7284,8 +7333,6 @@ class _Inbox:
 class _SubscriberSockets:
     """Where the messages of a subscriber come from: its addresses and hooks, and the sockets for them."""
 
-    LEFT = 4096  # closed sockets and connections of whose publishers it is remembered what has come
-
     def __init__(
         self,
         topics: str | Iterable[str] | None,
@@ -7308,23 +7355,17 @@ class _SubscriberSockets:
         self._turning: Any = None  # the asyncio task that waits for all who await
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._left: OrderedDict[Any, _CatchUp] = OrderedDict()  # by slot: those without a socket
-        # By whom an endpoint was left, and who had left it before him then: his greeting may be read later.
-        self._let_go: OrderedDict[str, dict[_CatchUp, list[_CatchUp]]] = OrderedDict()
+        self._inbox = _Inbox(message_filter, translate, self._durable)
         self._connections = _Connections(
             self._loop,
+            self._begin,
+            self._streams,
             self._open_socket,
-            lambda sock: self._inbox.read_all(self._streams[sock]),
-            self._note_change,
+            self._inbox.read_all,
             self._leave_stream,
-            self._note_several,
-            lambda sock: self._streams[sock].begin_turn(),
-            lambda sock, is_greeted: self._streams[sock].look_for_greeting(is_greeted),
-            self._note_let_go,
             lambda key: _load_client_keys(key[1]),
         )
-        self._twins = _Twins()
         self._wanted: dict[str, tuple[tuple[str, ...], str | None, float]] = {}  # the topics, backend, and since when
-        self._inbox = _Inbox(message_filter, translate, self._durable)
         self.missed = self.caught_up = 0
         self._is_closed = False  # last: there is something to be closed
 
@@ -7475,44 +7516,14 @@ class _SubscriberSockets:
         stream = self._left.pop(slot, None)
         if stream is None:
             topics = [prefix.encode() for prefix in prefixes]
-            args = (self._note_missed, self._wake_at, self._note_past, self._durable, self._before)
-            stream = _CatchUp(topics, *args)
+            notes = self._note_missed, self._wake_at, self._note_past
+            stream = _CatchUp(topics, *notes, self._durable, self._inbox.later, self._connections)
             stream.origin = origin or ""
             stream.is_later = self._inbox.last_heard is not None
-        since = partial(self._connections.greet, sock, self._begin)
-        has_port = partial(self._connections.has_port, sock)
-        stream.attach(sock, since, partial(self._connections.take_pending_events, sock), has_port)
+        stream.attach(sock)
         self._streams[sock] = stream
         self._loop.watch(sock, partial(self._inbox.note_ready, stream))
         return sock
-
-    def _note_let_go(self, sock: zmq.Socket[bytes], endpoint: str) -> None:
-        stream, before = self._streams[sock], self._left_before(endpoint)
-        streams = self._let_go.setdefault(endpoint, {})
-        streams.pop(stream, None)
-        streams[stream] = before[:8]
-        self._let_go.move_to_end(endpoint)
-        if len(self._let_go) > self.LEFT:
-            self._let_go.popitem(last=False)
-
-    def _left_before(self, endpoint: str) -> list[_CatchUp]:
-        """Return who let go of *endpoint*, and is not connected to it again, newest first."""
-        streams = self._let_go.get(endpoint)
-        if not streams:
-            return []
-        again = {self._streams[sock] for sock, other in self._connections.ends if other == endpoint}
-        return [stream for stream in reversed(streams) if stream not in again]
-
-    def _before(self, stream: _CatchUp, instance: bytes) -> list[_CatchUp]:
-        """Return who knows a publisher and let go of what *stream* is connected to, or has let go of, newest first."""
-        if not any(other.knows(instance) for streams in self._let_go.values() for other in streams):
-            return []  # as at the start, when many are found at once
-        own = [endpoint for sock, endpoint in self._connections.ends if self._streams[sock] is stream]
-        found = [other for endpoint in own for other in self._left_before(endpoint)]
-        for streams in reversed(self._let_go.values()):
-            if stream in streams:
-                found += [stream, *streams[stream]]
-        return [other for other in found if other.knows(instance)]
 
     def _wake_at(self, stream: _CatchUp, when: float) -> None:
         self._loop.at(when, partial(self._inbox.note_ready, stream))
@@ -7521,15 +7532,8 @@ class _SubscriberSockets:
         """Keep what is known of those that were heard by a socket, which is closed: they may come again."""
         self._left[slot] = stream = self._streams.pop(sock)
         stream.leave()
-        if len(self._left) > self.LEFT:
+        if len(self._left) > self._connections.LEFT:
             self._left.popitem(last=False)
-
-    def _note_change(self, sock: zmq.Socket[bytes], descriptor: int) -> int:
-        return self._streams[sock].note_change(descriptor)
-
-    def _note_several(self, sockets: Iterable[zmq.Socket[bytes]]) -> None:
-        for sock in sockets:
-            self._streams[sock].twins = self._twins
 
     def _note_past(self) -> None:
         self.caught_up += 1
@@ -7714,22 +7718,29 @@ class Subscriber(_SubscriberSockets):
 
         if self._durable is not None:
             self._durable.ask(receiver.owner)
-        has_waited = False
+        is_last = False
         while receiver.is_on:
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
             with self._lock:
                 message = self._inbox.take(receiver.owner)
-                now = time.monotonic()
-                if message is not None or (has_waited and deadline is not None and now >= deadline):
+                if message is not None or is_last:
                     return message
+                now = time.monotonic()
+                is_last = deadline is not None and now >= deadline
                 if not self._is_awaited:
-                    self._turning = asyncio.ensure_future(self._loop.turn_async(now if self._inbox.is_ready else None))
-                    self._turning.add_done_callback(self._end_turning)
-            await asyncio.wait({self._turning}, timeout=None if deadline is None else max(deadline - now, 0))
+                    if is_last:
+                        self._loop.turn(now)  # without a wait, nobody has looked
+                    else:
+                        wait = self._loop.turn_async(now if self._inbox.is_ready else None)
+                        self._turning = asyncio.ensure_future(wait)
+                        self._turning.add_done_callback(self._end_turning)
+            if is_last:
+                await asyncio.sleep(0)  # whoever asks again and again lets others run
+            else:
+                await asyncio.wait({self._turning}, timeout=None if deadline is None else deadline - now)
             self._inbox.begin_batch(now)
-            has_waited = True
         return None
 
     def _end_turning(self, turning: Any) -> None:
@@ -8476,8 +8487,10 @@ class ListenerContainer:
             self.thread.start()
 
     def restart_listener(self, topics: str | Sequence[str] | None) -> None:
-        """Listen to other topics; the queue stays."""
+        """Listen to other topics; the queue stays, and what is sent meanwhile comes, too."""
+        began = time.monotonic()
         self.stop()
+        self._settings["since"] = time.monotonic() - began
         self._start(topics)
 
     def stop(self) -> None:

@@ -1167,6 +1167,12 @@ class TestVersions:
             assert " v1.2" in message_of(version="v1.2").encode()
         assert " v1.01" in message_of(version="v1.01").encode()
 
+    def test_none_is_no_choice(self):
+        """As wrappers pass it on."""
+        assert message_of(version=None).encode() == message_of().encode()
+        with config.set(message_version="v1.01"):
+            assert " v1.01" in posttroll.Message("/a", "info", "", False, None, None).encode()
+
     def test_an_assigned_version_counts(self):
         message = message_of(NOON)
         message.version = "v1.01"
@@ -1199,7 +1205,7 @@ class TestVersions:
             with pytest.raises(MessageError, match="version"):
                 Message.decode(f"pytroll://a b c@d 2020-01-01T00:00:00 {version} text/ascii x")
 
-    @pytest.mark.parametrize("version", [None, 1.01, [], b"v1.01"])
+    @pytest.mark.parametrize("version", [1.01, [], b"v1.01"])
     def test_versions_that_are_no_text_are_refused(self, version):
         with pytest.raises(MessageError, match="version"):
             Message("/a", "b", version=version)
@@ -2379,6 +2385,24 @@ class TestSocketOptions:
             with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
                 assert pub._audience.socket.getsockopt(zmq.SNDHWM) == 11
                 assert sub.subscribers[0].getsockopt(zmq.RCVHWM) == 12
+
+    def test_a_subscriber_s_topics_are_not_limited(self):
+        """ZeroMQ would drop in silence what is subscribed to beyond the limit for what is sent."""
+        topics = [f"/{number}/" for number in range(50)]
+        with posttroll.Publisher("tcp://127.0.0.1:0") as pub, config.set(send_high_water_mark=1):
+            with posttroll.Subscriber([local_address(pub.port_number)], topics) as sub:
+                assert pub.wait_for_subscribers(1, DEADLINE)
+                for topic in topics:
+                    pub.send(text_message(topic, topic))
+                assert sorted(received_data(sub, 50)) == sorted(topics)
+
+    def test_a_subscriber_tries_often(self):
+        """Publishers of the known package send at once when they start, and keep nothing for those who are late."""
+        with posttroll.Subscriber(["tcp://127.0.0.1:1"]) as sub:
+            assert sub.subscribers[0].getsockopt(zmq.RECONNECT_IVL) == 100  # at first
+            assert sub.subscribers[0].getsockopt(zmq.RECONNECT_IVL_MAX) == 200
+            sub.update([f"tcp://127.0.0.1:{port}" for port in range(1, 103)])
+            assert sub.subscribers[0].getsockopt(zmq.RECONNECT_IVL_MAX) == 1000  # of so many
 
     def test_options_of_the_call_win(self):
         sock = posttroll.set_up_client_socket(zmq.SUB, "tcp://127.0.0.1:1", {zmq.RCVHWM: 5, zmq.HEARTBEAT_IVL: 77})
@@ -4533,6 +4557,27 @@ class TestNamesWithSeveralAddresses:
             pub.send(Message("/a", "b", "the last"))
             assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
 
+    @pytest.mark.parametrize("since", [None, 60])
+    @pytest.mark.parametrize("is_moved", [False, True])
+    def test_a_host_gets_another_address(self, names, since, is_moved):
+        """What has come by the first does not come once more by the other."""
+        port = free_port()
+        names["host"] = ["127.0.0.2"]
+        with posttroll.Publisher(f"tcp://*:{port}") as pub:
+            pub.send(Message("/a", "b", 0))
+            with posttroll.Subscriber([f"tcp://host:{port}"], since=since) as sub:
+                heard = self.until(sub, lambda: self.connected(sub) and pub.subscriber_count == 1)
+                for number in range(1, 100):
+                    pub.send(Message("/a", "b", number))
+                heard += self.until(sub, lambda: positions_of(sub) == [100])
+                names["host"] = ["127.0.0.3"] if is_moved else ["127.0.0.2", "127.0.0.3"]
+                heard += self.until(sub, lambda: self.connected(sub) == ["127.0.0.2", "127.0.0.3"])
+                for number in range(100, 200):
+                    pub.send(Message("/a", "b", number))
+                heard += self.until(sub, lambda: positions_of(sub) == [200, 200] and not sub._inbox.is_ready)
+                assert sorted(heard) == list(range(200))
+                assert sub.missed == 0
+
     def test_many_names_have_their_turn(self, names, monkeypatch):
         """However many are asked for at once: here one, and each takes a while."""
         monkeypatch.setattr(posttroll._Resolution, "_free_threads", threading.Semaphore(1))
@@ -5201,6 +5246,27 @@ class TestAsyncio:
             with in_thread(end):
                 asyncio.run(asyncio.wait_for(consume(sub), DEADLINE))
 
+    @pytest.mark.parametrize("timeout", [0, -1, 1e-6])
+    def test_without_waiting(self, timeout):
+        """Who only looks whether there is something gets it, and lets other tasks run."""
+
+        async def consume(pub: Any, sub: Any) -> list[Any]:
+            async def produce() -> None:
+                for number in range(20):
+                    pub.send(text_message(number))
+                    await asyncio.sleep(0)
+
+            producing, data, deadline = asyncio.ensure_future(produce()), [], time.monotonic() + DEADLINE
+            while len(data) < 20 and time.monotonic() < deadline:
+                message = await sub.receive(timeout)
+                if message is not None:
+                    data.append(message.data)
+            await producing
+            return data
+
+        with connected() as (pub, sub):
+            assert asyncio.run(consume(pub, sub)) == list(range(20))
+
     @pytest.mark.parametrize("how", ["stop", "close"])
     def test_the_end_from_another_task(self, how):
         async def consume(sub: Any) -> Any:
@@ -5818,6 +5884,26 @@ class TestListenerContainer:
                     while not output.empty():
                         output.get()
                     assert next_from(output) == topic
+
+    def test_what_is_sent_while_it_restarts(self, monkeypatch):
+        """It comes; but not once more what is older, though that was asked for at the start."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            pub.send(text_message("before"))
+            addresses = [local_address(pub.port_number)]
+            with posttroll.ListenerContainer("", addresses, nameserver=False, since=60) as container:
+                output, stop = container.output_queue, container.stop
+                assert output.get(timeout=DEADLINE).data == "before"
+
+                def stop_and_send() -> None:
+                    stop()
+                    pub.send(text_message("meanwhile"))
+
+                monkeypatch.setattr(container, "stop", stop_and_send)
+                container.restart_listener(["/"])
+                monkeypatch.undo()
+                assert output.get(timeout=DEADLINE).data == "meanwhile"
+                pub.send(text_message("after"))
+                assert output.get(timeout=DEADLINE).data == "after"
 
     def test_stop_at_any_time_and_twice(self):
         """Before anything is received, and before the thread has begun to receive."""
@@ -8438,13 +8524,17 @@ class TestCheck:
             status, text, _ = self.check(capsys, address, "--silent", 60)
             assert (status, text) == (0, f"{address} answers; {address} sent something in the last 60 s")
 
-    def test_what_is_not_in_the_history_any_more_may_have_been_of_another_topic(self, capsys):
-        """That is known once one has listened oneself for so long, or something comes."""
+    def test_when_what_is_not_in_the_history_any_more_was_sent(self, capsys):
+        """That is known of other topics, and once one has listened oneself for so long, or something comes."""
         with config.set(history_messages=1), posttroll.Publisher("tcp://*:0") as publisher:
             address = f"tcp://127.0.0.1:{publisher.port_number}"
+            words = (address, "--topic", "/segment", "--silent")
             for _ in range(3):
                 publisher.send(posttroll.Message("/other", "info"))
-            words = (address, "--topic", "/segment", "--silent")
+            assert self.check(capsys, *words, 60)[:2] == (2, f"nothing from {address} in 60 s; {address} answers")
+            publisher.send(posttroll.Message("/segment", "info"))
+            for _ in range(3):
+                publisher.send(posttroll.Message("/other", "info"))
             status, text, _ = self.check(capsys, *words, 60, "--timeout", 0.8)
             assert (status, "what it keeps does not reach back 60 s: raise its history_seconds" in text) == (3, True)
             publisher.send(posttroll.Message("/other", "info"))
@@ -13222,6 +13312,33 @@ if __name__ == "__main__":
             if "sleep" not in how:
                 assert finish(running) == (0, "", "")
 
+    def test_a_publisher_of_a_child_that_is_still_being_prepared(self, tmp_path):
+        """What it has sent comes, too: a child of the fork server imports the program before it begins."""
+        port, script = free_port(), tmp_path / "script.py"
+        script.write_text(f"""
+import multiprocessing, posttroll
+
+publisher = None if __name__ == "__main__" else posttroll.Publisher("tcp://127.0.0.1:{port}").start()
+
+def send():
+    for number in range(5):
+        publisher.send(posttroll.Message("/a", "info", number))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["posttroll"])  # and not this program
+    worker = context.Process(target=send)
+    worker.start()
+    worker.join()
+""")
+        environment = {**os.environ, "POSTTROLL_DISCOVERY_SECONDS": "1.5"}
+        with (
+            posttroll.Subscriber([local_address(port)]) as sub,
+            process(sys.executable, script, env=environment) as running,
+        ):
+            assert sorted(received_data(sub, 5)) == list(range(5))
+            assert finish(running) == (0, "", "")
+
     def test_fork_after_use(self):
         """Parent and child can both work; what the parent has made stays the parent's."""
         code = """
@@ -16800,8 +16917,41 @@ class TestHistory:
         assert history.after(3, 1) == [(4, b"3")]
         assert history.after(5, 10) == history.after(10**9, 10) == []
         assert history.last_before(103.5) == 4
-        assert history.has_lost_since(101.0)
-        assert not history.has_lost_since(101.5)
+
+    def test_those_that_are_not_kept_any_more(self):
+        """Counted is what begins as asked for; of a subject, all that there have been, if the newest is one of them."""
+        history = posttroll.History(32, 10**6, 60)  # and two more, which are dropped next
+        for number in range(1, 101):
+            subject = "/rare" if number in (20, 60) else "/often"
+            history.append(b"pytroll:%s info u@h" % subject.encode(), 100.0 + number)
+        often, rare, prefixes = (b"pytroll:/often",), (b"pytroll:/rare",), (b"pytroll:/rare info", b"pytroll:/none")
+        assert history.first == 69
+        assert history.count_lost(0, 100, (b"pytroll:/",)) == 68
+        assert history.count_lost(0, 100, rare) == history.count_lost(0, 100, prefixes) == 2
+        assert history.count_lost(59, 100, rare) == 2  # one of these is too many
+        assert history.count_lost(60, 100, rare) == history.count_lost(0, 100, (b"pytroll:/none",)) == 0
+        assert history.count_lost(66, 100, often) == 2  # of those that are dropped next
+        assert history.count_lost(64, 65, often) == 1
+        assert history.count_lost(68, 100, often) == history.count_lost(0, 0, often) == 0
+        assert history.newest_lost_since(150.0, rare) == 60
+        assert history.newest_lost_since(160.5, rare) is None
+        assert history.newest_lost_since(160.5, often) == 66
+
+    def test_of_a_subject_only_the_beginning_is_remembered(self):
+        history = posttroll.History(0, 10**6, 60)
+        for number in range(10):
+            history.append(b"x" * 10_000 + b"%d" % number, 100.0)
+        assert len(history._lost) == 1
+        assert sum(map(len, history._lost)) < 1000
+        assert history.count_lost(0, 10, (b"x" * 5000,)) == 10
+        assert history.count_lost(0, 10, (b"y",)) == 0
+
+    def test_subjects_that_are_too_many_count_as_any(self):
+        history = posttroll.History(0, 10**6, 60)
+        for number in range(history.SUBJECTS + 5):
+            history.append(b"pytroll:/%d info u@h" % number, 100.0)
+        assert history.count_lost(0, history.number, (b"pytroll:/1 ",)) == 6
+        assert history.count_lost(0, history.number, (b"pytroll:/none",)) == 5
 
     def test_what_is_too_old_is_forgotten_without_sending(self):
         """Memory is given back although the publisher is silent."""
@@ -17010,7 +17160,25 @@ class TestCatchingUp:
                 later[:0] = data
                 numbers.check(later)
 
-    @pytest.mark.parametrize("way", ["relay", "name"])
+    def test_an_address_that_has_less_topics_only_while_it_is_down(self):
+        """It goes on where it has been with more of them, as that is newer."""
+        with behind_relay("/numbers") as (pub, relay, sub), serving(sub) as data:
+            numbers = Numbers(pub)
+            numbers.send(5)
+            await_count(data, 5)
+            sub.add(relay.address, "/a")
+            wait_for(lambda: len(sub._connections._let_go) == sub.up_to_date == pub.subscriber_count == 1)
+            numbers.send(5)
+            await_count(data, 10)
+            relay.cut()
+            wait_for(lambda: not pub.subscriber_count)
+            sub.remove(relay.address)
+            sub.add(relay.address)
+            sub.add(relay.address, "/a")
+            relay.mend()
+            numbers.check(data)
+
+    @pytest.mark.parametrize("way", ["relay", "name", "another"])
     def test_a_second_address_with_more_topics_takes_nothing_from_the_first(self, way, monkeypatch):
         """The first one still hears the publisher, or again, so nothing is to go on elsewhere."""
         taken = []
@@ -17021,11 +17189,18 @@ class TestCatchingUp:
             sub = stack.enter_context(posttroll.Subscriber([local_address(pub.port_number)], "/few"))
             data = stack.enter_context(serving(sub))
             wait_for(lambda: sub.up_to_date == 1)
-            sub.remove(local_address(pub.port_number))
-            wait_for(lambda: not sub.up_to_date)
-            sub.add(local_address(pub.port_number))
+            if way == "another":
+                another = f"tcp://127.0.0.3:{pub.port_number}"  # nobody is there
+                sub.add(another)
+                wait_for(lambda: len(sub._connections._links) == 2)
+                sub.remove(another)
+                wait_for(lambda: len(sub._connections._let_go) == 1)
+            else:
+                sub.remove(local_address(pub.port_number))
+                wait_for(lambda: not sub.up_to_date)
+                sub.add(local_address(pub.port_number))
             wait_for(lambda: sub.up_to_date == 1)
-            sub.add(relay.address if way == "relay" else f"tcp://localhost:{pub.port_number}", ["/"])
+            sub.add(f"tcp://localhost:{pub.port_number}" if way == "name" else relay.address, ["/"])
             wait_for(lambda: sub.up_to_date == 2)
             pub.send(text_message("heard", "/more"))
             wait_for(lambda: data == ["heard"])
@@ -17134,27 +17309,35 @@ class TestCatchingUp:
                     thread.join()
             assert received_data(sub, 3) == [0, 1, 2]
 
-    def test_greetings_that_are_read_after_their_connection_was_closed(self):
+    @staticmethod
+    def stream() -> Any:
+        """Return what a socket without a connection has."""
+        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None)
+        connections = types.SimpleNamespace(
+            take_pending_events=lambda sock: None,
+            before=lambda *args: [],
+            beside=lambda stream: [],
+            has_port=lambda *args: True,
+            greet=lambda sock, port, index, is_known: (0.0, index),
+        )
+        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 3, None, lambda note: None, connections)
+        stream.attach(sock)
+        return stream
+
+    def test_a_greeting_that_is_read_just_before_its_connection_is_closed(self):
         """What came between them is not taken for missing."""
-        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
+        stream = self.stream()
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
 
-        def attach() -> None:
-            sock.closed = False
-            stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
-
-        attach()
         take(b"H 0123456789abcdef 0 0 0 0 0 name")
-        sock.closed = True
-        stream.leave()
         stream.note(b"pytroll://1")
         take(b"H 0123456789abcdef 1 0 0 0 0 name")
         stream.note(b"pytroll://2")
         take(b"I 0123456789abcdef 2")
-        attach()
+        stream.leave()
+        stream.attach(stream._socket)
         take(b"H 0123456789abcdef 3 0 0 0 0 name")
         past = [take(b"C 0123456789abcdef %d\0pytroll://%d" % (number, number)) for number in (1, 2, 3)]
         assert past == [None, None, b"pytroll://3"]
@@ -17163,9 +17346,7 @@ class TestCatchingUp:
         """What others send is not counted for ever, in case that it is sent once more; the newest is still known."""
         monkeypatch.setattr(posttroll._LiveRecord, "SIZE", 10)
         monkeypatch.setattr(posttroll._LiveRecord, "PATIENCE", 80, raising=False)
-        sock = types.SimpleNamespace(setsockopt=lambda *args: None, recv=None, closed=False)
-        stream = posttroll._CatchUp([b"pytroll:/"], *[lambda *args: None] * 2, lambda: None, None, lambda *args: ())
-        stream.attach(sock, lambda port, index, is_known: (0.0, index), lambda: None, lambda port: True)
+        stream = self.stream()
 
         def take(text: bytes) -> bytes | None:
             return stream.take(stream._mark + b"\0" + text)
@@ -17180,7 +17361,7 @@ class TestCatchingUp:
         assert take(b"C 0123456789abcdef 1000\0pytroll://995") is None
 
     def test_what_is_known_of_those_that_are_gone_is_not_kept_without_bound(self, monkeypatch):
-        monkeypatch.setattr(posttroll.Subscriber, "LEFT", 2)
+        monkeypatch.setattr(posttroll._Connections, "LEFT", 2)
         with posttroll.Subscriber([], translate=True) as sub:
             for port in range(1, 6):
                 sub.add(f"tcp://127.0.0.1:{port}")
@@ -17188,7 +17369,12 @@ class TestCatchingUp:
                 sub.remove(f"tcp://127.0.0.1:{port}")
             for topic in "abcdef":  # another one for the same address
                 sub.add("tcp://127.0.0.1:5", topic)
-            assert (len(sub.subscribers), len(sub._streams), len(sub._left), len(sub._let_go)) == (1, 1, 2, 2)
+            assert (len(sub.subscribers), len(sub._streams), len(sub._left), len(sub._connections._let_go)) == (
+                1,
+                1,
+                2,
+                2,
+            )
 
     def test_one_that_stays_while_many_come_and_go(self, monkeypatch):
         """What is known of it is not forgotten before what is known of those that are gone."""
@@ -17327,6 +17513,7 @@ class TestCatchingUp:
         """By the oldest with its port that has come up lately, or of a forwarded port the oldest of all; each once."""
         ports = [free_port() for _ in range(3)]
         with contextlib.ExitStack() as stack, posttroll.Subscriber([]) as sub:
+            sub._connections._begin = -1
             hosts = [f"tcp://127.0.0.{number}:{port}" for port in ports for number in (1, 2)]
             for host in hosts:
                 stack.enter_context(raw_socket(zmq.XPUB)).bind(host)
@@ -17340,8 +17527,8 @@ class TestCatchingUp:
             expected += [begin for begin in found if begin not in expected]
             sub.remove(hosts[expected.pop()])
             links[sock, hosts[expected.pop()]].changed -= 5
-            assert sub._connections.greet(sock, -1, 1, 7, True) == (-1, 7)  # who is known does not take another's
-            greeted = [sub._connections.greet(sock, -1, port, 0, False)[0] for port in (ports[1], *[1] * 4)]
+            assert sub._connections.greet(sock, 1, 7, True) == (-1, 7)  # who is known does not take another's
+            greeted = [sub._connections.greet(sock, port, 0, False)[0] for port in (ports[1], *[1] * 4)]
             assert greeted == [*expected, -1]
 
     def test_a_greeting_that_is_read_late(self, monkeypatch):
@@ -17586,6 +17773,31 @@ class TestCatchingUp:
         text = "212 messages of numbers are gone"
         [record] = [record for record in caplog.records if text in record.getMessage()]
         assert (record.name, record.levelname) == ("posttroll.subscriber", "WARNING")
+
+    def test_what_nobody_asked_for_is_not_missed(self, short_heartbeats):
+        """What is gone of other subjects is nothing that a subscriber has lost."""
+        with config.set(history_messages=10), behind_relay("/numbers") as (pub, relay, sub), serving(sub) as data:
+            numbers, others = Numbers(pub), Numbers(pub, "/others")
+            others.send(50)
+            numbers.send(3)
+            wait_for(lambda: positions_of(sub) == [53])  # what is on its way to it would count as missed
+            relay.cut()
+            wait_for(lambda: pub.subscriber_count == 0)
+            others.send(100)
+            relay.mend()
+            numbers.send(2)
+            numbers.check(data)
+            assert sub.missed == 0
+
+    def test_what_is_gone_of_the_time_asked_for(self):
+        with config.set(history_messages=10), posttroll.Publisher("tcp://*:0", "numbers") as pub:
+            Numbers(pub).send(5)
+            Numbers(pub, "/others").send(100)
+            address = local_address(pub.port_number)
+            for topic, missed in ("/none", 0), ("/numbers", 5):
+                with posttroll.Subscriber([address], topic, since=100) as sub, serving(sub):
+                    wait_for(lambda: sub.up_to_date)
+                    assert sub.missed == missed
 
     def test_without_history_what_is_gone_is_told(self, short_heartbeats):
         with config.set(history_messages=0), behind_relay() as (pub, relay, sub), serving(sub) as data:
@@ -18188,6 +18400,24 @@ class TestDurable:
             kill()
             assert self.rest(numbers) == ["text"] * 2
             sub.close()
+
+    def test_what_lies_unread_when_its_address_is_removed(self, numbers, kill):
+        """It is not handled, though the publisher has told that all has been sent; the same text counts each time."""
+        pub, sub = numbers.publisher, self.subscriber(numbers)
+        wait_for(lambda: next(sub.recv(0.01)) is None and sub.up_to_date == 1)
+        (peer,) = pub._audience.peers.values()
+        text = text_message("text", "/numbers")
+        for number, count in (2, 2), (3, 5):
+            for _ in range(number):
+                pub.send(text)
+            wait_for(lambda count=count: peer.told == count)
+        wait_for(lambda: posttroll._unsent_bytes(pub.port_number) in ([], None))
+        sub.remove(local_address(pub.port_number))
+        messages = sub.recv(DEADLINE)
+        assert [next(messages).data for _ in range(3)] == ["text"] * 3
+        kill()
+        assert self.rest(numbers) == ["text"] * 3
+        sub.close()
 
     # -- the name --
 
