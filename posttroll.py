@@ -67,7 +67,7 @@ from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from functools import cache, lru_cache, partial
 from itertools import accumulate, chain, count, islice, takewhile
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, AnyStr, Callable, NoReturn, TypeVar, Union, cast
 
 import zmq
 
@@ -3874,11 +3874,14 @@ class History:
 
     def count_lost(self, after: int, until: int, prefixes: tuple[bytes, ...]) -> int:
         """Return how many between these numbers are not kept any more: those that begin so, or a few more."""
+        most = min(self.first - 1, until) - after
+        if most <= 0:
+            return 0
         spare = len(self._entries) - len(self)  # those are dropped next
         numbered = enumerate(islice(self._entries, spare), self.number - len(self._entries) + 1)
         count = sum(1 for number, (_, data) in numbered if number > after and data.startswith(prefixes))
         count += sum(count for count, number, _ in self._lost_of(prefixes) if number > after)
-        return min(count, max(min(self.first - 1, until) - after, 0))
+        return min(count, most)
 
     def newest_lost_since(self, when: float, prefixes: tuple[bytes, ...]) -> int | None:
         """Return the number of the newest that was sent since *when* and is not kept any more; None if all are kept."""
@@ -5209,7 +5212,8 @@ def _stop_at_the_end(pid: int) -> None:
 
 
 def _stop_with_process(util: Any) -> None:
-    util.Finalize(None, _stop_live_publishers, exitpriority=-1)
+    if sys.modules["multiprocessing.process"].parent_process() is not None:  # else `atexit` sees to it, in its order
+        util.Finalize(None, _stop_live_publishers, exitpriority=-1)
 
 
 @in_forked_child
@@ -6027,6 +6031,11 @@ class _Source:
         self.counted: float = 0  # those before the last position
         self.live: Counter[int] | None = None  # of what came live since, while it matters
 
+    @property
+    def place(self) -> tuple[int, float]:
+        """How much of the publisher is here; of two that have as much, that which has begun later has more."""
+        return -1 if self.position is None else self.position, self.begun
+
     def advance(self, number: int, index: int) -> None:
         """Take note that all messages up to *number* are here, *index* messages having come live."""
         self.position = max(number, self.position or 0)
@@ -6477,8 +6486,8 @@ class _CatchUp:
                 for other in self._connections.before(self, instance)
                 if _are_nested(other._prefixes, self._prefixes)
             ]
-            newest = max(nested, key=lambda other: other._sources[instance].begun, default=self)
-            if newest is not self and (own is None or own.begun <= newest._sources[instance].begun):
+            newest = max(nested, key=lambda other: other._sources[instance].place, default=self)
+            if newest is not self and (own is None or own.place <= newest._sources[instance].place):
                 self._sources[instance] = source = newest._sources[instance]
                 newest._sources[instance] = newest._live.hand_over(source)
             elif own is None and self._durable is None:  # a durable state is one for all sockets
@@ -6614,7 +6623,7 @@ class _CatchUp:
 _catch_up_log = LimitedLogger("subscriber")
 
 
-def _are_nested(prefixes: tuple[bytes, ...], others: tuple[bytes, ...]) -> bool:
+def _are_nested(prefixes: tuple[AnyStr, ...], others: tuple[AnyStr, ...]) -> bool:
     """Whether ones of them stand for all that the others do."""
     is_within = all(prefix.startswith(others) for prefix in prefixes)
     return is_within or all(prefix.startswith(prefixes) for prefix in others)
@@ -7403,17 +7412,33 @@ class _SubscriberSockets:
             if not address.startswith("inproc:"):
                 _load_client_keys(backend)  # what is wrong with them is an error now, not where messages are received
             self._wanted[address] = wanted
-            key = (prefixes, backend, address if self._translate else None)
-
-            def want() -> None:
-                if self._wanted.get(address) == wanted:  # still
-                    self._connections.want(address, key, begin)
-
+            want = partial(self._want, address, wanted)
             if is_new:
                 with on_failure(partial(self._wanted.pop, address, None)):
                     self._change(want)
             else:
                 self._change(partial(self._change_later, want))  # nothing that worked is lost if it cannot be just now
+
+    def _want(self, address: str, wanted: tuple[tuple[str, ...], str | None, float]) -> None:
+        if self._wanted.get(address) == wanted:  # still
+            prefixes, backend, begin = wanted
+            self._connections.want(address, (prefixes, backend, address if self._translate else None), begin)
+
+    def change_topics(self, topics: str | Iterable[str] | None) -> None:
+        """Subscribe to other topics, at all addresses.
+
+        What has been received is still handed out.  Of topics that stay nothing is lost, and if there are only more, or
+        only fewer than before, nothing comes twice.
+
+        Args:
+            topics: The topics, in place of all those of before.
+        """
+        self._topics = new = _topic_prefixes(topics)
+        for address, (prefixes, backend, begin) in list(self._wanted.items()):
+            if prefixes != new:
+                wanted = (new, backend, begin if _are_nested(prefixes, new) else uptime())
+                self._wanted[address] = wanted
+                self._change(partial(self._change_later, partial(self._want, address, wanted)))
 
     def remove(self, address: Any) -> None:
         """Remove an address; one that is not there is ignored.  What has been received from it is still handed out."""
@@ -8487,11 +8512,14 @@ class ListenerContainer:
             self.thread.start()
 
     def restart_listener(self, topics: str | Sequence[str] | None) -> None:
-        """Listen to other topics; the queue stays, and what is sent meanwhile comes, too."""
-        began = time.monotonic()
-        self.stop()
-        self._settings["since"] = time.monotonic() - began
-        self._start(topics)
+        """Listen to other topics, as `Subscriber.change_topics`; the queue stays.  One that has ended begins anew."""
+        subscriber = self.listener.subscriber
+        if subscriber is not None and self.thread is not None and self.thread.is_alive():
+            self.listener.topics = topics
+            subscriber.change_topics(topics or "")
+        else:
+            self.stop()
+            self._start(topics)
 
     def stop(self) -> None:
         """Stop listening, and wait until it has ended."""

@@ -5881,28 +5881,26 @@ class TestListenerContainer:
                 for topic in ("/b", "/c"):
                     container.restart_listener([topic])
                     assert container.output_queue is output
-                    while not output.empty():
-                        output.get()
+                    assert container.listener.topics == [topic]
+                    wait_for(lambda: next_from(output) == topic)  # noqa: B023 - after what had come before
                     assert next_from(output) == topic
 
-    def test_what_is_sent_while_it_restarts(self, monkeypatch):
-        """It comes; but not once more what is older, though that was asked for at the start."""
+    @pytest.mark.parametrize("others", [["/a", "/b"], ["/"], ["/a/"]])
+    def test_nothing_is_lost_when_it_restarts(self, others):
+        """Neither what is unread, nor what is sent meanwhile; nor does what is older come once more."""
         with posttroll.Publisher("tcp://*:0") as pub:
-            pub.send(text_message("before"))
+            pub.send(text_message(-1, "/a/b"))
             addresses = [local_address(pub.port_number)]
-            with posttroll.ListenerContainer("", addresses, nameserver=False, since=60) as container:
-                output, stop = container.output_queue, container.stop
-                assert output.get(timeout=DEADLINE).data == "before"
-
-                def stop_and_send() -> None:
-                    stop()
-                    pub.send(text_message("meanwhile"))
-
-                monkeypatch.setattr(container, "stop", stop_and_send)
-                container.restart_listener(["/"])
-                monkeypatch.undo()
-                assert output.get(timeout=DEADLINE).data == "meanwhile"
-                pub.send(text_message("after"))
+            with posttroll.ListenerContainer(["/a"], addresses, nameserver=False, since=60) as container:
+                output = container.output_queue
+                assert output.get(timeout=DEADLINE).data == -1
+                for number in range(2000):
+                    pub.send(text_message(number, "/a/b"))
+                    if number % 250 == 249:
+                        container.restart_listener(others if number % 500 == 249 else ["/a"])
+                data = [output.get(timeout=DEADLINE).data for _ in range(2000)]
+                assert sorted(data) == list(range(2000))
+                pub.send(text_message("after", "/a/b"))
                 assert output.get(timeout=DEADLINE).data == "after"
 
     def test_stop_at_any_time_and_twice(self):
@@ -13312,6 +13310,18 @@ if __name__ == "__main__":
             if "sleep" not in how:
                 assert finish(running) == (0, "", "")
 
+    def test_what_is_sent_at_the_end_of_the_program(self):
+        """Publishers are stopped by `atexit`, in its order, whatever else there is that ends with the process."""
+        code = """
+import atexit, posttroll
+publisher = posttroll.Publisher("tcp://127.0.0.1:0")
+atexit.register(lambda: publisher.send("pytroll://a b c@d 2020-01-01T00:00:00 v1.2 text/ascii goodbye"))
+import multiprocessing.util
+publisher.start()
+"""
+        with process(sys.executable, "-c", code) as running:
+            assert finish(running) == (0, "", "")
+
     def test_a_publisher_of_a_child_that_is_still_being_prepared(self, tmp_path):
         """What it has sent comes, too: a child of the fork server imports the program before it begins."""
         port, script = free_port(), tmp_path / "script.py"
@@ -17223,6 +17233,24 @@ class TestCatchingUp:
             numbers.send(10)
             wait_for(lambda: positions_of(sub) == [10])
             sub.add(address)
+            numbers.check(data)
+
+    def test_another_name_that_was_there_meanwhile(self):
+        """It brought less, and was left before: it is not where the first one goes on with more."""
+        with connected("/a") as (pub, sub), serving(sub) as data:
+            (address,) = sub.addresses
+            other = f"tcp://localhost:{pub.port_number}"
+            wait_for(lambda: sub.up_to_date == 1)
+            sub.add(other, "/a/b")
+            wait_for(lambda: sub.up_to_date == 2)
+            sub.remove(other)
+            wait_for(lambda: pub.subscriber_count == 1)
+            numbers = Numbers(pub, "/a/b")
+            numbers.send(5)
+            wait_for(lambda: 5 in positions_of(sub))
+            sub.add(address, "/")
+            wait_for(lambda: sub.up_to_date == 1)
+            numbers.send(5)
             numbers.check(data)
 
     @pytest.mark.parametrize("translate", [False, "origin"])
