@@ -4564,10 +4564,12 @@ class TestNamesWithSeveralAddresses:
         port = free_port()
         names["host"] = ["127.0.0.2"]
         with posttroll.Publisher(f"tcp://*:{port}") as pub:
-            pub.send(Message("/a", "b", 0))
+            before = 1 if since else 0
+            for number in range(before):
+                pub.send(Message("/a", "b", number))
             with posttroll.Subscriber([f"tcp://host:{port}"], since=since) as sub:
                 heard = self.until(sub, lambda: self.connected(sub) and pub.subscriber_count == 1)
-                for number in range(1, 100):
+                for number in range(before, 100):
                     pub.send(Message("/a", "b", number))
                 heard += self.until(sub, lambda: positions_of(sub) == [100])
                 names["host"] = ["127.0.0.3"] if is_moved else ["127.0.0.2", "127.0.0.3"]
