@@ -7361,6 +7361,7 @@ class _SubscriberSockets:
         self._is_begun = False
         self._lock = threading.RLock()  # whoever holds it may run the loop and use the sockets
         self._loop = Loop()
+        self._owner = 0  # the thread that uses the sockets just now
         self._turning: Any = None  # the asyncio task that waits for all who await
         self._streams: dict[zmq.Socket[bytes], _CatchUp] = {}
         self._left: OrderedDict[Any, _CatchUp] = OrderedDict()  # by slot: those without a socket
@@ -7516,6 +7517,7 @@ class _SubscriberSockets:
     def _change(self, change: Callable[[], None]) -> None:
         """Apply *change* to the sockets: now if nobody else waits on them, else by who does."""
         if self._lock.acquire(blocking=False):
+            before, self._owner = self._owner, threading.get_ident()
             try:
                 if not self._is_awaited:
                     self._loop.settle()
@@ -7523,8 +7525,15 @@ class _SubscriberSockets:
                         change()
                     return
             finally:
+                self._owner = before
                 self._lock.release()
+                if self._is_closed:
+                    self._close()
         self._loop.call(partial(self._change_later, change))
+
+    def _close(self) -> None:
+        """Close the sockets; if it interrupts this thread, which uses them just now, that does so when it is done."""
+        raise NotImplementedError
 
     def _change_later(self, change: Callable[[], None]) -> None:
         """Apply *change*, which nobody waits for, once it can be: it may be that no descriptor is left."""
@@ -7623,7 +7632,6 @@ class Subscriber(_SubscriberSockets):
         since: float | timedelta | datetime | None = None,
         durable: str | None = None,
     ) -> None:
-        self._owner = 0  # the thread that receives just now
         self._receivers: list[_Receiver] = []
         self._failure: BaseException | None = None  # of that task
         self._stops = 0
@@ -7680,17 +7688,17 @@ class Subscriber(_SubscriberSockets):
     def _next(self, receiver: _Receiver, timeout: float | None) -> Message | None:
         """Return the next message; None after *timeout*, or when the receiver is to end."""
         with self._lock:
-            if self._durable is not None:
-                self._durable.ask(receiver.owner)
-            if receiver.stops == self._stops:
-                message = self._inbox.take(receiver.owner)
-                if message is not None:
-                    return message
-            deadline = None if timeout is None else time.monotonic() + timeout
-            if self._is_awaited:
-                raise RuntimeError("An asyncio program receives from this subscriber: a thread cannot do so too.")
-            self._owner = threading.get_ident()
+            before, self._owner = self._owner, threading.get_ident()
             try:
+                if self._durable is not None:
+                    self._durable.ask(receiver.owner)
+                if receiver.stops == self._stops:
+                    message = self._inbox.take(receiver.owner)
+                    if message is not None:
+                        return message
+                if self._is_awaited:
+                    raise RuntimeError("An asyncio program receives from this subscriber: a thread cannot do so too.")
+                deadline = None if timeout is None else time.monotonic() + timeout
                 while receiver.is_on:
                     now = time.monotonic()
                     longest = now + self._LONGEST_WAIT
@@ -7701,7 +7709,7 @@ class Subscriber(_SubscriberSockets):
                     if message is not None or (deadline is not None and time.monotonic() >= deadline):
                         return message
             finally:
-                self._owner = 0
+                self._owner = before
         return None
 
     def __call__(self, **kwargs: Any) -> Iterator[Message | None]:
@@ -7749,18 +7757,22 @@ class Subscriber(_SubscriberSockets):
                 failure, self._failure = self._failure, None
                 raise failure
             with self._lock:
-                message = self._inbox.take(receiver.owner)
-                if message is not None or is_last:
-                    return message
-                now = time.monotonic()
-                is_last = deadline is not None and now >= deadline
-                if not self._is_awaited:
-                    if is_last:
-                        self._loop.turn(now)  # without a wait, nobody has looked
-                    else:
-                        wait = self._loop.turn_async(now if self._inbox.is_ready else None)
-                        self._turning = asyncio.ensure_future(wait)
-                        self._turning.add_done_callback(self._end_turning)
+                before, self._owner = self._owner, threading.get_ident()
+                try:
+                    message = self._inbox.take(receiver.owner)
+                    if message is not None or is_last:
+                        return message
+                    now = time.monotonic()
+                    is_last = deadline is not None and now >= deadline
+                    if not self._is_awaited:
+                        if is_last:
+                            self._loop.turn(now)  # without a wait, nobody has looked
+                        else:
+                            wait = self._loop.turn_async(now if self._inbox.is_ready else None)
+                            self._turning = asyncio.ensure_future(wait)
+                            self._turning.add_done_callback(self._end_turning)
+                finally:
+                    self._owner = before
             if is_last:
                 await asyncio.sleep(0)  # whoever asks again and again lets others run
             else:

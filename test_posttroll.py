@@ -5248,6 +5248,30 @@ class TestAsyncio:
             with in_thread(end):
                 asyncio.run(asyncio.wait_for(consume(sub), DEADLINE))
 
+    @pytest.mark.parametrize("use", ["recv", "receive", "add"])
+    def test_the_end_in_the_middle_of_a_use(self, use, monkeypatch):
+        """A signal handler closes it while this thread reads what a publisher has sent to it alone."""
+        taken = posttroll._CatchUp._take_hello
+
+        def interrupted(*args: Any) -> None:
+            sub.close()
+            taken(*args)
+
+        monkeypatch.setattr(posttroll._CatchUp, "_take_hello", interrupted)
+        with connected() as (_, sub):
+            [(sock, stream)] = sub._streams.items()
+            assert sock.poll(DEADLINE * 1000)
+            sub._inbox.note_ready(stream)
+            sub._inbox.begin_batch(time.monotonic())
+            if use == "recv":
+                assert list(sub.recv(timeout=DEADLINE)) == []
+            elif use == "receive":
+                assert asyncio.run(sub.receive(DEADLINE)) is None
+            else:
+                sub.add(sub.addresses[0], "/more")
+            assert sock.closed
+            assert sub._is_closed
+
     @pytest.mark.parametrize("timeout", [0, -1, 1e-6])
     def test_without_waiting(self, timeout):
         """Who only looks whether there is something gets it, and lets other tasks run."""
