@@ -7429,7 +7429,8 @@ class _SubscriberSockets:
         """Subscribe to other topics, at all addresses.
 
         What has been received is still handed out.  Of topics that stay nothing is lost, and if there are only more, or
-        only fewer than before, nothing comes twice.
+        only fewer than before, nothing comes twice; but if they are changed once more before a publisher has answered,
+        what it has just sent may.
 
         Args:
             topics: The topics, in place of all those of before.
