@@ -5729,8 +5729,8 @@ class _Connections:
     LOOK_AGAIN = 10.0  # seconds until the names of what is connected are asked for again
     GREETING = 1.0  # seconds after which nobody will greet a connection any more
     ASK_SOON = 0.5  # seconds until what could not be asked for, as there are so many, has its turn
-    # Milliseconds until a connection that failed is tried again, at most: one of the first few, and any other.  So 1,000
-    # to hosts that are up take 8 % of a core, in place of 27.
+    # Milliseconds until a connection that failed is tried again, at most: one of the first few, and any other.  So
+    # 1,000 to hosts that are up take 8 % of a core, in place of 27.
     FEW, SOON, LATER = 100, 200, 1000
     LEFT = 4096  # connections, and closed sockets, of whose publishers it is remembered what has come
 
