@@ -5786,8 +5786,14 @@ class _Connections:
         the publisher *is_known*, as then it does not matter.
         """
         self.take_pending_events(sock)
-        link = self._new.take(sock, port, is_known)
+        link = self._new.take(sock, port, is_known) or self._ended_early(sock)
         return (self._begin, index) if link is None or link.index is None else (link.begin, link.index)
+
+    def _ended_early(self, sock: zmq.Socket[bytes]) -> _Link | None:
+        """Return the first connection of *sock* that is down, and by which nobody greeted us: that may be unread."""
+        links = [link for (other, _), link in self._links.items() if other is sock]
+        ended = [link for link in links if not link.is_up and link.index is not None]
+        return min(ended, key=lambda link: cast(int, link.index), default=None)
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
