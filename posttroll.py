@@ -6467,6 +6467,8 @@ class _CatchUp:
                 elif instance not in self._sources:
                     return None
                 source = self._source(instance)
+                if kind in (b"P", b"E", b"I") and source.is_forwarded:
+                    self._take_events()  # a proxy may not have told the publisher that what it speaks of was lost
                 if kind in (b"L", b"C"):
                     (number,) = numbers
                     return self._take_past(source, number, content, kind == b"L")

@@ -19453,6 +19453,31 @@ class TestProxiesAndNeighbours:
                 assert pub.subscriber_count == 1
 
     @needs_proxy
+    def test_a_position_that_is_read_before_the_news_that_the_connection_has_failed(self, monkeypatch):
+        """It does not say that all has come: a proxy may have held the dead connection for alive."""
+        monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers"))
+            port = stack.enter_context(proxy(pub.port_number))
+            relay = stack.enter_context(Relay(port, "127.0.0.2"))
+            watch, unwatched = posttroll.Loop.watch_quiet, []
+            monkeypatch.setattr(posttroll.Loop, "watch_quiet", lambda *args: unwatched.append(args))
+            sub = stack.enter_context(posttroll.Subscriber([relay.address], "/numbers"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 1)
+            numbers = Numbers(pub)
+            numbers.send(5)
+            wait_for(lambda: positions_of(sub) == [5])
+            relay.cut_on_one_side()
+            numbers.send(5)
+            relay.mend()
+            wait_for(lambda: len(relay._pumps) == 4)
+            wait_for(lambda: (numbers.send(1, 0.05), len(data) > 5)[1])
+            numbers.check(data)
+            sub._loop.call(lambda: watch(*unwatched[0]))  # so the monitor is closed
+            wait_for(lambda: unwatched[0][1] in sub._loop._quiet)
+
+    @needs_proxy
     def test_an_answer_to_what_was_asked_before_the_connection_failed(self, monkeypatch):
         """It says nothing of what was lost while a proxy held the dead connection for alive."""
         take_request, held = posttroll._Audience._take_request, []
