@@ -3811,7 +3811,8 @@ class History:
         self.number = 0  # of the newest message
         self.size = 0
         self._gone = 0  # the size of those that are not kept any more
-        self._lost: dict[bytes, tuple[int, int, float]] = {}  # how many, by subject, and the newest's number and time
+        # How many, by subject and the space behind it, and the newest's number and time.
+        self._lost: dict[bytes, tuple[int, int, float]] = {}
 
     def __len__(self) -> int:
         return min(len(self._entries), self._messages)
@@ -3837,15 +3838,26 @@ class History:
 
     def _drop(self, messages: int, size: int) -> None:
         """Forget the oldest, until there are not more, and not larger ones."""
-        entries, before = self._entries, self.size
-        while entries and (len(entries) > messages or self.size > size):
-            when, data = entries.popleft()
-            self.size -= len(data) + self.OVERHEAD
-            subject = data[:256].partition(b" ")[0]
-            if subject not in self._lost and len(self._lost) >= self.SUBJECTS:
-                subject = b""
-            self._lost[subject] = self._lost.get(subject, (0,))[0] + 1, self.number - len(entries), when
-        self._gone += before - self.size
+        entries, left, kept = self._entries, len(self._entries), self.size
+        number, start, count, when = self.number - left, b"\0", 0, 0.0
+        while left and (left > messages or kept > size):
+            sent, data = entries.popleft()
+            left -= 1
+            kept -= len(data) + self.OVERHEAD
+            if not data.startswith(start):  # those of one subject that follow each other are counted at once
+                self._note_lost(start, count, number, when)
+                start, count = data[: data.find(b" ", 0, 256) + 1] or data[:256], 0
+            number, count, when = number + 1, count + 1, sent
+        self._note_lost(start, count, number, when)
+        self._gone += self.size - kept
+        self.size = kept
+
+    def _note_lost(self, start: bytes, count: int, number: int, when: float) -> None:
+        """Take note of *count* that begin so and are not kept any more; of the newest, its number and time."""
+        if count:
+            if start not in self._lost and len(self._lost) >= self.SUBJECTS:
+                start = b""
+            self._lost[start] = self._lost.get(start, (0,))[0] + count, number, when
 
     def expire(self, now: float) -> float | None:
         """Forget what is too old; return when the next message is, None if there is none."""
@@ -3868,8 +3880,8 @@ class History:
         """Return what is known of those that are not kept any more and may begin with one of *prefixes*."""
         return [
             lost
-            for subject, lost in self._lost.items()
-            if subject.startswith(prefixes) or any(prefix.startswith(subject) for prefix in prefixes)
+            for start, lost in self._lost.items()
+            if start.startswith(prefixes) or any(prefix.startswith(start) for prefix in prefixes)
         ]
 
     def count_lost(self, after: int, until: int, prefixes: tuple[bytes, ...]) -> int:
