@@ -4024,6 +4024,12 @@ class _EarlyMarks:
             del self.connections[mark]
             self._untold.discard(mark)
 
+    def tell_again(self, mark: bytes) -> None:
+        """Tell a subscriber once more, if it has several connections: by one of them it may not have come."""
+        if self.connections[mark] > 1:
+            self._untold.add(mark)
+            self.tell()
+
     def tell(self) -> None:
         """Tell subscribers what is still to be told; once there is room, if a queue is full."""
         for mark in list(self._untold):
@@ -4264,6 +4270,7 @@ class _Listeners:
         if peer is not None:
             peer.turn = turn
             peer.begin()
+            self._early_marks.tell_again(_EARLY_MARK[:1] + mark[1:])
             self._greet(peer)
 
     def _is_heard(self, early_mark: bytes) -> bool:
@@ -5798,14 +5805,12 @@ class _Connections:
         the publisher *is_known*, as then it does not matter.
         """
         self.take_pending_events(sock)
-        link = self._new.take(sock, port, is_known) or self._ended_early(sock)
-        return (self._begin, index) if link is None or link.index is None else (link.begin, link.index)
-
-    def _ended_early(self, sock: zmq.Socket[bytes]) -> _Link | None:
-        """Return the first connection of *sock* that is down, and by which nobody greeted us: that may be unread."""
-        links = [link for (other, _), link in self._links.items() if other is sock]
-        ended = [link for link in links if not link.is_up and link.index is not None]
-        return min(ended, key=lambda link: cast(int, link.index), default=None)
+        link = self._new.take(sock, port, is_known)
+        if link is not None and link.index is not None:
+            return link.begin, link.index
+        # Or one that is down, by which nobody has greeted us until now, and nobody may ever.
+        others = [other for (its, _), other in self._links.items() if its is sock and not other.is_up]
+        return self._begin, min((other.index for other in others if other.index is not None), default=index)
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
@@ -5921,8 +5926,11 @@ class _Connections:
                 self._log.warning("descriptors", text, endpoint, error.strerror, get_descriptor_limit())
 
     def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
-        """If *link* has come up again, look whether a publisher greets us: a proxy may not have noticed it was down."""
-        if not link.is_up or not link.was_up:
+        """If *link* has come up, look whether a publisher greets us: a proxy may not have noticed that it was down.
+
+        So may one before be down that the proxy had by another endpoint, or that was removed and is added again.
+        """
+        if not link.is_up or not (link.was_up or self._streams[sock].has_forwarded):
             link.was_up = link.was_up or link.is_up
             return
 
@@ -6089,9 +6097,9 @@ class _Source:
     @property
     def missing(self) -> bytes:
         """What is to be asked for: what follows a number, and what is not older at a time."""
-        if self.position is not None:
-            return b"%d+0@0" % self.position
         asked = time.time() * 1000  # before the age: in between time may pass, and the age is what counts
+        if self.position is not None:
+            return b"%d+0@%d" % (self.position, asked)  # not as before: a proxy would not pass on the same again
         age = max(math.ceil((uptime() - self.since) * 1000), 1)
         return b"%d+%d@%d" % (self.found, age, asked)
 
@@ -6409,6 +6417,11 @@ class _CatchUp:
             self._merge.note_change(descriptor)
         self._live.freeze()
         return self._live.index
+
+    @property
+    def has_forwarded(self) -> bool:
+        """Whether it has heard publishers behind a proxy."""
+        return any(source.is_forwarded for source in self._sources.values())
 
     def begin_turn(self) -> None:
         """Doubt whether all has come of publishers behind a proxy, as a connection has come up again."""

@@ -19478,6 +19478,114 @@ class TestProxiesAndNeighbours:
             wait_for(lambda: unwatched[0][1] in sub._loop._quiet)
 
     @needs_proxy
+    @pytest.mark.parametrize("is_same", [True, False])
+    def test_the_address_of_a_proxy_that_holds_a_dead_connection_is_removed_and_added_again(self, is_same):
+        """Or another address of it is added: it passes on nothing of what it takes for what it has."""
+        with contextlib.ExitStack() as stack:
+            pubs = [stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers")) for _ in range(2)]
+            port = stack.enter_context(proxy(pubs[0].port_number))
+            relays = [stack.enter_context(Relay(port, host)) for host in ("127.0.0.2", "127.0.0.3")]
+            addresses = [relays[0].address, local_address(pubs[1].port_number)]  # one keeps the socket
+            sub = stack.enter_context(posttroll.Subscriber(addresses, "/numbers"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 2)
+            numbers = Numbers(pubs[0])
+            numbers.send(5)
+            await_count(data, 5)
+            link = next(link for (_, endpoint), link in sub._connections._links.items() if endpoint == addresses[0])
+            relays[0].cut_on_one_side()
+            wait_for(lambda: not link.is_up)
+            sub.remove(addresses[0])
+            numbers.send(5)
+            relays[0].mend()
+            sub.add(relays[0 if is_same else 1].address)
+            wait_for(lambda: (numbers.send(1, 0.05), len(data) > 5)[1])
+            numbers.check(data)
+
+    @needs_proxy
+    def test_the_connection_fails_again_before_the_answer_has_come(self, monkeypatch):
+        """A proxy that holds the dead connection for alive still has the request, and would not pass it on again."""
+        monkeypatch.setattr(posttroll._Connections, "GREETING", 0.3)
+        take_request, requests = posttroll._Audience._take_request, []
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers"))
+            relay = stack.enter_context(Relay(stack.enter_context(proxy(pub.port_number)), "127.0.0.2"))
+            sub = stack.enter_context(posttroll.Subscriber([relay.address], "/numbers"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 1)
+            numbers = Numbers(pub)
+            numbers.send(5)
+            wait_for(lambda: positions_of(sub) == [5])
+            (link,) = sub._connections._links.values()
+            relay.cut_on_one_side()
+            wait_for(lambda: not link.is_up)
+            numbers.send(5)
+
+            def cut_before_the_answer(audience: Any, *request: Any) -> None:
+                requests.append(request)
+                if len(requests) == 1:
+                    relay.cut_on_one_side()
+                take_request(audience, *request)
+
+            monkeypatch.setattr(posttroll._Audience, "_take_request", cut_before_the_answer)
+            relay.mend()
+            wait_for(lambda: requests and not link.is_up)
+            relay.mend()
+            await_count(data, numbers.count)
+            assert data == list(range(10))
+
+    @needs_proxy
+    @pytest.mark.parametrize("is_direct", [True, False])
+    def test_one_of_two_connections_is_by_a_proxy_that_holds_it_for_alive_when_it_has_failed(
+        self, is_direct, monkeypatch
+    ):
+        """What comes by the next one is the same until the publisher has been asked who there is."""
+        monkeypatch.setattr(posttroll._Connections, "GREETING", 0.1)
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers"))
+            relay = stack.enter_context(Relay(stack.enter_context(proxy(pub.port_number)), "127.0.0.2"))
+            port = pub.port_number if is_direct else stack.enter_context(proxy(pub.port_number))
+            sub = stack.enter_context(posttroll.Subscriber([relay.address, local_address(port)], "/numbers"))
+            data = stack.enter_context(serving(sub))
+            wait_for(lambda: sub.up_to_date == 1 and sum(pub._audience._early_marks.connections.values()) == 2)
+            numbers = Numbers(pub)
+            numbers.send(5)
+            wait_for(lambda: positions_of(sub) == [5])
+            (stream,) = sub._streams.values()
+            link = next(link for (_, endpoint), link in sub._connections._links.items() if endpoint == relay.address)
+            relay.cut_on_one_side()
+            wait_for(lambda: not link.is_up)
+            relay.mend()
+            wait_for(lambda: link.is_up and stream._again and sub.up_to_date == 1)
+            del data[:]
+            numbers.send(20, 0.01)
+            pub.send(posttroll.Message("/numbers", "info", "end"))
+            wait_for(lambda: data[-1:] == ["end"])
+            assert data[:-1] == list(range(5, 25))
+
+    @needs_proxy
+    def test_a_stranger_that_has_died_does_not_tell_since_when_a_publisher_is_wanted(self):
+        """That one is found behind a proxy, by a connection that has been there for long."""
+        with contextlib.ExitStack() as stack:
+            pub = stack.enter_context(posttroll.Publisher("tcp://127.0.0.1:0", "numbers"))
+            numbers = Numbers(pub)
+            numbers.send(5)
+            cable = stack.enter_context(Relay(pub.port_number))
+            cable.cut()
+            port = stack.enter_context(proxy(cable.port))
+            sub = stack.enter_context(posttroll.Subscriber([local_address(port)], "/numbers", since=600))
+            data = stack.enter_context(serving(sub))
+            links = sub._connections._links
+            with raw_socket(zmq.XPUB) as stranger:
+                sub.add(local_address(stranger.bind_to_random_port("tcp://127.0.0.1")))
+                wait_for(lambda: len(links) == 2 and all(link.is_up for link in links.values()))
+                for link in links.values():
+                    link.changed -= 10
+            wait_for(lambda: not all(link.is_up for link in links.values()))
+            cable.mend()
+            numbers.check(data)
+
+    @needs_proxy
     def test_an_answer_to_what_was_asked_before_the_connection_failed(self, monkeypatch):
         """It says nothing of what was lost while a proxy held the dead connection for alive."""
         take_request, held = posttroll._Audience._take_request, []
