@@ -6877,6 +6877,7 @@ class _DurableState:
         self._count = 0  # of what has been handed out
         self.on_unhandled: Callable[[bytes], object] = lambda content: None  # called with a message that comes again
         self._guard = threading.RLock()
+        self._is_set_back = False  # the clock, since the last program
         if not self._file.is_new:
             self._read()
         # As earlier programs have left them:
@@ -6892,19 +6893,20 @@ class _DurableState:
 
     def _read(self) -> None:
         """Read what earlier programs have handled."""
-        lines, self._since = self._file.read()
+        lines, changed = self._file.read()
         head = re.fullmatch(_DURABLE_HEAD, lines[0]) if lines else None
         entries = [re.fullmatch(_DURABLE_LINE, line) for line in lines[1:]]
         if head is None or None in entries:
             text = "%s is empty (was the disk full?): begun anew, with what was sent since %s"
             if lines:
                 text = "%s is damaged: begun anew, with what was sent since %s, when it was written last"
-            when = datetime.fromtimestamp(self._since).isoformat(" ", "seconds")
+            when = datetime.fromtimestamp(changed).isoformat(" ", "seconds")
             _log("subscriber").warning(text, self._file.path, when)
-            entries = []
+            entries, self._since = [], changed
         else:
             self._since = int(head[1]) / 1000
-        if self._since > time.time():  # the clock was ahead: rather too much of the past than too little
+        self._is_set_back = max(changed, self._since) > time.time()
+        if self._is_set_back:  # by how much cannot be told: rather too much of the past than too little
             self._since = 0.0
         for entry in cast("list[re.Match[bytes]]", entries):
             if entry[1] is not None:
@@ -6927,7 +6929,10 @@ class _DurableState:
         """Keep a line about a publisher, and write it; *found* is what it tells as long as there is no number."""
         sources = self._sources.setdefault(instance, weakref.WeakKeyDictionary())
         sources[source] = (-1, found, lines) if found else (number, b"n%d" % number, lines)
-        _, place, lines = min([value for other, value in sources.items() if not other.is_left] or sources.values())
+        current = [value for other, value in sources.items() if not other.is_left] or list(sources.values())
+        _, place, lines = min(current)
+        if len(current) > 1 and instance in self._places:  # what others have brought behind it may be among the lines
+            lines = min(lines, self._places[instance][1])
         self._places[instance] = (place, lines)
         self._forget_numbers(instance)
         self._places.move_to_end(instance)
@@ -6968,13 +6973,16 @@ class _DurableState:
                 handled, numbers = self._earlier_handled, self._earlier_numbers
             place, lines = places.get(instance, (b"", 0))
             known = set(numbers.get(instance, ()))
+            if place:  # from now on: others must not go ahead of it
+                number = int(place[1:]) if place[:1] == b"n" else -1
+                self._sources.setdefault(instance, weakref.WeakKeyDictionary())[source] = (number, place, lines)
         if place:
             source.was_handled = partial(_was_handled, handled, known, lines)
             if place[:1] == b"n":
-                source.position = int(place[1:])
+                source.position = number
             else:
                 milliseconds, source.found = map(int, place[1:].split(b","))
-                source.since = uptime() - max(time.time() - milliseconds / 1000, 0)
+                source.since = uptime() - max(time.time() - (0 if self._is_set_back else milliseconds / 1000), 0)
 
     def begin_with(self, instance: bytes, source: _Source, came: int) -> None:
         """Take note that *source*, a publisher, has just been found; so many messages may have come from it already."""
@@ -7051,7 +7059,7 @@ class _DurableState:
         """Let go of the file and of the name."""
         with self._guard:
             for owner in list(self._handed):
-                self._take_back(owner)
+                self._note_handled(owner) if _has_ended(owner) else self._take_back(owner)
             self._file.close()
 
     def _take_back(self, owner: Any) -> None:

@@ -18267,7 +18267,9 @@ class TestDurable:
                 handle(sub)
         assert self.rest(numbers) == rest
 
-    @pytest.mark.parametrize(("how", "rest"), [("break", [3]), ("exception", [2, 3]), ("receive", [3])])
+    @pytest.mark.parametrize(
+        ("how", "rest"), [("break", [3]), ("exception", [2, 3]), ("receive", [3]), ("exception after tasks", [3])]
+    )
     def test_in_asyncio(self, numbers, how, rest):
         async def handle() -> None:
             async with self.subscriber(numbers) as sub:
@@ -18275,6 +18277,10 @@ class TestDurable:
                 if how == "receive":
                     assert [(await sub.receive(DEADLINE)).data for _ in range(3)] == [0, 1, 2]
                     return
+                if how == "exception after tasks":  # each has ended, so what it had received is handled
+                    tasks = [await asyncio.wait({asyncio.create_task(sub.receive(DEADLINE))}) for _ in range(3)]
+                    assert [task.result().data for done, _ in tasks for task in done] == [0, 1, 2]
+                    raise KeyError
                 async for message in sub:
                     if message.data == 2:
                         if how == "exception":
@@ -18421,6 +18427,48 @@ class TestDurable:
             (peer,) = numbers.publisher._audience.peers.values()
             wait_for(lambda: peer.told == 41 and b" n41 0\n" in (directory / "name").read_bytes())
             sub.stop()
+
+    def test_topics_of_one_publisher_by_two_addresses(self, numbers, kill, monkeypatch):
+        """That one has all of its own topics says nothing of the other's, in a later program either."""
+        monkeypatch.setattr(posttroll._Inbox, "BATCH_SECONDS", 0.0005)  # so they take turns
+        port = numbers.publisher.port_number
+
+        def subscriber() -> posttroll.Subscriber:
+            sub = posttroll.Subscriber([], durable="name")
+            sub.add(f"tcp://127.0.0.1:{port}", "/other")
+            sub.add(f"tcp://127.0.0.2:{port}", "/numbers")
+            return sub
+
+        with subscriber() as sub, serving(sub):
+            wait_for(lambda: sub.up_to_date == 2)
+        numbers.send(300)
+        other = Numbers(numbers.publisher, "/other")
+        other.send(5)
+        sub = subscriber()
+        messages = sub.recv(DEADLINE)
+        handled: list[Any] = []
+        while sub.up_to_date == 0 or len(handled) < 20:
+            message = next(messages)
+            handled.append((message.subject, message.data))
+        kill()
+        with subscriber() as later:
+            rest = [(message.subject, message.data) for message in receive(later, 306 - len(handled))]
+            assert receive(later, 1, 0.2) == []
+        assert len(rest) == 306 - len(handled)  # one of them was in hand
+        assert {*handled, *rest} == {("/numbers", number) for number in range(300)} | {("/other", i) for i in range(5)}
+        sub.close()
+
+    @pytest.mark.parametrize("step", [1.5, 3600])
+    def test_a_clock_that_is_set_back_before_all_is_handled(self, numbers, kill, step, monkeypatch):
+        """What a publisher had sent before it was found is not lost; by how far it is set back cannot be told."""
+        numbers.send(50)
+        sub = self.subscriber(numbers, since=1)
+        assert received_data(sub, 10) == list(range(10))
+        kill()
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() - step)
+        assert sorted(self.rest(numbers)) == list(range(9, 50))
+        sub.close()
 
     def test_a_clock_that_was_ahead_when_the_name_was_new(self, monkeypatch):
         """What a publisher sends that is new since then is not lost until the clock has come as far again."""
