@@ -3214,6 +3214,8 @@ def addresses_in(answer: bytes) -> list[dict[str, Any]]:
     good = [entry for entry in entries if isinstance(entry, dict) and is_connectable(entry.get("URI"))]
     if len(good) < len(entries):
         _lookup_log.warning("entries", "Skipped %d broken entries of an answer", len(entries) - len(good))
+    # A nameserver of the known package keeps a goodbye as one without services.
+    good = [entry for entry in good if entry.get("service") != []]
     for entry in good:
         heard = entry.get("receive_time")
         if isinstance(heard, datetime) and not heard.tzinfo:  # in UTC, but an answer of version v1.01 cannot tell
@@ -10083,6 +10085,7 @@ def _run_services(options: argparse.Namespace) -> int:
 def _watch_services(options: argparse.Namespace) -> None:
     """List them again and again, until a signal comes; what was known last while no nameserver answers."""
     rows: list[dict[str, Any]] = []
+    is_set_up = False
     end = threading.Event()
     with call_on_signals(end.set):
         while not end.is_set():
@@ -10091,6 +10094,11 @@ def _watch_services(options: argparse.Namespace) -> None:
                 rows, _ = _find_services(options)
             except TimeoutError as error:  # the nameserver may come back
                 problem = str(error)
+            except (ConfigurationError, zmq.ZMQError) as error:  # keys that are being replaced, no descriptors left
+                if not is_set_up:
+                    raise
+                problem = str(error)
+            is_set_up = True
             _show(_services_lines(rows, options))
             if problem:
                 _talk(problem)
@@ -10151,7 +10159,9 @@ class _Pinged:
         """Ask; return a line that tells how that went."""
         self.asked += 1
         start = time.monotonic()
-        is_answered = self.ask(timeout)
+        is_answered = ""
+        with suppress(ConfigurationError, zmq.ZMQError):  # keys that are being replaced, no descriptors left
+            is_answered = self.ask(timeout)
         if is_answered:
             self.times.append(time.monotonic() - start)
         what = f"time={1000 * self.times[-1]:.3f} ms" if is_answered else f"no answer after {timeout:g} s"
@@ -10185,13 +10195,26 @@ class _PublisherAsker:
     def __init__(self, service: _Service) -> None:
         self._service = service
         self._is_ours: bool | None = None  # not known yet
-        self._inquiry = Inquiry(service.address, backend_towards(service.entry.get("backend")))
-        self.close = self._inquiry.close
+        self._inquiry: Inquiry | None = None
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._inquiry is not None:
+            self._inquiry.close()
+            self._inquiry = None
+
+    def _ask(self, timeout: float) -> dict[str, Any] | None:
+        if self._inquiry is None:
+            self._inquiry = Inquiry(self._service.address, backend_towards(self._service.entry.get("backend")))
+        about = self._inquiry.ask(timeout)
+        if about is None:
+            self.close()  # the next one has the keys that there are then
+        return about
 
     def __call__(self, timeout: float) -> str:
         if self._is_ours is None:
             timeout /= 2  # for each of the two ways
-        about = None if self._is_ours is False else self._inquiry.ask(timeout)
+        about = None if self._is_ours is False else self._ask(timeout)
         if about is not None:
             self._is_ours = True
             counts = f"{about['subscribers']} subscribers, {about['kept']} messages kept"
@@ -10416,7 +10439,8 @@ class _Meter:
         with self._lock:
             self._tallies.setdefault(service.address, _Tally(_shortened(service.name, 200)))
         try:
-            self._subscriber.add(service.entry)
+            # What it has sent until it was found counts, too: it may have come and gone between two lookups.
+            self._subscriber._add(service.entry, None, self._subscriber._begin)
         except (ValueError, zmq.ZMQError):  # another backend
             self.remove(service.address)
             return False
@@ -10520,7 +10544,7 @@ class _Network:
         problem: Why it does not see everything, and what to do; empty if it does.
     """
 
-    LOOKUP, PATIENCE = 2.0, 1.0  # seconds between two, and for an answer
+    LOOKUP, PATIENCE = 1.0, 1.0  # seconds between two (a publisher is there for longer), and for an answer
     KEEP = 300.0  # seconds of silence after which a subject is forgotten, or a publisher that no nameserver knows
     OWN_FILES, FILES = 60, 4  # open files at most, and those of each address
 
@@ -10528,6 +10552,7 @@ class _Network:
         self._limit = (raise_descriptor_limit() - self.OWN_FILES) // self.FILES
         self._loop = loop
         self._lookup_due = time.monotonic()
+        self._is_set_up = False  # that it can ask is shown
         self._up = dict.fromkeys(nameservers, False)
         self._known: dict[str, _Service] = {}  # by address
         self._counted: dict[str, tuple[str, Any]] = {}  # by address: its name and backend
@@ -10554,9 +10579,12 @@ class _Network:
             try:
                 known.update((service.address, service) for service in _look_up("", self.PATIENCE, [host]))
                 self._up[host] = True
-            except TimeoutError as error:
+            except (TimeoutError, ConfigurationError, zmq.ZMQError) as error:
+                if not self._is_set_up and not isinstance(error, TimeoutError):
+                    raise  # else keys are being replaced, or no descriptors are left
                 self._up[host] = False
                 problems.append(str(error))
+        self._is_set_up = True
         if any(self._up.values()):
             self._known = known  # else they may still be there
             self._keepers.follow(known.values())
@@ -11006,7 +11034,7 @@ def _exposition(view: Mapping[str, Any]) -> str:
         ("nameserver_up", "gauge", "Whether the nameserver answers.", up),
         ("known_services", "gauge", "Publishers that the nameservers know.", [({}, view["services"])]),
         ("followed_publishers", "gauge", "Publishers listened to.", [({}, len(view["publishers"]))]),
-        ("caught_up_messages_total", "counter", "Messages caught up after an outage.", [({}, view["caught_up"])]),
+        ("caught_up_messages_total", "counter", "Messages of times without a connection.", [({}, view["caught_up"])]),
         ("missed_messages_total", "counter", "Messages gone in an outage.", [({}, view["missed"])]),
         ("messages_total", "counter", "Messages.", of_traffic("messages")),
         ("message_bytes_total", "counter", "Bytes of messages.", of_traffic("bytes")),

@@ -3027,7 +3027,8 @@ class TestAskingTheNameserver:
             assert posttroll.get_pub_address("a_service", timeout=DEADLINE) == []
 
     def test_the_good_entries_of_an_answer_are_used(self, caplog):
-        entries = [{"URI": "tcp://"}, {"URI": "tcp://good:9000", "service": ["a"]}, "nonsense"]
+        gone = {"URI": "tcp://good:9001", "service": [], "status": False}  # kept by a nameserver of the known package
+        entries = [{"URI": "tcp://"}, {"URI": "tcp://good:9000", "service": ["a"]}, "nonsense", gone]
         with answering(answer_with(entries)):
             assert posttroll.get_pub_address("a", timeout=DEADLINE) == [entries[1]]
         assert "Skipped 2 broken entries" in caplog.text
@@ -8780,6 +8781,23 @@ class TestExporter:
             assert all(sample.value == 1 for sample in family.samples) or not name.endswith("_info")
         assert re.findall(r"^# TYPE (\S+_total) (?!counter)", text, re.MULTILINE) == []
 
+    def test_what_a_publisher_sent_before_it_was_found_counts(self):
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            loop = world.enter_context(contextlib.closing(posttroll.Loop()))
+            network = world.enter_context(contextlib.closing(posttroll._Network([], ["localhost"], loop)))
+            assert network.run(time.monotonic() + 0.1)
+            with announced(nameservers=["localhost"]) as publisher:
+                Numbers(publisher).send(5)
+                wait_for(lambda: is_known("a_service"))
+                network.LOOKUP, network._lookup_due = 0.05, 0.0
+
+                def count() -> int:
+                    assert network.run(time.monotonic() + 0.05)
+                    return sum(row["messages"] for row in network.view()["traffic"])
+
+                wait_for(lambda: count() == 5)
+
     def test_another_publisher_that_takes_over_the_address(self):
         with contextlib.ExitStack() as world:
             world.enter_context(nameserver())
@@ -14131,6 +14149,52 @@ class TestOtherKeys:
             keys.exchange(which)
             with nameserver():
                 wait_for(lambda: is_known("a_service"))
+
+    def test_a_publisher_is_asked_with_the_new_ones(self, keys, which):
+        port = free_port()
+        service = posttroll._Service({"URI": local_address(port)})
+        with contextlib.closing(posttroll._PublisherAsker(service)) as ask:
+            with posttroll.Publisher(f"tcp://*:{port}"):
+                assert ask(DEADLINE).startswith("posttroll")
+            keys.exchange(which)
+            with posttroll.Publisher(f"tcp://*:{port}"):
+                wait_for(lambda: ask(0.5).startswith("posttroll"))
+
+
+class TestNoKeys:
+    """The keys are away for a moment, as they are exchanged."""
+
+    def test_commands_that_look_again_and_again_go_on(self, keys, caplog):
+        away = keys.directory / "away"
+        with contextlib.ExitStack() as world:
+            world.enter_context(nameserver())
+            world.enter_context(announced(nameservers=["localhost"]))
+            loop = world.enter_context(contextlib.closing(posttroll.Loop()))
+            network = world.enter_context(contextlib.closing(posttroll._Network([], ["localhost"], loop)))
+            network.LOOKUP = 0.05
+            watch = world.enter_context(command("services", "--watch", 0.1))
+            ping = world.enter_context(command("ping", "a_service", "--interval", 0.1, "--timeout", 0.2))
+
+            def known() -> int:
+                assert network.run(time.monotonic() + 0.1)
+                return len(network.view()["publishers"])
+
+            wait_for(lambda: known() == 1)
+            await_line(watch, "a_service")
+            await_line(ping, "seq=2")
+            secret = keys.directory / "friend.key_secret"
+            secret.rename(away)
+            posttroll._idle_sockets.clear()
+            wait_for(lambda: known() == 1 and "cannot read a key" in network.problem)
+            wrong = world.enter_context(contextlib.closing(posttroll._Network([], ["localhost"], loop)))
+            with pytest.raises(posttroll.ConfigurationError):
+                wrong.run(time.monotonic() + 1)
+            away.rename(secret)
+            wait_for(lambda: known() == 1 and not network.problem)
+            for running, text in ((watch, "a_service"), (ping, "time=")):
+                await_line(running, text)
+                running.send_signal(signal.SIGINT)
+                assert finish(running)[0] == 0
 
 
 class TestKeyDirectory:
