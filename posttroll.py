@@ -5930,7 +5930,7 @@ class _Connections:
     def _look_for_greeting(self, sock: zmq.Socket[bytes], link: _Link) -> None:
         """If *link* has come up, look whether a publisher greets us: a proxy may not have noticed that it was down.
 
-        So may one before be down that the proxy had by another endpoint, or that was removed and is added again.
+        Nor that an earlier one is, by another endpoint, or to an address that was removed and is added again.
         """
         if not link.is_up or not (link.was_up or self._streams[sock].has_forwarded):
             link.was_up = link.was_up or link.is_up
@@ -6379,6 +6379,7 @@ class _CatchUp:
         self.twins: _Twins | None = None  # what has come over others that may be connected to the same publisher
         self.origin = ""  # the only address that it is connected to, if that is known
         self.is_later = False  # others had brought something before
+        self.has_forwarded = False  # it has heard publishers behind a proxy
         self._prefixes = tuple(prefixes)
         self._on_gone = on_gone
         self._wake_at = partial(wake_at, self)
@@ -6419,11 +6420,6 @@ class _CatchUp:
             self._merge.note_change(descriptor)
         self._live.freeze()
         return self._live.index
-
-    @property
-    def has_forwarded(self) -> bool:
-        """Whether it has heard publishers behind a proxy."""
-        return any(source.is_forwarded for source in self._sources.values())
 
     def begin_turn(self) -> None:
         """Doubt whether all has come of publishers behind a proxy, as a connection has come up again."""
@@ -6548,6 +6544,7 @@ class _CatchUp:
     def _take_hello(self, instance: bytes, source: _Source, name: str, *numbers: int) -> None:
         number, ends, port, before, turn, *_ = *numbers, 0  # older versions tell no turn, newer ones may tell more
         source.name, source.is_forwarded = name, not self._connections.has_port(self._socket, port)
+        self.has_forwarded = self.has_forwarded or source.is_forwarded
         since, index = self._connections.greet(self._socket, port, self._live.index, source.since is not None)
         if source.since is None:
             source.found, source.before = number, before
