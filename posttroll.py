@@ -3667,6 +3667,7 @@ class AddressBroadcaster(MessageBroadcaster):
     def __init__(self, name: str, address: str, interval: float, nameservers: Hosts = None) -> None:
         self._name = name
         self._address = address
+        self._hosts: dict[Any, str] = {}  # of this host, as they were told to the targets
         self._text()  # a name that cannot be announced is an error now, not in the loop
         hosts = hosts_to_register_with(nameservers)
         super().__init__("", config.get("broadcast_port"), 0 if hosts == [] else interval, hosts)
@@ -3678,8 +3679,18 @@ class AddressBroadcaster(MessageBroadcaster):
             return {"URI": self._address}
         host = config.get("announced_address")
         if not host:  # without a target it is only to be seen whether it can be announced
-            host = "127.0.0.1" if target is None else target.own_address() or get_own_ip()
+            host = "127.0.0.1" if target is None else self._own_host(target)
         return {"URI": _endpoint_at(host, tcp[1])}
+
+    def _own_host(self, target: Any) -> str:
+        """Return the address of this host that leads to *target*, that of before if no descriptors are left to look."""
+        host: str = target.own_address() or get_own_ip()
+        try:
+            socket.socket().close()
+        except OSError:
+            return self._hosts.get(target, host)
+        self._hosts[target] = host
+        return host
 
     def _text(self, target: Any = None) -> str:
         return self._encoded(self._content(target))

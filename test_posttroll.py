@@ -3350,6 +3350,23 @@ class TestMessageBroadcaster:
 
 
 class TestAddressBroadcasters:
+    def test_the_address_stays_while_no_descriptors_are_left_to_look_for_it(self, monkeypatch):
+        """Not that of loopback, which leads nobody on another host to the publisher."""
+
+        def refuse() -> Any:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        broadcaster = posttroll.AddressBroadcaster("a_name", "tcp://*:9000", 1, ["localhost"])
+        target, own = mock.Mock(own_address=lambda: None), ["192.0.2.7"]
+        monkeypatch.setattr(posttroll, "get_own_ip", lambda: own[0])
+        assert broadcaster._content(target) == {"URI": "tcp://192.0.2.7:9000"}
+        own[0] = "127.0.0.1"
+        with monkeypatch.context() as context:
+            context.setattr(socket, "socket", refuse)
+            assert broadcaster._content(target) == {"URI": "tcp://192.0.2.7:9000"}
+        own[0] = "192.0.2.8"
+        assert broadcaster._content(target) == {"URI": "tcp://192.0.2.8:9000"}
+
     def test_what_an_address_broadcaster_announces(self):
         with multicast(config.get("broadcast_port")) as (_, receiver):
             broadcaster = posttroll.sendaddress("a_name", "tcp://127.0.0.1:9000", 0.01).start()
@@ -14036,7 +14053,8 @@ class TestStrangers:
             assert posttroll.get_pub_address("", DEADLINE) == []
 
     @strangers
-    def test_cannot_register(self, keys, stranger, caplog):
+    def test_cannot_register(self, keys, stranger, caplog, monkeypatch):
+        monkeypatch.setattr(posttroll, "_are_keys_exchanged", lambda _: False)  # as this process has those of both
         with nameserver():
             with config.set(keys.of(stranger)):
                 outside = posttroll.NoisyPublisher("outside", nameservers=["localhost"], broadcast_interval=0.1).start()
