@@ -127,6 +127,7 @@ def free_port() -> int:
     """Return a port that is free for TCP and UDP, and that nobody else takes."""
     for port in own_ports()[1]:
         with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # quick tests would use up the others in a minute
             with contextlib.suppress(OSError):
                 tcp.bind(("", port))
                 udp.bind(("", port))
@@ -9230,9 +9231,7 @@ class TestDoctor:
         assert "nameserverport = 5557" in run_command("doctor")[1]
 
     def test_another_program_on_the_port(self):
-        with socket.socket() as other:
-            other.bind(("", config.get("nameserver_port")))
-            other.listen()
+        with socket.create_server(("", config.get("nameserver_port"))) as other:
             stop = threading.Event()
 
             def serve() -> None:
@@ -10903,9 +10902,7 @@ class TestAddressReceiver:
     @pytest.mark.parametrize("taken", ["broadcast_port", "address_publish_port"])
     def test_a_port_in_use(self, taken):
         receiver = posttroll_ns.AddressReceiver(multicast_enabled=False)
-        with socket.socket() as other:
-            other.bind(("", config.get(taken)))
-            other.listen()
+        with socket.create_server(("", config.get(taken))):
             with pytest.raises(zmq.ZMQError, match=f"in use.*{config.get(taken)}"):
                 receiver.start()
             assert not receiver.is_running()
@@ -11057,9 +11054,7 @@ class TestNameServer:
     )
     def test_a_port_in_use(self, multicast, taken):
         """An exception that names it; no thread and no socket is left (the fixture looks)."""
-        with socket.socket() as other:
-            other.bind(("", config.get(taken)))
-            other.listen()
+        with socket.create_server(("", config.get(taken))):
             with pytest.raises(zmq.ZMQError, match=f"in use.*{config.get(taken)}"):
                 posttroll_ns.NameServer(multicast_enabled=multicast).run()
 
@@ -11100,9 +11095,7 @@ class TestNameserverCommand:
 
     @pytest.mark.parametrize("taken", ["nameserver_port", "broadcast_port", "address_publish_port"])
     def test_a_port_in_use_is_one_clear_line(self, taken):
-        with socket.socket() as other:
-            other.bind(("", config.get(taken)))
-            other.listen()
+        with socket.create_server(("", config.get(taken))):
             with process(sys.executable, NAMESERVER, "--no-multicast") as running:
                 status, out, err = finish(running)
         assert status == 1
@@ -11379,9 +11372,7 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
         assert control("start")[0] == 0
 
     def test_a_port_in_use_is_told_by_start(self, control):
-        with socket.socket() as other:
-            other.bind(("", config.get("nameserver_port")))
-            other.listen()
+        with socket.create_server(("", config.get("nameserver_port"))):
             status, out, err = control("start")
         assert (status, out) == (1, "")
         assert re.fullmatch(rf"nameserver: .*in use.*{config.get('nameserver_port')}.*\n", err)
@@ -11526,9 +11517,7 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
     def test_a_restart_after_one_that_failed_keeps_the_options(self, control, tmp_path):
         log, port = tmp_path / "daemon.log", config.get("nameserver_port")
         assert control("start", "-l", log) == (0, "", "")
-        with socket.socket() as other:
-            other.bind(("", free_port()))
-            other.listen()
+        with socket.create_server(("", free_port())) as other:
             status, _, err = control("restart", "--set", f"nameserver_port={other.getsockname()[1]}")
         assert (status, "in use" in err) == (1, True)
         assert control("status")[0] == 3
@@ -11538,9 +11527,7 @@ sys.exit(posttroll_ns.main(sys.argv[1:]))
     def test_what_it_logs_without_a_log_file_is_said(self, control):
         status, out, err = control("start")
         assert (status, out, err) == (0, "", LOGS_NOWHERE)
-        with socket.socket() as other, config.set(nameserver_port=free_port()):
-            other.bind(("", config.get("nameserver_port")))
-            other.listen()
+        with socket.create_server(("", free_port())) as other, config.set(nameserver_port=other.getsockname()[1]):
             status, _, err = control("restart", "--set", f"nameserver_port={config.get('nameserver_port')}")
         assert status == 1
         assert LOGS_NOWHERE not in err  # it does not run
