@@ -61,7 +61,7 @@ import weakref
 from bisect import bisect_left, insort_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import copy
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
@@ -9289,11 +9289,10 @@ def _run_publish(options: argparse.Namespace) -> int:
     path = options.replay or options.file or ("-" if options.data == ["-"] else None)
     if path == "-" and sys.stdin is None:
         raise _CommandError("there is no standard input to read from.")
-    source = sys.stdin.fileno() if path == "-" else path
     if path == "-" and os.name == "posix":
         os.set_blocking(sys.stdin.fileno(), True)  # else it would end where whoever writes to it pauses
-    with nullcontext() if source is None else open(source, "rb", closefd=path != "-") as stream:
-        messages = _messages_to_publish(options, stream)
+    with closing(Loop()) as loop, signals_wake(loop), _opened(path, loop) as stream:
+        messages = _messages_to_publish(options, stream, loop)
         with publishing as publisher, call_on_signals(_interrupt):
             if options.subscribers > 0:
                 _await_subscribers(publisher, options)
@@ -9343,12 +9342,48 @@ def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: arg
     return sent
 
 
-def _messages_to_publish(options: argparse.Namespace, stream: Any) -> Iterable[Message]:
-    """Return the messages that the command line describes; *stream* is where it says to read from."""
+class _Input(io.FileIO):
+    """What is read from; a signal ends the wait for it, even one that comes just before that begins."""
+
+    def __init__(self, source: str | int, loop: Loop, closefd: bool) -> None:
+        super().__init__(source, closefd=closefd)
+        self._loop = loop
+
+    def readinto(self, buffer: Any) -> Any:
+        """Wait until there is something, and read it into *buffer*."""
+        is_ready = threading.Event()
+        if os.name == "posix":  # Windows can wait for sockets only; there Control-C ends any reading
+            self._loop.watch(self.fileno(), is_ready.set)
+            try:
+                while not is_ready.is_set():
+                    self._loop.turn()
+            finally:
+                self._loop.unwatch(self.fileno())
+        return super().readinto(buffer)
+
+    read, readall = io.RawIOBase.read, io.RawIOBase.readall  # type: ignore[assignment]  # by `readinto`
+
+
+def _opened(path: str | None, loop: Loop) -> AbstractContextManager[Any]:
+    """Open what to read from, ``-`` for stdin; *loop* waits for it."""
+    if path is None:
+        return nullcontext()
+    is_stdin = path == "-"
+    return io.BufferedReader(_Input(sys.stdin.fileno() if is_stdin else path, loop, closefd=not is_stdin))
+
+
+def _messages_to_publish(options: argparse.Namespace, stream: Any, loop: Loop) -> Iterable[Message]:
+    """Return the messages that the command line describes.
+
+    Args:
+        options: What it says.
+        stream: Where it says to read from, None if nowhere.
+        loop: What waits between messages.
+    """
     if options.replay:
         if options.subject or options.file:
             raise _CommandError("--replay takes neither SUBJECT nor --file: the messages are in the recording.")
-        return _paced(_read_recording(stream, options), options.speed)
+        return _paced(_read_recording(stream, options), options.speed, loop)
     if options.subject is None or options.type is None:
         raise _CommandError("SUBJECT and TYPE are needed (or --replay FILE).")
     if stream is None:
@@ -9451,14 +9486,15 @@ def _read_recording(stream: Any, options: argparse.Namespace) -> Iterator[Messag
             _talk("")
 
 
-def _paced(messages: Iterable[Message], speed: float) -> Iterator[Message]:
+def _paced(messages: Iterable[Message], speed: float, loop: Loop) -> Iterator[Message]:
     """Yield messages as far apart in time as they were sent, at *speed* times the speed; with 0 without pauses."""
     start = None
     for message in messages:
-        sent = sent_at(message)
-        start = start or (time.monotonic(), sent)
-        if speed > 0:
-            time.sleep(min(max(start[0] + (sent - start[1]) / speed - time.monotonic(), 0), 1e6))
+        sent, now = sent_at(message), time.monotonic()
+        start = start or (now, sent)
+        due = min(start[0] + (sent - start[1]) / speed, now + 1e6) if speed > 0 else now
+        while time.monotonic() < due:
+            loop.turn(due)  # unlike a sleep, it is ended also by a signal that comes just before it begins
         yield message
 
 

@@ -6939,7 +6939,7 @@ class TestPublishAndSubscribe:
     )
     def test_a_value_is_a_number_only_if_it_is_written_like_one(self, typed, value):
         options = posttroll._parsers()[0].parse_args(["publish", "/a", "info", f"k={typed}", "n=1"])
-        [message] = posttroll._messages_to_publish(options, None)
+        message = posttroll.Message("/a", "info", posttroll._data_of_words(options))
         received = posttroll.Message.decode(message.encode())
         assert received.data == {"k": value, "n": 1}
         assert type(received.data["k"]) is type(value)
@@ -7014,6 +7014,27 @@ class TestPublishAndSubscribe:
                 assert publish.wait(DEADLINE) == 130
                 assert re.fullmatch(r"[01] messages? sent until then\n", publish.stderr.read())  # send may not be over
             assert posttroll.get_pub_address("lines") == []
+
+    @pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX")
+    @pytest.mark.parametrize("how", ["lines", "replay"])
+    def test_a_signal_ends_a_wait_that_it_does_not_interrupt(self, how, tmp_path):
+        """As one that comes just before the wait begins; this one another thread gets."""
+        code = """if True:
+            import signal, sys, threading, time, posttroll
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            sys.exit(posttroll.main(["publish", "--nameserver", "none", *sys.argv[1:]]))
+            """
+        recording, port = tmp_path / "recording", free_port()
+        hours = [f"pytroll://a info me@host 2026-11-23T{hour}:00:00 v1.01 text/ascii one\n" for hour in (12, 13)]
+        recording.write_text("".join(hours))
+        words = ["/a", "info", "-", "--lines"] if how == "lines" else ["--replay", recording]
+        with posttroll.Subscriber([local_address(port)]) as sub, python(code, "--port", port, *words) as publish:
+            publish.stdin.write("one\n")
+            publish.stdin.flush()
+            assert received_data(sub) == ["one"]
+            publish.send_signal(signal.SIGTERM)
+            assert publish.wait(DEADLINE) == 130
 
     def test_subscribers_that_come_later_are_counted(self):
         port = free_port()
