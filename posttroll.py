@@ -2958,6 +2958,8 @@ def _new_socket(socket_type: int, options: Mapping[Any, Any] | None) -> zmq.Sock
     """Return a socket with the options that all of ours have, and *options*."""
     sock = get_context().socket(socket_type)
     with on_failure(sock.close):
+        # Now: connections to a port keep what is set when it is bound, and with any other value one that ends together
+        # with the socket may keep the context from ever ending (libzmq, issue 3252).  `close` says what is to linger.
         sock.linger = 0
         receive_limit = config.get("receive_high_water_mark", None)
         own: dict[Any, Any] = {
