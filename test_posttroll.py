@@ -2877,7 +2877,7 @@ for message in posttroll.Subscribe(addresses=addresses, **names).subscriber:
         monkeypatch.setattr(posttroll._AddressList, "REFRESH", 0.01)
         with config.set(authorized_client_addresses=["pod"]):
             rules = posttroll.AccessRules()
-        assert not rules.refuses_address("192.0.2.1")
+        wait_for(lambda: not rules.refuses_address("192.0.2.1"))
         numbers["pod"] = "192.0.2.9"
         wait_for(lambda: not rules.refuses_address("192.0.2.9"))
         assert rules.refuses_address("192.0.2.1")
@@ -3616,12 +3616,15 @@ class TestPublisher:
     def test_heartbeats_by_themselves(self):
         """Of every publisher, without an edit; those that the program sends take the place of the next one."""
         with config.set(heartbeat_interval=0.05), connected() as (pub, sub):
-            beats = receive(sub, 3)
-            assert [(beat.subject, beat.type, beat.data) for beat in beats] == [
-                ("/heartbeat/a_publisher", "beat", {"min_interval": 0.05})
-            ] * 3
-            times = [beat.time.timestamp() for beat in beats]
-            assert all(later - earlier > 0.04 for earlier, later in zip(times, times[1:]))
+
+            def are_apart() -> bool:
+                beats = receive(sub, 3)
+                expected = [("/heartbeat/a_publisher", "beat", {"min_interval": 0.05})] * 3
+                assert [(beat.subject, beat.type, beat.data) for beat in beats] == expected
+                times = [beat.time.timestamp() for beat in beats]
+                return all(later - earlier > 0.04 for earlier, later in zip(times, times[1:]))
+
+            wait_for(are_apart)  # unless one has been held up
         with connected() as (pub, sub):
             pub.send(text_message("not a single one"))
             assert received_data(sub) == ["not a single one"]
@@ -3630,19 +3633,18 @@ class TestPublisher:
         """Whoever sends it: no two within the interval, and no interval without one."""
         publisher = posttroll.Publisher("tcp://*:0", "both of us")
         publisher.heartbeat_interval = 0.3
-        with publisher, posttroll.Subscriber([local_address(publisher.port_number)]) as sub:
-            assert publisher.wait_for_subscribers(1, DEADLINE)
-            publisher.heartbeat(3600)  # the first one waits for nothing
+        publisher.heartbeat(3600)  # starts it, and waits for nothing as the first one
+        with publisher, posttroll.Subscriber([local_address(publisher.port_number)], since=60) as sub:
             assert [beat.data["min_interval"] for beat in receive(sub, 2)] == [3600, 0.3]
-            pauses = [timedelta(seconds=1)]
-            while pauses[-1] > timedelta(seconds=0.42):  # the machine is busy, or too long passed without one
-                assert len(pauses) < 20
+
+            def is_as_promised() -> bool:
                 publisher.heartbeat(3600)  # too soon
-                beats = [wait_for(lambda: publisher.heartbeat(0.1) or next(sub.recv(0.01))), *receive(sub, 1)]
-                assert [beat.data["min_interval"] for beat in beats] == [0.1, 0.3]
-                pauses.append(beats[1].time - beats[0].time)
-            assert {beat.subject for beat in beats} == {"/heartbeat/both_of_us"}
-            assert min(pauses) > timedelta(seconds=0.29)
+                beats = [wait_for(lambda: publisher.heartbeat(0.1) or next(sub.recv(0.01))), *receive(sub, 1, 2)]
+                assert {beat.subject for beat in beats} == {"/heartbeat/both_of_us"}
+                pause = (beats[-1].time - beats[0].time).total_seconds()
+                return 0.29 < pause < 0.42 and [beat.data["min_interval"] for beat in beats] == [0.1, 0.3]
+
+            wait_for(is_as_promised)  # unless the machine is busy
 
     def test_heartbeats_end_with_their_publisher(self, caplog):
         """Of one that is stopped, dropped or started again, while the loop goes on for others."""
@@ -3655,7 +3657,7 @@ class TestPublisher:
             reference = weakref.ref(dropped)
             del dropped
             gc.collect()
-            assert reference() is None
+            wait_for(lambda: reference() is None)  # the loop may have it in hand
             wait_for(lambda: receive(sub)[0].subject == "/heartbeat/c")
             assert len(receive(sub, 10)) == 10
             restarted.stop()
@@ -3910,6 +3912,7 @@ class TestCountingSubscribers:
                 wait_for(lambda: all(link.is_up for link in sub._connections._links.values()))
                 time.sleep(0.05)
             assert pub.wait_for_subscribers(len(others) + 1, DEADLINE)
+            wait_for(lambda: all(b"pytroll://%d " % number in pub._audience._by_topic for number in range(4)))
             for number in range(len(others)):
                 pub.send(text_message("theirs", f"/{number}"))
             pub.send(text_message("ours", "/ours"))
@@ -4574,7 +4577,7 @@ class TestNamesWithSeveralAddresses:
             heard += [message.data for message in receive(sub, 202 - len(heard), 5)]
             assert heard == [*range(200), 199, "end"]
             pub.send(Message("/a", "b", "the last"))
-            assert [message.data for message in receive(sub, 2, 0.5)] == ["the last"]
+            assert [message.data for message in [*receive(sub), *receive(sub, 1, 0.5)]] == ["the last"]
 
     @pytest.mark.parametrize("since", [None, 60])
     @pytest.mark.parametrize("is_moved", [False, True])
@@ -5280,6 +5283,8 @@ class TestAsyncio:
         with connected() as (_, sub):
             [(sock, stream)] = sub._streams.items()
             assert sock.poll(DEADLINE * 1000)
+            stream.take(sock.recv())  # the hello comes behind it
+            assert sock.poll(DEADLINE * 1000)
             sub._inbox.note_ready(stream)
             sub._inbox.begin_batch(time.monotonic())
             if use == "recv":
@@ -5801,7 +5806,7 @@ class TestFollowing:
 
         def note(sockets: Any, change: Any) -> None:
             change_later(sockets, change)
-            tried.append(change)
+            tried.append((change, sub.addresses))
 
         monkeypatch.setattr(posttroll._SubscriberSockets, "_change_later", note)
         with posttroll.Subscriber([]) as sub, serving(sub):
@@ -5809,8 +5814,8 @@ class TestFollowing:
                 sub.add(local_address(free_port()))
                 wait_for(lambda: tried)
                 sub.remove(sub.addresses[0])
-            wait_for(lambda: tried.count(tried[0]) == 2)
-            assert (sub.addresses, sub._connections._links) == ([], {})
+            wait_for(lambda: (tried[0][0], []) in tried and not sub._connections._links)
+            assert sub.addresses == []
 
     @pytest.mark.parametrize("fault", [zmq.ZMQError(errno.EMFILE), ConfigurationError("The key is being replaced.")])
     @pytest.mark.parametrize("what", ["lookups", "news", "their monitor"])
@@ -6550,6 +6555,17 @@ def on_terminal(
         os.close(master)
 
 
+def wait_for_view(read_to: Callable[..., str], condition: Callable[[str], Any]) -> str:
+    """Wait for a view that fulfils *condition*, of those that a terminal shows one after the other, and return it."""
+    clear = "\033[H\033[J"
+
+    def find() -> str:
+        view = read_to(clear, read_to("").count(clear) + 2).split(clear)[-2].replace("\r", "")
+        return view if condition(view) else ""
+
+    return wait_for(find)
+
+
 class TestCommands:
     """What holds for every command."""
 
@@ -6887,11 +6903,17 @@ class TestPublishAndSubscribe:
         port = free_port()
         with posttroll.Subscriber([f"tcp://localhost:{port}"]) as subscriber:
             arguments = ("publish", "--replay", recording, "--speed", 100, "--port", port, "--nameservers", "none")
-            with command(*arguments) as publish:
-                begin = time.monotonic()
-                assert len(receive(subscriber, 3)) == 3
-                assert time.monotonic() - begin > 0.2  # 40 s at a hundred times the speed, less how late the first came
-                assert finish(publish)[0] == 0
+
+            def is_in_time() -> bool:
+                with command(*arguments) as publish:
+                    assert len(receive(subscriber)) == 1
+                    begin = time.monotonic()
+                    assert len(receive(subscriber, 2)) == 2
+                    seconds = time.monotonic() - begin
+                    assert finish(publish)[0] == 0
+                return seconds > 0.2  # 40 s at a hundred times the speed, less how late the first came
+
+            wait_for(is_in_time)  # unless it came too late
 
     def test_a_broken_recording_names_the_line(self, tmp_path):
         recording = tmp_path / "recording"
@@ -7013,7 +7035,7 @@ class TestPublishAndSubscribe:
                 publish.send_signal(number)
                 assert publish.wait(DEADLINE) == 130
                 assert re.fullmatch(r"[01] messages? sent until then\n", publish.stderr.read())  # send may not be over
-            assert posttroll.get_pub_address("lines") == []
+            wait_for(lambda: posttroll.get_pub_address("lines") == [])
 
     @pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX")
     @pytest.mark.parametrize("how", ["lines", "replay"])
@@ -7331,14 +7353,12 @@ class TestTerminal:
             running, read_to, terminal = world.enter_context(on_terminal("top", "--interval", "0.5", size=(100, 9)))
             for publisher in publishers:
                 assert publisher.wait_for_subscribers(1, DEADLINE)
-                publisher.heartbeat(1)
+                publisher.heartbeat(60)
                 for _ in range(30):
                     publisher.send(posttroll.Message(subject, "info", "x"))
-            read_to("/end")
+            view = wait_for_view(read_to, lambda view: view.count("/end") == view.count(" beat ") == len(names))
             os.write(terminal, b"q")
             assert running.wait(DEADLINE) == 0
-            seen = read_to("/end")
-        view = next(view for view in seen.split("\033[H\033[J") if "/end" in view).replace("\r", "")
         lines = view.splitlines()
         assert max(map(len, lines)) <= 100
         assert len(lines) <= 8
@@ -7364,9 +7384,7 @@ class TestTerminal:
             read_to("no answer from the nameserver on localhost")
             world.enter_context(nameserver())
             wait_for(lambda: len(posttroll.get_pub_address("")) == 12)
-            before = read_to("no answer")
-            read_to("name00", before.count("name00") + 2)
-            read_to("\033[H\033[J", read_to("NAME").count("\033[H\033[J") + 2)
+            wait_for_view(read_to, lambda view: re.match(r"NAME .*\nname00 ", view) and "no answer" not in view)
             running.send_signal(signal.SIGINT)
             assert running.wait(DEADLINE) == 0
             seen = read_to("NAME")
@@ -7374,8 +7392,6 @@ class TestTerminal:
             lines = view.replace("\r", "").splitlines()
             assert lines[0].startswith("NAME  ")
             assert len(lines) <= 10
-        assert "no answer" not in view
-        assert lines[1].startswith("name00")
 
 
 class TestLookingIn:
@@ -7388,13 +7404,19 @@ class TestLookingIn:
         ("/b", "file", {"uri": "/data/c", "size": "12", "type": "other", "ok": True}),
     )
 
+    def run(self, address: str, *words: Any, **kwargs: Any) -> tuple[int, str, str]:
+        """Run ``subscribe`` for what was sent; if nothing comes, as the machine is busy, once more and for longer."""
+        arguments = ("subscribe", "--address", address, "--since", "1m", *words, "--timeout")
+        result = run_command(*arguments, 0.8, **kwargs)
+        return run_command(*arguments, 10, **kwargs) if result[0] else result
+
     def look(self, *words: Any, messages: Any = MESSAGES) -> list[str]:
         """Return the lines that ``subscribe`` prints of messages and then of an end."""
         with posttroll.Publisher("tcp://*:0") as publisher:
             for message in messages:
                 publisher.send(posttroll.Message(*message))
             address = local_address(publisher.port_number)
-            status, out, err = run_command("subscribe", "--address", address, "--since", "1m", "--timeout", 1, *words)
+            status, out, err = self.run(address, *words)
         assert (status, err) == (0, ""), err
         return out.splitlines()
 
@@ -7492,8 +7514,7 @@ class TestLookingIn:
                 head = f"pytroll://a info a@b {moment} v1.2 application/json "
                 publisher.send(f'{head}{{"when": "{moment}"}}')
             address = local_address(publisher.port_number)
-            arguments = ("subscribe", "--address", address, "--since", "1m", "--timeout", 0.5, *words)
-            status, out, err = run_command(*arguments, env={**os.environ, "TZ": zone})
+            status, out, err = self.run(address, *words, env={**os.environ, "TZ": zone})
         assert (status, err, out.count("\n")) == (0, "", count)
 
     @pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
@@ -7635,7 +7656,7 @@ class TestLookingIn:
             with on_terminal("subscribe", "--address", address, "-n", "1", "-v") as (running, read_to, _):
                 assert publisher.wait_for_subscribers(1, DEADLINE)
                 publisher.send(posttroll.Message("/a/b", "file", "text"))
-                assert re.search(rf"\(0\.\d+ s old, from {address}\) text", read_to("text"))
+                assert re.search(rf"\([\d.]+ s old, from {address}\) text", read_to("text"))
                 assert running.wait(DEADLINE) == 0
 
     def test_quiet_and_verbose(self):
@@ -7685,7 +7706,7 @@ class TestPing:
     def test_a_publisher_of_another_kind(self):
         with raw_publisher() as (sock, address), raw_socket(zmq.SUB, int(address.rpartition(":")[2])) as listener:
             listener.subscribe(b"")
-            status, out, err = run_command("ping", "--address", address, "-c", 2, "--interval", 0.01, "--timeout", 1)
+            status, out, err = run_command("ping", "--address", address, "-c", 2, "--interval", 0.01, "--timeout", 3)
             sock.send(b"still there")
             assert listener.poll(1000 * DEADLINE)
             assert listener.recv() == b"still there"
@@ -7763,13 +7784,17 @@ class TestPing:
 
     def test_a_publisher_that_ends_meanwhile_is_counted_as_lost(self):
         with posttroll.Publisher("tcp://*:0") as pub:
-            words = ("--address", local_address(pub.port_number), "-c", 20, "--interval", 0.05, "--timeout", 0.05)
+            words = ("--address", local_address(pub.port_number), "--interval", 0.05, "--timeout", 0.2)
             with command("ping", *words) as running:
-                await_line(running, "seq=1 time")
+                await_line(running, " time=")
                 pub.stop()
+                await_line(running, "no answer")
+                running.send_signal(signal.SIGINT)
                 status, out, err = finish(running)
         assert (status, err) == (0, "")
-        assert re.search(r"20 asked, 1?\d answered, [1-9]\d?% lost", out)
+        asked, answered, lost = map(int, re.search(r"(\d+) asked, (\d+) answered, (\d+)% lost", out).groups())
+        assert 0 < answered < asked
+        assert abs(lost - 100 * (asked - answered) / asked) <= 1
 
 
 class TestRelayCommand:
@@ -8059,12 +8084,14 @@ class TestServicesAndTop:
     def test_top_without_a_terminal_prints_so_many_views(self):
         with nameserver(), posttroll.Publish("feeder", nameservers=["localhost"]) as publisher:
             wait_for(lambda: posttroll.get_pub_address("feeder"))
-            with command("top", "--interval", 0.5, "-n", 2) as top:
-                assert publisher.wait_for_subscribers(1, DEADLINE)
-                while top.poll() is None:
-                    publisher.send(posttroll.Message("/fed", "info", "x"))
-                    time.sleep(0.01)
-                status, out, _ = finish(top)
+            for interval in (0.5, 5):  # the machine may be busy
+                with command("top", "--interval", interval, "-n", 2) as top:
+                    while top.poll() is None:
+                        publisher.send(posttroll.Message("/fed", "info", "x"))
+                        time.sleep(0.01)
+                    status, out, _ = finish(top)
+                if "/fed" in out:
+                    break
         assert status == 0
         assert out.count("PUBLISHER") == 2
         assert "\033" not in out
@@ -8112,7 +8139,7 @@ class TestServicesAndTop:
                 assert register(registration_of(URI=uri, service=["pub"])) == b"ok"
             with posttroll.Publish("alive", nameservers=["localhost"]):
                 wait_for(lambda: posttroll.get_pub_address("alive"))
-                _, out, _ = run_here("services", "--json", "--timeout", 5)
+                _, out, _ = run_here("services", "--json", "--timeout", 20)
                 assert {(row["name"], row["answers"]) for row in json.loads(out)} == {("pub", False), ("alive", True)}
                 _, table, _ = run_here("services", "--timeout", 2)
         assert {line.split()[-1] for line in table.splitlines() if "pub" in line} >= {"?"}
@@ -8236,18 +8263,18 @@ class TestServicesAndTop:
     def test_top_counts_missed_heartbeats(self):
         with nameserver(), posttroll.Publish("late", nameservers=["localhost"]) as late:
             with posttroll.Publish("none", nameservers=["localhost"]) as none:
-                with command("top", "--interval", 0.5, "-n", 30) as top:
+                with command("top", "--interval", 0.5, "-n", 99) as top:
                     for publisher in (late, none):
                         assert publisher.wait_for_subscribers(1, DEADLINE)
                     late.heartbeat(1)
                     none.send(posttroll.Message("/quiet", "info"))
-                    assert self.beats_missed(await_line(top, "/heartbeat/late")) == "0"
+                    while self.beats_missed(await_line(top, "/heartbeat/late")) != "0":
+                        late.heartbeat(1)  # the line was late, as the machine is busy
                     while int(self.beats_missed(await_line(top, "/heartbeat/late"))) < 2:
                         pass
                     assert self.beats_missed(await_line(top, "/quiet")) == ""
-                    late.heartbeat()  # which promises nothing, so what the one before has promised holds
                     while self.beats_missed(await_line(top, "/heartbeat/late")) != "0":
-                        pass
+                        late.heartbeat()  # which promises nothing, so what the one before has promised holds
                     top.terminate()
                     assert finish(top)[0] == 0
 
@@ -8337,8 +8364,7 @@ class TestServicesAndTop:
 
             steady = {f"/steady/{name}" for name in publishers}
             wait_for(lambda: subjects() >= steady)
-            publishers["a"].send(posttroll.Message("/once", "info"))
-            wait_for(lambda: "/once" in subjects())
+            wait_for(lambda: publishers["a"].send(posttroll.Message("/once", "info")) or "/once" in subjects())
             wait_for(lambda: subjects() == steady)
             first.close()
             wait_for(lambda: subjects() == steady and "no answer from the nameserver" in network.problem)
@@ -8355,7 +8381,7 @@ class TestServicesAndTop:
             wait_for(
                 lambda: {each["publisher"] for each in network.view()["publishers"]} == {"a", "c"} or not subjects()
             )
-            assert subjects() == {"/steady/a", "/steady/c"}
+            wait_for(lambda: subjects() == {"/steady/a", "/steady/c"})
 
 
 class TestSparkline:
@@ -8484,6 +8510,10 @@ class TestCheck:
         assert " ".join(f"'{label}'={value}{bounds}" for label, value, bounds in data) == (match[3] or "")
         return status, match[2], {label: value + bounds for label, value, bounds in data}
 
+    def check_until(self, status: int, *args: Any) -> tuple[int, str, dict[str, str]]:
+        """Run it until it ends with *status*, as it does at once, unless the machine is busy."""
+        return wait_for(lambda: next((found for found in [self.check(*args)] if found[0] == status), None))
+
     def test_all_is_well(self, capsys):
         """What was sent a while ago is seen at once, in the history."""
         with contextlib.ExitStack() as world:
@@ -8535,10 +8565,10 @@ class TestCheck:
                 assert (status, text) == (expected, text)
                 wrong = text.split("; ")[: len(reasons)]
                 assert all(found.startswith(reason) or reason in found for found, reason in zip(wrong, reasons)), text
-            down = ["--nameserver", f"127.0.0.1:{free_port()}", "--timeout", "1.5"]
-            assert self.check(capsys, *down)[0] == 2
+            down = ["--nameserver", f"127.0.0.1:{free_port()}"]
+            assert self.check(capsys, *down, "--timeout", 1.5)[0] == 2
             assert self.check(capsys, "--local", *down, "alive")[0] == 0
-        status, text, data = self.check(capsys, "alive", "--timeout", 0.5)
+        status, text, data = self.check(capsys, "alive", "--timeout", 2)
         assert (status, text, data) == (2, "no answer from the nameserver on localhost", {})
 
     def test_one_of_the_nameservers_is_down(self, capsys):
@@ -8560,7 +8590,7 @@ class TestCheck:
         with answering(answer_with([]), port):
             status, text, _ = self.check(capsys, "--timeout", 2)
             assert (status, text) == (1, "no answer from the nameserver on localhost")
-            status, text, _ = self.check(capsys, "--nameserver", "localhost", "--timeout", 1)
+            status, text, _ = self.check(capsys, "some name", "--nameserver", "localhost", "--timeout", 2)
             assert (status, text) == (2, "no answer from the nameserver on localhost")
             _, out, _ = run_here("top", "--json", "-n", 1, "--interval", 2)
         assert json.loads(out)["nameservers"] == {"localhost": False, f"127.0.0.1:{port}": True}
@@ -8580,9 +8610,8 @@ class TestCheck:
         with zmq.Context() as context, context.socket(zmq.XPUB) as sock:
             sock.linger = 0
             address = f"tcp://127.0.0.1:{sock.bind_to_random_port('tcp://127.0.0.1')}"
-            status, text, _ = self.check(capsys, address, "--silent", 60, "--timeout", 0.5)
-            assert status == 3
-            assert text.startswith(f"nothing from {address} in 0 s (it may keep no history")
+            _, text, _ = self.check_until(3, capsys, address, "--silent", 60, "--timeout", 0.5)
+            assert re.match(rf"nothing from {address} in \d s \(it may keep no history", text)
             status, text, _ = self.check(capsys, address, "--silent", 0.3)
             assert (status, text.partition(";")[0]) == (2, f"nothing from {address} in 0.3 s")
             results: list[tuple[int, str, dict[str, str]]] = []
@@ -8612,8 +8641,8 @@ class TestCheck:
             publisher.send(posttroll.Message("/segment", "info"))
             for _ in range(3):
                 publisher.send(posttroll.Message("/other", "info"))
-            status, text, _ = self.check(capsys, *words, 60, "--timeout", 0.8)
-            assert (status, "what it keeps does not reach back 60 s: raise its history_seconds" in text) == (3, True)
+            _, text, _ = self.check_until(3, capsys, *words, 60, "--timeout", 0.8)
+            assert "what it keeps does not reach back 60 s: raise its history_seconds" in text
             publisher.send(posttroll.Message("/other", "info"))
             status, text, _ = self.check(capsys, *words, 0.3)
             assert (status, text.partition(";")[0]) == (2, f"nothing from {address} in 0.3 s")
@@ -8632,11 +8661,9 @@ class TestCheck:
             publisher.heartbeat(1)
             publisher.send(posttroll.Message("/a", "info"))
             assert self.check(capsys, address, "--silent", 60)[0] == 0
-            status, text, data = wait_for(
-                lambda: next((found for found in [self.check(capsys, address, "--silent", 60)] if found[0]), None)
-            )
-            assert (status, text.partition(";")[0]) == (1, f"{address}: 1 heartbeats are overdue")
-            assert data[f"{address}_heartbeats_overdue"] == "1;0;"
+            _, text, data = self.check_until(1, capsys, address, "--silent", 60)
+            number = re.match(rf"{address}: ([1-9]\d*) heartbeats are overdue(;|$)", text)[1]
+            assert data[f"{address}_heartbeats_overdue"] == f"{number};0;"
 
     def test_a_heartbeat_that_falls_due_meanwhile(self, capsys, monkeypatch):
         """What it measures and what it finds are of the same moment."""
@@ -8769,12 +8796,13 @@ class TestExporter:
             late = posttroll.Message("/late", "file")
             late.time -= timedelta(seconds=100)
             publishers["b"].send(late)
+            begin = time.monotonic()
             publishers["c"].heartbeat(1)
             missed, beats = (
                 ("posttroll_heartbeats_missed_total", "c", "/heartbeat/c", "beat"),
                 ("posttroll_messages_total", "c", "/heartbeat/c", "beat"),
             )
-            wait_for(lambda: self.metrics(port).get(missed) == 1)
+            wait_for(lambda: self.metrics(port).get(missed))
             publishers["c"].send(posttroll.Message("/heartbeat/c", "beat", {"min_interval": 5}))
             found = wait_for(lambda: next((now for now in [self.metrics(port)] if now[beats] == 2), None))
             view = json.loads(await_line(top, '"heartbeat_interval": 5.0'))
@@ -8794,7 +8822,8 @@ class TestExporter:
         assert 100 <= found["posttroll_message_age_seconds_sum", "b", "/late", "file"] < 200
         assert found["posttroll_message_age_seconds_bucket", "a", "/x", "file", "60.0"] == 3
         assert found["posttroll_message_age_seconds_count", "a", "/x", "file"] == 3
-        assert (found["posttroll_heartbeats_overdue", "c", "/heartbeat/c", "beat"], found[missed]) == (0, 1)
+        assert found["posttroll_heartbeats_overdue", "c", "/heartbeat/c", "beat"] == 0
+        assert 1 <= found[missed] <= time.monotonic() - begin
         assert found["posttroll_heartbeat_interval_seconds", "c", "/heartbeat/c", "beat"] == 5
         assert ("posttroll_heartbeats_overdue", "a", "/x", "file") not in found
         assert (found["posttroll_known_services",], found["posttroll_nameserver_up", "localhost"]) == (3, 1)
@@ -9041,12 +9070,20 @@ class TestMap:
                 finally:
                     ended.set()
 
+    @staticmethod
+    def check_map(lines: list[str], *words: str) -> None:
+        """Check what it prints; if not all is heard at once, as the machine is busy, once more and for longer."""
+        for seconds in (0.5, 5):
+            status, out, err = run_command("map", *words, "--seconds", seconds)
+            assert (status, err) == (0, "")
+            if out.splitlines() == lines:
+                break
+        assert out.splitlines() == lines
+
     def test_all_forms(self, world):
         """One after the other, as the network takes its time."""
         first, second, other = world
-        status, out, err = run_command("map", "--seconds", 0.5)
-        assert (status, err) == (0, "")
-        assert out.splitlines() == [
+        lines = [
             f'a"b  {first}',
             "  sends  /a/x",
             "  sends  /z",
@@ -9060,9 +9097,8 @@ class TestMap:
             "  sends  /of_other",
             "  to     (it does not tell)",
         ]
-        status, out, err = run_command("map", "/z", "--seconds", 0.5, "--dot")
-        assert (status, err) == (0, "")
-        assert out.splitlines() == [
+        self.check_map(lines)
+        lines = [
             "digraph posttroll {",
             "  rankdir=LR;",
             f'  publisher0 [shape=box, label="a\\"b\\n{first}\\n/z"];',
@@ -9076,9 +9112,8 @@ class TestMap:
             '  publisher1 -> listener1 [label="everything (2 times)"];',
             "}",
         ]
-        status, out, err = run_command("map", "/z", "--seconds", 0.5, "--mermaid")
-        assert (status, err) == (0, "")
-        assert out.splitlines() == [
+        self.check_map(lines, "/z", "--dot")
+        lines = [
             "graph LR",
             f'  publisher0["a#34;b<br/>{first}<br/>/z"]',
             f'  publisher1["b#96;#38;lt;c<br/>{second}"]',
@@ -9090,6 +9125,7 @@ class TestMap:
             '  publisher0 -->|"/a, /b"| listener1',
             '  publisher1 -->|"everything (2 times)"| listener1',
         ]
+        self.check_map(lines, "/z", "--mermaid")
         status, out, err = run_command("map", "--seconds", 0.1, "--json")
         assert (status, err) == (0, "")
         rows = json.loads(out)
@@ -9502,10 +9538,13 @@ class TestDemo:
     def test_it_fails_if_a_message_does_not_arrive(self, tmp_path):
         library = tmp_path / "posttroll.py"
         text = LIBRARY.read_text().replace("for message in _demo_messages():", "for message in _demo_messages()[1:]:")
-        library.write_text(text.replace("_DEMO_SECONDS = 20", "_DEMO_SECONDS = 2"))
         (tmp_path / "posttroll_ns.py").write_text(NAMESERVER.read_text())
-        with process(sys.executable, library, "demo") as demo:
-            status, out, err = finish(demo)
+        for seconds in (2, 15):  # the machine may be busy
+            library.write_text(text.replace("_DEMO_SECONDS = 20", f"_DEMO_SECONDS = {seconds}"))
+            with process(sys.executable, library, "demo") as demo:
+                status, out, err = finish(demo, 60)
+            if "2 of 3 messages arrived" in err:
+                break
         assert status == 1
         assert "2 of 3 messages arrived" in err
         assert "The demo failed" in err
@@ -10657,7 +10696,7 @@ class TestAddressBook:
         assert (len(book), self.addresses(book, "a"), book._by_service) == (0, [], {})
 
     def test_expiring(self):
-        book = posttroll_ns.AddressBook(0.05)
+        book = posttroll_ns.AddressBook(0.5)
         assert book.next_expiry() is None
         self.add(book, "tcp://h:1")
         assert book.expire() == []
