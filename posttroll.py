@@ -4759,11 +4759,16 @@ class _Ending:
         patience: Seconds without progress after which it gives up.
     """
 
+    RETURN = 2.0  # seconds that who has lost its connection has to come again
+
     def __init__(self, audience: _Audience, port: int | None, name: str, patience: float) -> None:
         self._audience = audience
         self._port = port
         self._name = name
         self._patience = patience
+        self._under_way: dict[
+            bytes, tuple[float, float]
+        ] = {}  # since when, and until when, by the mark of a subscriber
         self.reached = 0  # how many subscribers there have been
         self.left = 0  # how many messages (that is known of) will not arrive
 
@@ -4791,6 +4796,10 @@ class _Ending:
                 self._give_up(f"gave up after {self._patience:.0f} s without progress")
                 return
         self.left = unasked = audience.count_unasked()
+        lost = self._lost(set(audience.peers))
+        if lost:
+            text = "Publisher %s: ends without %d subscribers whose connections ended while something was under way"
+            _log("publisher").warning(text, self._name, len(lost))
         if unasked:
             text = "Publisher %s: ends before a subscriber has asked for what it may have missed: %d messages at most"
             _log("publisher").warning(text, self._name, unasked)
@@ -4820,9 +4829,26 @@ class _Ending:
         behind = audience.unserved()
         with audience.lock:
             self.reached = audience.reached
+            here = set(audience.peers)
         may_be_unsent = self._port and self.reached and audience.history.number
         unsent = _unsent_bytes(self._port) if may_be_unsent else None  # takes a while on a host with many connections
-        return (behind, unsent) if behind or unsent else None
+        now = time.monotonic()
+        for mark in here if unsent else (mark for mark, after in behind if after is not None):
+            since, _ = self._under_way.get(mark, (now, now))
+            self._under_way[mark] = since, now
+        for mark in here:
+            if now - self._under_way.get(mark, (now, now))[1] > 0.1:  # so its connection is not just failing
+                del self._under_way[mark]
+        lost = self._lost(here, now - min(self.RETURN, self._patience / 2))
+        return (behind, unsent, lost) if behind or unsent or lost else None
+
+    def _lost(self, here: set[bytes], start: float = 0) -> list[bytes]:
+        """Return who has lost its connection since *start*, when something had been under way to it for a while.
+
+        Who has what it wants may leave at once, with something more on the way.
+        """
+        under_way = self._under_way.items()
+        return [mark for mark, (since, until) in under_way if mark not in here and until > max(since + 1, start)]
 
     def _give_up(self, reason: str) -> None:
         self.left = self._audience.count_left() or 1

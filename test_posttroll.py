@@ -6889,6 +6889,7 @@ class TestPublishAndSubscribe:
             arguments = ("publish", "--replay", recording, "--speed", 0, "--port", port, "--nameservers", "none")
             with command(*arguments) as publish:
                 received = receive(subscriber, len(messages))
+                wait_for(lambda: receive(subscriber, 1, 0.05) == [] and publish.poll() is not None)  # it asks meanwhile
                 assert finish(publish)[0] == 0
         assert [message.encode() for message in received] == expected
 
@@ -20572,6 +20573,29 @@ print("dropped", pub.dropped)
                 got = [int(sub.stdout.readline().split()[1]) for _ in range(3000)]
                 assert got == list(range(3000))
                 assert finish(pub)[:2] == (0, "dropped 0\n")
+
+    @pytest.mark.parametrize("comes_again", [True, False])
+    def test_a_connection_that_is_lost_while_it_waits(self, comes_again, caplog):
+        """That does not mean that all is sent: who comes again at once gets it, who does not is told of."""
+        config.set(history_bytes=10**8)
+        with behind_relay() as (pub, relay, sub):
+            wait_for(lambda: next(sub.recv(0)) is None and not pub._audience.unserved())
+            relay.silence()
+            for number in range(2000):
+                pub.send(text_message([number, "x" * 10_000]))
+            endings, lost = [], posttroll._Ending._lost
+            watched = lambda self, *args: (endings.append(self), lost(self, *args))[1]  # noqa: E731
+            with mock.patch.object(posttroll._Ending, "_lost", watched), in_thread(pub.stop):
+                wait_for(lambda: endings and any(end - start > 1 for start, end in [*endings[0]._under_way.values()]))
+                relay.cut()
+                if comes_again:
+                    relay.mend()
+                    assert [message.data[0] for message in receive(sub, 2000)] == list(range(2000))
+                    assert receive(sub, 1, 0.1) == []
+            assert pub.dropped == sub.missed == 0
+        text = "Publisher numbers: ends without 1 subscribers whose connections ended while something was under way"
+        told = [record.getMessage() for record in caplog.records if record.name == "posttroll.publisher"]
+        assert told == ([] if comes_again else [text])
 
     def test_stop_on_a_dead_link(self, monkeypatch, caplog):
         """Nothing goes on any more: it gives up after its time, counts and says so; for each of its subscribers."""
