@@ -4317,11 +4317,15 @@ class _Listeners:
             self._timers[callback] = self.loop.at(time.monotonic() + seconds, call)
 
         if callback not in self._timers:
-            self._timers[callback] = None
-            if _background.is_here:
-                schedule()
-            else:
-                self.loop.call(schedule)
+            try:
+                self._timers[callback] = None
+                if _background.is_here:
+                    schedule()
+                else:
+                    self.loop.call(schedule)
+            except BaseException:  # Control-C: else it would be taken to be due for ever
+                self._timers.pop(callback, None)
+                raise
 
     def close(self, linger: int) -> None:
         """Close the socket, if it is not closed; what is queued may still take *linger* milliseconds."""
@@ -4636,6 +4640,8 @@ class _Audience(_Listeners):
         with self.lock:
             self.send_unsent()
             self._take_subscriptions()
+            if any(peer.after is not None for peer in self.peers.values()):
+                self.later(0, self._catch_up)  # unless it is to be already, which a Control-C may have prevented
             now = time.monotonic()
             return [
                 (mark, peer.after)
@@ -9321,10 +9327,11 @@ def _run_publish(options: argparse.Namespace) -> int:
         os.set_blocking(sys.stdin.fileno(), True)  # else it would end where whoever writes to it pauses
     with closing(Loop()) as loop, signals_wake(loop), _opened(path, loop) as stream:
         messages = _messages_to_publish(options, stream, loop)
-        with publishing as publisher, call_on_signals(_interrupt):
+        with publishing as publisher, call_on_signals(loop.stop):
             if options.subscribers > 0:
-                _await_subscribers(publisher, options)
-            sent = _send_all(publisher, messages, options)
+                with call_on_signals(_interrupt):
+                    _await_subscribers(publisher, options)
+            sent = _send_all(publisher, messages, options, loop)
     # Leaving the block has waited for those that were just finding it, and until all is sent.
     reached = publisher.reached
     _talk(f"{sent} message{'s' * (sent != 1)} to {reached} subscriber{'s' * (reached != 1)}", options)
@@ -9336,6 +9343,12 @@ def _run_publish(options: argparse.Namespace) -> int:
 def _interrupt() -> NoReturn:
     """End what the main thread does, so that the publisher says goodbye: also for SIGTERM."""
     raise KeyboardInterrupt
+
+
+def _interrupt_if_stopped(loop: Loop) -> None:
+    """Do so if a signal has stopped *loop*: where it came, pyzmq might have forgotten the KeyboardInterrupt."""
+    if loop.is_stopped:
+        raise KeyboardInterrupt
 
 
 def _publishing(name: str, port: int, hosts: Sequence[str] | None) -> Publish:
@@ -9357,11 +9370,12 @@ def _await_subscribers(publisher: AnyPublisher, options: argparse.Namespace) -> 
         raise _CommandError(f"{found}: nothing was sent.{'' if is_named else f' Note: {remedy}'}")
 
 
-def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: argparse.Namespace) -> int:
-    """Send messages, and return how many."""
+def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: argparse.Namespace, loop: Loop) -> int:
+    """Send messages until *loop* is stopped, and return how many."""
     sent = 0
     try:
         for message in messages:
+            _interrupt_if_stopped(loop)
             publisher.send(message)
             sent += 1
     except BaseException:
@@ -9384,6 +9398,7 @@ class _Input(io.FileIO):
             self._loop.watch(self.fileno(), is_ready.set)
             try:
                 while not is_ready.is_set():
+                    _interrupt_if_stopped(self._loop)
                     self._loop.turn()
             finally:
                 self._loop.unwatch(self.fileno())
@@ -9522,6 +9537,7 @@ def _paced(messages: Iterable[Message], speed: float, loop: Loop) -> Iterator[Me
         start = start or (now, sent)
         due = min(start[0] + (sent - start[1]) / speed, now + 1e6) if speed > 0 else now
         while time.monotonic() < due:
+            _interrupt_if_stopped(loop)
             loop.turn(due)  # unlike a sleep, it is ended also by a signal that comes just before it begins
         yield message
 

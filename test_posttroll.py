@@ -20614,6 +20614,24 @@ print("dropped", pub.dropped)
         [record] = [record for record in caplog.records if "did not reach a subscriber" in record.getMessage()]
         assert record.levelname == "WARNING"
 
+    def test_control_c_just_before_somebody_catches_up(self, monkeypatch):
+        """That is still done, so the publisher does not wait in vain for who is behind."""
+        with posttroll.Publisher("tcp://127.0.0.1:0", "numbers") as pub:
+            pub.send(text_message(0))
+            with posttroll.Subscriber([local_address(pub.port_number)]) as sub:
+                wait_for(lambda: next(sub.recv(0)) is None and pub.subscriber_count and not pub._audience.unserved())
+                audience = pub._audience
+                with audience.lock:
+                    (peer,) = audience.peers.values()
+                    peer.fall_behind(0, 1)
+                    wait_for(lambda: audience._catch_up not in audience._timers)
+                    with mock.patch.object(audience.loop, "call", side_effect=KeyboardInterrupt):
+                        with pytest.raises(KeyboardInterrupt):
+                            audience.later(0, audience._catch_up)
+                with in_thread(pub.stop):
+                    pass
+                assert pub.dropped == 0
+
     @pytest.mark.parametrize("is_dead", [True, False])
     def test_control_c_while_it_waits(self, is_dead, monkeypatch, caplog):
         """What is left then is counted, and told; nothing is, if all has been sent."""
