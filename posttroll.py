@@ -61,7 +61,7 @@ import weakref
 from bisect import bisect_left, insort_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import copy
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
@@ -4308,7 +4308,7 @@ class _Listeners:
 
         def call() -> None:
             with self.lock:
-                del self._timers[callback]
+                self._timers.pop(callback, None)
                 if not self.socket.closed:
                     callback()
                     self._take_turn()
@@ -4772,9 +4772,8 @@ class _Ending:
         self._port = port
         self._name = name
         self._patience = patience
-        self._under_way: dict[
-            bytes, tuple[float, float]
-        ] = {}  # since when, and until when, by the mark of a subscriber
+        # Since when, and until when, something has been under way to a subscriber, by its mark.
+        self._under_way: dict[bytes, tuple[float, float]] = {}
         self.reached = 0  # how many subscribers there have been
         self.left = 0  # how many messages (that is known of) will not arrive
 
@@ -4838,18 +4837,22 @@ class _Ending:
             here = set(audience.peers)
         may_be_unsent = self._port and self.reached and audience.history.number
         unsent = _unsent_bytes(self._port) if may_be_unsent else None  # takes a while on a host with many connections
-        now = time.monotonic()
-        for mark in here if unsent else (mark for mark, after in behind if after is not None):
-            since, _ = self._under_way.get(mark, (now, now))
-            self._under_way[mark] = since, now
-        for mark in here:
-            if now - self._under_way.get(mark, (now, now))[1] > 0.1:  # so its connection is not just failing
-                del self._under_way[mark]
-        lost = self._lost(here, now - min(self.RETURN, self._patience / 2))
+        self._note_under_way(here, here if unsent else {mark for mark, after in behind if after is not None})
+        lost = self._lost(here, time.monotonic() - min(self.RETURN, self._patience / 2))
         return (behind, unsent, lost) if behind or unsent or lost else None
 
+    def _note_under_way(self, here: set[bytes], late: set[bytes]) -> None:
+        """Take note of those that have not got all; of the others only once that is no sign of a failing connection."""
+        now = time.monotonic()
+        for mark in late:
+            since, _ = self._under_way.get(mark, (now, now))
+            self._under_way[mark] = since, now
+        for mark in here & self._under_way.keys():
+            if now - self._under_way[mark][1] > 0.1:
+                del self._under_way[mark]
+
     def _lost(self, here: set[bytes], start: float = 0) -> list[bytes]:
-        """Return who has lost its connection since *start*, when something had been under way to it for a while.
+        """Return who has lost its connection since *start*, when something had been under way to it for a second.
 
         Who has what it wants may leave at once, with something more on the way.
         """
@@ -9325,7 +9328,8 @@ def _run_publish(options: argparse.Namespace) -> int:
         raise _CommandError("there is no standard input to read from.")
     if path == "-" and os.name == "posix":
         os.set_blocking(sys.stdin.fileno(), True)  # else it would end where whoever writes to it pauses
-    with closing(Loop()) as loop, signals_wake(loop), _opened(path, loop) as stream:
+    with closing(Loop()) as loop, signals_wake(loop), ExitStack() as stack:
+        stream = None if path is None else stack.enter_context(io.BufferedReader(_Input(path, loop)))
         messages = _messages_to_publish(options, stream, loop)
         with publishing as publisher, call_on_signals(loop.stop):
             if options.subscribers > 0:
@@ -9385,10 +9389,11 @@ def _send_all(publisher: AnyPublisher, messages: Iterable[Message], options: arg
 
 
 class _Input(io.FileIO):
-    """What is read from; a signal ends the wait for it, even one that comes just before that begins."""
+    """A file to read, ``-`` for stdin; a signal ends a wait for it, even one that comes just before that begins."""
 
-    def __init__(self, source: str | int, loop: Loop, closefd: bool) -> None:
-        super().__init__(source, closefd=closefd)
+    def __init__(self, path: str, loop: Loop) -> None:
+        is_stdin = path == "-"
+        super().__init__(sys.stdin.fileno() if is_stdin else path, closefd=not is_stdin)
         self._loop = loop
 
     def readinto(self, buffer: Any) -> Any:
@@ -9405,14 +9410,6 @@ class _Input(io.FileIO):
         return super().readinto(buffer)
 
     read, readall = io.RawIOBase.read, io.RawIOBase.readall  # type: ignore[assignment]  # by `readinto`
-
-
-def _opened(path: str | None, loop: Loop) -> AbstractContextManager[Any]:
-    """Open what to read from, ``-`` for stdin; *loop* waits for it."""
-    if path is None:
-        return nullcontext()
-    is_stdin = path == "-"
-    return io.BufferedReader(_Input(sys.stdin.fileno() if is_stdin else path, loop, closefd=not is_stdin))
 
 
 def _messages_to_publish(options: argparse.Namespace, stream: Any, loop: Loop) -> Iterable[Message]:

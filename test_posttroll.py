@@ -13237,14 +13237,6 @@ except TimeoutError:
 }
 
 
-def drain_when_found(ending, young, drain=posttroll._Ending.drain):
-    """Let the end of a publisher that may be just being found wait until it is, however long that takes."""
-    end = time.monotonic() + young
-    while time.monotonic() < end and not ending._audience.peers:
-        time.sleep(0.01)
-    drain(ending, 0)
-
-
 class TestEnds:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     @pytest.mark.parametrize("code", ENDS.values(), ids=ENDS.keys())
@@ -13422,8 +13414,6 @@ sys.stdin.read()
         code = f"""
 import multiprocessing, sys, time, warnings, posttroll
 warnings.simplefilter("ignore")
-{inspect.getsource(drain_when_found)}
-posttroll._Ending.drain = drain_when_found
 
 kept = []
 
@@ -13444,7 +13434,7 @@ if __name__ == "__main__":
 """
         script = tmp_path / "script.py"  # a file, as spawned children read it
         script.write_text(code)
-        environment = {**os.environ, "POSTTROLL_DISCOVERY_SECONDS": str(DEADLINE)}
+        environment = {**os.environ, "POSTTROLL_DISCOVERY_SECONDS": "1.5"}
         with (
             posttroll.Subscriber([local_address(port)]) as sub,
             process(sys.executable, script, env=environment) as running,
@@ -13469,9 +13459,7 @@ publisher.start()
         """What it has sent comes, too: a child of the fork server imports the program before it begins."""
         port, script = free_port(), tmp_path / "script.py"
         script.write_text(f"""
-import multiprocessing, time, posttroll
-{inspect.getsource(drain_when_found)}
-posttroll._Ending.drain = drain_when_found
+import multiprocessing, posttroll
 publisher = None if __name__ == "__main__" else posttroll.Publisher("tcp://127.0.0.1:{port}").start()
 
 def send():
@@ -13485,7 +13473,7 @@ if __name__ == "__main__":
     worker.start()
     worker.join()
 """)
-        environment = {**os.environ, "POSTTROLL_DISCOVERY_SECONDS": str(DEADLINE)}
+        environment = {**os.environ, "POSTTROLL_DISCOVERY_SECONDS": "1.5"}
         with (
             posttroll.Subscriber([local_address(port)]) as sub,
             process(sys.executable, script, env=environment) as running,
@@ -19305,8 +19293,7 @@ class TestFirstMessages:
             with (
                 posttroll.Subscribe("first", addr_listener=addr_listener, timeout=0) as sub,
                 serving(sub) as data,
-                mock.patch.object(posttroll._Ending, "drain", drain_when_found),
-                config.set(discovery_seconds=DEADLINE),
+                config.set(discovery_seconds=1.5),
             ):
                 for life in range(3):
                     with posttroll.Publish("first", nameservers=way) as pub:
