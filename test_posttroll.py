@@ -21303,11 +21303,19 @@ EVENTS = (
 # -- what must have happened --
 
 
+def runs(world: World, publisher: Life, numbers: list[int]) -> str:
+    """Return which numbers these are, and when they were sent: ``5 to 9 (12.1 to 12.3 s), ...``."""
+    begins = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    at = {number: publisher.sent[number] - world.began for number in begins + ends}
+    return ", ".join(f"{a} to {b} ({at[a]:.1f} to {at[b]:.1f} s)" for a, b in zip(begins, ends))
+
+
 class Oracle:
     """What may be missing of a publisher's life at a subscriber's life: the times in which it may have been sent."""
 
     def __init__(self, world: World, publisher: Life, subscriber: Life) -> None:
-        self.publisher, self.subscriber = publisher, subscriber
+        self.world, self.publisher, self.subscriber = world, publisher, subscriber
         self._got = subscriber.got.get((publisher.part.name, publisher.number), [])
         self._arrived = [publisher.sent[number] for number in self._got if number in publisher.sent]
         apart = publisher.host != subscriber.host
@@ -21367,8 +21375,9 @@ class Oracle:
         got = self._got
         pair = f"{self.publisher} to {self.subscriber}"
         faults = []
-        if len(set(got)) < len(got):
-            faults.append(f"{pair}: {len(got) - len(set(got))} came twice")
+        twice = sorted(number for number, times in collections.Counter(got).items() if times > 1 and number in sent)
+        if twice:
+            faults.append(f"{pair}: {len(twice)} came twice: {runs(self.world, self.publisher, twice)}")
         if not CAUGHT_UP and sorted(got) != got:
             faults.append(f"{pair}: came in another order")
         if not sent.keys() >= set(got):
@@ -21376,14 +21385,6 @@ class Oracle:
         spans = self.excuses()
         missing = [number for number, moment in sent.items() if not any(a <= moment <= b for a, b in spans)]
         return faults, sorted(set(missing) - set(got))
-
-
-def runs(world: World, publisher: Life, numbers: list[int]) -> str:
-    """Return which numbers these are, and when they were sent: ``5 to 9 (12.1 to 12.3 s), ...``."""
-    begins = [number for number in numbers if number - 1 not in numbers]
-    ends = [number for number in numbers if number + 1 not in numbers]
-    at = {number: publisher.sent[number] - world.began for number in begins + ends}
-    return ", ".join(f"{a} to {b} ({at[a]:.1f} to {at[b]:.1f} s)" for a, b in zip(begins, ends))
 
 
 def judge(world: World) -> tuple[list[str], str]:
