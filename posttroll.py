@@ -6076,6 +6076,8 @@ def get_descriptor_limit() -> int:
 class _Source:
     """What a subscriber has of a publisher of ours."""
 
+    PATIENCE = 5.0  # seconds until it is asked once more, at first
+
     def __init__(self) -> None:
         self.is_left = False  # heard by no socket any more
         self.name = ""
@@ -6092,6 +6094,7 @@ class _Source:
         self.checked = 0  # the index up to which they are
         self.index = 0  # how many messages had come live when the position was told
         self.is_doubted = False
+        self.patience = self.PATIENCE
         self.begin(0, 0, 0)
 
     def begin(self, hello: int, ends: int, index: int) -> None:
@@ -6164,7 +6167,8 @@ class _Merge:
     ZeroMQ does not tell which connection a message has come by; but the frame of it does, which takes longer to get.
 
     A new connection begins with a hello, which is about what was sent before it; some of that may still come by another
-    connection.  So what comes by the new one waits until the same hello has come by another.
+    connection.  So what comes by the new one waits until the same hello has come by another; or a later one by one that
+    is newer still: of an endpoint ZeroMQ returns all that has come by one connection before what comes by the next.
 
     Args:
         sock: The socket.
@@ -6187,7 +6191,7 @@ class _Merge:
         on_end: Callable[[], None],
     ) -> None:
         self._socket = sock
-        self._hello = mark + b"\0H "
+        self._hello = re.compile(re.escape(mark) + rb"(?:/\d+)?\0H ([0-9a-f]{16}) (\d{1,15}) ")
         self._take_events = take_events
         self._wake_at = wake_at
         self._on_end = on_end
@@ -6262,13 +6266,24 @@ class _Merge:
             except ValueError:
                 self._ready.append(raw)  # whoever takes it will complain
         else:
+            hello = self._hello.match(raw)
+            while hello and (older := self._greeted_before(hello)) is not None:
+                self._resume(older)
             twins = self._lines.get(line)
             if twins is None or twins.is_new(raw, line):
                 self._ready.append(raw)
-            if twins is not None and raw.startswith(self._hello):
+            if twins is not None and hello:
                 self._hellos.append(raw)
                 for other in [other for other, (_, waiting) in self._paused.items() if raw in waiting]:
                     self._resume(other)
+
+    def _greeted_before(self, hello: re.Match[bytes]) -> Any:
+        """Return a connection that waits, and has brought an earlier hello of the same publisher; None: none has."""
+        for line, (_, waiting) in self._paused.items():
+            others = filter(None, map(self._hello.match, waiting))
+            if any(other[1] == hello[1] and int(other[2]) < int(hello[2]) for other in others):
+                return line
+        return None
 
     def _resume(self, line: Any) -> None:
         _, waiting = self._paused.pop(line, (0, []))
@@ -6602,6 +6617,8 @@ class _CatchUp:
         elif source.hello < 0:  # it was heard by another socket until now
             source.index = source.checked = index
         self._live.close(source)
+        if number < source.hello:
+            return  # of a connection that is behind another one, which has had a later hello
         source.is_doubted = source.is_forwarded and turn != self._turn  # it may be of before
         self._begin(source, number, ends)
         self._ask(instance, source)
@@ -6658,7 +6675,8 @@ class _CatchUp:
                 self._on_gone(source.name, gone)
             return
         self._live.close(source)
-        if source.is_asked and not is_answer:  # a full queue came between: what was asked for is still to come
+        # A full queue came between, or it answers an earlier request: what was asked for last is still to come.
+        if source.is_asked and (not is_answer or number < source.hello):
             source.ends, source.counted = ends, 0
             source.came.clear()
             return
@@ -6669,7 +6687,7 @@ class _CatchUp:
             self._ask(instance, source)
             return
         self._cancel_request(instance)
-        source.is_asked = source.is_doubted
+        source.is_asked, source.patience = source.is_doubted, source.PATIENCE
         if source.is_doubted:
             self._ask_for_greeting()
         if gone > 0:
@@ -6683,7 +6701,7 @@ class _CatchUp:
 
     def _take_position(self, instance: bytes, source: _Source, number: int, ends: int, sent: int) -> None:
         is_whole = ends == source.ends and sent == source.counted + len(source.came)
-        if not number or (source.is_asked and time.monotonic() - source.asked < 5):
+        if not number or (source.is_asked and time.monotonic() - source.asked < source.patience):
             if is_whole:
                 source.note_intact(number, self._live.index)
             return
@@ -6692,8 +6710,9 @@ class _CatchUp:
             self._advance(instance, source, number)
             source.counted += len(source.came)
             source.came.clear()
-        else:  # something was dropped on the way, because a queue was full
-            self._begin(source, number, ends)
+        else:  # something was dropped on the way, because a queue was full; or the answer lies unread, behind much else
+            source.patience *= 2
+            self._begin(source, max(number, source.hello), ends)
             source.counted = sent
             self._ask(instance, source)
 
