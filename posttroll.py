@@ -6077,7 +6077,7 @@ def get_descriptor_limit() -> int:
 class _Source:
     """What a subscriber has of a publisher of ours."""
 
-    PATIENCE = 5.0  # seconds until it is asked once more, at first
+    PATIENCE, LONGEST_PATIENCE = 5.0, 60.0  # seconds until it is asked once more, first and last
 
     def __init__(self) -> None:
         self.is_left = False  # heard by no socket any more
@@ -6712,7 +6712,8 @@ class _CatchUp:
             source.counted += len(source.came)
             source.came.clear()
         else:  # something was dropped on the way, because a queue was full; or the answer lies unread, behind much else
-            source.patience *= 2
+            if source.is_asked:
+                source.patience = min(2 * source.patience, source.LONGEST_PATIENCE)
             self._begin(source, max(number, source.hello), ends)
             source.counted = sent
             self._ask(instance, source)

@@ -13344,7 +13344,8 @@ with posttroll.call_on_signals(lambda: print("called")):
     child = os.fork()
     if not child:
         os.write(is_ready, b"!")
-        time.sleep(60)
+        for _ in range(600):
+            time.sleep(0.1)  # short, as a signal that comes just before a sleep does not end it
         os._exit(1)
     os.read(ready, 1)
     os.kill(child, signal.SIGTERM)
@@ -17586,7 +17587,7 @@ class TestCatchingUp:
         untils = [int(re.search(rb",(\d+)/", request)[1]) for request in asked]
         assert untils[:2] == [1000, 1000]
         assert untils == sorted(untils)
-        assert 5 < len(untils) < 15
+        assert 90 < len(untils) < 110  # in 100 minutes
 
     def test_a_hello_of_a_connection_that_is_behind_another_one(self):
         """It is about what came before: what the publisher has told since stays true."""
