@@ -6571,15 +6571,12 @@ class _CatchUp:
         return None
 
     def _go_on(self, instance: bytes) -> None:
-        """Go on where a socket with more, fewer or the same topics was left that was connected to the same before."""
+        """Go on where a socket was left that was connected to the same before, with some of the topics at least."""
         own = self._sources.get(instance)
         if own is None or own.is_left:
-            nested = [
-                other
-                for other in self._connections.before(self, instance)
-                if _are_nested(other._prefixes, self._prefixes)
-            ]
-            newest = max(nested, key=lambda other: other._sources[instance].place, default=self)
+            others = self._connections.before(self, instance)
+            alike = [other for other in others if _overlap(other._prefixes, self._prefixes)]
+            newest = max(alike, key=lambda other: other._sources[instance].place, default=self)
             if newest is not self and (own is None or own.place <= newest._sources[instance].place):
                 self._sources[instance] = source = newest._sources[instance]
                 newest._sources[instance] = newest._live.hand_over(source)
@@ -6722,10 +6719,9 @@ class _CatchUp:
 _catch_up_log = LimitedLogger("subscriber")
 
 
-def _are_nested(prefixes: tuple[AnyStr, ...], others: tuple[AnyStr, ...]) -> bool:
-    """Whether ones of them stand for all that the others do."""
-    is_within = all(prefix.startswith(others) for prefix in prefixes)
-    return is_within or all(prefix.startswith(prefixes) for prefix in others)
+def _overlap(prefixes: tuple[AnyStr, ...], others: tuple[AnyStr, ...]) -> bool:
+    """Whether there are topics that both stand for."""
+    return any(prefix.startswith(others) for prefix in prefixes) or any(each.startswith(prefixes) for each in others)
 
 
 def _digest(raw: bytes) -> int:
@@ -7535,9 +7531,9 @@ class _SubscriberSockets:
     def change_topics(self, topics: str | Iterable[str] | None) -> None:
         """Subscribe to other topics, at all addresses.
 
-        What has been received is still handed out.  Of topics that stay nothing is lost, and if there are only more, or
-        only fewer than before, nothing comes twice; but if they are changed once more before a publisher has answered,
-        what it has just sent may.
+        What has been received is still handed out.  Of what is within the topics of before and after nothing is lost,
+        and nothing comes twice; but if they are changed once more before a publisher has answered, what it has just
+        sent may.  Of new topics what was sent a moment before may come, too, unless all of them are new.
 
         Args:
             topics: The topics, in place of all those of before.
@@ -7545,7 +7541,7 @@ class _SubscriberSockets:
         self._topics = new = _topic_prefixes(topics)
         for address, (prefixes, backend, begin) in list(self._wanted.items()):
             if prefixes != new:
-                wanted = (new, backend, begin if _are_nested(prefixes, new) else uptime())
+                wanted = (new, backend, begin if _overlap(prefixes, new) else uptime())
                 self._wanted[address] = wanted
                 self._change(partial(self._change_later, partial(self._want, address, wanted)))
 

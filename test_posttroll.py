@@ -5935,14 +5935,23 @@ class TestListenerContainer:
                     wait_for(lambda: next_from(output) == topic)  # noqa: B023 - after what had come before
                     assert next_from(output) == topic
 
-    @pytest.mark.parametrize("others", [["/a", "/b"], ["/"], ["/a/"]])
+    @pytest.mark.parametrize(
+        ("first", "others"),
+        [
+            (["/a"], ["/a", "/b"]),
+            (["/a"], ["/"]),
+            (["/a"], ["/a/"]),
+            (["/a", "/b"], ["/a", "/c"]),
+            (["/a", "/b"], ["/a/b", "/c"]),
+        ],
+    )
     @pytest.mark.parametrize("is_rapid", [False, True])
-    def test_nothing_is_lost_when_it_restarts(self, is_rapid, others):
+    def test_nothing_is_lost_when_it_restarts(self, is_rapid, first, others):
         """Neither what is unread, nor what is sent meanwhile; nor does what is older come once more."""
         with posttroll.Publisher("tcp://*:0") as pub:
             pub.send(text_message(-1, "/a/b"))
             addresses = [local_address(pub.port_number)]
-            with posttroll.ListenerContainer(["/a"], addresses, nameserver=False, since=60) as container:
+            with posttroll.ListenerContainer(first, addresses, nameserver=False, since=60) as container:
                 output, connections = container.output_queue, container.listener.subscriber._connections
 
                 def is_greeted(topics: list[str]) -> bool:
@@ -5954,7 +5963,7 @@ class TestListenerContainer:
                 for turn in range(8):
                     for number in range(250):
                         pub.send(text_message(250 * turn + number, "/a/b"))
-                    topics = ["/a"] if turn % 2 else others
+                    topics = first if turn % 2 else others
                     container.restart_listener(topics)
                     if not is_rapid:
                         wait_for(lambda: is_greeted(topics))  # noqa: B023
@@ -21362,13 +21371,16 @@ class MadeUpNetwork:
         late: Seconds of which it draws when a publisher notices that a connection has ended.
         queue: How many messages the queue of a publisher to a subscriber holds; 0: any number.
         stands_still: Whether all of it does so, now and then, for up to 6 s.
+        topics: What subscribers change to, now and then; all of it stands for /numbers.  Empty: they want all.
     """
 
     ENDPOINTS = ("tcp://127.0.0.1:9000", "tcp://127.0.0.1:9001")
 
-    def __init__(self, seed: int, late: Sequence[float], queue: int, stands_still: bool) -> None:
+    def __init__(
+        self, seed: int, late: Sequence[float], queue: int, stands_still: bool, topics: Sequence[list[str]] = ()
+    ) -> None:
         self.chance = random.Random(seed)
-        self.late, self.stands_still = late, stands_still
+        self.late, self.stands_still, self.topics = late, stands_still, topics
         self.clock = MadeUpTime()
         self.loop = MadeUpLoop(self.clock)  # of the publishers
         self.sockets: list[MadeUpSub] = []
@@ -21435,7 +21447,8 @@ class MadeUpNetwork:
     # -- programs --
 
     def subscribe(self, endpoints: Sequence[str]) -> None:
-        self.subscribers.append(posttroll.Subscriber(endpoints, since=60))
+        topics = self.chance.choice(self.topics) if self.topics else ""
+        self.subscribers.append(posttroll.Subscriber(endpoints, topics, since=60))
         self.got.append({port: [] for port in self.sent})
         self.pauses.append(0)
 
@@ -21445,6 +21458,9 @@ class MadeUpNetwork:
             number = len(self.sent[port])
             header = "pytroll://numbers info a@b 2026-01-01T00:00:00.000000 v1.01 application/json"
             self.audiences[port].send(f'{header} ["{port}", {number}]'.encode())
+            if self.topics:
+                other = header.replace("numbers", self.chance.choice(["other", "third"]))
+                self.audiences[port].send(f'{other} "{number}"'.encode())
 
     def receive(self, index: int) -> bool:
         """Let a subscriber receive a message, if there is one; return whether there was."""
@@ -21454,7 +21470,7 @@ class MadeUpNetwork:
             subscriber._loop.turn()
             subscriber._inbox.begin_batch(self.clock.now)
             message = subscriber._inbox.take(0)
-        if message is not None:
+        if message is not None and message.subject == "/numbers":
             port, number = message.data
             self.got[index][port].append(number)
         return message is not None
@@ -21484,6 +21500,8 @@ class MadeUpNetwork:
             sock = chance.choice(self.sockets) if self.sockets else None
             if sock is not None and sock.connections:
                 sock.fail(chance.choice(list(sock.connections)))
+        elif self.topics and chance.random() < 0.5:
+            self.subscribers[index].change_topics(chance.choice(self.topics))
         else:
             subscriber, endpoint = self.subscribers[index], chance.choice(endpoints)
             if endpoint not in subscriber.addresses:
@@ -21570,6 +21588,12 @@ class TestSimulation:
         """What lies unread for long may come once more by the other one."""
         for seed in range(first, first + 7):
             assert simulated(seed, aliases=True, **SIMULATED_WORLDS[world])[1] == []
+
+    @pytest.mark.parametrize("world", SIMULATED_WORLDS)
+    def test_nothing_is_lost_of_topics_that_stay(self, world):
+        topics = [["/numbers"], ["/num"], ["/numbers", "/other"], ["/numbers", "/third"], ["/num", "/other"], [""]]
+        for seed in range(7):
+            assert simulated(seed, topics=topics, **SIMULATED_WORLDS[world]) == ([], [])
 
     @pytest.mark.long
     @pytest.mark.timeout(LONG + 60)
