@@ -19156,11 +19156,14 @@ class TestFullQueues:
             wait_for(lambda: next(sub.recv(0)) is None and not audience.unserved())
             while not pub.dropped:
                 numbers.send(100)
-            room = numbers.count  # in the system's buffers
-            numbers.send(room + 600)
-            dropped = pub.dropped
-            read = [number for number, _ in received_data(sub, room - 100)]
-            reached = wait_for(lambda: peer.after > peer.told and peer.after)
+            numbers.send(numbers.count + 1000)  # more than fits into the system's buffers, too
+            dropped, read = pub.dropped, []
+
+            def goes_on() -> Any:
+                read.extend(number for number, _ in received_data(sub, 10))
+                return peer.after > peer.told and peer.after
+
+            reached = wait_for(goes_on)
 
             def finds_it_full() -> bool:
                 nonlocal reached
