@@ -2715,14 +2715,25 @@ class AccessRules:
 class Authenticator:
     """The access rules of one server socket; `stop` it after the socket has been closed."""
 
+    EVENTS = (
+        zmq.EVENT_ACCEPTED
+        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        | zmq.EVENT_DISCONNECTED
+    )
+
     def __init__(self, control: _AccessControl, domain: bytes) -> None:
         self._control = control
+        self._peers: dict[int, str] = {}  # the addresses of those that connect, by descriptor
         self.domain = domain
 
     def watch(self, sock: zmq.Socket[bytes]) -> None:
-        """Log the handshakes that fail on *sock*, until it is closed."""
-        events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        self._control.watch(_open_monitor(sock, events | zmq.EVENT_DISCONNECTED))
+        """Log the handshakes that fail on *sock*, until it is closed, or has another monitor."""
+        self._control.watch(_open_monitor(sock, self.EVENTS), self._peers)
+
+    def take_event(self, event: int, descriptor: int) -> None:
+        """Take an event that another monitor of the socket tells."""
+        self._control.take_event_later(self._peers, event, descriptor)
 
     def stop(self) -> None:
         """Drop the rules."""
@@ -2737,7 +2748,7 @@ class _AccessControl:
 
     def __init__(self) -> None:
         self._rules: dict[bytes, AccessRules] = {}
-        self._monitors: dict[zmq.Socket[bytes], dict[int, str]] = {}  # the addresses of the peers, by descriptor
+        self._monitors: set[zmq.Socket[bytes]] = set()
         self._count = 0
         self._log = LimitedLogger("backends.zmq.socket")
         self._context = get_context()
@@ -2775,10 +2786,14 @@ class _AccessControl:
         """Whether it answers, in the context in use."""
         return self._context is get_context() and not self._socket.closed
 
-    def watch(self, monitor: zmq.Socket[bytes]) -> None:
-        """Follow what happens to the connections of a socket; its *monitor* now belongs to the loop."""
-        self._monitors[monitor] = {}
-        self._loop.call(partial(self._loop.watch, monitor, partial(self._follow, monitor)))
+    def watch(self, monitor: zmq.Socket[bytes], peers: dict[int, str]) -> None:
+        """Follow what happens to the connections of a socket; its *monitor* and *peers* now belong to the loop."""
+        self._monitors.add(monitor)
+        self._loop.call(partial(self._loop.watch, monitor, partial(self._follow, monitor, peers)))
+
+    def take_event_later(self, peers: dict[int, str], event: int, descriptor: int) -> None:
+        """Have the loop take an event of a monitor of somebody else."""
+        self._loop.call(partial(self._take_event, peers, event, descriptor))
 
     def _close(self) -> None:
         for sock in (self._socket, *self._monitors):
@@ -2822,15 +2837,18 @@ class _AccessControl:
         # A socket of the program itself: what it would do without us.
         return "" if mechanism in (b"NULL", b"CURVE") else "nothing checks its credentials"
 
-    def _follow(self, monitor: zmq.Socket[bytes]) -> None:
-        """Take an event of a monitor, and log the peers whose handshake failed before ZAP was asked."""
+    def _follow(self, monitor: zmq.Socket[bytes], peers: dict[int, str]) -> None:
         event, descriptor = struct.unpack("=Hi", monitor.recv_multipart()[0])
-        peers = self._monitors[monitor]
         if event == zmq.EVENT_MONITOR_STOPPED:
-            del self._monitors[monitor]
+            self._monitors.discard(monitor)
             self._loop.unwatch(monitor)
             monitor.close(0)
-        elif event == zmq.EVENT_ACCEPTED:
+        else:
+            self._take_event(peers, event, descriptor)
+
+    def _take_event(self, peers: dict[int, str], event: int, descriptor: int) -> None:
+        """Take an event of a monitor, and log the peers whose handshake failed before ZAP was asked."""
+        if event == zmq.EVENT_ACCEPTED:
             peers[descriptor] = _peer_of(descriptor)
         elif event == zmq.EVENT_DISCONNECTED:
             peer = peers.pop(descriptor, "an unknown address")
@@ -3915,22 +3933,115 @@ class History:
         return max((number for _, number, sent in self._lost_of(prefixes) if sent >= when), default=None)
 
 
+class _Departures:
+    """Whether connections of a server socket are just ending: then no limit of its queues may be changed.
+
+    libzmq (4.3.5) tells the other end of each connection of the new limit, also of one that the socket has acknowledged
+    as ending: its memory is free by then, and the process crashes.  But a monitor is told of a disconnection first.
+    The end then takes commands one after another: to the listener, to the session, to the socket (the end of the pipe),
+    and its acknowledgement, after which the socket forgets it.  As they are done in order, one more has been done each
+    time that libzmq's thread has closed an endpoint that was bound since.  Those within the process (inproc) are not
+    told of.
+
+    Args:
+        sock: The socket.
+        watch: Called with its monitor, when there is one; whenever that has something, `take_events` is to be called.
+        authenticator: Who had the monitor of the socket until then, of which there can only be one; None: nobody.
+    """
+
+    COMMANDS = 4  # that the end of a connection takes
+    TRIES = 5  # as more may end meanwhile
+    PATIENCE = 200  # milliseconds for libzmq's thread
+
+    def __init__(
+        self, sock: zmq.Socket[bytes], watch: Callable[[zmq.Socket[bytes]], object], authenticator: Authenticator | None
+    ) -> None:
+        self._socket = sock
+        self._watch = watch
+        self._authenticator = authenticator
+        self._ended, self._over = 1, 0  # how many have been told of (one stands for those of before); how many are over
+        self._closed = b""  # the endpoint that was closed last
+        self.monitor: zmq.Socket[bytes] | None = None
+        self.is_stopped = False  # the monitor, as another one takes its place, or the socket is gone
+
+    def are_over(self) -> bool:
+        """Wait until no connection is ending; return False if that takes too long, or cannot be known."""
+        if zmq.zmq_version_info() >= (4, 3, 6):
+            return True
+        with suppress(zmq.ZMQError):  # no descriptor is left
+            if self.monitor is None:
+                events = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CLOSE_FAILED
+                events |= 0 if self._authenticator is None else Authenticator.EVENTS
+                self.monitor = _open_monitor(self._socket, events)
+                self._watch(self.monitor)
+            self.take_events()
+            for _ in range(self.TRIES):
+                if self._over == self._ended or self.is_stopped:
+                    break
+                ended = self._ended
+                if not all(self._is_thread_through() for _ in range(self.COMMANDS)):
+                    break
+                if self._ended == ended:
+                    self._over = ended
+        return self._over == self._ended and not self.is_stopped
+
+    def _is_thread_through(self) -> bool:
+        """Wait until libzmq's thread has done what it was told until now; return whether it has."""
+        is_linux = sys.platform.startswith("linux")
+        self._socket.bind(f"ipc://@posttroll-{os.urandom(8).hex()}" if is_linux else "tcp://127.0.0.1:*")
+        endpoint = cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0")
+        self._socket.unbind(endpoint.decode())
+        deadline = time.monotonic() + self.PATIENCE / 1000
+        while self._closed != endpoint:
+            left = math.ceil(1000 * (deadline - time.monotonic()))
+            if left <= 0 or self.monitor is None or not self.monitor.poll(left):
+                return False
+            self.take_events()
+        self._socket.get(zmq.EVENTS)  # has it do what libzmq's thread has told
+        self.take_events()
+        return True
+
+    def take_events(self) -> None:
+        """Take note of what the monitor tells."""
+        while self.monitor is not None and not self.is_stopped:
+            try:
+                data, endpoint = self.monitor.recv_multipart(_NOBLOCK)
+            except zmq.Again:
+                return
+            event, value = struct.unpack("=Hi", data)
+            if event == zmq.EVENT_MONITOR_STOPPED:
+                self.is_stopped = True
+            elif event in (zmq.EVENT_CLOSED, zmq.EVENT_CLOSE_FAILED):
+                self._closed = endpoint
+            else:
+                if event == zmq.EVENT_DISCONNECTED:
+                    self._ended += 1
+                if self._authenticator is not None:
+                    self._authenticator.take_event(event, value)
+
+
 class _QueueLimit:
     """How many messages a queue of a publisher may hold, so that they take only so many bytes.
 
     ZeroMQ counts messages.  So the limit is that of messages of a recent average size; when they get smaller, it
     follows slowly, as the larger ones may still be in a queue.
+
+    Args:
+        sock: The socket of the publisher.
+        may_change: Called before the limit is changed; whether it may be just now.
     """
 
     LEAST = 10  # messages
 
-    def __init__(self, sock: zmq.Socket[bytes]) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], may_change: Callable[[], bool]) -> None:
         self._socket = sock
+        self._may_change = may_change
+        self.is_off = False  # it could not be changed back
         self._most = cast(int, sock.getsockopt(zmq.SNDHWM)) or 2**31 - 1
         self._bytes = config.get("send_high_water_bytes") or _usable_memory() // 8
         self._average = 1.0
         self._count = self._total = 0
-        self._limit = self._most
+        self.limit = self._most
 
     def adapt(self, count: int, total: int) -> None:
         """Take note that there have been *count* messages of *total* bytes until now."""
@@ -3939,9 +4050,28 @@ class _QueueLimit:
             self._average = max(recent, 0.9 * self._average)
             self._count, self._total = count, total
         limit = min(self._most, max(int(self._bytes / self._average), self.LEAST))
-        if not 0.9 * self._limit <= limit <= 1.1 * self._limit or limit == self._most != self._limit:
-            self._limit = limit
+        if not 0.9 * self.limit <= limit <= 1.1 * self.limit or limit == self._most != self.limit:
+            if self._set(limit):
+                self.limit, self.is_off = limit, False
+        elif self.is_off:
+            self.is_off = not self._set(self.limit)
+
+    @contextmanager
+    def changed_to(self, limit: int) -> Iterator[bool]:
+        """The time in which a queue may hold *limit* messages; whether it could be changed."""
+        is_changed = self._set(limit)
+        try:
+            yield is_changed
+        finally:
+            self.is_off = self.is_off or is_changed  # first, as Control-C may come in between
+            if self.is_off:
+                self.is_off = not self._set(self.limit)
+
+    def _set(self, limit: int) -> bool:
+        is_free = self._may_change()
+        if is_free:
             self._socket.setsockopt(zmq.SNDHWM, limit)
+        return is_free
 
 
 class _Peer:
@@ -4080,7 +4210,15 @@ class _Listeners:
     TOPICS = 1000  # that are told apart
     TURN = 2000  # subscriptions that are taken at once
 
-    def __init__(self, sock: zmq.Socket[bytes], port: int | None, lock: Any, name: str, keeps_history: bool) -> None:
+    def __init__(
+        self,
+        sock: zmq.Socket[bytes],
+        port: int | None,
+        lock: Any,
+        name: str,
+        keeps_history: bool,
+        authenticator: Authenticator | None = None,
+    ) -> None:
         bounds = [config.get(f"history_{bound}") for bound in ("messages", "bytes", "seconds")]
         self.history = History(*bounds) if keeps_history else History(0, 0, 0)
         self.lock = lock
@@ -4105,7 +4243,8 @@ class _Listeners:
         self._name = "_".join(name.split()).encode() or b"-"
         self._port = port or 0
         self._looked = self._next_look = 0.0
-        self._queue_limit = _QueueLimit(sock)
+        self._departures = _Departures(sock, self._watch_departures, authenticator)
+        self._queue_limit = _QueueLimit(sock, self._departures.are_over)
         self._patience = max(config.get("discovery_seconds"), 0.5)  # seconds that a busy subscriber has to ask
         self._timers: dict[Callable[[], None], Timer | None] = {}
         self._waiting: list[tuple[int, Callable[[], object]]] = []
@@ -4117,6 +4256,16 @@ class _Listeners:
     def _begin(self) -> None:
         if not self.socket.closed:
             self.loop.watch(self._descriptor, self._take_turn)
+
+    def _watch_departures(self, monitor: zmq.Socket[bytes]) -> None:
+        def take_events() -> None:
+            with self.lock:
+                self._departures.take_events()
+                if self._departures.is_stopped:
+                    self.loop.unwatch(monitor)
+                    monitor.close(0)
+
+        self.loop.call(partial(self.loop.watch_quiet, monitor, take_events))
 
     @property
     def strangers(self) -> int:
@@ -4354,6 +4503,9 @@ class _Listeners:
             if not self.socket.closed:  # else its descriptor may be another one's by now
                 self.loop.unwatch(self._descriptor)
                 self.socket.close(linger)
+                if self._departures.monitor is not None:
+                    self.loop.unwatch(self._departures.monitor)
+                    _close_monitor(self._departures.monitor)
 
     def _greet(self, peer: _Peer) -> None:
         """Greet a subscriber of ours that has come."""
@@ -4420,19 +4572,22 @@ class _Audience(_Listeners):
         self._take_subscriptions()
         number, missed = self.history.number, 0
         if self.may_have_strangers:
-            limit = cast(int, self.socket.getsockopt(zmq.SNDHWM))
-            self.socket.setsockopt(zmq.SNDHWM, max(limit - 1, 1))  # so what follows the probe has room, too
+            limit, with_room = self._queue_limit.limit, set()
+            # So what follows the probe has room, too:
+            with self._queue_limit.changed_to(max(limit - 1, 1)) as is_changed:
+                for peer in self.peers.values() if is_changed and limit > 1 else ():
+                    if peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance):
+                        with_room.add(peer.mark)
             for peer in self.peers.values():
-                has_room = limit > 1 and peer.after is None and self._send_to(peer, b"P %s 0 0 0" % self.instance)
-                if not has_room:  # it may be dropped for this one too, and what follows it
-                    peer.miss()
+                if peer.mark not in with_room or self._queue_limit.is_off:
+                    peer.miss()  # it may be dropped for this one too, and what follows it
                     peer.is_heard = False
-            self.socket.setsockopt(zmq.SNDHWM, limit)
-            try:
-                self.socket.setsockopt(zmq.XPUB_NODROP, 0)
-                self.socket.send(data, _NOBLOCK)
-            finally:
-                self.socket.setsockopt(zmq.XPUB_NODROP, 1)
+            if not self._queue_limit.is_off:  # else it would be dropped for good where nothing is to be read any more
+                try:
+                    self.socket.setsockopt(zmq.XPUB_NODROP, 0)
+                    self.socket.send(data, _NOBLOCK)
+                finally:
+                    self.socket.setsockopt(zmq.XPUB_NODROP, 1)
             missed = 1
         else:
             content = b"L %s %d\0%s" % (self.instance, number, data)
@@ -4457,10 +4612,9 @@ class _Audience(_Listeners):
         and does not say so.  Only a queue that it uses again can be full: so make them short, and fill this one.
         """
         if not peer.is_heard:
-            limit = self.socket.getsockopt(zmq.SNDHWM)
-            self.socket.setsockopt(zmq.SNDHWM, 1)
-            peer.is_heard = not all(self._send_to(peer, b"P %s 0 0 0" % self.instance) for _ in range(100))
-            self.socket.setsockopt(zmq.SNDHWM, limit)
+            with self._queue_limit.changed_to(1) as is_changed:
+                probes = (self._send_to(peer, b"P %s 0 0 0" % self.instance) for _ in range(100))
+                peer.is_heard = is_changed and not all(probes)
         return peer.is_heard
 
     def _greet(self, peer: _Peer) -> None:
@@ -4667,11 +4821,11 @@ class _Audience(_Listeners):
         low, high = 0, max(self.history.number, 1)
         while low < high:
             middle = (low + high) // 2
-            self.socket.setsockopt(zmq.SNDHWM, middle + 1)
-            if self._send_to(peer, b"P %s 0 0 0" % self.instance):
-                high = middle
-            else:
-                low = middle + 1
+            with self._queue_limit.changed_to(middle + 1) as is_changed:
+                has_room = self._send_to(peer, b"P %s 0 0 0" % self.instance)
+            if not is_changed:
+                break
+            low, high = (low, middle) if has_room else (middle + 1, high)
         return low + (0 if peer.after is None else self.history.number - peer.after)
 
 
@@ -5021,7 +5175,7 @@ class Publisher(_Stoppable):
             if authenticator is not None:
                 undo.callback(authenticator.stop)
             undo.callback(close_flushed, sock, 1)  # so the port is free for the next attempt
-            audience = _Audience(sock, port, self._lock, self._name or self._address, self.keeps_history)
+            audience = _Audience(sock, port, self._lock, self._name or self._address, self.keeps_history, authenticator)
             undo.pop_all()
             undo.callback(audience.abandon, 0, authenticator)
             if interval > 0:

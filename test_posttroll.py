@@ -14476,13 +14476,24 @@ class TestKeyDirectory:
                 assert deliver(publisher, friend, "back", 40)
 
 
+def follow_connections(publisher: Any) -> None:
+    """Have a publisher look whether connections are ending."""
+    with publisher._lock:
+        assert publisher._audience._departures.are_over()
+        assert (publisher._audience._departures.monitor is None) == (zmq.zmq_version_info() >= (4, 3, 6))
+
+
 class TestHandshakeLog:
     """Failed handshakes are logged with the address of the peer, a few times a minute."""
 
     @strangers
-    def test_names_the_address(self, keys, stranger, caplog):
+    @pytest.mark.parametrize("has_full_queues", [False, True])
+    def test_names_the_address(self, keys, stranger, has_full_queues, caplog):
+        """Also when the publisher follows its connections itself, as it has changed the limit of its queues."""
         text = "Refused a client at 127.0.0.1" if stranger == "unknown key" else "A handshake of 127.0.0.1 failed"
         with publishing() as publisher:
+            if has_full_queues:
+                follow_connections(publisher)
 
             def is_logged() -> bool:
                 with subscribing(publisher.port_number, **keys.of(stranger)):
@@ -14541,8 +14552,11 @@ class TestHandshakeLog:
             lines = [record.getMessage() for record in caplog.records if "Refused a client" in record.getMessage()]
             assert 1 <= len(lines) <= posttroll.LimitedLogger.BURST
 
-    def test_a_flood_of_broken_handshakes_leaves_nothing_behind(self, keys):
+    @pytest.mark.parametrize("has_full_queues", [False, True])
+    def test_a_flood_of_broken_handshakes_leaves_nothing_behind(self, keys, has_full_queues):
         with publishing() as publisher, subscribing(publisher.port_number) as friend:
+            if has_full_queues:
+                follow_connections(publisher)
             assert deliver(publisher, friend, "before")
             descriptors = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
             before = descriptors()
@@ -14551,8 +14565,7 @@ class TestHandshakeLog:
                     peer.sendall(b"GET / HTTP/1.0\r\n\r\n" * 5)
             assert deliver(publisher, friend, "after")
             wait_for(lambda: descriptors() <= before + 2)
-            service = posttroll._access_control
-            wait_for(lambda: all(len(peers) <= 2 for peers in list(service._monitors.values())))
+            wait_for(lambda: len(publisher._authenticator._peers) <= 2)
 
 
 class FakePublisher:
@@ -19077,6 +19090,94 @@ def dictionary_subscriber(**settings: Any) -> posttroll.Subscriber:
     return posttroll.create_subscriber_from_dict_config(settings)
 
 
+class TestDepartures:
+    """Limits of queues are changed while connections end: libzmq 4.3.5 crashes if that is at the wrong moment."""
+
+    COME_AND_GO = """
+import itertools, sys, threading, zmq
+def come_and_go(address):
+    with zmq.Context() as context:
+        while not is_over.wait(0.003):
+            with context.socket(zmq.SUB) as sock:
+                sock.linger = 0
+                sock.subscribe(b"pytroll:/nothing")
+                sock.connect(address)
+                is_over.wait(0.003)
+is_over = threading.Event()
+def others(address):
+    threads = [threading.Thread(target=come_and_go, args=[address]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    return threads
+"""
+
+    def test_a_limit_is_changed_all_the_time(self):
+        code = f"""{self.COME_AND_GO}
+import posttroll
+sock = posttroll.get_context().socket(zmq.XPUB)
+port = sock.bind_to_random_port("tcp://127.0.0.1")
+departures = posttroll._Departures(sock, lambda monitor: None, None)
+threads = others(f"tcp://127.0.0.1:{{port}}")
+changes = 0
+while departures._over < 1000 or changes < 100:
+    while sock.get(zmq.EVENTS) & zmq.POLLIN:
+        sock.recv()
+    if departures.are_over():
+        sock.setsockopt(zmq.SNDHWM, 10 + changes % 5)
+        changes += 1
+is_over.set()
+for thread in threads:
+    thread.join()
+sock.close(0)
+print(changes)
+"""
+        if zmq.zmq_version_info() >= (4, 3, 6):
+            pytest.skip("this libzmq does not crash")
+        with python(code, cwd=Path(__file__).parent) as running:
+            status, out, err = finish(running, 60)
+        assert (status, err) == (0, "")
+        assert int(out) >= 100
+
+    def test_full_queues_while_others_come_and_go(self):
+        """One that never reads, and one that gets all."""
+        small = {f"POSTTROLL_{side}_HIGH_WATER_MARK": "20" for side in ("SEND", "RECEIVE")}
+        small["POSTTROLL_HISTORY_BYTES"] = str(10**8)
+        code = f"""{self.COME_AND_GO}
+import posttroll
+with posttroll.Publisher("tcp://*:0", "numbers") as pub:
+    address = f"tcp://127.0.0.1:{{pub.port_number}}"
+    with posttroll.Subscriber([address]) as stuck, posttroll.Subscriber([address]) as sub:
+        assert pub.wait_for_subscribers(2, {DEADLINE})
+        threads = others(address)
+        got = []
+        reader = threading.Thread(target=lambda: got.extend(message.data[0] for message in sub.recv()))
+        reader.start()
+        for number in range(3000):
+            pub.send(posttroll.Message("/numbers", "info", [number, "x" * 20_000]))
+            is_over.wait(0.0005)
+        is_over.set()
+        for thread in threads:
+            thread.join()
+        while len(got) < 3000:
+            reader.join(0.01)
+        sub.stop()
+        reader.join()
+        print(sorted(got) == list(range(3000)), pub.dropped > 0)
+"""
+        with python(code, cwd=Path(__file__).parent, env={**os.environ, **small}) as running:
+            assert finish(running, 60)[:2] == (0, "True True\n")
+
+    def test_no_descriptor_is_left(self, monkeypatch):
+        """It cannot be known, until there is one again."""
+        with posttroll.Publisher("tcp://*:0") as pub:
+            departures = pub._audience._departures
+            with monkeypatch.context() as patch:
+                patch.setattr(posttroll, "_open_monitor", mock.Mock(side_effect=zmq.ZMQError(errno.EMFILE)))
+                assert departures.are_over() == (zmq.zmq_version_info() >= (4, 3, 6))
+            with pub._lock:
+                assert departures.are_over()
+
+
 class TestFullQueues:
     """Queues that are full for a while: who misses something catches up once there is room."""
 
@@ -19313,14 +19414,14 @@ class TestFullQueues:
     def test_the_limit_follows_the_sizes(self):
         sock = mock.Mock(getsockopt=lambda option: 5000)
         with config.set(send_high_water_bytes=1_000_000):
-            limit = posttroll._QueueLimit(sock)
+            limit = posttroll._QueueLimit(sock, lambda: True)
         count = total = 0
 
         def after(messages: int, size: int) -> int:
             nonlocal count, total
             count, total = count + messages, total + messages * size
             limit.adapt(count, total)
-            return limit._limit
+            return limit.limit
 
         assert after(1000, 100) == 5000
         assert after(1, 10_000) == 100
@@ -19329,6 +19430,57 @@ class TestFullQueues:
         assert [after(1000, 1000) for _ in range(100)][-1] == pytest.approx(1000, rel=0.2)
         assert [after(1000, 100) for _ in range(100)][-1] == 5000
         assert sock.setsockopt.call_args.args == (zmq.SNDHWM, 5000)
+
+    def test_the_limit_cannot_be_changed(self):
+        """Nor back; it is as soon as it can be."""
+        answers = iter([False, True, False, False, True])
+        sock = mock.Mock(getsockopt=lambda option: 5000)
+        limit = posttroll._QueueLimit(sock, lambda: next(answers))
+        with limit.changed_to(1) as is_changed:
+            assert not is_changed
+        assert not limit.is_off
+        with limit.changed_to(2) as is_changed:
+            assert is_changed
+        assert limit.is_off
+        assert sock.setsockopt.call_args_list == [mock.call(zmq.SNDHWM, 2)]
+        limit.adapt(1, 100)
+        assert limit.is_off
+        limit.adapt(2, 200)
+        assert not limit.is_off
+        assert sock.setsockopt.call_args_list[1:] == [mock.call(zmq.SNDHWM, 5000)]
+
+    def test_an_interrupt_while_the_limit_is_changed_back(self):
+        sock = mock.Mock(getsockopt=lambda option: 5000)
+        limit = posttroll._QueueLimit(sock, mock.Mock(side_effect=[True, KeyboardInterrupt, True]))
+        with pytest.raises(KeyboardInterrupt), limit.changed_to(1):
+            pass
+        assert limit.is_off
+        limit.adapt(1, 100)
+        assert not limit.is_off
+        assert sock.setsockopt.call_args.args == (zmq.SNDHWM, 5000)
+
+    @pytest.mark.parametrize(
+        "answers",
+        [[False], [True, False], [True, True, True, False, False], [True, False, False, False, False]],
+        ids=["never", "not back", "at times", "seldom"],
+    )
+    def test_nothing_is_lost_while_the_limit_cannot_be_changed(self, answers, monkeypatch):
+        """As no descriptor is left, or connections end all the time."""
+        with posttroll.Publisher("tcp://*:0", "numbers") as pub, self.crowd(pub, 2, 1) as (subs, _):
+            numbers = Numbers(pub, padding="x" * 20_000)
+            may_change = itertools.cycle(answers)
+            monkeypatch.setattr(pub._audience._queue_limit, "_may_change", lambda: next(may_change))
+            with serving(subs[0]) as quick:
+                while not pub.dropped:
+                    numbers.send(10, 0.001)
+                    await_count(quick, numbers.count)
+                for _ in range(40):
+                    numbers.send(20, 0.0005)
+                monkeypatch.undo()
+                with serving(subs[1]) as slow:
+                    for data in (quick, slow):
+                        await_count(data, numbers.count)
+                        assert sorted(number for number, _ in data) == list(range(numbers.count))
 
     def test_full_and_cut(self, monkeypatch):
         """A queue is full when its connection ends."""
@@ -21406,6 +21558,7 @@ class MadeUpNetwork:
             patch.setattr(posttroll, "connect", MadeUpSub.connect)
             patch.setattr(posttroll, "disconnect", MadeUpSub.disconnect)
             patch.setattr(posttroll, "close_socket", MadeUpSub.close)
+            patch.setattr(posttroll._Departures, "are_over", lambda departures: True)
             self.audiences = {
                 port: posttroll._Audience(xpub, int(port), threading.RLock(), port, True)
                 for port, xpub in self._xpubs.items()
